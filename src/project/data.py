@@ -1,0 +1,214 @@
+"""The data: MNIST, Fashion-MNIST or the embedded digits, held whole as uint8 tensors and cut into batches at once.
+
+The official test set is the test set. One image in twelve of the training set (5,000 of 60,000), always the same ones
+whatever the seed, is the validation set.
+"""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from project import sources
+from project.sources import Images
+from savepoint.errors import ConfigError, DataError
+from savepoint.loader import Batches, ResumableLoader, resumable
+
+EMBEDDED = "embedded digits"
+EMBEDDED_REPEATS = 10
+"""Times that an epoch goes through the 1,319 embedded training images, each time shifted anew: 103 steps, not 11."""
+
+
+class ImageData(LightningDataModule):
+    """Batches of images (B, 1, 28, 28) uint8 and labels (B,) int64 from one of three data sets.
+
+    Args:
+        dataset: `mnist`, `fashion` (Fashion-MNIST) or `digits` (the 1,797 that ship with scikit-learn).
+        root: Folder that holds `MNIST/raw` or `FashionMNIST/raw`. By default the environment's DATA_ROOT, else `data`.
+            Whoever names one gets that data or an error: the fallback is for runs where nothing was named.
+        download: Whether a data set that is not there may be downloaded into the root.
+        fallback: What is trained on, said loudly, where the data is not there and cannot be downloaded. Null: an error.
+        batch_size: Images a batch, on each process.
+        shift: Training images move by up to this many pixels each way, anew in every epoch. 0: not at all.
+        in_memory: False reads image by image through a DataLoader: the pattern for data that does not fit in memory.
+        num_workers: Worker processes of that DataLoader; any number gives the same batches.
+    """
+
+    name: str
+    """Of the data that is really read: "MNIST", or "embedded digits" after a fallback."""
+    fingerprint: str
+    """Of the images that are trained on; empty before `setup`."""
+
+    def __init__(
+        self,
+        dataset: Literal["mnist", "fashion", "digits"] = "mnist",
+        root: str | None = None,
+        download: bool = True,
+        fallback: Literal["digits"] | None = "digits",
+        batch_size: int = 128,
+        shift: int = 1,
+        in_memory: bool = True,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        for key, value, least in (("batch_size", batch_size, 1), ("shift", shift, 0), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise ConfigError(f"Too small: data.{key} is {value}. Expected {least} or more. Change --data.{key}.")
+        self.dataset, self.download, self.fallback = dataset, download, fallback
+        self.batch_size, self.shift = batch_size, shift
+        self.in_memory, self.num_workers = in_memory, num_workers
+
+        from_environment = os.environ.get("DATA_ROOT")
+        self.root = Path(root or from_environment or "data").expanduser()
+        self.root_named_by = "--data.root" if root else "DATA_ROOT" if from_environment else None
+        self.name = {"mnist": "MNIST", "fashion": "FashionMNIST", "digits": EMBEDDED}[dataset]
+        self.classes = GARMENTS if dataset == "fashion" else DIGITS
+        self.fingerprint = ""
+        self.raw = self.root / self.name / "raw"
+        self._parts: dict[str, Images] = {}
+        self._seed = 0
+        self._not_downloaded = "downloading was not tried" if download else "--data.download is false"
+
+    def prepare_data(self) -> None:
+        if self.dataset == "digits" or not self.download or len(sources.missing(self.raw)) < len(sources.FILES):
+            return
+        try:
+            sources.download(self.name, self.raw)
+        except (OSError, RuntimeError) as error:
+            self._not_downloaded = "the download failed: " + " ".join(str(error).split())
+
+    def setup(self, stage: str | None = None) -> None:
+        if self._parts:  # Lightning calls this before fit and again before test: one split for both
+            return
+        train, test = self._load()
+        order = np.random.RandomState(0).permutation(len(train))  # frozen by NumPy: the same split in every version
+        held_out = len(train) // 12
+        val, train = train.pick(order[:held_out]), train.pick(order[held_out:])
+        self.fingerprint = _fingerprint(train)
+        self._seed = torch.initial_seed()
+        repeats = EMBEDDED_REPEATS if self.name == EMBEDDED else 1
+        self._parts = {"train": train.repeat(repeats), "val": val, "test": test}
+
+    def train_dataloader(self) -> Batches | ResumableLoader:
+        if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
+            return self._loader("train")  # the same batches again and again
+        return self._loader("train", shuffle=True, shift=self.shift)
+
+    def val_dataloader(self) -> Batches | ResumableLoader:
+        return self._loader("val")
+
+    def test_dataloader(self) -> Batches | ResumableLoader:
+        return self._loader("test")
+
+    def _load(self) -> tuple[Images, Images]:
+        missing = sources.missing(self.raw) if self.dataset != "digits" else []
+        if self.dataset == "digits" or len(missing) == len(sources.FILES):
+            if self.dataset != "digits":
+                self._fall_back()
+            self.name, self.classes = EMBEDDED, DIGITS
+            return sources.embedded_digits()
+        train, test = sources.read(self.raw, "train"), sources.read(self.raw, "t10k")
+        if (len(train), len(test)) != (60_000, 10_000):
+            self.name += f" of {len(train)} training and {len(test)} test images"
+        return train, test
+
+    def _fall_back(self) -> None:
+        """Says loudly that the embedded digits stand in.
+
+        Raises:
+            DataError: They may not.
+        """
+        where = f"No {self.name} in {self.raw} (the root is {self.root_named_by or 'the default'})"
+        if self.root_named_by or not self.fallback:
+            instead = f"leave {self.root_named_by} out" if self.fallback else "allow --data.fallback digits"
+            raise DataError(
+                f"{where}, and {self._not_downloaded}. Expected {', '.join(sources.FILES)}, plain or .gz. "
+                f"Put them there, name another root with --data.root or DATA_ROOT, or {instead} for the {EMBEDDED}."
+            )
+        _warn(
+            f"WARNING: {where}, and {self._not_downloaded}. The {EMBEDDED} are used instead: this is NOT {self.name}. "
+            f"Name a folder that holds {self.name}/raw with --data.root or DATA_ROOT."
+        )
+
+    def _loader(self, part: str, shuffle: bool = False, shift: int = 0) -> Batches | ResumableLoader:
+        self.setup()
+        data = self._parts[part]
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        augment = RandomShift(shift) if shift else None
+        if not self.in_memory:
+            loader = DataLoader(
+                OneByOne(data, augment), batch_size=self.batch_size, shuffle=shuffle, num_workers=self.num_workers
+            )
+            return resumable(loader, seed=self._seed, rank=rank, world_size=world_size)
+        if self.trainer and _fits(data, self.trainer.strategy.root_device):
+            data = data.to(self.trainer.strategy.root_device)
+        return Batches(
+            data.images,
+            data.labels,
+            batch_size=self.batch_size,
+            seed=self._seed,
+            shuffle=shuffle,
+            augment=augment,
+            rank=rank,
+            world_size=world_size,
+        )
+
+
+class RandomShift:
+    """Moves each image (B, C, H, W) of a batch by its own random number of pixels, up to `reach` each way; 0 comes in.
+
+    The offsets are drawn from the CPU generator that is given, so that every device moves alike.
+    """
+
+    def __init__(self, reach: int) -> None:
+        self.reach = reach
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        down, right = torch.randint(2 * self.reach + 1, (2, len(images)), generator=generator).to(images.device)
+        height, width = images.shape[-2:]
+        # A view of each place where the frame can lie on the padded image, (B, C, down, right, H, W): nothing is copied
+        frames = F.pad(images, [self.reach] * 4).unfold(2, height, 1).unfold(3, width, 1)
+        return frames[torch.arange(len(images), device=images.device), :, down, right]
+
+
+class OneByOne(Dataset[tuple[Tensor, Tensor]]):
+    """Image by image. Draws from torch's global generator, which `resumable` seeds from (seed, epoch, index)."""
+
+    def __init__(self, data: Images, augment: RandomShift | None) -> None:
+        self.data, self.augment = data, augment
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = self.data.images[index], self.data.labels[index]
+        return self.augment(image[None])[0] if self.augment else image, label
+
+
+DIGITS = tuple("0123456789")
+GARMENTS = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
+
+_warn = rank_zero_only(logging.getLogger(__name__).warning)
+
+
+def _fits(data: Images, device: torch.device) -> bool:
+    """In a quarter of the accelerator's free memory. Elsewhere than on CUDA, Lightning moves each batch."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return data.images.nbytes + data.labels.nbytes < free // 4
+
+
+def _fingerprint(data: Images) -> str:
+    digest = hashlib.sha256(data.images.numpy().data)
+    digest.update(data.labels.numpy().data)
+    return digest.hexdigest()[:16]

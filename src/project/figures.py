@@ -1,0 +1,123 @@
+"""Pictures of a test, for TensorBoard: the confusion matrix and the worst mistakes. Drawn once, after the test."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+INK, PAPER, RIGHT, WRONG = (30, 30, 30), (255, 255, 255), (40, 110, 180), (205, 60, 40)
+CELL = 44
+"""Pixels a side of one cell of the confusion matrix."""
+
+
+class TestFigures(Callback):
+    """Collects what a test got wrong. Needs a `test_step` that returns logits for a batch of (images, labels).
+
+    With several processes the matrix counts all of them, the mistakes are those of rank 0.
+    """
+
+    __test__ = False  # pytest takes any class called Test... for a test
+
+    def __init__(self, worst: int = 25) -> None:
+        self.worst = worst
+        self.confusion = torch.zeros(0)
+        self.mistakes: list[tuple[Tensor, ...]] = []
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.confusion, self.mistakes = torch.zeros(0), []
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        if not isinstance(outputs, Tensor):
+            return
+        images, labels = batch
+        guesses, classes = outputs.argmax(1), outputs.shape[1]
+        counts = (labels * classes + guesses).bincount(minlength=classes**2).view(classes, classes)
+        self.confusion = self.confusion + counts if len(self.confusion) else counts
+        wrong = guesses != labels
+        losses = F.cross_entropy(outputs[wrong].float(), labels[wrong], reduction="none")
+        self.mistakes.append((losses, images[wrong], labels[wrong], guesses[wrong]))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        confusion = trainer.strategy.reduce(self.confusion, reduce_op="sum")
+        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not writers or not len(confusion) or not trainer.is_global_zero:
+            return
+        names = getattr(getattr(trainer, "datamodule", None), "classes", None) or list(map(str, range(len(confusion))))
+        losses, *rest = (torch.cat(parts) for parts in zip(*self.mistakes, strict=True))
+        images, labels, guesses = (part[losses.argsort(descending=True)[: self.worst]].cpu() for part in rest)
+        for writer in writers:
+            step = trainer.global_step
+            writer.add_image("test/confusion", _pixels(draw_confusion(confusion.cpu(), names)), step, dataformats="HWC")
+            if len(images):
+                grid = draw_mistakes(images, labels.tolist(), guesses.tolist(), names)
+                writer.add_image("test/worst_mistakes", _pixels(grid), step, dataformats="HWC")
+
+
+def draw_confusion(counts: Tensor, names: Sequence[str]) -> Image.Image:
+    """One row a true class, one column a predicted one. Blue is right, red is wrong, stronger is more.
+
+    Args:
+        counts: (classes, classes) int, `counts[true, predicted]`.
+    """
+    classes, font = len(counts), _font(15)
+    left, top = 40 + max(round(font.getlength(name)) for name in names), 92
+    picture = Image.new("RGB", (left + classes * CELL + 16, top + classes * CELL + 16), PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((16, 14), f"{int(counts.diagonal().sum()):,} of {int(counts.sum()):,} right", INK, _font(18))
+    draw.text((16, 40), "row: true, column: predicted", INK, _font(13))
+    most_wrong = max(1, int((counts - counts.diagonal().diag()).max()))
+    for row, name in enumerate(names):
+        draw.text((left - 12, top + (row + 0.5) * CELL), name, INK, font, anchor="rm")
+        draw.text((left + (row + 0.5) * CELL, top - 22), _short(name), INK, font, anchor="mm")
+        in_row = max(1, int(counts[row].sum()))
+        for column in range(classes):
+            count = int(counts[row, column])
+            color = _mix(RIGHT, count / in_row) if row == column else _mix(WRONG, math.sqrt(count / most_wrong))
+            x, y = left + column * CELL, top + row * CELL
+            draw.rectangle((x, y, x + CELL - 2, y + CELL - 2), color)
+            ink = PAPER if sum(color) < 450 else INK
+            if count:
+                draw.text((x + CELL / 2 - 1, y + CELL / 2 - 1), str(count), ink, font, anchor="mm")
+    return picture
+
+
+def draw_mistakes(images: Tensor, labels: Sequence[int], guesses: Sequence[int], names: Sequence[str]) -> Image.Image:
+    """A grid of images (N, 1, H, W) uint8, each under its true and its predicted class."""
+    columns, side, title, top = min(len(images), 5), 112, 26, 32
+    rows = math.ceil(len(images) / columns)
+    picture = Image.new("RGB", (columns * (side + 12) + 12, top + rows * (side + title + 8)), PAPER)
+    draw = ImageDraw.Draw(picture)
+    draw.text((12, 10), "true > predicted", INK, _font(13))
+    for i, (image, label, guess) in enumerate(zip(images, labels, guesses, strict=True)):
+        x, y = 12 + i % columns * (side + 12), top + i // columns * (side + title + 8)
+        words = f"{names[label]} > {names[guess]}"
+        draw.text((x + side / 2, y + title / 2), words, INK, _font(18 if len(words) < 9 else 11), anchor="mm")
+        drawn = Image.fromarray(255 - image[0].numpy()).resize((side, side), Image.Resampling.NEAREST)
+        picture.paste(drawn, (x, y + title))
+    return picture
+
+
+def _mix(color: tuple[int, int, int], share: float) -> tuple[int, int, int]:
+    red, green, blue = (round(255 - (255 - channel) * share) for channel in color)
+    return red, green, blue
+
+
+def _short(name: str) -> str:
+    return name if len(name) < 6 else name[:4] + "."
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size)
+
+
+def _pixels(picture: Image.Image) -> np.ndarray[Any, Any]:
+    return np.asarray(picture)

@@ -1,0 +1,1 @@
+"""Checkpoints on disk. Nothing is imported here: `manifest` and the commands start without torch."""

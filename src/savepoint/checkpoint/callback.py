@@ -1,0 +1,440 @@
+"""When to save: at the three points of a training where nothing is half done, and how a resume goes on from there.
+
+    batch        the train loader is asked for its next batch
+    epoch        an epoch begins, or the last one has ended
+    validation   inside a validation (signals only): the state is that of its start, and a resume runs it again
+
+At Lightning's other hooks a log row, a plateau step or a validation of the same step is still to come, so a file made
+there resumes one of them short. What is due there waits for the next point.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+
+from savepoint import preemption
+from savepoint.checkpoint import format, state
+from savepoint.checkpoint.io import CheckpointIO
+from savepoint.checkpoint.retention import Retention
+from savepoint.checkpoint.scores import Scores
+from savepoint.checkpoint.store import CheckpointStore
+from savepoint.errors import CheckpointSaveError, ConfigError, NonFiniteLossError
+from savepoint.preemption import Preempted
+
+Point = Literal["batch", "epoch", "validation"]
+NEVER = 2**62  # the step of the first non-finite loss, while there is none
+
+
+@dataclass
+class Provenance:
+    """What a run writes into each of its checkpoints. `parent` is the digest of the checkpoint this process started from."""
+
+    run_id: str = ""
+    config: str = ""
+    parent: str | None = None
+
+
+class CheckpointCallback(Checkpoint):
+    """Saves the whole state of a training to `<default_root_dir>/checkpoints`, and resumes it exactly.
+
+    Args:
+        save_every_epochs: Epochs between saves, at the end of an epoch; null for none.
+        save_every_steps: Optimizer steps between saves; null for none.
+        save_every_secs: Seconds between saves; null for none.
+        monitor: Metric that ranks checkpoints; null for none. A checkpoint counts only with a value measured at its own step.
+        mode: Whether the best value of `monitor` is the smallest (min) or the largest (max).
+        keep_last: Newest checkpoints to keep.
+        keep_best: Best checkpoints to keep.
+        keep_every_n_epochs: Keep the end of every n-th epoch for good.
+        keep_every_n_steps: Keep every n-th step, of those that were saved, for good.
+        async_save: Write in a thread while training goes on, from a copy of the state in main memory.
+        on_nan: What a NaN or infinite training loss does: stop the run, or warn and save nothing until the weights are finite.
+        dirpath: Another directory for the checkpoints.
+    """
+
+    def __init__(
+        self,
+        save_every_epochs: int | None = 1,
+        save_every_steps: int | None = None,
+        save_every_secs: float | None = None,
+        monitor: str | None = "val/accuracy",
+        mode: Literal["min", "max"] = "max",
+        keep_last: int = 1,
+        keep_best: int = 1,
+        keep_every_n_epochs: int | None = None,
+        keep_every_n_steps: int | None = None,
+        async_save: bool = False,
+        on_nan: Literal["stop", "warn"] = "stop",
+        dirpath: str | None = None,
+    ) -> None:
+        for name, every in (("epochs", save_every_epochs), ("steps", save_every_steps), ("secs", save_every_secs)):
+            if every is not None and every <= 0:
+                raise ConfigError(
+                    f"checkpoint.save_every_{name} is {every}. Expected more than 0. Give null to save without this interval."
+                )
+        self.save_every_epochs, self.save_every_steps = save_every_epochs, save_every_steps
+        self.save_every_secs, self.monitor, self.mode = save_every_secs, monitor, mode
+        self.retention = Retention(
+            keep_last=keep_last,
+            keep_best=keep_best,
+            keep_every_n_epochs=keep_every_n_epochs,
+            keep_every_n_steps=keep_every_n_steps,
+        )
+        self.async_save, self.on_nan, self.dirpath = async_save, on_nan, dirpath
+        self.provenance = Provenance()
+        self.failure: CheckpointSaveError | None = None  # of the newest save; None once a later one succeeded
+        self.scores = Scores(monitor, mode)
+        self._enabled = False
+        self._saved: tuple[int, Point] | None = None
+        self._saved_step = 0
+        self._at: Point | None = None
+        self._facts: dict[str, Any] = {}
+        self._pending: dict[str, Any] | None = None
+        self._at_validation: dict[str, Any] | None = None
+
+    # -- setting up --------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        refuse_last(trainer)
+        directory = Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
+        self.store = CheckpointStore(
+            trainer.strategy.broadcast(directory), retention=self.retention, monitor=self.monitor, mode=self.mode
+        )
+        if not isinstance(trainer.strategy.checkpoint_io, CheckpointIO):
+            trainer.strategy.checkpoint_io = CheckpointIO(async_save=self.async_save)
+        trainer.strategy.checkpoint_io.store = self.store
+        self._pending = None
+        self._enabled = not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    @property
+    def best_model_path(self) -> str:
+        """Where `Trainer.fit(ckpt_path="best")` looks."""
+        best = self.store.best() if hasattr(self, "store") else None
+        return str(best.path) if best else ""
+
+    @property
+    def state_key(self) -> str:
+        return "CheckpointCallback"  # whatever a subclass is called, and whatever its settings are
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": self.scores.state_dict(), "saved_step": self._saved_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved_step = state_dict["saved_step"]
+        if not self.scores.load_state_dict(state_dict["scores"]) and hasattr(self, "store"):
+            # Another metric ranks now: each manifest holds all metrics of its step, so the files are ranked again.
+            self.scores.begin_with(self.store.best())
+
+    # -- going on from a checkpoint ----------------------------------------------------------------------------------
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not checkpoint.get("at"):
+            return
+        rank, others = trainer.global_rank, checkpoint.get("other_ranks", [])
+        if len(others) + 1 == trainer.world_size:
+            self._pending = checkpoint | (others[rank - 1] if rank else {})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._enabled:
+            return
+        preemption.arm()
+        loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
+        self._exact = len(loaders) == 1 and hasattr(loaders[0], "at_boundary")
+        if self._exact:
+            loaders[0].at_boundary = lambda: self._boundary(trainer)
+        elif trainer.is_global_zero:
+            print("The training data loader keeps no position: checkpoints at epoch ends only, and a resume is not exact. "
+                  "Wrap it: savepoint.loader.resumable(loader).")  # fmt: skip
+        self._saved_at = time.monotonic()
+        self._first_bad = torch.tensor(NEVER, device=pl_module.device)
+        with state.isolated_rng(pl_module.device):
+            format.check_readable(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
+        if trainer.is_global_zero:
+            self.store.directory.mkdir(parents=True, exist_ok=True)
+            self.store.sweep()
+        if self._pending:
+            state.reenter(trainer, pl_module, self._pending)
+
+    def _arrived(self, module: LightningModule, at: Point) -> bool:
+        """Whether this is the very point of the checkpoint. Random states come last: nothing may draw after them."""
+        if not self._pending or self._pending["at"] != at:
+            return False
+        state.restore_rng(self._pending["rng"], module.device)
+        self._pending = None
+        return True
+
+    # -- the safe points ---------------------------------------------------------------------------------------------
+
+    def _boundary(self, trainer: Trainer) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        # While gradients are pending there is no safe point: they are not in the file.
+        first, pending_gradients = not loop.batch_progress.current.ready, loop._should_accumulate()
+        self._raise_pending(trainer)
+        if not self._arrived(trainer.lightning_module, "batch") and not first and not pending_gradients:
+            self._poll(trainer, "batch")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._enabled and not self._arrived(pl_module, "epoch") and trainer.global_step:
+            self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
+            self._poll(trainer, "epoch")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._enabled:
+            return
+        self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
+        self._check_finite(trainer)
+        self._save(trainer, "epoch", reason="end", ended=why_ended(trainer))
+        self._finish_writing(trainer)
+        preemption.disarm()
+        if stop := self._agree(trainer)[0]:
+            self._leave(trainer, stop)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._enabled and not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
+            self._arrived(pl_module, "validation")
+            self._at_validation = self._capture(trainer) | {"fit_loop": trainer.fit_loop.state_dict()}
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if self._at_validation is None or trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        stop, save = self._agree(trainer)
+        if stop or save:
+            with current_weights(trainer):
+                self._save(trainer, "validation", reason=self._reason(stop, save))
+        if stop:
+            self._leave(trainer, stop)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._at_validation is None:
+            return
+        self._at_validation = None
+        metrics = trainer.fit_loop.epoch_loop.val_loop._results.metrics(on_step=False)["callback"]
+        self.scores.measure_validation(metrics, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        # Kept on the device: asking for the value here would make the device wait at every step.
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        if self._enabled and isinstance(loss, Tensor):
+            first = self._first_bad.clamp(max=trainer.global_step)
+            self._first_bad = torch.where(torch.isfinite(loss), self._first_bad, first)
+
+    # -- deciding ----------------------------------------------------------------------------------------------------
+
+    def _poll(self, trainer: Trainer, at: Point) -> None:
+        stop, save = self._agree(trainer)
+        reason = self._reason(stop, save) or self._due(trainer, at)
+        if reason or trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._check_finite(trainer)
+        if reason:
+            self._save(trainer, at, reason=reason)
+        if stop:
+            self._leave(trainer, stop)
+        if at == "epoch":
+            self.scores.require_monitor()
+
+    def _agree(self, trainer: Trainer) -> tuple[int, bool]:
+        """(signal to stop or 0, save now): the same on every rank, or one would save and stop while others train on."""
+        now = self.save_every_secs is not None and time.monotonic() - self._saved_at >= self.save_every_secs
+        now = now or preemption.requests.save or self._save_now.exists()
+        stop = preemption.requests.stop
+        if trainer.world_size > 1:
+            flags = torch.tensor([stop, int(now)], device=trainer.strategy.root_device)
+            stop, now = trainer.strategy.reduce(flags, reduce_op="max").tolist()  # type: ignore[union-attr]
+        return stop, bool(now)
+
+    @property
+    def _save_now(self) -> Path:
+        return self.store.directory.parent / "save-now"
+
+    def _reason(self, stop: int, save: bool) -> str:
+        return f"signal {stop}" if stop else "request or time" if save else ""
+
+    def _due(self, trainer: Trainer, at: Point) -> str:
+        step, every = trainer.global_step, self.save_every_steps
+        if every and step // every > self._saved_step // every:
+            return "steps"
+        if at == "epoch" and self.save_every_epochs and trainer.current_epoch % self.save_every_epochs == 0:
+            return "epochs"
+        return "best" if self.retention.keep_best and self.scores.best_step == step else ""
+
+    def _check_finite(self, trainer: Trainer) -> None:
+        """Says, or raises, what `on_train_batch_end` saw. Every rank asks at the same steps."""
+        first = int(trainer.strategy.reduce(self._first_bad, reduce_op="min"))
+        if first == NEVER:
+            return
+        latest = self.store.latest()
+        where = f"The last checkpoint, {latest.path}, is from before it" if latest else "There is no checkpoint yet"
+        message = f"The training loss is not finite: first at step {first}. Expected a number. {where}."
+        if self.on_nan == "stop":
+            raise NonFiniteLossError(message + " Resume from it with a lower learning rate (--allow model.lr).")
+        if all(bool(torch.isfinite(p).all()) for p in trainer.lightning_module.parameters()):
+            self._first_bad.fill_(NEVER)  # one bad batch, left out by a gradient scaler: the weights are sound
+            return
+        error = CheckpointSaveError(message + " The weights are not finite either.", self.store.directory)
+        self._fail(trainer, error)
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def _save(self, trainer: Trainer, at: Point, *, reason: str, ended: str | None = None) -> None:
+        step = trainer.global_step
+        if self._first_bad < NEVER or (self._saved == (step, at) and ended is None):
+            return
+        for logger in trainer.loggers:
+            # The rows that a checkpoint counts are on disk before it: a crash between the two leaves rows too many,
+            # which a resume cuts, never a gap.
+            if hasattr(logger, "sync"):
+                logger.sync()
+        self._saved, self._saved_step = (step, at), step
+        self._at, self._facts = at, self._make_facts(trainer, at, reason, ended)
+        said, started, path = self._when(trainer, at) + self.scores.sentence(step), time.perf_counter(), self.store.path(step)
+        writer: CheckpointIO = trainer.strategy.checkpoint_io  # type: ignore[assignment]
+        try:
+            with state.isolated_rng(trainer.lightning_module.device):
+                trainer.save_checkpoint(path)
+            if trainer.is_global_zero:
+                writer.submit(lambda: self._commit(path, said, started))
+                self._save_now.unlink(missing_ok=True)
+        except CheckpointSaveError as error:
+            self._fail(trainer, error)
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
+        finally:
+            self._at, self._facts = None, {}
+        preemption.requests.save = False
+        self._saved_at = time.monotonic()
+
+    def _commit(self, path: Path, said: str, started: float) -> None:
+        self.store.commit()
+        self.failure = None
+        milliseconds = 1000 * (time.perf_counter() - started)
+        print(f"{said}saved {path.name} ({path.stat().st_size / 1e6:.2f} MB, {milliseconds:.0f} ms)", flush=True)
+
+    def _when(self, trainer: Trainer, at: Point) -> str:
+        return f"epoch {trainer.current_epoch}: " if at == "epoch" else f"step {trainer.global_step}: "
+
+    def _fail(self, trainer: Trainer, error: CheckpointSaveError) -> None:
+        self.failure = error
+        print(f"{error} Training goes on; the checkpoints before it are intact.", file=sys.stderr, flush=True)
+
+    def _raise_pending(self, trainer: Trainer) -> None:
+        try:
+            trainer.strategy.checkpoint_io.raise_pending()  # type: ignore[union-attr]
+        except CheckpointSaveError as error:
+            self._fail(trainer, error)
+
+    def _finish_writing(self, trainer: Trainer) -> None:
+        try:
+            trainer.strategy.checkpoint_io.wait()  # type: ignore[union-attr]
+        except CheckpointSaveError as error:
+            self._fail(trainer, error)
+
+    def _leave(self, trainer: Trainer, stop: int) -> None:
+        self._finish_writing(trainer)
+        preemption.disarm()
+        preempted = Preempted(stop)
+        if not trainer.is_global_zero:
+            preempted.code = 0  # or the launcher would take this rank for a crashed one, and kill the one that saves
+        raise preempted
+
+    def _capture(self, trainer: Trainer) -> dict[str, Any]:
+        rows = [logger.rows for logger in trainer.loggers if hasattr(logger, "rows")]
+        return state.capture(trainer, trainer.lightning_module) | {"logged_rows": rows[0] if rows else None}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self._enabled:
+            return
+        own = self._capture(trainer)
+        if self._at == "validation":
+            own = dict(self._at_validation or {})
+            checkpoint["loops"]["fit_loop"] = own.pop("fit_loop")
+        if self._at == "epoch":
+            # At an epoch's start Lightning counts it as begun: the resume would leave out its first hooks.
+            for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+                progress["ready"] = progress["completed"]
+        checkpoint.update(own)
+        if trainer.world_size > 1:
+            gathered: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, own)
+            checkpoint.update(gathered[0])
+            checkpoint["other_ranks"] = gathered[1:]
+        checkpoint["at"] = self._at
+        checkpoint["config"] = self.provenance.config
+        checkpoint["optimizer"] = next(iter(checkpoint["optimizer_states"]), None)
+        checkpoint[self.scores.key] = self.scores.best
+        checkpoint["canary"] = state.canary(pl_module, checkpoint["state_dict"])
+        checkpoint["manifest"] = self._facts or self._make_facts(trainer, None, "user", None)
+
+    def _make_facts(self, trainer: Trainer, at: Point | None, reason: str, ended: str | None) -> dict[str, Any]:
+        step, data = trainer.global_step, getattr(trainer, "datamodule", None)
+        return {
+            "step": step,
+            "epoch": trainer.current_epoch,
+            "at": at,
+            "exact": at is not None and self._exact,
+            "reason": reason,
+            "ended": ended,
+            "run_id": self.provenance.run_id,
+            "parent": self.provenance.parent,
+            "dataset": {key: getattr(data, key, None) for key in ("name", "fingerprint")},
+            "world_size": trainer.world_size,
+            "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        } | self.scores.facts(step) | state.environment(trainer.strategy.root_device)
+
+
+def why_ended(trainer: Trainer) -> str:
+    """Which limit ended the training: said when a finished run is resumed."""
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return "max_steps"
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch:
+        return "max_epochs"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
+            return "early stopping"
+        if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:
+            return "max_time"
+    return "a callback"
+
+
+@contextmanager
+def current_weights(trainer: Trainer) -> Iterator[None]:
+    """Inside a validation, weight averaging holds the averaged weights in the module: a save needs the current ones there."""
+    averaging = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
+    for callback in averaging:
+        callback.on_validation_epoch_end(trainer, trainer.lightning_module)
+    try:
+        yield
+    finally:
+        for callback in averaging:
+            callback.on_validation_epoch_start(trainer, trainer.lightning_module)
+
+
+def refuse_last(trainer: Trainer) -> None:
+    """`Trainer.fit(ckpt_path="last")` looks at Lightning's ModelCheckpoint only; finding none, it trains from scratch.
+
+    By the time a callback is asked, Lightning has forgotten the word: it stands only in the frame of `fit`.
+    """
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "fit" and frame.f_locals.get("self") is trainer:
+            if frame.f_locals.get("ckpt_path") == "last" and not trainer.ckpt_path:
+                raise ConfigError(
+                    'Trainer.fit(ckpt_path="last") finds no checkpoint of this callback. Expected a path or "best". '
+                    "Continue the newest checkpoint of a run with: python resume.py RUN_DIR"
+                )
+            return

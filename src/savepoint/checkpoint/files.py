@@ -1,0 +1,155 @@
+"""How one file gets its name, durably: temporary names, renames, links, and what a failure is called.
+
+Each function leaves either what was there or what was asked for under the final name, whenever the process dies.
+"""
+
+import contextlib
+import errno
+import itertools
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from savepoint.checkpoint import manifest
+from savepoint.errors import CheckpointError, CheckpointSaveError
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+_ADVICE: dict[int | None, str] = {
+    **dict.fromkeys(FULL, "Free some space there, or keep fewer checkpoints."),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make that directory writable, or choose another."),
+}
+_HOST = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
+_TEMP_NAME = re.compile(r"\.(?:step-\d+|last|best)\.ckpt\.tmp-(?P<host>[^-]+)-(?P<pid>\d+)-[0-9a-f]+")
+_temps_in_use: set[str] = set()  # this process's own: in a container the process before may have had the same pid
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file, open for writing and reading, that is `path` once the block ends; if that fails, nothing changed."""
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _temp_for(path) as temp:
+            # 0o666 less the umask, as any file a user makes. A crash in here leaves a temp: the next sweep takes it.
+            descriptor = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            with os.fdopen(descriptor, "w+b") as file:
+                yield file
+                file.flush()
+                # Without this, a power cut after the rename can leave the new name without bytes and the old file gone.
+                os.fsync(file.fileno())
+            # A crash before this line costs the new file: the old one stands, a temp is left for the next sweep. The
+            # name changes in one step, and only ever to bytes that are on disk.
+            os.replace(temp, path)
+        # A crash before this line costs, at a power cut only, the new name: the directory shows the old file again.
+        _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # file systems that keep no such promise to break
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _temp_for(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; gone at the end, renamed or not. It never ends in .ckpt."""
+    temp = path.with_name(f".{path.name[:60]}.tmp-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}")
+    _temps_in_use.add(temp.name)
+    try:
+        yield temp
+    finally:
+        with contextlib.suppress(OSError):  # what stays is swept at the next start; the first error matters more
+            temp.unlink()
+        _temps_in_use.discard(temp.name)
+
+
+def is_stale_temp(path: Path) -> bool:
+    """Whether `path` is what a process that is dead was writing here."""
+    if not (match := _TEMP_NAME.fullmatch(path.name)):
+        return False
+    if match["host"] != _HOST:  # a container's name changes at each start; a writer that lives wrote within the hour
+        return time.time() - path.stat().st_mtime > 3600
+    if int(match["pid"]) == os.getpid():
+        return path.name not in _temps_in_use
+    try:
+        os.kill(int(match["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # someone else's process: it lives
+        return False
+    return False
+
+
+def point(pointer: Path, target: Path) -> None:
+    """Make `pointer` another name of `target`, in one step: there is no moment without it."""
+    if is_same(pointer, target):
+        return
+    makers: list[Callable[[Path, Path], None]] = [os.link, _symlink, _copy]
+    for make in makers:
+        with _temp_for(pointer) as temp:
+            try:
+                make(target, temp)
+            except OSError:
+                if make is _copy:
+                    raise
+                continue
+            # A crash before this line costs a pointer to an earlier checkpoint, which still exists: deletions come
+            # later, and the next commit points again.
+            os.replace(temp, pointer)
+            return
+
+
+def _symlink(target: Path, link: Path) -> None:
+    link.symlink_to(target.name)  # relative: the directory can be moved
+
+
+def _copy(source: Path, copy: Path) -> None:
+    with source.open("rb") as reader, copy.open("xb") as writer:
+        shutil.copyfileobj(reader, writer)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def is_same(pointer: Path, target: Path) -> bool:
+    """Whether `pointer` shows `target`: a link to it, or a copy of it."""
+    try:
+        return pointer.samefile(target) or manifest.read(pointer) == manifest.read(target)
+    except (CheckpointError, OSError):
+        return False
+
+
+def move(path: Path, target: Path) -> Path:
+    """Rename `path`, never onto a file: a name that is taken gets a number."""
+    free = target
+    for number in itertools.count(2):
+        if not os.path.lexists(free):
+            break
+        free = target.with_name(f"{target.stem}.{number}{target.suffix}")
+    with saving(path):
+        os.replace(path, free)
+    return free
+
+
+@contextlib.contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Turn what the file system says into a CheckpointSaveError with the path, the reason and `errno`."""
+    try:
+        yield
+    except OSError as error:
+        failure = CheckpointSaveError(
+            f"Saving failed: {path}: {error.strerror or error}. Expected to be able to write, rename and delete in "
+            f"{path.parent}; what was there is intact. {_ADVICE.get(error.errno, 'Look at the disk.')}",
+            path,
+        )
+        failure.errno = error.errno
+        raise failure from error

@@ -1,0 +1,176 @@
+"""How the bytes of a checkpoint look: plain nested dicts to a file and back. Torch, but no policy and no Lightning.
+
+A state holds plain Python values and tensors only, so that `torch.load(path, weights_only=True)` reads all of it:
+nothing here ever loads in another way. The manifest is written last (see `manifest`), by the same call.
+"""
+
+import hashlib
+import io
+import pickle
+import struct
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from savepoint.checkpoint import manifest
+from savepoint.errors import CheckpointContentError
+
+State = dict[str, Any]
+
+# From format n to n + 1. A reader of old files is never removed: its test holds a small file of each old format.
+MIGRATIONS: dict[int, Callable[[State], State]] = {}
+
+# Read back by weights_only exactly as they are. Anything else is tried, one value at a time.
+_PLAIN = {type(None), bool, float, complex, str, bytes, bytearray, torch.Size, torch.dtype, torch.device}
+_CONTAINERS = {dict, OrderedDict, Counter, list, tuple, set}
+_TENSORS = {Tensor, torch.nn.Parameter}
+
+
+def encode(state: Mapping[str, Any], facts: Mapping[str, Any], file: BinaryIO) -> State:
+    """Write `state` and its manifest to `file`, open for reading and writing; returns the manifest. Tensors stream.
+
+    Raises:
+        CheckpointContentError: a value that could not be read back; nothing was written.
+        OSError: what the file system says.
+    """
+    check_readable(state)
+    try:
+        torch.save(dict(state), file)
+    except RuntimeError as error:
+        # Torch ends the archive of a failed write and fails again: the first error has the file system's own words.
+        raise _first_os_error(error) or error from error
+    return manifest.append(file, facts)
+
+
+def decode(path: Path | str, map_location: Any = "cpu", mmap: bool = False) -> State:
+    """The state in `path`. Bytes are taken as they are: `store.load` looks at them first.
+
+    Raises:
+        CheckpointCorruptError: torch cannot read it; `manifest.read` has more.
+    """
+    path = manifest.local_path(path)
+    facts = manifest.read(path)
+    try:
+        state: State = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = manifest.diagnose(path) or f"torch {torch.__version__} cannot read it: {str(error).splitlines()[0]}"
+        raise manifest.corrupt(path, reason) from error
+    for version in range(facts["format_version"], manifest.FORMAT_VERSION):
+        state = MIGRATIONS[version](state)
+    return state
+
+
+def check_readable(state: Any) -> None:
+    """Refuse a state that could be written but not read back. Costs a walk, no copy of a tensor.
+
+    Raises:
+        CheckpointContentError: names the key and the type of the first such value.
+    """
+    for key, value in leaves(state):
+        if not _reads_back(value):
+            kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            raise CheckpointContentError(
+                f"A checkpoint cannot hold this value: {key} is a {kind}. A tensor or a plain value (number, text, "
+                "list, dict, ...) was expected, as only those can be read back safely. "
+                "Store it as one of them, such as a str or a list.",
+                "",
+                key,
+            )
+
+
+def fingerprint(tree: Any) -> str:
+    """sha256 over a nested tree of plain values and tensors: equal if and only if every value and every bit is.
+
+    The order of dict keys and the device of tensors do not count; types, dtypes and shapes do.
+    """
+    return _hash(tree).hex()
+
+
+def leaves(value: Any, key: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
+    """Every value of the tree that is no container, with its place: `hyper_parameters.root`, `betas[0]`."""
+    kind = type(value)
+    if kind not in _CONTAINERS:
+        yield key or "the checkpoint", value
+        return
+    seen = set() if seen is None else seen
+    if id(value) in seen:  # shared, or a cycle: pickle writes it once
+        return
+    seen.add(id(value))
+    if isinstance(value, dict):
+        for name, item in value.items():
+            place = f"{key}.{name}" if key else str(name)
+            if type(name) is not str:
+                yield from leaves(name, f"the key {place}", seen)
+            yield from leaves(item, place, seen)
+    else:
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{key}[{index}]", seen)
+    for name, item in getattr(value, "__dict__", {}).items():  # an OrderedDict's, such as a state_dict's _metadata
+        yield from leaves(item, f"{key}.{name}", seen)
+
+
+def _reads_back(value: Any) -> bool:
+    kind = type(value)
+    if kind in _PLAIN and value != b"":  # of all bytes only the empty ones are pickled as a call that is refused
+        return True
+    if kind is int and value.bit_length() < 64:
+        return True
+    if kind in _TENSORS and value.layout is torch.strided and not value.is_quantized:
+        return not vars(value) or all(_reads_back(extra) for _, extra in leaves(vars(value)))
+    file = io.BytesIO()
+    try:
+        with warnings.catch_warnings(action="ignore"):  # what torch says of sparse tensors
+            torch.save(value, file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+    except Exception:  # noqa: BLE001 - whatever a user's __reduce__ raises: such a value cannot be stored
+        return False
+    return True
+
+
+def _first_os_error(error: BaseException | None) -> OSError | None:
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__context__
+    return None
+
+
+def _hash(value: Any) -> bytes:
+    """sha256 of one value: its type's name, then its parts, each of them hashed, so that no two trees run together."""
+    if isinstance(value, Tensor):
+        return _joined(b"tensor", *_tensor_parts(value))
+    if isinstance(value, Mapping):
+        pairs = sorted(_hash(key) + _hash(item) for key, item in value.items())
+        return _joined(b"dict", *pairs)
+    if isinstance(value, list | tuple):
+        return _joined(b"list" if isinstance(value, list) else b"tuple", *(_hash(item) for item in value))
+    if isinstance(value, set | frozenset):
+        return _joined(b"set", *sorted(_hash(item) for item in value))
+    if isinstance(value, bytes | bytearray):
+        return _joined(b"bytes", hashlib.sha256(value).digest())
+    if isinstance(value, float) and not isinstance(value, bool):
+        return _joined(b"float", struct.pack("<d", value))
+    if value is None or isinstance(value, bool | int | str | complex | torch.dtype | torch.device):
+        text = f"{type(value).__name__}:{value}".encode("utf-8", "surrogatepass")
+        return _joined(b"plain", hashlib.sha256(text).digest())
+    raise TypeError(f"No fingerprint for this value: {type(value)}. A tensor or a plain value was expected.")
+
+
+def _joined(kind: bytes, *parts: bytes) -> bytes:
+    total = hashlib.sha256(kind + b"\0" + str(len(parts)).encode() + b"\0")
+    for part in parts:
+        total.update(part)
+    return total.digest()
+
+
+def _tensor_parts(tensor: Tensor) -> tuple[bytes, bytes]:
+    head = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode()).digest()
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    data = plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    return head, hashlib.sha256(data).digest()

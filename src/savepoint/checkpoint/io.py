@@ -1,0 +1,175 @@
+"""The Lightning plugin that makes `trainer.save_checkpoint` as durable as the store's saves, at once or in a thread."""
+
+import copy
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO as LightningCheckpointIO
+from torch import Tensor
+
+from savepoint.checkpoint import format, manifest, store
+from savepoint.checkpoint.store import CheckpointStore
+from savepoint.errors import CheckpointForeignError, ConfigError
+
+
+class CheckpointIO(LightningCheckpointIO):
+    """Saves and loads Savepoint's checkpoints; a drop-in for Lightning's own `TorchCheckpointIO`.
+
+    A checkpoint's key `manifest` holds its facts and is taken out; without it they are made from what Lightning counts.
+
+    Args:
+        async_save: copy the state to the CPU and write it in one thread while training goes on. A second save waits for
+            the first. What fails in the thread is raised in the caller's by `raise_pending`, `wait`, or the next save.
+
+    Attributes:
+        store: set by the callback: a save under one of its names makes room on a full disk by its retention.
+    """
+
+    def __init__(self, async_save: bool = False) -> None:
+        self.async_save = async_save
+        self.store: CheckpointStore | None = None
+        self._writer: ThreadPoolExecutor | None = None
+        self._save: Future[None] | None = None
+        self._queued: list[Future[None]] = []
+        self._snapshot = _Snapshot()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any | None = None) -> None:
+        if storage_options is not None:
+            raise TypeError(
+                f"`Trainer.save_checkpoint(..., storage_options=...)` is not supported by {type(self).__name__}: "
+                f"{storage_options}. None was expected. Save to a local path."
+            )
+        facts = checkpoint.get("manifest") or _facts(checkpoint)
+        state = {key: value for key, value in checkpoint.items() if key != "manifest"}
+        if not self.async_save:
+            self._write(path, state, facts)
+            return
+        if self._save:
+            wait([self._save])  # its error stays pending: a save that failed must not keep the next from being made
+        format.check_readable(state)  # here, where the caller can see the error
+        copied = self._snapshot.take(state)
+        self._save = self._enqueue(lambda: self._write(path, copied, facts))
+        self.raise_pending()
+
+    def load_checkpoint(
+        self, path: Path | str, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """A checkpoint of ours after a look at every byte; a file of stock Lightning as it is, by the safe loader."""
+        if weights_only is False:
+            raise ConfigError(
+                f"An unsafe load was asked for: {path} with weights_only=False. Files are loaded as plain values and "
+                "tensors only, as a file could run any program otherwise. Leave weights_only out."
+            )
+        if self._queued:
+            wait(self._queued)
+        location = "cpu" if map_location is None else map_location
+        try:
+            return store.load(path, map_location=location)[0]
+        except CheckpointForeignError:
+            from savepoint.checkpoint import foreign
+
+            return foreign.load_plain(path, map_location=location)
+
+    def remove_checkpoint(self, path: Path | str) -> None:
+        target = manifest.local_path(path)
+        self.submit(lambda: target.unlink(missing_ok=True))
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run `job` now or, where saves are asynchronous, in the writer's thread after the saves before it.
+
+        It is left out if the save just before it failed: what relies on the new checkpoint must not happen without it.
+        """
+        if not self.async_save:
+            job()
+            return
+        save = self._save
+        self._enqueue(lambda: job() if save is None or save.exception() is None else None)
+
+    def raise_pending(self) -> None:
+        """Raise the first error of the writer's thread that no one has seen. Does not wait."""
+        while self._queued and self._queued[0].done():
+            self._queued.pop(0).result()
+
+    def wait(self) -> None:
+        """Return when all is written; raise the first error that no one has seen."""
+        wait(self._queued)
+        self.raise_pending()
+
+    def teardown(self) -> None:
+        if self._writer:
+            self._writer.shutdown(wait=True)
+            self._writer = None
+        self.raise_pending()
+
+    def _enqueue(self, job: Callable[[], None]) -> Future[None]:
+        # The pool's thread is no daemon: the interpreter waits for it before it ends, so no save is cut off.
+        self._writer = self._writer or ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint-writer")
+        future = self._writer.submit(job)
+        self._queued.append(future)
+        return future
+
+    def _write(self, path: Path | str, state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        target = manifest.local_path(path)
+        if self.store and target == self.store.path(facts["step"]):
+            self.store.write(state, facts)
+        else:
+            store.write(target, state, facts)
+
+
+class _Snapshot:
+    """Copies of states in CPU memory, in buffers that are kept from one copy to the next."""
+
+    def __init__(self) -> None:
+        self._buffers: list[torch.UntypedStorage] = []
+
+    def take(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`state` as it is now; overwrites the copy before it. Tensors that share memory share it in the copy too."""
+        used: dict[tuple[torch.device, int, int], torch.UntypedStorage] = {}
+        # deepcopy takes what its memo holds as copied already: our tensors. It copies the rest, shared parts once.
+        memo = {id(leaf): self._copy(leaf, used) for _, leaf in format.leaves(state) if isinstance(leaf, Tensor)}
+        copied = copy.deepcopy(state, memo)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies from the GPU were only started
+        self._buffers = list(used.values())
+        return copied
+
+    def _copy(self, tensor: Tensor, used: dict[tuple[torch.device, int, int], torch.UntypedStorage]) -> Tensor:
+        plain = tensor.detach()
+        if plain.layout is not torch.strided or plain.is_quantized or plain.is_conj() or plain.is_neg():
+            return plain.clone().cpu()
+        source = plain.untyped_storage()
+        key = (source.device, source.data_ptr(), source.nbytes())
+        if key not in used:
+            used[key] = self._buffer(len(used), source)
+            used[key].copy_(source, non_blocking=source.is_cuda)
+        view = torch.empty(0, dtype=plain.dtype)
+        view.set_(used[key], plain.storage_offset(), plain.shape, plain.stride())
+        result = torch.nn.Parameter(view) if isinstance(tensor, torch.nn.Parameter) else view
+        result.__dict__.update(vars(tensor))
+        return result.requires_grad_(tensor.requires_grad)
+
+    def _buffer(self, place: int, source: torch.UntypedStorage) -> torch.UntypedStorage:
+        if place < len(self._buffers) and self._buffers[place].nbytes() == source.nbytes():
+            return self._buffers[place]
+        # Pinned memory is what a GPU can copy to while it computes.
+        return torch.empty(source.nbytes(), dtype=torch.uint8, pin_memory=source.is_cuda).untyped_storage()
+
+
+def _facts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """For a checkpoint that no callback of ours has seen: what Lightning counts, and that it is not exact."""
+    return {
+        "step": checkpoint.get("global_step", 0),
+        "epoch": checkpoint.get("epoch", 0),
+        "at": None,
+        "exact": False,
+        "metrics": {},
+        "monitor": None,
+        "score": None,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"torch": torch.__version__, "lightning": lightning.__version__},
+    }

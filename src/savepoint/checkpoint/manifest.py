@@ -1,0 +1,281 @@
+"""The facts of one checkpoint file and the seal that shows damage. Standard library only: a listing imports no torch.
+
+A checkpoint is the zip archive that torch.save writes, with one more record and a comment at its end:
+
+    archive/data.pkl, archive/data/0, ...     torch's records, stored; their CRC32s stand in the directory
+    archive/manifest.json                     the facts, `body` and `digest` (see below)
+    directory, zip64 end records              zip's own
+    end record, comment                       `savepoint1 <offset of the manifest> <sha256>`
+
+- The comment's sha256 covers every byte from the manifest's local header to the end of the file but its own 64 digits.
+- `body` is the sha256 of every byte before the manifest that is no record's data: local headers and padding.
+- `digest` is the sha256 of (name, size, CRC32) of torch's records: the identity of the content.
+
+So each byte is covered by a CRC, by `body` or by the seal. `read` looks at the end of the file alone and vouches for
+the facts; `verify` looks at every byte. torch.load, Lightning and zipfile read the file as if nothing had been added.
+"""
+
+import hashlib
+import json
+import os
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from savepoint.errors import (
+    CheckpointCorruptError,
+    CheckpointForeignError,
+    CheckpointNotFoundError,
+    CheckpointVersionError,
+)
+
+if TYPE_CHECKING:
+    from savepoint.checkpoint.diagnosis import Finding
+
+FORMAT_VERSION = 1
+RECORD = "archive/manifest.json"  # inside torch's own prefix: torch refuses an archive with two prefixes
+STEP_NAME = re.compile(r"step-(\d+)\.ckpt")
+
+MAGIC = b"savepoint1 "
+_DIGITS = 64  # of a sha256 in hex: the last bytes of the file
+_LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_END_RECORD = struct.Struct("<4s4H2IH")
+SEAL_BYTES = len(MAGIC) + 16 + 1 + _DIGITS
+_FIRST_READ_BYTES = 8192  # holds the end of a checkpoint with some fifty tensors
+_MAX_TAIL_BYTES = 1 << 28
+_CHUNK_BYTES = 1 << 20
+
+
+def step_files(directory: Path) -> list[Path]:
+    """The files of `directory` that are named as checkpoints, unread, in the order of their names."""
+    with os.scandir(directory) as entries:
+        names = [entry.name for entry in entries if STEP_NAME.fullmatch(entry.name)]
+    return [directory / name for name in sorted(names)]
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """The manifest of `path`, vouched for by the seal. One small read: damage to tensors is `verify`'s to find.
+
+    Raises:
+        CheckpointNotFoundError: no such file, a directory, or a URL.
+        CheckpointCorruptError: a checkpoint that is truncated or damaged.
+        CheckpointForeignError: a readable file that Savepoint did not write.
+        CheckpointVersionError: a format newer than this code.
+    """
+    path = local_path(path)
+    with _open(path) as file:
+        return _read_tail(path, file).facts
+
+
+def verify(path: Path | str) -> dict[str, Any]:
+    """The manifest of `path` after a look at every byte of the file. Raises what `read` raises."""
+    path = local_path(path)
+    with _open(path) as file:
+        tail = _read_tail(path, file)
+        try:
+            damaged = _damaged_records(file, tail)
+        except (zipfile.BadZipFile, struct.error, ValueError, KeyError) as error:
+            raise corrupt(path, f"its zip directory cannot be followed: {error}") from error
+        if damaged:
+            raise corrupt(path, f"one or more damaged bytes in {' and '.join(damaged)}")
+    return tail.facts
+
+
+def append(file: BinaryIO, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn the torch archive in `file` (open for reading and writing) into a checkpoint. Returns its manifest.
+
+    Raises:
+        ValueError: a fact that is not JSON; NaN is none, pass it as a string.
+    """
+    with zipfile.ZipFile(file) as archive:
+        records, end = archive.infolist(), archive.start_dir
+    sealed = {"format_version": FORMAT_VERSION, **facts, "digest": _digest(records), "body": _body(file, records, end)}
+    text = json.dumps(sealed, allow_nan=False).encode()
+    with zipfile.ZipFile(file, "a") as archive:
+        # A fixed date, so that equal states and facts give equal files.
+        archive.writestr(zipfile.ZipInfo(RECORD), text)
+        offset = archive.getinfo(RECORD).header_offset
+        archive.comment = MAGIC + b"%016x " % offset + b"0" * _DIGITS
+    file.seek(offset)
+    seal = hashlib.sha256(file.read()[:-_DIGITS]).hexdigest().encode()
+    file.seek(-_DIGITS, os.SEEK_END)
+    # Until this write is complete the seal does not match: a crash in here leaves a file that is refused.
+    file.write(seal)
+    manifest: dict[str, Any] = json.loads(text)
+    return manifest
+
+
+def diagnose(path: Path | str) -> str:
+    """What is wrong with `path`, in words: "truncated: 43 % of 312 kB", "an HTML page"; "" if it verifies."""
+    try:
+        verify(path)
+    except CheckpointCorruptError as error:
+        return error.reason
+    except CheckpointForeignError:
+        return _examine(Path(path)).words
+    except CheckpointVersionError as error:
+        return f"written by a newer Savepoint: {error}"
+    except CheckpointNotFoundError:
+        return "a directory" if os.path.isdir(path) else "not there"
+    return ""
+
+
+def local_path(path: Path | str) -> Path:
+    """`path` as a Path; a URL is refused (a Path made of one has lost a slash, so one slash is enough)."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise CheckpointNotFoundError(
+            f"No checkpoint is loaded from a URL: {path}. A path on this machine was expected. "
+            "Download the file first and name the copy.",
+            path,
+        )
+    return Path(path)
+
+
+def corrupt(path: Path, reason: str) -> CheckpointCorruptError:
+    return CheckpointCorruptError(
+        f"The checkpoint does not verify: {path}. A whole, unchanged file was expected; this one: {reason}. "
+        "Use another checkpoint of the run, or a copy of this one.",
+        path,
+        reason,
+    )
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """What stands behind the records: the manifest from `offset` on, then the directory."""
+
+    offset: int
+    facts: dict[str, Any]
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        message = f"No checkpoint there: {path}. A checkpoint file was expected. Check the path."
+        raise CheckpointNotFoundError(message, path) from None
+    except IsADirectoryError:
+        message = f"A directory, not a checkpoint: {path}. A file was expected. Name one of the checkpoints in it."
+        raise CheckpointNotFoundError(message, path) from None
+
+
+def _read_tail(path: Path, file: BinaryIO) -> _Tail:
+    try:
+        tail = _sealed_tail(file)
+    except ValueError:
+        raise _refusal(path) from None
+    if (version := tail.facts["format_version"]) > FORMAT_VERSION:
+        raise CheckpointVersionError(
+            f"Written by a newer Savepoint: {path}. Format {FORMAT_VERSION} or older was expected, this is {version}. "
+            "Update Savepoint.",
+            path,
+        )
+    return tail
+
+
+def _sealed_tail(file: BinaryIO) -> _Tail:
+    size = file.seek(0, os.SEEK_END)
+    start = file.seek(max(0, size - _FIRST_READ_BYTES))
+    data = file.read()
+    end = data[-_END_RECORD.size - SEAL_BYTES :]
+    if not end.startswith(b"PK\5\6") or not end[_END_RECORD.size :].startswith(MAGIC):
+        raise ValueError("no seal")
+    offset = int(end[_END_RECORD.size + len(MAGIC) :][:16], 16)
+    if not 0 <= offset < size or size - offset > _MAX_TAIL_BYTES:
+        raise ValueError("the seal points outside the file")
+    if offset < start:
+        file.seek(offset)
+        data = file.read()
+    else:
+        data = data[offset - start :]
+    if hashlib.sha256(data[:-_DIGITS]).hexdigest().encode() != data[-_DIGITS:]:
+        raise ValueError("the seal does not match")
+    return _Tail(offset, _parse(data))
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    fields = _LOCAL_HEADER.unpack_from(data)
+    size, name_bytes, extra_bytes = fields[7], fields[9], fields[10]
+    begin = _LOCAL_HEADER.size + name_bytes + extra_bytes
+    facts = json.loads(data[begin : begin + size])
+    if not isinstance(facts, dict) or not isinstance(facts.get("format_version"), int):
+        raise ValueError("a manifest without a format version")
+    return facts
+
+
+def _refusal(path: Path) -> CheckpointCorruptError | CheckpointForeignError:
+    found = _examine(path)
+    if not found.foreign:
+        return corrupt(path, found.words)
+    return CheckpointForeignError(
+        f"Not a checkpoint of Savepoint: {path}. A file with a manifest was expected; this is {found.words}. "
+        "To start a new run from the weights in a file of another program, give it as --init_from.",
+        path,
+    )
+
+
+def _examine(path: Path) -> "Finding":
+    from savepoint.checkpoint.diagnosis import examine  # only for a file that is refused: a listing must start fast
+
+    return examine(path)
+
+
+def _damaged_records(file: BinaryIO, tail: _Tail) -> list[str]:
+    """Names of the records whose bytes are not those that were written; headers and padding count as one more."""
+    with zipfile.ZipFile(file) as archive:
+        records = [record for record in archive.infolist() if record.header_offset < tail.offset]
+    damaged = [
+        f"record {record.filename}"
+        for record in records
+        if _crc(file, _data_start(file, record), record.compress_size) != record.CRC
+    ]
+    if not damaged and _body(file, records, tail.offset) != tail.facts["body"]:
+        damaged = ["the headers or padding between the records"]
+    if not damaged and _digest(records) != tail.facts["digest"]:
+        damaged = ["the list of records"]
+    return damaged
+
+
+def _crc(file: BinaryIO, start: int, size: int) -> int:
+    value = 0
+    for chunk in _chunks(file, start, start + size):
+        value = zlib.crc32(chunk, value)
+    return value
+
+
+def _body(file: BinaryIO, records: Iterable[zipfile.ZipInfo], end: int) -> str:
+    """sha256 of the bytes before `end` that are no record's data."""
+    total, position = hashlib.sha256(), 0
+    for record in sorted(records, key=lambda record: record.header_offset):
+        start = _data_start(file, record)
+        for chunk in _chunks(file, position, start):
+            total.update(chunk)
+        position = start + record.compress_size
+    for chunk in _chunks(file, position, end):
+        total.update(chunk)
+    return total.hexdigest()
+
+
+def _data_start(file: BinaryIO, record: zipfile.ZipInfo) -> int:
+    file.seek(record.header_offset)
+    fields = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+    return int(record.header_offset + _LOCAL_HEADER.size + fields[9] + fields[10])
+
+
+def _chunks(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
+    if start > end:
+        raise ValueError("two records overlap")
+    file.seek(start)
+    while start < end and (chunk := file.read(min(_CHUNK_BYTES, end - start))):
+        yield chunk
+        start += len(chunk)
+
+
+def _digest(records: Iterable[zipfile.ZipInfo]) -> str:
+    lines = sorted(f"{record.filename} {record.file_size} {record.CRC}\n" for record in records)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

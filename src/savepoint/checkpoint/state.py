@@ -1,0 +1,201 @@
+"""What is saved beyond Lightning's own: random states, metric states, logged sums. Capture and restore, no files.
+
+Everything here is plain types and tensors, so that `weights_only=True` reads it. The private names of Lightning 2.6 that
+an exact resume needs stand here and in `callback.py`, nowhere else.
+"""
+
+import copy
+import platform
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import Metric
+
+import savepoint
+
+# What `self.log(...)` was called with, apart from the value: enough to make the same entry again.
+_LOG_ARGUMENTS = (
+    "fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "metric_attribute",
+)  # fmt: skip
+
+
+def capture_rng(device: torch.device) -> dict[str, Any]:
+    """The random states of this process: python, numpy, torch on the CPU and, where there is one, on the accelerator."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    return {
+        "python": [version, list(words), gauss],
+        # Seen as int32: torch.save takes uint32, but plain pickle, with which ranks exchange this, does not.
+        "numpy": [name, torch.from_numpy(np.array(keys).view(np.int32)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "accelerator": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
+    }
+
+
+def restore_rng(rng: Mapping[str, Any], device: torch.device) -> None:
+    """Puts `capture_rng`'s result back. A state of an accelerator that is not there is left out."""
+    version, words, gauss = rng["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *rest = rng["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().view(np.uint32), *rest))
+    torch.set_rng_state(rng["torch"].cpu())
+    if rng["accelerator"] is not None and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(rng["accelerator"].cpu())
+
+
+@contextmanager
+def isolated_rng(device: torch.device) -> Iterator[None]:
+    """Nothing that draws inside is noticed outside: a save must not disturb the training it saves."""
+    before = capture_rng(device)
+    try:
+        yield
+    finally:
+        restore_rng(before, device)
+
+
+def _metrics(module: LightningModule) -> dict[str, Metric]:
+    return {name: part for name, part in module.named_modules() if isinstance(part, Metric)}
+
+
+def capture(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+    """The state of this process that Lightning leaves out. A copy: training may go on."""
+    logged = [
+        {
+            "log": {name: getattr(result.meta, name) for name in _LOG_ARGUMENTS}
+            | {"reduce_fx": result.meta.reduce_fx.__name__, "sync_dist": result.meta.sync.should},
+            "dataloader_idx": result.meta.dataloader_idx,
+            "last": result._forward_cache,
+            "value": result.value if result.is_tensor else None,
+            "size": result.cumulated_batch_size if result.is_tensor and result.meta.is_mean_reduction else None,
+        }
+        for result in trainer.fit_loop.epoch_loop._results.values()
+        if result.meta.on_epoch and not result.has_reset
+    ]
+    state = {
+        "rng": capture_rng(module.device),
+        "metric_states": {
+            name: {"updates": metric._update_count} | {key: getattr(metric, key) for key in metric._defaults}
+            for name, metric in _metrics(module).items()
+        },
+        "logged": logged,
+        "callback_metrics": dict(trainer._logger_connector._callback_metrics),
+    }
+    return copy.deepcopy(_detached(state))
+
+
+def restore_metrics(trainer: Trainer, module: LightningModule, state: Mapping[str, Any]) -> None:
+    """Puts metric states and logged sums back, so that the curve of the running epoch goes on."""
+    state = _moved(state, module.device)
+    for name, metric in _metrics(module).items():
+        if name not in state["metric_states"]:
+            continue
+        saved = dict(state["metric_states"][name])
+        metric._update_count, metric._computed = saved.pop("updates"), None
+        for key, value in saved.items():
+            setattr(metric, key, value)
+    results = trainer.fit_loop.epoch_loop._results
+    for row in state["logged"]:
+        results.dataloader_idx = row["dataloader_idx"]
+        value = module.get_submodule(row["log"]["metric_attribute"]) if row["value"] is None else row["value"]
+        results.log(value=value, batch_size=1, sync_dist_fn=trainer.strategy.reduce, **row["log"])
+        result = list(results.values())[-1]
+        result._forward_cache = row["last"]
+        if row["value"] is not None:
+            result.value = row["value"]
+        if row["size"] is not None:
+            result.cumulated_batch_size = row["size"]
+    results.dataloader_idx = None
+    # Otherwise the first self.log takes what was just put back for the last epoch's, and resets it.
+    trainer._logger_connector._first_loop_iter = True
+
+
+def reenter(trainer: Trainer, module: LightningModule, saved: Mapping[str, Any]) -> None:
+    """Puts Lightning's loops, from `on_train_start`, where the checkpoint was made.
+
+    Without any one of these lines some resume goes wrong: tests/test_exact_resume.py takes each away.
+    """
+    fit = trainer.fit_loop
+    epoch = fit.epoch_loop
+    validation = epoch.val_loop
+    if fit._combined_loader_states_to_load:
+        # A schedule that asks for `estimated_stepping_batches` made Lightning set up the loader before it had these.
+        fit._combined_loader._load_state_dicts(fit._combined_loader_states_to_load)  # type: ignore[union-attr]
+    # A restarting fit loop leaves out the plateau step at the end of its first epoch.
+    fit._restarting = False
+    if saved["at"] == "epoch":
+        # With max_steps, Lightning takes every resume for one in mid-epoch, and would first run an empty epoch.
+        epoch._restarting = validation._restarting = False
+    else:
+        restore_metrics(trainer, module, saved)
+    if saved["at"] == "batch" and epoch._should_check_val_fx(fit._data_fetcher):  # type: ignore[arg-type]
+        # To leave out the validation that is done, Lightning ends the last step once more, and counts it twice.
+        epoch._batches_that_stepped -= 1
+    if saved["at"] == "validation":
+        validation._restarting, validation._restart_stage = False, "restarted_mid_evaluation"  # type: ignore[assignment]
+    restore_callback_metrics(trainer, saved)
+
+
+def restore_callback_metrics(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """What plateau schedules and early stopping read."""
+    device = trainer.strategy.root_device
+    trainer._logger_connector._callback_metrics.update(_moved(state["callback_metrics"], device))
+
+
+def canary(module: LightningModule, state_dict: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """`example_input_array` and its output with exactly the weights in `state_dict`, in eval mode; None where there is none.
+
+    Compared after a load on any device: bit rot, a partial load and a wrong conversion all show in it.
+    """
+    example = getattr(module, "example_input_array", None)
+    if not isinstance(example, Tensor):
+        return None
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad(), isolated_rng(module.device):
+            parts = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+            weights = {name: value for name, value in state_dict.items() if name in parts}
+            output = torch.func.functional_call(module, weights, (example.to(module.device),))
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    return {"input": example.cpu(), "output": output.float().cpu()} if isinstance(output, Tensor) else None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a resume says when it differs, and never refuses: bit equality needs the same."""
+    return {
+        "versions": {
+            "savepoint": savepoint.__version__,
+            "torch": str(torch.__version__),
+            "lightning": lightning.__version__,
+            "python": platform.python_version(),
+        },
+        "threads": torch.get_num_threads(),
+        "device": device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device),
+    }
+
+
+def _map(tree: Any, change: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {key: _map(value, change) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_map(value, change) for value in tree)
+    return tree
+
+
+def _detached(tree: Any) -> Any:
+    return _map(tree, lambda tensor: tensor.detach())
+
+
+def _moved(tree: Any, device: torch.device) -> Any:
+    return _map(tree, lambda tensor: tensor.to(device))

@@ -1,0 +1,304 @@
+"""Where checkpoints are: one directory, and in what order its files come and go. No Lightning.
+
+    step-00000430.ckpt              a checkpoint, if and only if it verifies
+    last.ckpt, best.ckpt            hard links to two of these (a symlink or a copy where links fail): made from the
+                                    manifests, never read by the store itself
+    *.corrupt                       what did not verify, renamed and kept
+    .step-00000430.ckpt.tmp-...     being written, by the host and process in the name
+
+Invariants: a file under a final name was complete and on disk before it got that name; nothing is deleted before what
+replaces it is; files with other names are never touched.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from savepoint.checkpoint import files, manifest, retention
+from savepoint.checkpoint.retention import Facts, Mode, Retention
+from savepoint.errors import (
+    CheckpointCorruptError,
+    CheckpointForeignError,
+    CheckpointNotFoundError,
+    CheckpointSaveError,
+    CheckpointVersionError,
+)
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+_UNREADABLE = (CheckpointCorruptError, CheckpointForeignError, CheckpointVersionError, OSError)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file whose manifest reads."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    @property
+    def epoch(self) -> int:
+        return int(self.manifest.get("epoch") or 0)
+
+    @property
+    def score(self) -> float | None:
+        """By the metric that was monitored when it was saved."""
+        return self.score_of(self.manifest.get("monitor"))
+
+    def score_of(self, monitor: str | None) -> float | None:
+        """The value of `monitor` if it was measured at this very step and is finite."""
+        metric = self.manifest.get("metrics", {}).get(monitor)
+        if metric is None and monitor == self.manifest.get("monitor"):
+            metric = {"value": self.manifest.get("score"), "step": self.step}
+        if metric is None or metric["step"] != self.step:
+            return None
+        value = metric["value"]
+        return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def write(path: Path | str, state: Mapping[str, Any], facts: Mapping[str, Any]) -> Checkpoint:
+    """Write one checkpoint, whole and durable, or leave what was there untouched.
+
+    Raises:
+        CheckpointSaveError: with the path, the reason and `errno`; the previous file is intact, no temp is left.
+        CheckpointContentError: a value that could not be read back.
+    """
+    from savepoint.checkpoint import format  # torch, a second: those who only list do not wait for it
+
+    path = manifest.local_path(path)
+    with files.replacing(path) as file:
+        written = format.encode(state, facts, file)
+    return Checkpoint(path, written)
+
+
+def load(path: Path | str, map_location: Any = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state, manifest) of a file that was named: every byte is looked at first, nothing renamed, nothing else tried.
+
+    Raises: what `manifest.verify` raises.
+    """
+    from savepoint.checkpoint import format  # torch, a second: those who only list do not wait for it
+
+    facts = manifest.verify(path)
+    return format.decode(path, map_location=map_location), facts
+
+
+class CheckpointStore:
+    """The checkpoints of one directory. One process at a time saves, renames and deletes: the holder of the run's lock.
+
+    Args:
+        directory: need not exist before the first save.
+        retention: what `commit` keeps.
+        monitor: the metric that ranks; None takes what the newest checkpoint was saved with.
+        mode: whether a smaller or a larger value of `monitor` is better.
+    """
+
+    def __init__(
+        self,
+        directory: Path | str,
+        *,
+        retention: Retention = Retention(),  # noqa: B008 - frozen
+        monitor: str | None = None,
+        mode: Mode = "min",
+    ) -> None:
+        self.directory = manifest.local_path(directory)
+        self.retention = retention
+        self.monitor = monitor
+        self.mode: Mode = mode
+        self._cache: dict[tuple[str, int, int, int], dict[str, Any]] = {}
+
+    def path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}.ckpt"
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """By step, those whose manifest reads: structure and seal. The one that is chosen is looked at whole."""
+        return self._scan()[0]
+
+    def rejected(self) -> list[tuple[Path, str]]:
+        """Those named as checkpoints whose manifest does not read, with the reason. Nothing is renamed."""
+        return [(path, _reason(error)) for path, error in self._scan()[1]]
+
+    def latest(self) -> Checkpoint | None:
+        return next(reversed(self.checkpoints()), None)
+
+    def best(self, monitor: str | None = None, mode: Mode | None = None) -> Checkpoint | None:
+        """The best by `monitor`, from the metrics that each manifest holds; a tie keeps the earlier one."""
+        return self._best(self.checkpoints(), monitor, mode)
+
+    def _best(
+        self, listed: Sequence[Checkpoint], monitor: str | None = None, mode: Mode | None = None
+    ) -> Checkpoint | None:
+        monitor, mode = self._ranking(listed, monitor, mode)
+        first = next(iter(retention.ranked(_facts(listed, monitor), mode)), None)
+        return next((one for one in listed if first and one.step == first.step), None)
+
+    def _ranking(self, listed: Sequence[Checkpoint], monitor: str | None, mode: Mode | None) -> tuple[str | None, Mode]:
+        recorded = listed[-1].manifest if listed and not (monitor or self.monitor) else {}
+        monitor = monitor or self.monitor or recorded.get("monitor")
+        return monitor, mode or recorded.get("mode") or self.mode
+
+    def _scan(self) -> tuple[list[Checkpoint], list[tuple[Path, Exception]]]:
+        good: list[Checkpoint] = []
+        bad: list[tuple[Path, Exception]] = []
+        cache = {}
+        for path in manifest.step_files(self.directory) if self.directory.is_dir() else []:
+            try:
+                status = path.stat()
+                key = (path.name, status.st_size, status.st_mtime_ns, status.st_ino)
+                cache[key] = self._cache.get(key) or manifest.read(path)
+                good.append(Checkpoint(path, cache[key]))
+            except CheckpointNotFoundError:
+                continue  # deleted since the listing
+            except _UNREADABLE as error:
+                bad.append((path, error))
+        self._cache = cache
+        return sorted(good, key=lambda one: one.step), bad
+
+    # -- saving ------------------------------------------------------------------------------------------------------
+
+    def save(self, state: Mapping[str, Any], facts: Mapping[str, Any]) -> Checkpoint:
+        """`write` under the name of its step, then `commit`."""
+        checkpoint = self.write(state, facts)
+        self.commit()
+        return checkpoint
+
+    def write(self, state: Mapping[str, Any], facts: Mapping[str, Any]) -> Checkpoint:
+        """Write under the name of its step; on a full disk once more, without what this save makes superfluous."""
+        path = self.path(facts["step"])
+        try:
+            return write(path, state, facts)
+        except CheckpointSaveError as error:
+            if error.errno not in files.FULL or not self._delete(self._superfluous(Checkpoint(path, dict(facts)))):
+                raise
+        return write(path, state, facts)
+
+    def commit(self) -> list[Path]:
+        """After a write: point `last` and `best`, and only then delete what retention lets go. Returns what went."""
+        self._point()
+        # A crash before or between the deletions costs disk space until the next commit.
+        return self._delete(self._superfluous())
+
+    def _superfluous(self, upcoming: Checkpoint | None = None) -> list[Checkpoint]:
+        """What retention lets go, counting `upcoming` as there; never the newest nor the best of those that are."""
+        listed = self.checkpoints()
+        everything = sorted([*listed, *([upcoming] if upcoming else [])], key=lambda one: one.step)
+        monitor, mode = self._ranking(everything, None, None)
+        kept = retention.reasons(_facts(everything, monitor), self.retention, mode).keys()
+        safe = {one.step for one in (*listed[-1:], self._best(listed, monitor, mode)) if one}
+        return [one for one in listed if one.step not in kept | safe]
+
+    def _delete(self, checkpoints: Sequence[Checkpoint]) -> list[Path]:
+        for one in checkpoints:
+            with files.saving(one.path):
+                one.path.unlink(missing_ok=True)
+        return [one.path for one in checkpoints]
+
+    def _point(self) -> None:
+        listed = self.checkpoints()
+        for name, target in ((LAST, listed[-1] if listed else None), (BEST, self._best(listed))):
+            if target:
+                with files.saving(self.directory / name):
+                    files.point(self.directory / name, target.path)
+
+    # -- starting again ----------------------------------------------------------------------------------------------
+
+    def load_latest(self, *, lock_holder: bool) -> tuple[Checkpoint, dict[str, Any], list[str]]:
+        """The newest checkpoint that verifies, its state, and a line for each newer one that does not.
+
+        Args:
+            lock_holder: may rename those to *.corrupt. Only the process that holds the run's lock may.
+
+        Raises:
+            CheckpointNotFoundError: none verifies.
+            CheckpointVersionError: the newest was written by a newer Savepoint: nothing is wrong with it, so going on
+                from an older one would only lose its steps.
+        """
+        from savepoint.checkpoint import format  # torch, a second: those who only list do not wait for it
+
+        chosen, failed = self._first_whole()
+        renamed = self._set_aside_corrupt(failed) if lock_holder else {}
+        said = [f"{path.name} does not verify: {_reason(error)}{renamed.get(path, '')}" for path, _, error in failed]
+        if chosen is None:
+            found = f"{len(said)} found: {'; '.join(said)}" if said else "none found"
+            raise CheckpointNotFoundError(
+                f"No checkpoint that verifies: {self.directory} ({found}). "
+                "At least one was expected. Start the run again, or name a checkpoint elsewhere.",
+                self.directory,
+            )
+        lines = [
+            f"{text}. Going on from step {chosen.step} costs {step - chosen.step} steps."
+            for text, (_, step, _) in zip(said, failed, strict=True)
+        ]
+        return chosen, format.decode(chosen.path), lines
+
+    def _first_whole(self) -> tuple[Checkpoint | None, list[tuple[Path, int, Exception]]]:
+        """The newest that verifies, and (path, step, error) of those newer ones that do not."""
+        good, bad = self._scan()
+        steps = {one.path: one.step for one in good} | {path: _step_in_name(path) for path, _ in bad}
+        failed: list[tuple[Path, int, Exception]] = []
+        for path, step in sorted(steps.items(), key=lambda item: item[1], reverse=True):
+            try:
+                return Checkpoint(path, manifest.verify(path)), failed
+            except CheckpointVersionError:
+                raise
+            except _UNREADABLE as error:
+                failed.append((path, step, error))
+        return None, failed
+
+    def _set_aside_corrupt(self, failed: Sequence[tuple[Path, int, Exception]]) -> dict[Path, str]:
+        """Rename damaged files, and only those: a foreign one is someone's, an unreadable one may be whole."""
+        corrupt = [path for path, _, error in failed if isinstance(error, CheckpointCorruptError)]
+        moved = {path: files.move(path, path.with_name(path.name + ".corrupt")) for path in corrupt}
+        self._repoint(moved.values())
+        return {path: f", renamed to {target.name}" for path, target in moved.items()}
+
+    def set_aside_after(self, step: int, into: Path) -> list[Path]:
+        """Move the checkpoints after `step` into the directory `into`. Returns their new paths."""
+        with files.saving(into):
+            into.mkdir(parents=True, exist_ok=True)
+        # A crash between two moves leaves the rest in place: newest first, so that what stays is a run up to some step.
+        later = [one for one in reversed(self.checkpoints()) if one.step > step]
+        moved = [files.move(one.path, into / one.path.name) for one in later]
+        self._repoint(moved)
+        return moved
+
+    def _repoint(self, moved: Iterable[Path]) -> None:
+        """Point `last` and `best` to what is left; where nothing is, take away those that show a moved file."""
+        if not (moved := list(moved)):
+            return
+        self._point()
+        for pointer in (self.directory / LAST, self.directory / BEST):
+            if (pointer.is_symlink() and not pointer.exists()) or any(files.is_same(pointer, path) for path in moved):
+                with files.saving(pointer):
+                    pointer.unlink(missing_ok=True)
+
+    def sweep(self) -> list[Path]:
+        """Delete what dead processes were writing when they died. For the holder of the run's lock, at its start."""
+        swept = []
+        for path in sorted(self.directory.iterdir()) if self.directory.is_dir() else []:
+            if files.is_stale_temp(path):
+                with files.saving(path):
+                    path.unlink(missing_ok=True)
+                swept.append(path)
+        return swept
+
+
+def _facts(listed: Iterable[Checkpoint], monitor: str | None) -> list[Facts]:
+    return [Facts(one.step, one.epoch, one.score_of(monitor), one.manifest.get("at") == "epoch") for one in listed]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, CheckpointCorruptError):
+        return error.reason
+    return f"cannot be read: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _step_in_name(path: Path) -> int:
+    match = manifest.STEP_NAME.fullmatch(path.name)
+    return int(match[1]) if match else 0

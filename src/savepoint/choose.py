@@ -1,0 +1,160 @@
+"""What `python resume.py ...` was asked to do, as far as it can be told without torch: which run, which file, what flags."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from savepoint.checkpoint import manifest
+from savepoint.errors import CheckpointForeignError, CheckpointNotFoundError, ConfigError
+from savepoint.run import show
+
+USAGE = """\
+usage: python resume.py [CKPT | RUN_DIR] [--KEY VALUE]...
+
+  python resume.py                                      the newest run under outputs/
+  python resume.py outputs/first                        its latest checkpoint that verifies
+  python resume.py outputs/first --trainer.max_epochs 20
+  python resume.py FILE --config configs/mnist.yaml     a file of another program: its weights, and what else it has
+
+  --best            the best checkpoint of the run, not the latest
+  --plan            say what would be restored and changed, and stop
+  --allow KEY       let an override change the trajectory (model.lr, data.batch_size, world_size, dataset ...)
+  --fork [NAME]     a new run from the checkpoint; the old one stays as it is
+  --rewind          go on from an older checkpoint; later ones and their log rows are set aside under rewound/
+  --output_dir DIR  where runs are looked for (outputs)
+
+Every key of the config can be given, as for train.py.
+"""
+
+
+@dataclass
+class Request:
+    """The command line of resume.py, its target found and, if it is a file, verified."""
+
+    run_dir: Path | None = None
+    file: Path | None = None  # named by the user, or the best one: no fallback to another
+    foreign: bool = False
+    best: bool = False
+    plan: bool = False
+    rewind: bool = False
+    fork: str | None = None  # "" for a name of our own
+    allow: list[str] = field(default_factory=list)
+    output_dir: str = "outputs"
+    overrides: list[str] = field(default_factory=list)
+
+
+def request(argv: Sequence[str]) -> Request | None:
+    """The request in `argv`; None where `--help` was all of it.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointCorruptError, CheckpointVersionError: about the target.
+        ConfigError: about the flags.
+    """
+    asked, target = _parse(list(argv))
+    if asked is None:
+        print(USAGE, end="")
+        return None
+    if target is None:
+        asked.run_dir = newest_run(Path(asked.output_dir))
+    else:
+        _find(asked, target)
+    if asked.foreign and not any(flag.split("=")[0] in ("--config", "-c") for flag in asked.overrides):
+        raise CheckpointForeignError(
+            f"Not written by Savepoint: {asked.file}. It holds no config. Say which run it is for: "
+            f"python resume.py {asked.file} --config configs/mnist.yaml",
+            asked.file or "",
+        )
+    return asked
+
+
+def _parse(argv: list[str]) -> tuple[Request | None, str | None]:
+    asked, target = Request(), None
+    while argv:
+        word = argv.pop(0)
+        flag, equals, value = word.partition("=")
+
+        def take(flag: str = flag, equals: str = equals, value: str = value) -> str:
+            if equals:
+                return value
+            if not argv or argv[0].startswith("--"):
+                raise ConfigError(f"No value after {flag}. Expected: {flag} VALUE. See: python resume.py --help")
+            return argv.pop(0)
+
+        if word in ("-h", "--help"):
+            return None, None
+        if word in ("--best", "--plan", "--rewind"):
+            setattr(asked, word[2:], True)
+        elif flag == "--allow":
+            asked.allow += take().split(",")
+        elif flag == "--output_dir":
+            asked.output_dir = take()
+        elif flag == "--fork":
+            named = equals or (argv and not argv[0].startswith("--") and not Path(argv[0]).exists())
+            asked.fork = take() if named else ""
+        elif word.startswith("-"):
+            asked.overrides.append(word)
+            if not equals and argv and not argv[0].startswith("--"):
+                asked.overrides.append(argv.pop(0))
+        elif target is not None:
+            raise ConfigError(f"Two checkpoints: {target} and {word}. Expected one. Name one of them.")
+        else:
+            target = word
+    if asked.rewind and asked.fork is not None:
+        raise ConfigError("Both --fork and --rewind. Expected one: a new run, or the same run from an earlier step.")
+    return asked, target
+
+
+def _find(asked: Request, target: str) -> None:
+    path = Path(target)
+    if path.is_dir():
+        asked.run_dir = path.parent if path.name == "checkpoints" else path
+        if not _step_files(asked.run_dir):
+            raise CheckpointNotFoundError(
+                f"No checkpoint in this directory: {path}. Expected a run directory with checkpoints/step-*.ckpt in it. "
+                f"{_nearest(target, asked)}",
+                path,
+            )
+        return
+    try:
+        manifest.verify(path)
+    except CheckpointForeignError:
+        asked.foreign = True
+    except CheckpointNotFoundError as error:
+        raise CheckpointNotFoundError(f"{error} {_nearest(target, asked)}", path) from None
+    asked.file = path
+    parent = path.absolute().parent
+    if parent.name == "checkpoints" and (parent.parent / "run.json").exists():
+        asked.run_dir = path.parent.parent
+
+
+def newest_run(output_dir: Path) -> Path:
+    """The run that was started or resumed last, by what its run.json says."""
+    found = [(_last_start(path.parent), path.parent) for path in sorted(output_dir.glob("*/run.json"))]
+    runs = [(when, run_dir) for when, run_dir in found if _step_files(run_dir)]
+    if not runs:
+        raise CheckpointNotFoundError(
+            f"No run with a checkpoint under: {output_dir}. Expected one to continue. Start one: python train.py", output_dir
+        )
+    return max(runs)[1]
+
+
+def _last_start(run_dir: Path) -> str:
+    try:
+        record: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
+        return str([record["created"], *(start["time"] for start in record["starts"])][-1])
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+def _step_files(run_dir: Path) -> list[Path]:
+    return sorted((run_dir / "checkpoints").glob("step-*.ckpt"))
+
+
+def _nearest(target: str, asked: Request) -> str:
+    known = {show(path.absolute()): path for path in Path(asked.output_dir).glob("*/checkpoints/*.ckpt")}
+    known |= {show(path.absolute()): path for path in Path(asked.output_dir).glob("*") if _step_files(path)}
+    near = difflib.get_close_matches(target, known, n=3, cutoff=0.4)
+    return f"Nearest: {', '.join(near)}." if near else "Runs are found by: ls outputs"

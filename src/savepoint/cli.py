@@ -1,0 +1,403 @@
+"""Typed configuration from `__init__` signatures: the one file that knows jsonargparse and LightningCLI.
+
+`compose` lays files, groups and flags over each other as plain data; here that data meets the types of the classes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import docstring_parser
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from savepoint import compose, precheck
+from savepoint.checkpoint.callback import CheckpointCallback
+from savepoint.errors import ConfigError
+
+# Lightning's Timer, for one, has an Enum as the default of a text argument: jsonargparse writes it with yaml and fails.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+
+_LIBRARIES = ("torch", "torchvision", "torchmetrics", "lightning", "jsonargparse", "savepoint")
+
+
+def parse(argv: Sequence[str], *, base: str | None = None) -> Namespace:
+    """The resolved configuration. `base` is a checkpoint's config: files and flags of `argv` go on top of it.
+
+    `--help`, `--print_config` and `--KEY.help` print and leave (SystemExit 0).
+
+    Raises:
+        ConfigError: one to five lines that name the file or the key.
+    """
+    composed = compose.compose(argv, base=base)
+    if composed.wants_help:
+        print(usage(), end="")
+        raise SystemExit(0)
+    precheck.check_keys(composed)
+    if composed.class_help is not None:
+        _print_class_help(composed.class_help, composed)
+        raise SystemExit(0)
+    with _quiet():
+        parser = _Cli().parser
+        layers = ["--config", compose.to_yaml(composed.config)]
+        try:
+            config = parser.parse_args(layers + [f"--{key}={value}" for key, value in composed.flags])
+        except _ParseError as error:
+            raise ConfigError(_explain(str(error), composed)) from None
+    _refuse_nulls(config, composed)
+    if composed.wants_config:
+        print(dump(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def dump(config: Namespace) -> str:
+    """The whole configuration as YAML text: parse([], base=text) gives the same configuration, and so the same text."""
+    with _quiet():
+        # A key that is null must be written: it may stand against a default that is not.
+        written = json.loads(_Cli().parser.dump(config, format="json", skip_unset=False, skip_validation=True))
+    return compose.to_yaml({key: _exact(config[key], written[key]) for key in compose.KEYS})
+
+
+def _exact(value: Any, written: Any) -> Any:
+    """`written` with every plain value as it is: jsonargparse writes the text "1e-3" as a number."""
+    if isinstance(written, dict) and isinstance(value, Namespace | dict):
+        return {key: _exact(value[key], inner) for key, inner in written.items()}
+    if isinstance(written, list) and isinstance(value, list | tuple):
+        return [_exact(*pair) for pair in zip(value, written, strict=True)]
+    return value if isinstance(value, str | int | float) and not isinstance(value, Enum) else written
+
+
+def flatten(text: str) -> dict[str, Any]:
+    """The values of a dumped config under the names their flags have: "model" (the class), "model.lr", "model.net".
+
+    Lists are values.
+    """
+    return dict(_leaves("", compose.parse_yaml(text, "the config")))
+
+
+def instantiate(
+    config: Namespace,
+    *,
+    callbacks: Iterable[Callback] = (),
+    logger: Any = ...,
+    plugins: Iterable[Any] = (),
+    **trainer_overrides: Any,
+) -> tuple[LightningModule, LightningDataModule, Trainer]:
+    """Seed everything, then build model, data and trainer.
+
+    `callbacks` and `plugins` come after the configured ones (the CheckpointCallback among them); any other Trainer
+    argument that is given, such as `logger` or `default_root_dir`, takes the place of the configured value.
+
+    Raises:
+        ConfigError: a Trainer argument has the right type and a value that Lightning refuses.
+    """
+    if logger is not ...:
+        trainer_overrides["logger"] = logger
+    with _quiet():
+        cli = _Cli(config, callbacks=callbacks, plugins=plugins, trainer_overrides=trainer_overrides)
+    return cli.model, cli.datamodule, cli.trainer
+
+
+def usage() -> str:
+    return precheck.USAGE
+
+
+class _ParseError(Exception): ...
+
+
+class _Parser(LightningArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Without the usage of 450 lines and the exit."""
+        raise _ParseError(message)
+
+
+class _Cli(LightningCLI):
+    """Without a config: the parser alone. With one, already parsed: also the objects."""
+
+    def __init__(
+        self,
+        config: Namespace | None = None,
+        *,
+        callbacks: Iterable[Callback] = (),
+        plugins: Iterable[Any] = (),
+        trainer_overrides: dict[str, Any] | None = None,
+    ) -> None:
+        self._callbacks, self._plugins = list(callbacks), list(plugins)
+        self._trainer_overrides = trainer_overrides or {}
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_class=_Parser,
+            parser_kwargs={"allow_abbrev": False, "exit_on_error": False, "dump_header": []},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=config,
+            run=False,
+            auto_configure_optimizers=False,
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--seed_everything", type=int, default=0, help="Seed of every random number of the run.")
+        parser.add_argument("--output_dir", type=str, default="outputs", help="The folder that run directories go to.")
+        parser.add_argument("--run_name", type=str | None, default=None, help="Default: <config>-<date>-<time>.")
+        parser.add_argument(
+            "--init_from", type=str | None, default=None, help="A checkpoint whose weights to start from."
+        )
+        parser.add_argument(
+            "--init_strict", type=bool, default=True, help="Whether init_from must fit the model exactly."
+        )
+        parser.add_argument(
+            "--resume",
+            type=Literal["never", "auto", "must"],
+            default="never",
+            help="What a run directory that exists means: an error, a run to continue, or the only thing accepted.",
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
+
+    # LightningCLI does everything in its constructor; these are its steps, made to do nothing without a config. It
+    # would also warn about sys.argv, which must stay as it is: the DDP launcher starts the other ranks with it.
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        self.config = Namespace() if args is None else args  # type: ignore[no-untyped-call]
+
+    def _set_seed(self) -> None:
+        if self.config:
+            seed_everything(self.config["seed_everything"], workers=True, verbose=False)
+
+    def instantiate_classes(self) -> None:
+        if self.config:
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        configured = self._get(self.config_init, "trainer")
+        added = {"callbacks": self._callbacks, "plugins": self._plugins}
+        lists = {key: _as_list(configured[key]) + more for key, more in added.items()}
+        try:
+            return super().instantiate_trainer(**{**lists, **self._trainer_overrides, **kwargs})
+        except (MisconfigurationException, ValueError, RuntimeError) as error:
+            raise ConfigError(f"Lightning's Trainer refuses its settings: {' '.join(str(error).split())}") from error
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """LightningCLI 2.6 still makes calls that jsonargparse 4 says version 5 will drop: nothing a user can act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse|lightning")
+        warnings.filterwarnings("ignore", message=r"(?s).*JsonargparseDeprecationWarning|.*deprecated in v4\.")
+        yield
+
+
+def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict) or not value:
+        yield key, value
+        return
+    if "class_path" in value:
+        yield key, value["class_path"]
+        value = {**(value.get("init_args") or {}), **(value.get("dict_kwargs") or {})}
+    for name, inner in value.items():
+        yield from _leaves(f"{key}.{name}" if key else name, inner)
+
+
+def _refuse_nulls(config: Namespace, composed: compose.Composed) -> None:
+    """jsonargparse lets null pass for any argument of a class; the class then meets it in the middle of a run."""
+    values = flatten(dump(config))
+    for key in (key for key, value in values.items() if value is None and key.split(".")[0] in compose.REPLACED):
+        owner, _, name = key.rpartition(".")
+        chosen = values.get(owner)
+        arg = _arguments(_resolve(chosen, owner)).get(name) if isinstance(chosen, str) else None
+        if arg and arg.default is not None and not re.search("None|Optional|Any", str(arg.type)):
+            raise ConfigError(f"Wrong value of {_where(key, composed)}: null. Expected {_readable(str(arg.type))}.")
+
+
+# --- what a class takes ---
+
+
+def _print_class_help(flag: str, composed: compose.Composed) -> None:
+    """The arguments of the class that is named in `--KEY.help NAME`, or of the one that is chosen at KEY."""
+    name, _, named = flag.partition("=")
+    key = name.removeprefix("--").removesuffix(".help")
+    chosen = _resolve(named, key) if named else _class_at(key, composed)
+    if chosen is None:
+        raise ConfigError(_unknown_class(key, named or "none chosen", f"--{key}.help"))
+    print(f"{chosen.__module__}.{chosen.__qualname__} takes, as --{key}.NAME VALUE or under `{key}` in a config:")
+    texts = {p.arg_name: p.description or "" for c in chosen.__mro__ for p in _doc_params(c)}
+    for arg in _arguments(chosen).values():
+        default = "required" if arg.required else f"default {json.dumps(arg.default, default=str)}"
+        text = " ".join(texts.get(arg.name, "").split())
+        print(f"  {arg.name}: {_readable(str(arg.type))} ({default})  {text}".rstrip())
+
+
+def _doc_params(chosen: type) -> list[docstring_parser.DocstringParam]:
+    texts = (chosen.__doc__, vars(chosen).get("__init__").__doc__)
+    return [param for text in texts if text for param in docstring_parser.parse(text).params]
+
+
+@dataclass
+class _Argument:
+    name: str
+    type: Any
+    default: Any
+    required: bool
+
+
+def _arguments(chosen: type | None) -> dict[str, _Argument]:
+    if chosen is None:
+        return {}
+    parser = ArgumentParser(exit_on_error=False)
+    names = parser.add_class_arguments(chosen, "x", fail_untyped=False)
+    defaults = parser.get_defaults(skip_validation=True)
+    inits = [vars(c)["__init__"] for c in reversed(chosen.__mro__) if "__init__" in vars(c)]
+    hints = {p.name: p.annotation for init in inits for p in inspect.signature(init).parameters.values()}
+    required = {p.name for p in inspect.signature(chosen).parameters.values() if p.default is p.empty}
+    return {
+        (short := name.removeprefix("x.")): _Argument(
+            short, hints.get(short, ""), defaults.get(name), short in required
+        )
+        for name in names
+    }
+
+
+# --- what went wrong, in our words ---
+
+
+def _explain(text: str, composed: compose.Composed) -> str:
+    """One to five lines out of jsonargparse's report, which tells one cause once for each type that it tried."""
+    key, cause = _locate(text, composed)
+    where = _where(key, composed)
+    if re.search(r"[Oo]ption '[\w.]+'", cause):
+        return _unknown_key(key, composed)
+    if found := re.search(r"arguments are required: (\w+)", cause):
+        name = f"{key}.{found[1]}" if key else found[1]
+        return f"No value for {_where(name, composed)}. Its class has no default for it. Give --{name} VALUE."
+    if found := re.search(r"given class_path '([^']+)':\s*(.+)", cause):
+        return _unknown_class(key, found[1], where, f" ({found[2].strip()})")
+    if found := re.search(r"Expected a dot import path string: (\S+)", cause):
+        return _unknown_class(key, found[1], where)
+    if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", cause):
+        return f"Wrong class for {where}: {found[1]}. Expected a {found[2]}.{_known_classes(key)}"
+    if found := re.search(r"Expected (?:an? |one of )?(.+)\. Got value: (.+)", cause):
+        return f"Wrong value of {where}: {found[2]}. Expected {_readable(found[1])}."
+    if "NestedArg(" in text:
+        owner, _, name = key.rpartition(".")
+        arg = _arguments(_class_at(owner, composed)).get(name)
+        if arg is None:
+            return _unknown_key(key, composed)
+        return f"Wrong value of {where}: {dict(composed.flags)[key]}. Expected {_readable(str(arg.type))}."
+    if found := re.search(r"Subtypes: \[(.*)\]\n(?:.*\n)*?.*Given value: (.+)", cause):
+        kinds = re.sub(r", (?=[^,\]]*$)", " or ", _readable(found[1]))
+        return f"Wrong value of {where}: {found[2]}. Expected {kinds}."
+    return f"Wrong configuration of {where}: {' '.join(cause.split())[:300]}"
+
+
+def _locate(text: str, composed: compose.Composed) -> tuple[str, str]:
+    """The innermost key that a report blames, and what is said of it."""
+    names: list[str] = []
+    end, depth = 0, -1
+    for found in re.finditer(r'^( *(?:- )?)(Parser key "config": )?Parser key "([\w.]+)":', text, re.M):
+        if len(found[1]) > depth:
+            names.append(found[3])
+            end, depth = found.end(), len(found[1])
+    cause = text[end:]
+    if nested := re.search(r"NestedArg\(key='([\w.]+)'", text):
+        return ".".join([*names[:1], nested[1]]), cause
+    if option := re.search(r"[Oo]ption '([\w.]+)'", cause):
+        names.append(option[1])
+    # The report leaves out the names between the first and the last: net in model.net.width.
+    whole = (key for key in dict(_leaves("", composed.config)) if key.startswith(f"{names[0]}.")) if names else ()
+    return next((key for key in whole if key.endswith(f".{names[-1]}")), ".".join(names)), cause
+
+
+def _where(key: str, composed: compose.Composed) -> str:
+    origin = composed.origin(key)
+    return f"--{key}" if origin == f"--{key}" else f"{key} ({origin})"
+
+
+def _readable(kinds: str) -> str:
+    """Types as a person writes them: `<class 'int'>` is int, NoneType is null."""
+    kinds = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kinds)
+    kinds = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"one of \1", kinds)
+    kinds = re.sub(r"typing\.Optional\[(.*)\]", r"\1 | null", kinds)
+    return re.sub(r"\b(?:[a-z_]+\.)+(?=\w)", "", kinds.replace("NoneType", "null").replace("None", "null"))
+
+
+def _unknown_key(key: str, composed: compose.Composed) -> str:
+    owner, _, name = key.rpartition(".")
+    chosen = _class_at(owner, composed)
+    known = sorted(_arguments(chosen))
+    hint = f" {chosen.__name__} takes {', '.join(known) or 'no arguments'}." if chosen else " See --print_config."
+    return f"Unknown key: {_where(key, composed)}.{compose.nearest(name, known, prefix=f'{owner}.') or hint}"
+
+
+def _unknown_class(key: str, name: str, where: str, because: str = "") -> str:
+    short, files = name.rpartition(".")[2], Path("configs", key)
+    everywhere = {c.__name__ for c in _below(_base(key)) if not c.__name__.startswith("_")}
+    near = (
+        compose.nearest(short, _own_classes(key))
+        or compose.nearest(short, [path.name for path in (compose.ROOT / files).glob("*.yaml")], prefix=f"{files}/")
+        or compose.nearest(short, everywhere)
+    )
+    return f"No such class for {where}: {name}{because}.{near or _known_classes(key)}"
+
+
+def _known_classes(key: str) -> str:
+    known = ", ".join(sorted(_own_classes(key)))
+    return f" Known here: {known}." if known else ""
+
+
+def _own_classes(key: str) -> set[str]:
+    return {c.__name__ for c in _below(_base(key)) if c.__module__.split(".")[0] not in _LIBRARIES}
+
+
+def _base(key: str) -> type:
+    """What a class at `key` is: a guess from the name, good enough for a hint."""
+    bases: dict[str, type] = {"model": LightningModule, "data": LightningDataModule}
+    bases |= {"trainer.callbacks": Callback, "trainer.logger": Logger}
+    return bases.get(key, nn.Module)
+
+
+def _class_at(key: str, composed: compose.Composed) -> type | None:
+    """The class that is chosen at `key`, by a flag or a file."""
+    if key in ("trainer", "checkpoint"):
+        return Trainer if key == "trainer" else CheckpointCallback
+    name = dict(composed.flags).get(key) or dict(_leaves("", composed.config)).get(key)
+    return _resolve(name, key) if isinstance(name, str) else None
+
+
+def _resolve(name: str, key: str) -> type | None:
+    module, _, short = name.rpartition(".")
+    if not module:
+        return next((c for c in _below(_base(key)) if c.__name__ == name), None)
+    try:
+        found = getattr(importlib.import_module(module), short, None)
+    except ImportError:
+        return None
+    return found if isinstance(found, type) else None
+
+
+def _below(base: type) -> set[type]:
+    direct: list[type] = base.__subclasses__()
+    return set(direct).union(*map(_below, direct))

@@ -1,0 +1,326 @@
+"""A run's configuration as plain data: files, groups and flags laid over each other, before anything heavy is imported.
+
+From weakest to strongest, whatever their order on the command line:
+
+    the base            a checkpoint's config; else configs/mnist.yaml where no --config file chooses a model or data
+    --config FILE       any number of them, the later over the earlier
+    --model, --data, --checkpoint, --trainer    a group: a file, a class name, or YAML text
+    --model.lr 0.01     a single value; two of the same key: the later
+
+Replace, never mix: `model` and `data` are replaced whole by whatever names them later, so no value of a class that was
+chosen before survives in the one that is chosen now. `trainer` and `checkpoint` belong to one class each and are merged
+key by key; the value of a key in them is again replaced whole. A single value that names a class drops what the files
+said about the class that stood there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from savepoint.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_CONFIG = ROOT / "configs" / "mnist.yaml"
+REPLACED = ("model", "data")
+MERGED = ("trainer", "checkpoint")
+GROUPS = REPLACED + MERGED
+SCALARS = ("seed_everything", "output_dir", "run_name", "init_from", "init_strict", "resume")
+KEYS = SCALARS + GROUPS
+CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
+
+
+@dataclass
+class Composed:
+    """What the files say, the single values to put on top, and who said what (for messages)."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    flags: list[tuple[str, str]] = field(default_factory=list)
+    origins: dict[str, str] = field(default_factory=dict)
+    wants_help: bool = False
+    wants_config: bool = False
+    class_help: str | None = None
+
+    def origin(self, key: str) -> str:
+        """Where the value of `key` comes from: a file, or the flag."""
+        if any(name.rstrip("+") == key for name, _ in self.flags):
+            return f"--{key}"
+        parts = key.split(".")
+        prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        return next((self.origins[p] for p in prefixes if p in self.origins), f"--{key}")
+
+
+def compose(argv: Sequence[str], *, base: str | None = None) -> Composed:
+    """Lay out `argv` over `base`, the YAML text of a checkpoint's config.
+
+    Raises:
+        ConfigError: a file that is missing or malformed, or a command line that cannot be read.
+    """
+    configs, groups, composed = _split(argv)
+    if composed.wants_help:
+        return composed
+    files = [(_read_config(Path(name)), Path(name)) for name in configs]
+    if base is not None:
+        _lay(composed, parse_yaml(base, "the checkpoint's config"), Path(), "the checkpoint's config")
+    elif not any(key in config for config, _ in files for key in REPLACED):
+        files.insert(0, (_read_config(DEFAULT_CONFIG), DEFAULT_CONFIG))
+    for config, path in files:
+        _lay(composed, config, path.parent, _shown(path))
+    for key, value in groups:
+        _lay(composed, {key: _text(value)}, Path(), f"--{key}")
+    for key, _ in composed.flags:
+        _drop(composed.config, key)
+    return composed
+
+
+def read(path: Path, what: str = "config file") -> Any:
+    """The content of a YAML file; ConfigError with line and column where it is malformed."""
+    if path.is_dir():
+        raise ConfigError(f"Not a {what} but a folder: {path}. {_files_in(path)}")
+    if not path.exists():
+        raise ConfigError(f"No such {what}: {path}. {_files_in(path.parent, near=path.name)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"A {what} that cannot be read: {path} ({error}). Expected a readable YAML text.") from error
+    return parse_yaml(text, _shown(path))
+
+
+def nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """A sentence that names up to three names that are like `name`; empty where none is."""
+    by_fold = {n.lower(): n for n in sorted(set(known), reverse=True)}
+    close = [by_fold[n] for n in difflib.get_close_matches(name.lower(), by_fold, n=3, cutoff=0.6)]
+    return f" Did you mean {' or '.join(prefix + n for n in close)}?" if close else ""
+
+
+# --- the command line ---
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], Composed]:
+    configs: list[str] = []
+    groups: list[tuple[str, str]] = []
+    composed = Composed()
+    tokens = iter(argv)
+    for token in tokens:
+        if token in ("-h", "--help"):
+            composed.wants_help = True
+        elif token == "--print_config":
+            composed.wants_config = True
+        elif token.split("=")[0].endswith(".help"):
+            composed.class_help = _class_help(token, tokens)
+        else:
+            key, value = _flag(token, tokens)
+            if key == "config":
+                configs.append(value)
+            elif key in GROUPS:
+                groups.append((key, value))
+            else:
+                _add_flag(composed.flags, key, value)
+    return configs, groups, composed
+
+
+def _flag(token: str, tokens: Iterator[str]) -> tuple[str, str]:
+    if not token.startswith("--") and not token.startswith("-c"):
+        hint = f" Did you mean --config {token}?" if token.endswith((".yaml", ".yml")) else ""
+        raise ConfigError(f"Unexpected word on the command line: {token}. Expected --KEY VALUE.{hint}")
+    name, equals, value = token.partition("=")
+    if not equals:
+        value = next(tokens, "--")
+        if value.startswith("--"):
+            example = "configs/fast.yaml" if name in ("--config", "-c") else "VALUE"
+            raise ConfigError(f"A flag without its value: {name}. Expected {name} {example}.")
+    key = "config" if name == "-c" else name.removeprefix("--").replace("init_args.", "")
+    if not re.fullmatch(r"\w+(\.\w+)*\+?", key):
+        raise ConfigError(f"Unknown flag: {name}. Expected --KEY VALUE, such as --trainer.max_epochs 3.")
+    return key, value
+
+
+def _class_help(token: str, tokens: Iterator[str]) -> str:
+    name, equals, value = token.partition("=")
+    value = value if equals else next(tokens, "")
+    return f"{name}={value}" if value else name
+
+
+def _add_flag(flags: list[tuple[str, str]], key: str, value: str) -> None:
+    if not key.endswith("+"):
+        inner = next((k for k, _ in flags if k.startswith(key + ".")), None)
+        if inner is not None:
+            raise ConfigError(f"--{key} would undo what stands before it: --{inner}. Put --{key} first.")
+        flags[:] = [flag for flag in flags if flag[0] != key]
+    flags.append((key, value))
+
+
+def _text(value: str) -> Any:
+    """YAML text of a mapping and `null` become data; anything else is a name."""
+    if value == "null":
+        return None
+    return parse_yaml(value, "the command line") if value.lstrip().startswith("{") else value
+
+
+# --- layers ---
+
+
+def _lay(composed: Composed, layer: Any, folder: Path, source: str) -> None:
+    """Put one layer over what is there; paths of group files in it are relative to `folder`."""
+    for key, value in layer.items():
+        if key not in GROUPS:
+            composed.config[key] = value
+            composed.origins[key] = source
+        elif key in REPLACED:
+            composed.config[key], composed.origins[key] = _class_group(key, value, folder, source)
+        else:
+            group, origin = _merged_group(key, value, folder, source)
+            composed.config.setdefault(key, {}).update(group)
+            composed.origins.setdefault(key, origin)
+            composed.origins.update({f"{key}.{name}": origin for name in group})
+
+
+def _class_group(key: str, value: Any, folder: Path, source: str) -> tuple[Any, str]:
+    if isinstance(value, str) and not _is_file(value):
+        return {"class_path": value}, source
+    group, origin = _from_file(key, value, folder, source)
+    if group is None:
+        return None, origin
+    unknown = [name for name in group if name not in CLASS_KEYS]
+    if key in unknown or {"trainer", "config"} & set(unknown):
+        raise ConfigError(
+            f"A whole configuration where a group was expected: {origin}, given as `{key}`. "
+            f"Expected `class_path` and `init_args`. Give it with --config."
+        )
+    if unknown:
+        where = f" Did you mean init_args.{unknown[0]}?" if not nearest(unknown[0], CLASS_KEYS) else ""
+        raise ConfigError(
+            f"Unknown key in `{key}`: {unknown[0]} ({origin}). Expected `class_path` and `init_args`."
+            f"{nearest(unknown[0], CLASS_KEYS) or where}"
+        )
+    if not isinstance(group.get("class_path"), str):
+        raise ConfigError(
+            f"No class chosen by `{key}`: {origin}. A group replaces the one before it whole, so `class_path` was "
+            f"expected beside `init_args`. To change single values write --{key}.NAME VALUE on the command line."
+        )
+    return group, origin
+
+
+def _merged_group(key: str, value: Any, folder: Path, source: str) -> tuple[dict[str, Any], str]:
+    if isinstance(value, str) and not _is_file(value):
+        raise ConfigError(f"Not a group file: {value} (`{key}`, {source}). {_files_in(ROOT / 'configs' / key)}")
+    group, origin = _from_file(key, value, folder, source)
+    if group is None:
+        raise ConfigError(f"Nothing in `{key}`: {origin}. Expected its keys, each with a value. Leave `{key}` out.")
+    if key in group:
+        raise ConfigError(
+            f"A whole configuration where a group was expected: {origin}, given as `{key}`. Give it with --config."
+        )
+    return group, origin
+
+
+def _from_file(key: str, value: Any, folder: Path, source: str) -> tuple[dict[str, Any] | None, str]:
+    if isinstance(value, str):
+        path = folder / value
+        value, source = read(path, f"{key} group file"), _shown(path)
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"Not a group: `{key}` is {value!r} ({source}). Expected keys with values, or a file's name.")
+    return value, source
+
+
+def _is_file(value: str) -> bool:
+    return value.endswith((".yaml", ".yml", ".json")) or "/" in value
+
+
+def _drop(config: dict[str, Any], key: str) -> None:
+    """Forget what the files say about the class that stands at `key`, which a flag is about to name anew."""
+    *path, last = key.split(".")
+    node: Any = config
+    for name in path:
+        node = _inside(node).get(name) if isinstance(node, dict) else None
+    if isinstance(node, dict) and isinstance(_inside(node).get(last), dict):
+        del _inside(node)[last]
+
+
+def _inside(node: dict[str, Any]) -> dict[str, Any]:
+    inner = node.get("init_args") if "class_path" in node else node
+    return inner if isinstance(inner, dict) else {}
+
+
+# --- files ---
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read(path)
+    if not isinstance(config, dict) or not config:
+        what = "Empty config file" if config in (None, {}) else "A config file that is no mapping of keys to values"
+        raise ConfigError(f"{what}: {_shown(path)}. Expected keys such as `model`, `data`, `trainer`.")
+    if "class_path" in config:
+        group = path.parent.name if path.parent.name in REPLACED else "model"
+        raise ConfigError(f"A group file where a config was expected: {_shown(path)}. Give it with --{group}.")
+    return config
+
+
+def _shown(path: Path) -> str:
+    """Short where it can be: relative to the repository for the files in it."""
+    full = path.resolve()
+    return str(full.relative_to(ROOT)) if path.is_absolute() and full.is_relative_to(ROOT) else str(path)
+
+
+def _files_in(folder: Path, near: str = "") -> str:
+    if not folder.is_dir():
+        return f"The folder {folder} does not exist either." if near else f"There is no folder {folder}."
+    names = sorted(p.name for p in folder.glob("*.y*ml"))
+    if not names:
+        return f"The folder {folder} holds no YAML file."
+    return f"{_shown(folder)} has: {', '.join(names)}.{nearest(near, names)}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as jsonargparse reads it (1e-3 is a number, a date is a text), and without silent double keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str | int) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", key_node.start_mark)
+            if isinstance(key, str | int):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_FLOAT = r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
+    |[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"""
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT, re.X), list("-+0123456789."))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what the loader would take for a number."""
+
+
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
+
+
+def to_yaml(data: Any) -> str:
+    """Text that `parse_yaml` reads back to the same data, keys in their order."""
+    # escaped, as PyYAML writes some characters (U+0085) plain that it reads back as another
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(
+            f"Malformed YAML: {source}{where} ({error.problem}). Expected `key: value` lines. Mend that line."
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Malformed YAML: {source} ({error}). Expected `key: value` lines.") from error

@@ -1,0 +1,45 @@
+"""From `python train.py` to an exit code: one place where errors become messages. Standard library only.
+
+    0          done
+    1          a failure: a traceback, or an error that says the run could not be saved
+    2          what the user can mend: one to five lines, no traceback
+    128 + n    stopped by signal n, after a save
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import savepoint
+from savepoint import preemption
+from savepoint.errors import ConfigError, SavepointError
+
+
+def run(main: Callable[[Sequence[str]], int], script: str) -> None:
+    """Calls `main` with the arguments of this process and ends the process with its result."""
+    try:
+        refuse_foreign_install(Path(script))
+        preemption.install()
+        code = main(sys.argv[1:])
+    except preemption.Preempted as preempted:
+        print(f"Stopped by {preempted.name}.", file=sys.stderr)
+        raise
+    except SavepointError as error:
+        print(error, file=sys.stderr)
+        code = error.exit_code
+    except BrokenPipeError:
+        # The reader of our output is gone (`| head`): there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+def refuse_foreign_install(script: Path) -> None:
+    """A copied project that runs in the environment of the one it was copied from would train the other one's code."""
+    here, code = script.resolve().parent, Path(savepoint.__file__).resolve()
+    if not code.is_relative_to(here):
+        raise ConfigError(
+            f"This environment runs another copy's code: {code.parent}. Expected it under {here}. "
+            f"Install this copy into an environment of its own: cd {here} && make setup"
+        )

@@ -1,0 +1,72 @@
+"""`python resume.py FILE --config ...` with a file of another program: a new run that takes over what the file has."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch.optim.lr_scheduler import LambdaLR
+
+from savepoint import training
+from savepoint.checkpoint import foreign
+from savepoint.overrides import check_shapes
+from savepoint.run import Run, show
+from savepoint.weights import fit_names
+
+
+def start(path: Path, config: Any, config_name: str) -> int:
+    """Trains on from a foreign file in a run directory of its own.
+
+    Raises:
+        CheckpointForeignError: the file cannot be read safely, or holds no weights.
+        ConfigMismatchError: its weights are not those of the config's model.
+    """
+    found = foreign.read(path)
+    run = Run.create(config.output_dir, config.run_name, config_name)
+    try:
+        begin = training.Start(callbacks=[_TakeOver(found)])
+        made = training.build(config, run, begin)
+        weights = fit_names(found["state_dict"], made.model.state_dict())
+        check_shapes({name: tuple(value.shape) for name, value in weights.items()}, made.model.state_dict())
+        made.model.load_state_dict(weights)
+        has = [f"epoch {found['epoch']}"] if found["epoch"] is not None else []
+        has += [f"best accuracy {found['best_accuracy']:.4f}"] if found["best_accuracy"] is not None else []
+        has += ["optimizer"] if found["optimizer"] else []
+        lacks = [key for key in ("epoch", "best_accuracy", "optimizer") if found[key] is None]
+        print(f"From {path} ({found['kind']}): {', '.join(['weights', *has])}.")
+        print(f"It lacks {', '.join([*lacks, 'random states, place in the data'])}: not exact. New run {show(run.directory)}")
+        made.checkpointing.scores.best = found["best_accuracy"]
+        return training.execute(made)
+    except BaseException:
+        run.discard()
+        raise
+
+
+class _TakeOver(Callback):
+    """Starts Lightning's counters, the optimizer and the schedule where the file says."""
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        self.found = found
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        progress = trainer.fit_loop.epoch_progress
+        for counts in (progress.current, progress.total):
+            counts.ready = counts.started = counts.processed = counts.completed = self.found["epoch"] or 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epochs = self.found["epoch"] or 0
+        steps = epochs * -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+        loop = trainer.fit_loop.epoch_loop
+        loop._batches_that_stepped = steps
+        loop.automatic_optimization.optim_progress.optimizer.step.total.completed = steps
+        if self.found["optimizer"]:
+            trainer.optimizers[0].load_state_dict(self.found["optimizer"])
+        for config in trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, LambdaLR):
+                config.scheduler.last_epoch = steps if config.interval == "step" else epochs
+                for group, base, factor in zip(
+                    trainer.optimizers[0].param_groups, config.scheduler.base_lrs, config.scheduler.lr_lambdas, strict=True
+                ):
+                    group["initial_lr"] = base
+                    group["lr"] = base * factor(config.scheduler.last_epoch)

@@ -1,0 +1,73 @@
+"""Signals: asked to stop, a run saves at its next safe point and leaves with the code its caller expects.
+
+A handler only sets a flag. The checkpoint callback polls it where nothing is half done, and raises `Preempted` after the
+save. While nothing is at stake (start-up, the test after training) a signal to stop raises at once.
+
+    SIGTERM, SIGINT, SIGHUP   save, leave with 143, 130, 129; a second one leaves at once
+    SIGUSR1                   save, go on
+
+A signal that was ignored when the process started (nohup, a background job) stays ignored.
+"""
+
+import os
+import signal
+import threading
+from types import FrameType
+
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SAVE = signal.SIGUSR1
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop. Nobody has to catch it: the process leaves with 128 + the signal's number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(128 + signum)
+        self.signum = signum
+        self.name = signal.Signals(signum).name
+
+
+class _Requests:
+    def __init__(self) -> None:
+        self.stop = 0  # number of the signal that asked to stop, 0 while none did
+        self.save = False
+        self.armed = False
+
+
+requests = _Requests()
+
+
+def install() -> None:
+    """Takes the signals. Called at the start of the process, and again once Lightning has put its own handlers there."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for signum in STOP:
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, _on_stop)
+    if signal.getsignal(SAVE) is not signal.SIG_IGN:
+        signal.signal(SAVE, _on_save)
+
+
+def arm() -> None:
+    """From here on a signal waits for the next safe point."""
+    requests.armed = True
+    install()
+
+
+def disarm() -> None:
+    requests.armed = False
+
+
+def _on_stop(signum: int, frame: FrameType | None) -> None:
+    if requests.stop:
+        # The second one: somebody cannot wait. The last checkpoint on disk is whole, as it is after a SIGKILL.
+        signal.signal(signum, signal.SIG_DFL)
+        os.kill(os.getpid(), signum)
+        return
+    requests.stop = signum
+    if not requests.armed:
+        raise Preempted(signum)
+
+
+def _on_save(signum: int, frame: FrameType | None) -> None:
+    requests.save = True

@@ -1,0 +1,96 @@
+"""What a person sees while a run trains: a bar on a terminal, one line an epoch in a log file."""
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from torch import Tensor
+
+
+class Meter(Callback):
+    """Counts samples and seconds of training, over all starts of the run. Everything here depends on the clock."""
+
+    def __init__(self) -> None:
+        self.samples, self.secs, self._began = 0, 0.0, 0.0
+        self._before = 0  # samples of earlier starts
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self.samples, "secs": self.fit_secs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.samples = self._before = state_dict["samples"]
+        self.secs = state_dict["secs"]
+
+    @property
+    def fit_secs(self) -> float:
+        return self.secs + (time.monotonic() - self._began if self._began else 0.0)
+
+    @property
+    def samples_per_sec(self) -> float:
+        """Of this start, validation included."""
+        passed = time.monotonic() - self._began if self._began else 0.0
+        return (self.samples - self._before) / passed if passed else 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        first = batch[0] if isinstance(batch, Sequence) and batch else batch
+        if isinstance(first, Tensor) and first.ndim:
+            self.samples += len(first) * trainer.world_size
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.final_samples_per_sec = self.samples_per_sec
+        self.secs, self._began = self.fit_secs, 0.0
+
+
+class Bar(RichProgressBar):
+    """Lightning's rich bar with images/s."""
+
+    def __init__(self, meter: Meter) -> None:
+        super().__init__(leave=False)
+        self.meter = meter
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics | {"images/s": f"{self.meter.samples_per_sec:.0f}"}
+
+
+class Lines(Callback):
+    """One line an epoch, where the output is no terminal."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter, self._epoch = meter, -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epoch, self._first, self._started = trainer.current_epoch, trainer.current_epoch, time.monotonic()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._say(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._say(trainer)
+
+    def _say(self, trainer: Trainer) -> None:
+        done = trainer.current_epoch
+        if done == self._epoch or not trainer.is_global_zero:
+            return
+        self._epoch = done
+        left = ""
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            per_epoch = (time.monotonic() - self._started) / (done - self._first)
+            minutes, seconds = divmod(round(per_epoch * (trainer.max_epochs - done)), 60)
+            left = f"/{trainer.max_epochs}: {minutes}:{seconds:02d} left"
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "_step" not in name}
+        values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
+        print(f"epoch {done}{left}, step {trainer.global_step}, {values}, {self.meter.samples_per_sec:.0f} images/s", flush=True)
+
+
+def display(meter: Meter) -> Callback:
+    return Bar(meter) if sys.stdout.isatty() else Lines(meter)

@@ -1,0 +1,289 @@
+"""Continue a run: choose a checkpoint, compare configs, print the plan, go on."""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from savepoint import cli, foreign_start, training
+from savepoint.checkpoint import store
+from savepoint.checkpoint.state import environment
+from savepoint.choose import Request
+from savepoint.errors import CheckpointNotFoundError, ConfigError, ConfigMismatchError
+from savepoint.overrides import ApplyOverrides
+from savepoint.run import Run, default_name, rank, scheduled, show
+
+# Where the checkpoint of this start is said to ranks that the launcher starts later.
+ENVIRONMENT_KEY = "SAVEPOINT_CHECKPOINT"
+
+# What never decides how a run trains: not compared at all.
+NOT_COMPARED = ("run_name", "output_dir", "resume", "init_from", "init_strict")
+# What changes no step of the trajectory up to where the run would have ended: applied without asking.
+FREE = (
+    "checkpoint", "data.root", "data.num_workers", "trainer.accelerator", "trainer.barebones", "trainer.default_root_dir",
+    "trainer.devices", "trainer.enable_checkpointing", "trainer.enable_model_summary", "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps", "trainer.logger", "trainer.max_epochs", "trainer.max_steps", "trainer.max_time",
+    "trainer.min_epochs", "trainer.min_steps", "trainer.num_nodes", "trainer.profiler", "trainer.strategy",
+)  # fmt: skip
+
+
+@dataclass
+class Source:
+    """The checkpoint to continue from, in memory."""
+
+    path: Path
+    state: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+
+
+def start(argv: Sequence[str]) -> int:
+    """`python train.py`: a new run, or with `--resume auto | must` the run of that name."""
+    config = cli.parse(argv)
+    if config.resume == "never":
+        return training.train(config, argv)
+    if config.run_name is None and not scheduled():
+        raise ConfigError(
+            f"--resume {config.resume} cannot tell which run is meant: no run_name. Expected one. Give --run_name NAME."
+        )
+    name = config.run_name or default_name(training.config_name(argv))
+    run_dir = Path(config.output_dir) / name
+    if any((run_dir / "checkpoints").glob("step-*.ckpt")):
+        return _continue(Request(run_dir=run_dir), config)
+    if config.resume == "must":
+        raise CheckpointNotFoundError(
+            f"Nothing to continue: {run_dir} has no checkpoint, and --resume must was given. Expected one. "
+            "Start the run with --resume auto.",
+            run_dir,
+        )
+    return training.train(config, argv, reuse=run_dir)
+
+
+def resume(request: Request) -> int:
+    """`python resume.py`."""
+    if request.foreign:
+        assert request.file is not None
+        config = cli.parse(request.overrides)
+        return foreign_start.start(request.file, config, training.config_name(request.overrides))
+    return _continue(request, None)
+
+
+def _continue(request: Request, config: Any) -> int:
+    in_place = request.run_dir is not None and request.fork is None
+    locked = Run.open(request.run_dir) if in_place and request.run_dir and not request.plan else None
+    source = choose(request, may_rename=locked is not None)
+    was = cli.dump(cli.parse([], base=source.state["config"]))
+    if config is None:
+        config = cli.parse(request.overrides, base=source.state["config"])
+    changed = differences(was, cli.dump(config))
+    refuse(changed, request.allow)
+    if ended := finished(source, changed, request):
+        print(ended)
+        return _complete(locked, source, config) if locked else 0
+    if rank() == 0:
+        print(plan(request, source, changed, config), flush=True)
+    if request.plan:
+        return 0
+    run = locked or _new_run(request, source, config)
+    if request.rewind:
+        _rewind(run, source)
+    rows = source.state.get("logged_rows") or 0
+    stepped = source.state["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+    begin = training.Start(
+        checkpoint=source.path,
+        digest=source.manifest["digest"],
+        keep_rows=rows if locked else 0,
+        # In a validation the rows of this very step are logged already, those of the validation are not.
+        purge_step=(stepped + (source.state["at"] == "validation")) if locked else None,
+        changed=changed,
+        callbacks=[ApplyOverrides(source.state, source.manifest, changed, request.allow)],
+    )
+    return training.execute(training.build(config, run, begin), checkpoint=source.path)
+
+
+def choose(request: Request, *, may_rename: bool) -> Source:
+    """The checkpoint of a request, verified whole and loaded to the CPU."""
+    import os
+
+    if inherited := os.environ.get(ENVIRONMENT_KEY):
+        request = Request(run_dir=request.run_dir, file=Path(inherited), rewind=True)
+    if request.run_dir is None:
+        assert request.file is not None
+        return Source(request.file, *store.load(request.file))
+    checkpoints = store.CheckpointStore(request.run_dir / "checkpoints")
+    if request.best:
+        best = checkpoints.best()
+        if best is None:
+            raise CheckpointNotFoundError(
+                f"No best checkpoint in {show(request.run_dir)}: none has a value of the monitored metric at its own step. "
+                "Expected one. Leave --best away to take the latest.",
+                request.run_dir,
+            )
+        request.file = best.path
+    if request.file is None:
+        chosen, state, lines = checkpoints.load_latest(lock_holder=may_rename)
+        print("\n".join(lines), end="\n" if lines else "", flush=True)
+        source = Source(chosen.path, state, chosen.manifest)
+    else:
+        source = Source(request.file, *store.load(request.file))
+        latest = checkpoints.latest()
+        if latest and latest.step > source.manifest["step"] and request.fork is None and not request.rewind:
+            here = show(request.file.absolute())
+            raise ConfigMismatchError(
+                f"Not the newest checkpoint of its run: {here} is of step {source.manifest['step']}, the run is at "
+                f"{latest.step}. Expected one of two ways.\n"
+                f"  a new run from there:             python resume.py {here} --fork NAME\n"
+                f"  the same run, later files set aside:  python resume.py {here} --rewind"
+            )
+    os.environ[ENVIRONMENT_KEY] = str(source.path.absolute())
+    return source
+
+
+# -- comparing -------------------------------------------------------------------------------------------------------
+
+
+def differences(was: str, is_: str) -> dict[str, tuple[Any, Any]]:
+    """Config key -> (value in the checkpoint, value now), for the keys that are compared."""
+    old, new = cli.flatten(was), cli.flatten(is_)
+    keys = [key for key in {**old, **new} if key.split(".")[0] not in NOT_COMPARED]
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def is_free(key: str) -> bool:
+    return _named(key, FREE)
+
+
+def _named(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def refuse(changed: Mapping[str, tuple[Any, Any]], allow: Sequence[str]) -> None:
+    """Raises ConfigMismatchError for changes of the trajectory that `--allow` does not name."""
+    refused = {key: pair for key, pair in changed.items() if not is_free(key) and not _named(key, allow)}
+    if refused:
+        lines = [f"  {key}: {was} in the checkpoint, {now} now" for key, (was, now) in list(refused.items())[:3]]
+        more = f"  and {len(refused) - 3} more" if len(refused) > 3 else ""
+        raise ConfigMismatchError(
+            "\n".join(
+                [
+                    "This would train differently from the run that is continued. Expected the same values, or leave.",
+                    *lines,
+                    *([more] if more else []),
+                    f"If that is meant: --allow {','.join(refused)}",
+                ]
+            )
+        )
+
+
+def finished(source: Source, changed: Mapping[str, tuple[Any, Any]], request: Request) -> str | None:
+    """The line for a run that has nothing left to do; None where there is something."""
+    ended = source.manifest.get("ended")
+    if ended is None or request.fork is not None or request.rewind:
+        return None
+    limits = {"max_epochs": source.manifest["epoch"], "max_steps": source.manifest["step"]}
+    if ended in limits:
+        limit = changed.get(f"trainer.{ended}", (None, None))[1]
+        if f"trainer.{ended}" in changed and (limit is None or limit < 0 or limit > limits[ended]):
+            return None
+    elif changed:
+        return None
+    directory = show((request.run_dir or source.path).absolute())
+    return (
+        f"Finished: {directory} ended by {ended} at step {source.manifest['step']}, epoch {source.manifest['epoch']}. "
+        f"To train longer: python resume.py {directory} --trainer.max_epochs {2 * max(1, source.manifest['epoch'])}"
+    )
+
+
+# -- the plan --------------------------------------------------------------------------------------------------------
+
+
+def plan(request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]], config: Any) -> str:
+    """What is restored, from where, what was overridden, what an override will not change, how much is left."""
+    manifest, state = source.manifest, source.state
+    verb = "Fork" if request.fork is not None else "Rewind" if request.rewind else "Resume"
+    lines = [
+        f"{verb} {show((request.run_dir or source.path).absolute())} from {source.path.name}: step {manifest['step']}, "
+        f"epoch {manifest['epoch']}, verified, {source.path.stat().st_size / 1e6:.2f} MB",
+        f"  restored    {_restored(source)}",
+    ]
+    lines += [f"  overridden  {key}: {was} -> {now}" for key, (was, now) in changed.items()]
+    lines += [f"  note        {note}" for note in _notes(source, changed, config)]
+    lines.append(f"  left        {_left(state, manifest, config)}")
+    return "\n".join(lines)
+
+
+def _restored(source: Source) -> str:
+    state = source.state
+    parts = ["weights"]
+    parts += ["optimizer"] if state["optimizer_states"] else []
+    parts += ["schedule"] if state["lr_schedulers"] else []
+    parts += ["random states, metrics, place in the data"] if source.manifest["exact"] else []
+    best = source.manifest.get("best_score")
+    parts += [f"best {source.manifest['monitor']} {best:.4f}"] if best is not None else []
+    return ", ".join(parts) + ("" if source.manifest["exact"] else " (not exact: as Lightning resumes)")
+
+
+def _notes(source: Source, changed: Mapping[str, tuple[Any, Any]], config: Any) -> list[str]:
+    import torch
+
+    manifest, notes = source.manifest, []
+    now = environment(torch.device("cpu"))
+    for key in ("versions", "threads"):
+        if manifest.get(key) != now[key]:
+            notes.append(f"{key} {manifest.get(key)} -> {now[key]}: not bit-equal to a run that was never stopped")
+    loop = source.state["loops"]["fit_loop"]
+    inside = not loop["epoch_loop.batch_progress"]["is_last_batch"]
+    if manifest.get("ended") in ("max_steps", "max_time") and inside:
+        notes.append("it ended inside an epoch, which counts as done: not what a longer run without the stop would be")
+    if "trainer.max_epochs" in changed or "trainer.max_steps" in changed:
+        rates = [group["lr"] for optimizer in source.state["optimizer_states"] for group in optimizer["param_groups"]]
+        notes.append(
+            f"learning rate is {rates[0]:.3g} here; a schedule that depends on the length is stretched to the new end, "
+            "so this is not what a run of that length from the start would be"
+        )
+    if any(key.startswith("data.") for key in changed):
+        notes.append("batches come from the data set as it is now; the place in the epoch is kept")
+    if not source.state["config"]:
+        raise ConfigError(f"No config in this checkpoint: {source.path}. Expected one. Give --config FILE.")
+    return notes
+
+
+def _left(state: Mapping[str, Any], manifest: Mapping[str, Any], config: Any) -> str:
+    parts = []
+    if (epochs := config.trainer.max_epochs) is not None and epochs >= 0:
+        whole = max(0, epochs - manifest["epoch"])
+        parts.append(f"{whole} epochs" + (" (the first of them begun)" if manifest["at"] != "epoch" else ""))
+    if config.trainer.max_steps >= 0:
+        parts.append(f"{max(0, config.trainer.max_steps - manifest['step'])} steps at most")
+    if config.trainer.max_time:
+        parts.append(f"until {config.trainer.max_time} of training")
+    return ", ".join(parts) or "no limit is set"
+
+
+# -- going on --------------------------------------------------------------------------------------------------------
+
+
+def _complete(run: Run, source: Source, config: Any) -> int:
+    """A run that ended and was killed before its test: the test and the summary are still to be made."""
+    if (run.directory / "summary.json").exists():
+        run.unlock()
+        return 0
+    begin = training.Start(checkpoint=source.path, keep_rows=source.state.get("logged_rows") or 0)
+    return training.execute(training.build(config, run, begin), checkpoint=source.path)
+
+
+def _new_run(request: Request, source: Source, config: Any) -> Run:
+    origin = (request.run_dir or source.path.with_suffix("")).name
+    suffix = "-fork" if request.fork is not None else ""
+    return Run.create(request.output_dir, request.fork or None, f"{origin}{suffix}")
+
+
+def _rewind(run: Run, source: Source) -> None:
+    """Later checkpoints and the log rows go under rewound/: nothing is deleted."""
+    aside = run.directory / "rewound" / time.strftime("%Y%m%d-%H%M%S")
+    aside.mkdir(parents=True)
+    if (run.directory / "metrics.csv").exists():
+        shutil.copy2(run.directory / "metrics.csv", aside)
+    moved = store.CheckpointStore(run.directory / "checkpoints").set_aside_after(source.manifest["step"], aside)
+    print(f"Set aside in {show(aside)}: {', '.join(path.name for path in moved) or 'no checkpoint'}, metrics.csv")

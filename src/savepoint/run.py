@@ -1,0 +1,230 @@
+"""The run directory: its name, its lock, what is recorded in it. Every rank agrees on it; rank 0 alone writes.
+
+    config.yaml    the resolved config of the last start
+    run.json       id and created, then one entry a start: argv, git, versions, host, hardware, checkpoint it began from
+    summary.json   the result
+    lock           held while a process trains here
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from savepoint.errors import ConfigError, RunDirectoryError, RunExistsError, RunLockedError
+
+# Set by rank 0 before the launcher starts the other ranks, which inherit it.
+ENVIRONMENT_KEY = "SAVEPOINT_RUN_DIR"
+
+
+def rank() -> int:
+    """Of this process, as its launcher says; 0 where there is none."""
+    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def scheduled() -> str | None:
+    """The id of the job, where a scheduler or torchrun starts this process: the same on every rank and after a requeue."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def default_name(config_name: str) -> str:
+    """`<config>-<job id>` under a launcher that starts every rank by itself, else `<config>-<yyyymmdd-hhmmss>`."""
+    job = scheduled()
+    if job == "none":
+        raise ConfigError(
+            "The ranks cannot agree on a run name: torchrun was given no --rdzv-id. Expected one name for all. "
+            "Give --run_name NAME."
+        )
+    return f"{config_name}-{job or datetime.now().strftime('%Y%m%d-%H%M%S')}"
+
+
+class Run:
+    """One run directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.absolute()
+        self._lock: int | None = None
+        self._created = False
+
+    # -- making one --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, output_dir: str, run_name: str | None, config_name: str) -> "Run":
+        """A new directory, made by rank 0 and locked; the other ranks take the one that it made."""
+        if inherited := os.environ.get(ENVIRONMENT_KEY):
+            return cls(Path(inherited))
+        name = run_name or default_name(config_name)
+        if Path(name).name != name or name.startswith("."):
+            raise ConfigError(f"Not a run name: {name!r}. Expected a plain file name. Give --run_name another one.")
+        directory = Path(output_dir) / name
+        run = cls(directory)
+        if rank():
+            return run
+        for attempt in range(2, 100):
+            try:
+                run.directory.mkdir(parents=True)
+                break
+            except FileExistsError:
+                if run_name or not run.directory.is_dir():
+                    raise RunExistsError(
+                        f"The run name is taken: {directory}. Expected a new one. Choose another --run_name, "
+                        f"or continue that run: python resume.py {directory}"
+                    ) from None
+                run = cls(directory.with_name(f"{name}-{attempt}"))  # two runs that started in the same second
+            except OSError as error:
+                raise _unwritable(directory, error) from error
+        run._created = True
+        run.lock()
+        os.environ[ENVIRONMENT_KEY] = str(run.directory)
+        return run
+
+    @classmethod
+    def open(cls, directory: Path) -> "Run":
+        """An existing directory, locked by rank 0."""
+        run = cls(directory)
+        if rank() == 0:
+            run.lock()
+            os.environ[ENVIRONMENT_KEY] = str(run.directory)
+        return run
+
+    def discard(self) -> None:
+        """Removes a directory that this process made and in which no training began."""
+        if self._created and not any((self.directory / "checkpoints").glob("step-*.ckpt")):
+            shutil.rmtree(self.directory, ignore_errors=True)
+            os.environ.pop(ENVIRONMENT_KEY, None)
+
+    # -- the lock ----------------------------------------------------------------------------------------------------
+
+    def lock(self) -> None:
+        """Takes the lock for the life of this process, or raises RunLockedError naming the holder.
+
+        A POSIX lock: the kernel drops it when the process dies, whatever its data workers do. It is also dropped when
+        any descriptor of the file is closed in this process, so the file is opened here, once, and never again.
+        """
+        path = self.directory / "lock"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise _unwritable(self.directory, error) from error
+        said = os.pread(descriptor, 4096, 0).decode(errors="replace")
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            holder = _holder(said)
+            raise RunLockedError(
+                f"Another process trains in this run directory: {self.directory}, held by {holder}. "
+                "Expected it free. Wait for it or stop it, or start a run of another name."
+            ) from None
+        if said.strip():
+            print(f"Taking over the lock of {_holder(said)}, which is no longer running.")
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": _boot_id()}
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+        self._lock = descriptor
+
+    def unlock(self) -> None:
+        if self._lock is not None:
+            os.ftruncate(self._lock, 0)  # an empty file says that nobody died here
+            os.close(self._lock)
+            self._lock = None
+
+    # -- what is recorded --------------------------------------------------------------------------------------------
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """run.json; a fresh one where there is none."""
+        try:
+            found: dict[str, Any] = json.loads((self.directory / "run.json").read_text())
+        except FileNotFoundError:
+            found = {"id": uuid.uuid4().hex, "name": self.directory.name, "created": _now(), "starts": []}
+        return found
+
+    def record_start(self, record: Mapping[str, Any], config: str, **facts: Any) -> None:
+        """Adds an entry to `record` and writes it, with the config of this start."""
+        entry = {"time": _now(), "argv": sys.argv, "git": _git(), "versions": _versions(), "host": socket.gethostname()}
+        entry |= {"hardware": f"{platform.machine()}, {os.cpu_count()} cores"} | facts
+        self._write("run.json", json.dumps({**record, "starts": [*record["starts"], entry]}, indent=2))
+        self._write("config.yaml", config)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        self._write("summary.json", json.dumps(summary, indent=2))
+
+    def write_resume_command(self, command: str) -> None:
+        self._write("RESUME.txt", command + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        path = self.directory / name
+        temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)  # a crash before this line leaves the old file, one after it the new one
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise _unwritable(path, error) from error
+
+
+def show(directory: Path) -> str:
+    """The directory as a person would type it here."""
+    return os.path.relpath(directory) if directory.is_relative_to(Path.cwd()) else str(directory)
+
+
+def _unwritable(path: Path, error: OSError) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"Cannot write the run directory: {path} ({error.strerror}). Expected a directory that this user may write, "
+        "with room in it. Give another one: --output_dir DIR"
+    )
+
+
+def _holder(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        return f"pid {holder['pid']} on {holder['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "a process that left no name"
+
+
+def _boot_id() -> str:
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _git() -> dict[str, Any] | None:
+    def ask(*arguments: Sequence[str] | str) -> str | None:
+        here = Path(__file__).parent
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)  # type: ignore[list-item]
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = ask("rev-parse", "HEAD")
+    return None if commit is None else {"commit": commit, "dirty": bool(ask("status", "--porcelain"))}
+
+
+def _versions() -> dict[str, str]:
+    names = ("savepoint", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
+    found = {"python": platform.python_version()}
+    for distribution in names:
+        try:
+            found[distribution] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,214 @@
+"""One training: from a config to model, data and trainer, through fit and test, to a summary."""
+
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from savepoint import cli, weights
+from savepoint.checkpoint import store
+from savepoint.checkpoint.callback import CheckpointCallback, Provenance
+from savepoint.errors import CheckpointNotFoundError, SavepointError
+from savepoint.logs import CSVLogger, RunTensorBoardLogger
+from savepoint.preemption import Preempted
+from savepoint.progress import Meter, display
+from savepoint.run import Run, rank, show
+
+PROCESS_STARTED = time.monotonic()
+
+
+@dataclass
+class Start:
+    """Where a training begins: from nothing, or from a checkpoint of a run."""
+
+    checkpoint: Path | None = None
+    digest: str | None = None
+    keep_rows: int = 0
+    purge_step: int | None = None
+    changed: Mapping[str, tuple[Any, Any]] | None = None  # config key -> (was, is)
+    callbacks: Sequence[Callback] = ()
+
+
+@dataclass
+class Training:
+    """What `build` makes."""
+
+    run: Run
+    model: LightningModule
+    data: LightningDataModule
+    trainer: Trainer
+    checkpointing: CheckpointCallback
+    meter: Meter
+
+
+class _Recorder(Callback):
+    """Writes run.json and config.yaml once training begins: a start that fails before leaves the directory as it was."""
+
+    def __init__(self, run: Run, record: Mapping[str, Any], config: str, start: Start) -> None:
+        self.run, self.record, self.config, self.start = run, record, config, start
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.run.record_start(
+                self.record,
+                self.config,
+                checkpoint=self.start.checkpoint and self.start.checkpoint.name,
+                step=trainer.global_step,
+                changed={key: list(pair) for key, pair in (self.start.changed or {}).items()},
+                world_size=trainer.world_size,
+            )
+
+
+def build(config: Any, run: Run, start: Start | None = None) -> Training:
+    """Model, data and trainer of a config, wired to a run directory. Nothing is written yet.
+
+    Raises:
+        ConfigError: Lightning refuses a value of the config.
+    """
+    start = start or Start()
+    quieten()
+    text, record, meter = cli.dump(config), run.record, Meter()
+    loggers: list[Logger] = [
+        CSVLogger(run.directory / "metrics.csv", start.keep_rows),
+        RunTensorBoardLogger(run.directory, start.purge_step),
+    ]
+    model, data, trainer = cli.instantiate(
+        config,
+        callbacks=[meter, display(meter), _Recorder(run, record, text, start), *start.callbacks],
+        logger=loggers,
+        default_root_dir=str(run.directory),
+    )
+    checkpointing = next(c for c in trainer.callbacks if isinstance(c, CheckpointCallback))  # type: ignore[attr-defined]
+    checkpointing.provenance = Provenance(run_id=record["id"], config=text, parent=start.digest)
+    return Training(run, model, data, trainer, checkpointing, meter)
+
+
+def train(config: Any, argv: Sequence[str], *, reuse: Path | None = None) -> int:
+    """A new run. `reuse` is a directory that may be there already, without a checkpoint: it was killed before its first."""
+    exists = reuse is not None and reuse.is_dir()
+    run = Run.open(reuse) if reuse and exists else Run.create(config.output_dir, config.run_name, config_name(argv))
+    try:
+        training = build(config, run)
+        if config.init_from:
+            weights.initialise(training.model, config.init_from, strict=config.init_strict)
+        if rank() == 0:
+            print(f"Run {show(run.directory)}", flush=True)
+        return execute(training)
+    except BaseException:
+        run.discard()
+        raise
+
+
+def config_name(argv: Sequence[str]) -> str:
+    """The name of the last `--config` file, the default one's where none is given."""
+    names = [after for before, after in zip(argv, argv[1:], strict=False) if before in ("-c", "--config")]
+    names += [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
+    return Path(names[-1]).stem if names else "mnist"
+
+
+def execute(training: Training, checkpoint: Path | None = None) -> int:
+    """Fit, test, summarise. Returns the exit code: 1 where the newest state could not be saved."""
+    trainer = training.trainer
+    try:
+        trainer.fit(training.model, datamodule=training.data, ckpt_path=checkpoint)
+    except Preempted:
+        if trainer.is_global_zero:
+            command = resume_command(training.run)
+            training.run.write_resume_command(command)
+            print(f"Saved at step {trainer.global_step}. Continue with: {command}", flush=True)
+        raise
+    return finish(training)
+
+
+def finish(training: Training) -> int:
+    """Test the best weights, write summary.json, print the table."""
+    summary = summarise(training)
+    if training.trainer.is_global_zero:
+        if not training.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            training.run.write_summary(summary)
+        print(table(training, summary), flush=True)
+    failure = training.checkpointing.failure
+    if failure is not None:
+        print(f"The newest state of this run is not saved. {failure}", file=sys.stderr)
+    training.run.unlock()
+    return 0 if failure is None else 1
+
+
+def summarise(training: Training) -> dict[str, Any]:
+    trainer, checkpointing = training.trainer, training.checkpointing
+    steps, epochs = trainer.global_step, trainer.current_epoch
+    best_score, best_step = checkpointing.scores.best, checkpointing.scores.best_step
+    tested = _load_best(training)
+    results: dict[str, float] = {}
+    if is_overridden("test_step", training.model) and is_overridden("test_dataloader", training.data):
+        results = dict(trainer.test(training.model, datamodule=training.data, verbose=False)[0])
+    return {
+        **results,
+        checkpointing.scores.key: best_score,
+        "best_step": best_step,
+        "epochs": epochs,
+        "steps": steps,
+        "fit_secs": round(training.meter.fit_secs, 2),
+        "wall_secs": round(time.monotonic() - PROCESS_STARTED, 2),
+        "images_per_sec": round(getattr(training.meter, "final_samples_per_sec", 0.0)),
+        "dataset": getattr(training.data, "name", type(training.data).__name__),
+        "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
+        "tested_checkpoint": tested,
+        "checkpoints": sorted(path.name for path in (training.run.directory / "checkpoints").glob("*.ckpt")),
+    }
+
+
+def _load_best(training: Training) -> str | None:
+    """Puts the best checkpoint's weights into the model; the last ones stay where nothing was ranked."""
+    if training.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    best = training.checkpointing.store.best()
+    if best is None:
+        return None
+    try:
+        state, _ = store.load(best.path)
+    except SavepointError as error:
+        print(f"{error} The last weights are tested instead.", file=sys.stderr)
+        return None
+    training.model.load_state_dict(state["state_dict"])
+    return best.path.name
+
+
+def table(training: Training, summary: Mapping[str, Any]) -> str:
+    directory = show(training.run.directory)
+    rows: list[tuple[str, str]] = []
+    for name, value in summary.items():
+        if name.startswith("test/"):
+            rows.append((name.replace("/", " "), f"{100 * value:.2f} %" if "accuracy" in name else f"{value:.4f}"))
+    scores = training.checkpointing.scores
+    if scores.best is not None:
+        rows.append((f"best {scores.monitor}", f"{scores.best:.4f} at step {scores.best_step}"))
+    rows += [
+        ("data", str(summary["dataset"])),
+        ("trained", f"{summary['epochs']} epochs, {summary['steps']} steps in {summary['fit_secs']:.1f} s "
+                    f"({summary['images_per_sec']} images/s), whole process {summary['wall_secs']:.1f} s"),
+        ("run directory", directory),
+        ("train longer", f"python resume.py {shlex.quote(directory)} --trainer.max_epochs {2 * max(summary['epochs'], 1)}"),
+        ("look at it", f"tensorboard --logdir {shlex.quote(directory)}"),
+    ]  # fmt: skip
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(["", *(f"{name:<{width}}  {value}" for name, value in rows)])
+
+
+def resume_command(run: Run) -> str:
+    return f"python resume.py {shlex.quote(show(run.directory))}"
+
+
+def quieten() -> None:
+    """Lightning's chatter about devices and other products; warnings that a user of this project cannot act on."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)

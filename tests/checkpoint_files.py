@@ -1,0 +1,41 @@
+"""Small checkpoints for the tests of storage."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from savepoint.checkpoint.store import Checkpoint, write
+
+State = dict[str, Any]
+
+
+def small_state(value: float = 1.0) -> State:
+    weight = torch.arange(600.0).reshape(20, 30) + value
+    momentum = torch.full((20, 30), value)
+    optimizer = {
+        "state": {0: {"exp_avg": momentum, "step": torch.tensor(3.0)}},
+        "param_groups": [{"lr": 0.1, "params": [0]}],
+    }
+    return {
+        "epoch": 2,
+        "global_step": 30,
+        "state_dict": {"weight": weight, "bias": torch.zeros(20), "count": torch.tensor(7)},
+        "optimizer_states": [optimizer],
+        "optimizer": optimizer,
+        "rng": {"torch": torch.arange(50, dtype=torch.uint8), "python": (3, (1, 2, 2**31), None)},
+        "config": "model:\n  lr: 0.1\n",
+    }
+
+
+def facts(step: int, score: float | str | None = None, **more: Any) -> dict[str, Any]:
+    metrics = {} if score is None else {"val/loss": {"value": score, "step": step}}
+    return {"step": step, "epoch": step // 10, "metrics": metrics, "monitor": "val/loss", "mode": "min", **more}
+
+
+def small_checkpoint(path: Path, step: int = 30) -> Checkpoint:
+    return write(path, small_state(), facts(step, 0.5))
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())

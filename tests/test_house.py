@@ -1,0 +1,173 @@
+"""The rules of the house: which module may import which, what is loaded how, that every config parses."""
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SRC = ROOT / "src"
+MODULES = {".".join(p.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__"): p for p in SRC.rglob("*.py")}
+SAVEPOINT = sorted(m for m in MODULES if m.split(".")[0] == "savepoint")
+
+# From the top down: nothing imports, by whatever way, what stands in a line above its own.
+CHAIN = [
+    ["resume"],
+    ["training"],
+    ["cli", "run", "preemption", "checkpoint.callback", "checkpoint.io"],
+    ["checkpoint.store"],
+    ["checkpoint.format", "checkpoint.retention"],
+    ["checkpoint.manifest"],
+    ["errors"],
+]
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def imported(module: str, *, when_loaded: bool = False) -> set[str]:
+    """Dotted names a module imports, also inside functions: `from a import b` gives a and a.b."""
+    found = set()
+    for node in tree(module).body if when_loaded else ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} has a relative import: write it in full"
+            assert node.module
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def direct(module: str, *, when_loaded: bool = False) -> set[str]:
+    """The modules of ours that a module names, without the packages on the way to them."""
+    ours = imported(module, when_loaded=when_loaded) & set(MODULES)
+    return {m for m in ours if not any(other.startswith(f"{m}.") for other in ours)} - {module}
+
+
+@cache
+def reached(module: str) -> frozenset[str]:
+    """The modules of ours that are imported with a module, the packages they lie in included."""
+    found, todo = set(), [module]
+    while todo:
+        name = todo.pop()
+        parents = {name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)}
+        new = (direct(name) | parents) & set(MODULES) - found
+        found |= new
+        todo += new
+    return frozenset(found)
+
+
+def libraries(module: str) -> set[str]:
+    """Top-level names of what is not ours and not of the standard library."""
+    names = {name.split(".")[0] for m in reached(module) | {module} for name in imported(m)}
+    return names - sys.stdlib_module_names - {"savepoint", "project"}
+
+
+def calls(module: str) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree(module)) if isinstance(node, ast.Call))
+
+
+@pytest.mark.parametrize("module", SAVEPOINT)
+def test_savepoint_never_imports_project(module: str) -> None:
+    assert not [name for name in imported(module) if name.split(".")[0] == "project"]
+
+
+@pytest.mark.parametrize("module", SAVEPOINT)
+def test_no_module_needs_itself_to_be_loaded(module: str) -> None:
+    found, todo = set(), [module]
+    while todo:
+        new = direct(todo.pop(), when_loaded=True) - found
+        found |= new
+        todo += new
+    assert module not in found
+
+
+@pytest.mark.parametrize(("level", "name"), [(i, name) for i, line in enumerate(CHAIN) for name in line])
+def test_imports_point_down(level: int, name: str) -> None:
+    above = {f"savepoint.{other}" for line in CHAIN[:level] for other in line}
+    assert reached(f"savepoint.{name}") & above == set()
+
+
+@pytest.mark.parametrize("module", [m for m in SAVEPOINT if m.startswith("savepoint.checkpoint.")])
+def test_checkpoints_know_nothing_of_command_lines_and_runs(module: str) -> None:
+    forbidden = {f"savepoint.{name}" for name in ("cli", "compose", "precheck", "run", "training", "resume")}
+    assert reached(module) & forbidden == set()
+
+
+@pytest.mark.parametrize("name", ["format", "store", "retention"])
+def test_storage_knows_no_lightning(name: str) -> None:
+    assert libraries(f"savepoint.checkpoint.{name}") & {"lightning", "pytorch_lightning", "torchmetrics"} == set()
+
+
+@pytest.mark.parametrize("module", ["errors", "entry", "checkpoint.manifest", "checkpoint.retention"])
+def test_what_must_start_at_once_needs_the_standard_library_only(module: str) -> None:
+    assert libraries(f"savepoint.{module}") == set()
+
+
+@pytest.mark.parametrize("module", ["compose", "precheck"])
+def test_the_check_before_lightning_needs_yaml_only(module: str) -> None:
+    assert libraries(f"savepoint.{module}") == {"yaml"}
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"savepoint.cli"}))
+def test_one_file_knows_jsonargparse_and_lightning_cli(module: str) -> None:
+    known = {name for name in imported(module) if "jsonargparse" in name or name.startswith("lightning.pytorch.cli")}
+    assert known == set()
+    assert "LightningCLI" not in {node.id for node in ast.walk(tree(module)) if isinstance(node, ast.Name)}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_every_load_is_a_safe_load(module: str) -> None:
+    for call in calls(module):
+        name = ast.unparse(call.func)
+        assert name not in ("pickle.load", "pickle.loads", "joblib.load", "np.load", "numpy.load"), (
+            f"line {call.lineno}"
+        )
+        if name == "torch.load":
+            safe = [k.value for k in call.keywords if k.arg == "weights_only"]
+            assert [ast.unparse(value) for value in safe] == ["True"], f"line {call.lineno}"
+
+
+def test_there_is_no_utils() -> None:
+    assert list(SRC.rglob("*util*.py")) == []
+
+
+CONFIGS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").rglob("*.yaml"))
+
+
+def arguments(config: str) -> list[str]:
+    group = Path(config).parent.name
+    return [f"--{group}" if group in ("model", "data", "checkpoint") else "--config", str(ROOT / config)]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_parses_with_the_classes_of_the_project(config: str) -> None:
+    import project  # noqa: F401
+    from savepoint import cli
+
+    parsed = cli.parse(arguments(config))
+    assert cli.dump(cli.parse([], base=cli.dump(parsed))) == cli.dump(parsed)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_says_how_to_run_it_and_what_to_expect(config: str) -> None:
+    header = [line for line in (ROOT / config).read_text().splitlines() if line.startswith("#")]
+    said = {line.split(":")[0].removeprefix("# ") for line in header}
+    assert {"command", "hardware", "time", "expect"} <= said
+    assert config in next(line for line in header if line.startswith("# command:"))
+
+
+@pytest.mark.parametrize("config", [c for c in CONFIGS if "/checkpoint/" in c])
+def test_a_checkpoint_preset_names_every_key_so_that_none_of_another_preset_stays(config: str) -> None:
+    from savepoint import compose
+    from savepoint.checkpoint.callback import CheckpointCallback
+
+    # where a run's checkpoints lie is the run's own business
+    keys = set(inspect.signature(CheckpointCallback).parameters) - {"dirpath"}
+    assert set(compose.read(ROOT / config)) == keys

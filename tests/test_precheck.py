@@ -1,0 +1,136 @@
+"""make test ARGS=tests/test_precheck.py"""
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+
+from savepoint import compose, precheck
+from savepoint.checkpoint.callback import CheckpointCallback
+from savepoint.errors import ConfigError
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.yaml").write_text("model: {class_path: M}\ndata: {class_path: D}\n")
+    return tmp_path
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(ConfigError) as raised:
+        precheck.check(argv)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "Empty config file: bad.yaml."),
+        ("{}", "Empty config file: bad.yaml."),
+        ("- 1", "A config file that is no mapping of keys to values: bad.yaml."),
+        ("trainer: {max_epochs: 3", "Malformed YAML: bad.yaml, line 1, column 24"),
+        ("trainer:\n\tmax_epochs: 3", "Malformed YAML: bad.yaml, line 2, column 1"),
+        ("trainer: {}\ntrainer: {}", "Malformed YAML: bad.yaml, line 2, column 1 (the key 'trainer' twice)."),
+        ("trianer: {}", "Unknown key in bad.yaml: trianer. Did you mean trainer?"),
+        ("zzz: 3", "Unknown key in bad.yaml: zzz. Expected one of seed_everything, output_dir,"),
+        ("trainer: {max_epoch: 3}", "Unknown key in bad.yaml: trainer.max_epoch. Did you mean trainer.max_epochs"),
+        ("trainer: {zzz: 3}", "Unknown key in bad.yaml: trainer.zzz. See --trainer.help for its keys."),
+        ("trainer: 3", "Not a group: `trainer` is 3 (bad.yaml)."),
+        ("trainer:", "Nothing in `trainer`: bad.yaml."),
+        (
+            "checkpoint: {keep_lasts: 3}",
+            "Unknown key in bad.yaml: checkpoint.keep_lasts. Did you mean checkpoint.keep_last",
+        ),
+        ("checkpoint: short", "Not a group file: short (`checkpoint`, bad.yaml). configs/checkpoint has: "),
+        ("model: {lr: 3}", "Unknown key in `model`: lr (bad.yaml). Expected `class_path` and `init_args`."),
+        (
+            "model: {class_pat: 3}",
+            "Unknown key in `model`: class_pat (bad.yaml). Expected `class_path` and `init_args`. Did",
+        ),
+        ("model: {init_args: {}}", "No class chosen by `model`: bad.yaml."),
+        ("model: nope.yaml", "No such model group file: nope.yaml."),
+        ("model: {class_path: M}", "No class chosen for `data`: bad.yaml names none."),
+        ("class_path: M", "A group file where a config was expected: bad.yaml. Give it with --model."),
+    ],
+)
+def test_a_bad_config_file_is_refused_with_its_name(here: Path, text: str, message: str) -> None:
+    (here / "bad.yaml").write_text(text)
+    assert refusal("--config", "bad.yaml").startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--config", "A flag without its value: --config. Expected --config configs/fast.yaml."),
+        ("--run_name --model.lr 3", "A flag without its value: --run_name. Expected --run_name VALUE."),
+        ("--config god.yaml", "No such config file: god.yaml. . has: good.yaml. Did you mean good.yaml?"),
+        (
+            "--config nowhere/god.yaml",
+            "No such config file: nowhere/god.yaml. The folder nowhere does not exist either.",
+        ),
+        ("--config .", "Not a config file but a folder: .. . has: good.yaml."),
+        (
+            "good.yaml",
+            "Unexpected word on the command line: good.yaml. Expected --KEY VALUE. Did you mean --config good.yaml?",
+        ),
+        ("--confg good.yaml", "Unknown flag: --confg. Did you mean --config?"),
+        ("--conf good.yaml", "Unknown flag: --conf. Did you mean --config?"),
+        ("--seed 3", "Unknown flag: --seed."),
+        ("--run_names 3", "Unknown flag: --run_names. Did you mean --run_name?"),
+        ("--run_name.x 3", "Unknown flag: --run_name.x. Did you mean --run_name?"),
+        ("--trainer.max_epoch 3", "Unknown flag: --trainer.max_epoch. Did you mean --trainer.max_epochs"),
+        ("--trainer.zzz 3", "Unknown flag: --trainer.zzz. See --trainer.help."),
+        ("--checkpoint.keep 3", "Unknown flag: --checkpoint.keep. Did you mean --checkpoint.keep_last"),
+        ("---x 3", "Unknown flag: ---x."),
+        ("-x 3", "Unexpected word on the command line: -x."),
+        (
+            "--config good.yaml --model good.yaml",
+            "A whole configuration where a group was expected: good.yaml, given as `model`.",
+        ),
+        ("--config good.yaml --trainer 3", "Not a group file: 3 (`trainer`, --trainer)."),
+        ("--config good.yaml --data x.yaml", "No such data group file: x.yaml. . has: good.yaml."),
+        ("--config good.yaml --model {a:", "Malformed YAML: the command line, line 1"),
+    ],
+)
+def test_a_bad_command_line_is_refused_with_the_flag(here: Path, argv: str, message: str) -> None:
+    assert refusal(*argv.split(" ")).startswith(message)
+
+
+def test_a_group_file_that_is_missing_is_answered_with_those_that_are_there() -> None:
+    message = refusal("--data", str(compose.ROOT / "configs/data/fashon.yaml"))
+    assert message.endswith(
+        "configs/data has: digits.yaml, fashion.yaml, mnist.yaml, workers.yaml. Did you mean fashion.yaml?"
+    )
+
+
+def test_a_config_file_that_is_not_text_is_refused(here: Path) -> None:
+    (here / "bad.yaml").write_bytes(b"\xff\xfe\x00")
+    assert refusal("--config", "bad.yaml").startswith("A config file that cannot be read: bad.yaml")
+
+
+def test_a_good_command_line_passes(here: Path) -> None:
+    precheck.check(["-c", "good.yaml", "--model.anything.at_all", "3", "--trainer.callbacks+=Timer", "--run_name=x"])
+
+
+def test_help_is_short_and_leaves_with_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        precheck.check(["--nonsense", "3", "--help"])
+    assert left.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) < 30
+
+
+def test_the_keys_read_from_the_source_are_those_of_the_classes() -> None:
+    assert precheck.members("trainer") == set(inspect.signature(Trainer).parameters)
+    assert precheck.members("checkpoint") == set(inspect.signature(CheckpointCallback).parameters)
+
+
+def test_the_check_imports_neither_torch_nor_lightning() -> None:
+    code = (
+        "import sys; from savepoint import precheck; precheck.check(['--trainer.max_epochs', '3']); "
+        "print(sorted({'torch', 'lightning', 'numpy', 'jsonargparse'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
