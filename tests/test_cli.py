@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 
 from savepoint import cli, compose
@@ -176,6 +176,11 @@ def test_of_two_values_of_one_key_the_later_wins(configs: Path) -> None:
     assert flat("--config=sorter.yaml", "--model.lr=0.2", "--model.lr=1e-3")["model.lr"] == 0.001
 
 
+def test_of_two_classes_for_one_key_nothing_of_the_earlier_stays(configs: Path) -> None:
+    earlier = "--model.net={class_path: WideNet, init_args: {dropout: 0.9}}"
+    assert flat("--config=sorter.yaml", earlier, "--model.net=DeepNet")["model.net.dropout"] == 0.25
+
+
 def test_a_class_named_after_its_values_is_refused_instead_of_dropping_them(configs: Path) -> None:
     with pytest.raises(ConfigError, match=r"--model.net would undo what stands before it: --model.net.width"):
         cli.parse(["--config=sorter.yaml", "--model.net.width=3", "--model.net", "DeepNet"])
@@ -244,6 +249,8 @@ def test_a_dump_keeps_a_null_that_stands_against_a_default(configs: Path) -> Non
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
+@example("\x85")
+@example("1e-3")
 def test_any_text_survives_a_dump(text: str) -> None:
     read = compose.parse_yaml(compose.to_yaml({"run_name": text}), "a test")
     assert read == {"run_name": text}
@@ -393,10 +400,10 @@ def test_building_twice_gives_the_same_weights_and_another_seed_others(configs: 
 
 
 def test_callbacks_of_the_caller_join_those_of_the_config_and_stand_before_the_checkpoint(configs: Path) -> None:
-    config = cli.parse(["--config=sorter.yaml", "--trainer.callbacks+=LearningRateFinder"])
-    mine = Timer()
+    config = cli.parse(["--config=sorter.yaml", "--trainer.callbacks+=Timer"])
+    mine = EarlyStopping("val/loss")
     callbacks = cli.instantiate(config, callbacks=[mine])[2].callbacks
-    assert [type(c).__name__ for c in callbacks[:2]] == ["LearningRateFinder", "Timer"]
+    assert [type(c).__name__ for c in callbacks[:2]] == ["Timer", "EarlyStopping"]
     assert mine is callbacks[1]
     assert isinstance(callbacks[-1], CheckpointCallback)
 

@@ -132,7 +132,7 @@ def test_a_tensor_of_another_class_is_refused() -> None:
         format.check_readable({"x": torch.ones(2).as_subclass(Odd)})
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+@pytest.mark.filterwarnings("ignore:Validating sparse:UserWarning")
 @pytest.mark.parametrize(
     "tensor",
     [

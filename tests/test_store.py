@@ -94,7 +94,7 @@ def test_the_facts_rank_not_the_name_or_the_time(kept: CheckpointStore) -> None:
 
 @pytest.mark.parametrize("score", ["nan", "inf", "-inf", None])
 def test_a_score_that_is_no_number_never_wins(kept: CheckpointStore, score: Any) -> None:
-    kept.save(small_state(), facts(50, score, score=None))
+    kept.save(small_state(), facts(50, score))
     assert kept.best().step == 20
     assert kept.best(mode="max").step == 10
 
@@ -217,14 +217,16 @@ def test_a_disk_that_fills_within_a_tensor_is_told_as_such(
     kept: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch answers a failed write with an error of its own that says nothing of the disk."""
-    monkeypatch.setattr(
-        files.os,
-        "fdopen",
-        lambda descriptor, mode: open("/dev/full", "w+b", closefd=bool(os.close(descriptor)) or True),
-    )
+
+    def full(descriptor: int, mode: str) -> Any:
+        os.close(descriptor)
+        return open("/dev/full", mode)
+
+    before = names(kept.directory)
+    monkeypatch.setattr(files.os, "fdopen", full)
     with pytest.raises(CheckpointSaveError, match="No space left on device"):
         store.write(kept.path(40), small_state() | {"big": torch.zeros(100_000)}, facts(40))
-    assert names(kept.directory) == names(kept.directory)
+    assert names(kept.directory) == before
     assert manifest.verify(kept.path(40))
 
 
@@ -255,14 +257,12 @@ def test_a_full_disk_is_freed_of_what_the_save_makes_superfluous(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = CheckpointStore(tmp_path, retention=Retention(keep_last=3), monitor="val/loss")
-    for step in (10, 20, 30):
+    for step in (10, 20, 30, 40):
         kept.save(small_state(), facts(step, float(step)))
-    kept.save(small_state(), facts(40, 40.0))
+    assert [one.step for one in kept.checkpoints()] == [10, 20, 30, 40]
     full_until(monkeypatch, tmp_path, 4)
     kept.save(small_state(), facts(50, 50.0))
-    assert [one.step for one in kept.checkpoints()] == [10, 30 + 10, 50] or [
-        one.step for one in kept.checkpoints()
-    ] == [10, 30, 40, 50]
+    assert [one.step for one in kept.checkpoints()] == [10, 30, 40, 50]
     assert manifest.verify(tmp_path / "last.ckpt")["step"] == 50
 
 
@@ -321,7 +321,7 @@ def test_where_none_verifies_all_are_named_and_none_is_deleted(kept: CheckpointS
     for one in kept.checkpoints():
         damage(one.path)
     with pytest.raises(
-        CheckpointNotFoundError, match="4 found: step-00000040.ckpt does not verify: one or more damaged"
+        CheckpointNotFoundError, match=r"4 found: step-00000040\.ckpt does not verify: one or more damaged"
     ):
         kept.load_latest(lock_holder=True)
     assert names(kept.directory) == [f"step-000000{step}.ckpt.corrupt" for step in (10, 20, 30, 40)]
@@ -336,14 +336,14 @@ def test_a_second_damaged_file_of_a_name_replaces_none(kept: CheckpointStore) ->
     assert {"step-00000050.ckpt.corrupt", "step-00000050.ckpt.2.corrupt"} <= set(names(kept.directory))
 
 
-def test_a_copy_of_the_newest_survives_its_damage(kept: CheckpointStore) -> None:
-    """As after a copy of the run that kept no links."""
+def test_a_copy_of_the_newest_takes_the_place_of_a_damaged_one(kept: CheckpointStore) -> None:
+    """`last` is a file of its own where links fail, or after a copy of the run that kept no links."""
     (kept.directory / "last.ckpt").unlink()
     shutil.copy(kept.path(40), kept.directory / "last.ckpt")
-    for one in kept.checkpoints():
-        damage(one.path)
-    with pytest.raises(CheckpointNotFoundError):
-        kept.load_latest(lock_holder=True)
+    damage(kept.path(40))
+    checkpoint, _, lines = kept.load_latest(lock_holder=True)
+    assert checkpoint.path == kept.path(40)
+    assert lines[0].endswith("renamed to step-00000040.ckpt.corrupt. Going on from step 40 costs 0 steps.")
     assert manifest.verify(kept.directory / "last.ckpt")["step"] == 40
 
 
@@ -357,27 +357,17 @@ def test_a_foreign_file_in_the_way_is_passed_by_and_left(kept: CheckpointStore) 
 
 
 def test_a_newer_savepoints_checkpoint_is_not_passed_by(kept: CheckpointStore) -> None:
-    newest = kept.path(40)
-    with newest.open("w+b") as file:
+    with kept.path(40).open("w+b") as file:
         torch.save({}, file)
         manifest.append(file, facts(40) | {"format_version": 99})
-    if manifest_version := _version(newest):
-        assert manifest_version == 99
-    with pytest.raises(CheckpointVersionError):
+    with pytest.raises(CheckpointVersionError, match="this is 99"):
         kept.load_latest(lock_holder=True)
-    assert newest.exists()
-
-
-def _version(path: Path) -> int | None:
-    try:
-        return int(manifest.read(path)["format_version"])
-    except CheckpointVersionError:
-        return 99
+    assert kept.path(40).exists()
 
 
 def test_a_named_file_has_no_fallback(kept: CheckpointStore) -> None:
     damage(kept.path(40))
-    with pytest.raises(CheckpointCorruptError, match="step-00000040.ckpt"):
+    with pytest.raises(CheckpointCorruptError, match=r"step-00000040\.ckpt"):
         store.load(kept.path(40))
     assert kept.path(40).exists()
 

@@ -152,8 +152,9 @@ def _reach(urls: Iterable[str]) -> None:
     for url in urls:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3).close()
-        except urllib.error.HTTPError:
-            return  # it answered; whether it has the file is for torchvision to find out
+        except urllib.error.HTTPError as answer:
+            answer.close()
+            return  # whether it has the file is for torchvision to find out
         except OSError as error:
             problem = error
         else:

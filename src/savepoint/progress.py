@@ -14,25 +14,28 @@ class Meter(Callback):
     """Counts samples and seconds of training, over all starts of the run. Everything here depends on the clock."""
 
     def __init__(self) -> None:
-        self.samples, self.secs, self._began = 0, 0.0, 0.0
-        self._before = 0  # samples of earlier starts
+        self._samples, self._secs = 0, 0.0  # of earlier starts
+        self._samples_now, self._began, self._ended = 0, 0.0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"samples": self.samples, "secs": self.fit_secs}
+        return {"samples": self._samples + self._samples_now, "secs": self.fit_secs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.samples = self._before = state_dict["samples"]
-        self.secs = state_dict["secs"]
+        self._samples, self._secs = state_dict["samples"], state_dict["secs"]
 
     @property
     def fit_secs(self) -> float:
-        return self.secs + (time.monotonic() - self._began if self._began else 0.0)
+        """Of all starts."""
+        return self._secs + self._passed
 
     @property
     def samples_per_sec(self) -> float:
         """Of this start, validation included."""
-        passed = time.monotonic() - self._began if self._began else 0.0
-        return (self.samples - self._before) / passed if passed else 0.0
+        return self._samples_now / self._passed if self._passed else 0.0
+
+    @property
+    def _passed(self) -> float:
+        return (self._ended or time.monotonic()) - self._began if self._began else 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began = time.monotonic()
@@ -42,11 +45,10 @@ class Meter(Callback):
     ) -> None:
         first = batch[0] if isinstance(batch, Sequence) and batch else batch
         if isinstance(first, Tensor) and first.ndim:
-            self.samples += len(first) * trainer.world_size
+            self._samples_now += len(first) * trainer.world_size
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.final_samples_per_sec = self.samples_per_sec
-        self.secs, self._began = self.fit_secs, 0.0
+        self._ended = time.monotonic()
 
 
 class Bar(RichProgressBar):
@@ -86,11 +88,15 @@ class Lines(Callback):
         if trainer.max_epochs is not None and trainer.max_epochs > 0:
             per_epoch = (time.monotonic() - self._started) / (done - self._first)
             minutes, seconds = divmod(round(per_epoch * (trainer.max_epochs - done)), 60)
-            left = f"/{trainer.max_epochs}: {minutes}:{seconds:02d} left"
+            left = f"/{trainer.max_epochs} ({minutes}:{seconds:02d} left)"
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "_step" not in name}
         values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
-        print(f"epoch {done}{left}, step {trainer.global_step}, {values}, {self.meter.samples_per_sec:.0f} images/s", flush=True)
+        speed = f"{self.meter.samples_per_sec:.0f} images/s"
+        print(f"epoch {done}{left}: step {trainer.global_step}, {values}, {speed}", flush=True)
 
 
-def display(meter: Meter) -> Callback:
-    return Bar(meter) if sys.stdout.isatty() else Lines(meter)
+def display(meter: Meter) -> dict[str, Any]:
+    """Arguments of a Trainer that shows progress as the output allows."""
+    if sys.stdout.isatty():
+        return {"callbacks": [meter, Bar(meter)]}
+    return {"callbacks": [meter, Lines(meter)], "enable_progress_bar": False}

@@ -70,9 +70,19 @@ def resume(request: Request) -> int:
 
 
 def _continue(request: Request, config: Any) -> int:
-    in_place = request.run_dir is not None and request.fork is None
-    locked = Run.open(request.run_dir) if in_place and request.run_dir and not request.plan else None
-    source = choose(request, may_rename=locked is not None)
+    in_place = request.run_dir is not None and request.fork is None and not request.plan
+    run = Run.open(request.run_dir) if in_place and request.run_dir else None
+    try:
+        return _go_on(request, config, run)
+    finally:
+        if run:
+            run.unlock()
+
+
+def _go_on(request: Request, config: Any, run: Run | None) -> int:
+    source = choose(request, may_rename=run is not None)
+    if not source.state.get("config"):
+        raise ConfigError(f"No config in this checkpoint: {source.path}. Expected one. Give the run's: --config FILE")
     was = cli.dump(cli.parse([], base=source.state["config"]))
     if config is None:
         config = cli.parse(request.overrides, base=source.state["config"])
@@ -80,26 +90,30 @@ def _continue(request: Request, config: Any) -> int:
     refuse(changed, request.allow)
     if ended := finished(source, changed, request):
         print(ended)
-        return _complete(locked, source, config) if locked else 0
+        return _complete(run, source, config) if run else 0
     if rank() == 0:
         print(plan(request, source, changed, config), flush=True)
     if request.plan:
         return 0
-    run = locked or _new_run(request, source, config)
-    if request.rewind:
+    if run and request.rewind:
         _rewind(run, source)
     rows = source.state.get("logged_rows") or 0
     stepped = source.state["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
     begin = training.Start(
         checkpoint=source.path,
         digest=source.manifest["digest"],
-        keep_rows=rows if locked else 0,
+        keep_rows=rows if run else 0,
         # In a validation the rows of this very step are logged already, those of the validation are not.
-        purge_step=(stepped + (source.state["at"] == "validation")) if locked else None,
+        purge_step=(stepped + (source.state["at"] == "validation")) if run else None,
         changed=changed,
         callbacks=[ApplyOverrides(source.state, source.manifest, changed, request.allow)],
     )
-    return training.execute(training.build(config, run, begin), checkpoint=source.path)
+    run = run or _new_run(request, source)
+    try:
+        return training.execute(training.build(config, run, begin), checkpoint=source.path)
+    except BaseException:
+        run.discard()
+        raise
 
 
 def choose(request: Request, *, may_rename: bool) -> Source:
@@ -244,8 +258,6 @@ def _notes(source: Source, changed: Mapping[str, tuple[Any, Any]], config: Any) 
         )
     if any(key.startswith("data.") for key in changed):
         notes.append("batches come from the data set as it is now; the place in the epoch is kept")
-    if not source.state["config"]:
-        raise ConfigError(f"No config in this checkpoint: {source.path}. Expected one. Give --config FILE.")
     return notes
 
 
@@ -267,14 +279,13 @@ def _left(state: Mapping[str, Any], manifest: Mapping[str, Any], config: Any) ->
 def _complete(run: Run, source: Source, config: Any) -> int:
     """A run that ended and was killed before its test: the test and the summary are still to be made."""
     if (run.directory / "summary.json").exists():
-        run.unlock()
         return 0
     begin = training.Start(checkpoint=source.path, keep_rows=source.state.get("logged_rows") or 0)
     return training.execute(training.build(config, run, begin), checkpoint=source.path)
 
 
-def _new_run(request: Request, source: Source, config: Any) -> Run:
-    origin = (request.run_dir or source.path.with_suffix("")).name
+def _new_run(request: Request, source: Source) -> Run:
+    origin = source.state["run"].get("name") or source.path.stem
     suffix = "-fork" if request.fork is not None else ""
     return Run.create(request.output_dir, request.fork or None, f"{origin}{suffix}")
 

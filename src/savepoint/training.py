@@ -4,8 +4,10 @@ import logging
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from savepoint import cli, weights
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback, Provenance
-from savepoint.errors import CheckpointNotFoundError, SavepointError
+from savepoint.errors import SavepointError
 from savepoint.logs import CSVLogger, RunTensorBoardLogger
 from savepoint.preemption import Preempted
 from savepoint.progress import Meter, display
@@ -81,14 +83,17 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
         CSVLogger(run.directory / "metrics.csv", start.keep_rows),
         RunTensorBoardLogger(run.directory, start.purge_step),
     ]
+    shown = display(meter)
+    callbacks = [*shown.pop("callbacks"), _Recorder(run, record, text, start), *start.callbacks]
     model, data, trainer = cli.instantiate(
-        config,
-        callbacks=[meter, display(meter), _Recorder(run, record, text, start), *start.callbacks],
-        logger=loggers,
-        default_root_dir=str(run.directory),
+        config, callbacks=callbacks, logger=loggers, default_root_dir=str(run.directory), **shown
     )
     checkpointing = next(c for c in trainer.callbacks if isinstance(c, CheckpointCallback))  # type: ignore[attr-defined]
-    checkpointing.provenance = Provenance(run_id=record["id"], config=text, parent=start.digest)
+    checkpointing.provenance = Provenance(
+        config=cli.dump(portable(config)),
+        parent=start.digest,
+        run={"id": record["id"], "name": run.directory.name},
+    )
     return Training(run, model, data, trainer, checkpointing, meter)
 
 
@@ -108,9 +113,16 @@ def train(config: Any, argv: Sequence[str], *, reuse: Path | None = None) -> int
         raise
 
 
+def portable(config: Any) -> Any:
+    """The config without what says where and how this start was made: the same in every checkpoint of equal runs."""
+    config = config.clone()
+    config.run_name, config.output_dir, config.resume = None, "outputs", "never"
+    return config
+
+
 def config_name(argv: Sequence[str]) -> str:
     """The name of the last `--config` file, the default one's where none is given."""
-    names = [after for before, after in zip(argv, argv[1:], strict=False) if before in ("-c", "--config")]
+    names = [after for before, after in pairwise(argv) if before in ("-c", "--config")]
     names += [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
     return Path(names[-1]).stem if names else "mnist"
 
@@ -120,13 +132,15 @@ def execute(training: Training, checkpoint: Path | None = None) -> int:
     trainer = training.trainer
     try:
         trainer.fit(training.model, datamodule=training.data, ckpt_path=checkpoint)
+        return finish(training)
     except Preempted:
         if trainer.is_global_zero:
             command = resume_command(training.run)
             training.run.write_resume_command(command)
             print(f"Saved at step {trainer.global_step}. Continue with: {command}", flush=True)
         raise
-    return finish(training)
+    finally:
+        training.run.unlock()
 
 
 def finish(training: Training) -> int:
@@ -139,7 +153,6 @@ def finish(training: Training) -> int:
     failure = training.checkpointing.failure
     if failure is not None:
         print(f"The newest state of this run is not saved. {failure}", file=sys.stderr)
-    training.run.unlock()
     return 0 if failure is None else 1
 
 
@@ -159,7 +172,7 @@ def summarise(training: Training) -> dict[str, Any]:
         "steps": steps,
         "fit_secs": round(training.meter.fit_secs, 2),
         "wall_secs": round(time.monotonic() - PROCESS_STARTED, 2),
-        "images_per_sec": round(getattr(training.meter, "final_samples_per_sec", 0.0)),
+        "images_per_sec": round(training.meter.samples_per_sec),
         "dataset": getattr(training.data, "name", type(training.data).__name__),
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         "tested_checkpoint": tested,
@@ -212,3 +225,4 @@ def quieten() -> None:
     """Lightning's chatter about devices and other products; warnings that a user of this project cannot act on."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning")

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -39,11 +39,17 @@ NEVER = 2**62  # the step of the first non-finite loss, while there is none
 
 @dataclass
 class Provenance:
-    """What a run writes into each of its checkpoints. `parent` is the digest of the checkpoint this process started from."""
+    """What a run writes into each of its checkpoints.
 
-    run_id: str = ""
+    Attributes:
+        config: As YAML text: the checkpoint alone rebuilds the run.
+        parent: Digest of the checkpoint that this process started from.
+        run: Its id and name.
+    """
+
     config: str = ""
     parent: str | None = None
+    run: Mapping[str, str] = field(default_factory=dict)
 
 
 class CheckpointCallback(Checkpoint):
@@ -373,7 +379,7 @@ class CheckpointCallback(Checkpoint):
             checkpoint.update(gathered[0])
             checkpoint["other_ranks"] = gathered[1:]
         checkpoint["at"] = self._at
-        checkpoint["config"] = self.provenance.config
+        checkpoint["config"], checkpoint["run"] = self.provenance.config, dict(self.provenance.run)
         checkpoint["optimizer"] = next(iter(checkpoint["optimizer_states"]), None)
         checkpoint[self.scores.key] = self.scores.best
         checkpoint["canary"] = state.canary(pl_module, checkpoint["state_dict"])
@@ -388,7 +394,7 @@ class CheckpointCallback(Checkpoint):
             "exact": at is not None and self._exact,
             "reason": reason,
             "ended": ended,
-            "run_id": self.provenance.run_id,
+            "run_id": self.provenance.run.get("id"),
             "parent": self.provenance.parent,
             "dataset": {key: getattr(data, key, None) for key in ("name", "fingerprint")},
             "world_size": trainer.world_size,

@@ -92,7 +92,7 @@ def is_stale_temp(path: Path) -> bool:
 
 def point(pointer: Path, target: Path) -> None:
     """Make `pointer` another name of `target`, in one step: there is no moment without it."""
-    if is_same(pointer, target):
+    if _is_same(pointer, target):
         return
     makers: list[Callable[[Path, Path], None]] = [os.link, _symlink, _copy]
     for make in makers:
@@ -120,7 +120,7 @@ def _copy(source: Path, copy: Path) -> None:
         os.fsync(writer.fileno())
 
 
-def is_same(pointer: Path, target: Path) -> bool:
+def _is_same(pointer: Path, target: Path) -> bool:
     """Whether `pointer` shows `target`: a link to it, or a copy of it."""
     try:
         return pointer.samefile(target) or manifest.read(pointer) == manifest.read(target)

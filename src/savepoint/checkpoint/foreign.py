@@ -5,6 +5,7 @@ All are read by torch's safe loader alone: tensors, plain values and, for the sc
 
 import importlib
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,12 +55,13 @@ def load_plain(path: Path | str, map_location: Any = "cpu") -> dict[str, Any]:
     """
     path = manifest.local_path(path)
     try:
-        with torch.serialization.safe_globals(_numpy_scalars()):
+        # Torch warns of old pickle protocols; what cannot be read ends in an error of ours.
+        with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise _refused(path, _cause(error)) from error
+        raise _refused(path, _cause(error, path)) from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise _refused(path, manifest.diagnose(path)) from error
+        raise _refused(path, f"it is {manifest.diagnose(path)}") from error
     if not isinstance(content, dict):
         raise _refused(path, f"it holds a {type(content).__name__}, no dictionary")
     return content
@@ -139,13 +141,13 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _cause(error: pickle.UnpicklingError) -> str:
+def _cause(error: pickle.UnpicklingError, path: Path) -> str:
     """What the safe loader refused, in its own words, without its advice to load unsafely."""
     text = str(error)
     for mark in ("Unsupported global: GLOBAL ", "Unsupported class "):
         if mark in text:
             return f"it holds a {text.split(mark)[1].split()[0]}, which is neither a tensor nor a plain value"
-    return "it holds something that is neither a tensor nor a plain value"
+    return f"it is {manifest.diagnose(path)}"
 
 
 def _refused(path: Path, cause: str) -> CheckpointForeignError:

@@ -223,6 +223,8 @@ class CheckpointStore:
 
         chosen, failed = self._first_whole()
         renamed = self._set_aside_corrupt(failed) if lock_holder else {}
+        if renamed:
+            chosen, _ = self._first_whole()  # perhaps a copy of what was damaged
         said = [f"{path.name} does not verify: {_reason(error)}{renamed.get(path, '')}" for path, _, error in failed]
         if chosen is None:
             found = f"{len(said)} found: {'; '.join(said)}" if said else "none found"
@@ -255,8 +257,22 @@ class CheckpointStore:
         """Rename damaged files, and only those: a foreign one is someone's, an unreadable one may be whole."""
         corrupt = [path for path, _, error in failed if isinstance(error, CheckpointCorruptError)]
         moved = {path: files.move(path, path.with_name(path.name + ".corrupt")) for path in corrupt}
+        self._adopt_copies()
         self._repoint(moved.values())
         return {path: f", renamed to {target.name}" for path, target in moved.items()}
+
+    def _adopt_copies(self) -> None:
+        """Where `last` or `best` is a whole file of its own (links fail, or a copied run): give it its step's name.
+
+        Only if that name is free. A crash after it costs a pointer until the next commit.
+        """
+        for pointer in (self.directory / LAST, self.directory / BEST):
+            try:
+                target = self.path(manifest.verify(pointer)["step"])
+            except _UNREADABLE:
+                continue
+            if not target.exists():
+                files.move(pointer, target)
 
     def set_aside_after(self, step: int, into: Path) -> list[Path]:
         """Move the checkpoints after `step` into the directory `into`. Returns their new paths."""
@@ -274,7 +290,9 @@ class CheckpointStore:
             return
         self._point()
         for pointer in (self.directory / LAST, self.directory / BEST):
-            if (pointer.is_symlink() and not pointer.exists()) or any(files.is_same(pointer, path) for path in moved):
+            if (pointer.is_symlink() and not pointer.exists()) or any(
+                pointer.exists() and pointer.samefile(path) for path in moved
+            ):
                 with files.saving(pointer):
                     pointer.unlink(missing_ok=True)
 

@@ -1,0 +1,135 @@
+"""The real programs, as processes: what they print, how they end, what they leave behind."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import difference
+
+from savepoint.checkpoint import store
+
+ROOT = Path(__file__).resolve().parents[1]
+# The digits that need no data, one thread, small enough for an epoch to take a second.
+SMALL = [
+    "--data", "configs/data/digits.yaml", "--trainer.limit_train_batches", "12", "--trainer.max_epochs", "3",
+    "--trainer.log_every_n_steps", "3", "--model.net.width", "4",
+]  # fmt: skip
+MAY_DIFFER = ("manifest", "callbacks", "run")
+
+
+def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=170, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )  # fmt: skip
+
+
+def start(script: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *arguments],
+        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_for_a_checkpoint(run_dir: Path, process: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while not list((run_dir / "checkpoints").glob("step-*.ckpt")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(file)]
+
+
+def final_state(run_dir: Path) -> dict[str, Any]:
+    latest = store.CheckpointStore(run_dir / "checkpoints").latest()
+    assert latest is not None
+    return {key: value for key, value in store.load(latest.path)[0].items() if key not in MAY_DIFFER}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    done = run("train.py", *SMALL, "--output_dir", str(outputs), "--run_name", "straight")
+    assert done.returncode == 0, done.stderr
+    return outputs / "straight"
+
+
+def test_a_run_leaves_what_the_readme_names(straight: Path) -> None:
+    summary = json.loads((straight / "summary.json").read_text())
+    for key in ("test/accuracy", "best_accuracy", "best_step", "epochs", "steps", "fit_secs", "wall_secs",
+                "images_per_sec", "dataset", "parameters"):  # fmt: skip
+        assert summary[key] is not None, key
+    assert summary["epochs"] == 3
+    assert summary["dataset"] == "embedded digits"
+    record = json.loads((straight / "run.json").read_text())
+    assert len(record["starts"]) == 1
+    assert (straight / "config.yaml").exists()
+    assert list(straight.glob("events.out.tfevents.*"))
+    names = {path.name for path in (straight / "checkpoints").iterdir()}
+    assert {"last.ckpt", "best.ckpt"} <= names
+    assert not list(straight.rglob("*.tmp*"))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_a_stopped_run_that_is_resumed_equals_the_straight_one(
+    straight: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
+    process = start(
+        "train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "stopped", "--checkpoint.save_every_steps", "2"
+    )
+    wait_for_a_checkpoint(tmp_path / "stopped", process)
+    process.send_signal(signum)
+    said = process.communicate()[0]
+    assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum), said
+    if signum != signal.SIGKILL:
+        assert f"python resume.py {tmp_path / 'stopped'}" in said
+        assert (tmp_path / "stopped" / "RESUME.txt").exists()
+    done = run("resume.py", str(tmp_path / "stopped"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(difference(final_state(straight) | {"config": ""}, final_state(tmp_path / "stopped") | {"config": ""})) == []
+    assert rows(straight) == rows(tmp_path / "stopped")
+
+
+def test_a_signal_to_save_saves_and_the_run_goes_on(straight: Path, tmp_path: Path) -> None:
+    process = start("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "asked",
+                    "--checkpoint.save_every_steps", "1000", "--checkpoint.keep_last", "9")  # fmt: skip
+    until = time.monotonic() + 120
+    while not (tmp_path / "asked" / "config.yaml").exists() and time.monotonic() < until:  # training begins
+        time.sleep(0.02)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGUSR1)
+    (tmp_path / "asked" / "save-now").touch()
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert not (tmp_path / "asked" / "save-now").exists()
+    steps = [int(path.name[5:13]) for path in (tmp_path / "asked" / "checkpoints").glob("step-*")]
+    assert any(step % 10 for step in steps), said
+    assert rows(straight) == rows(tmp_path / "asked")
+
+
+def test_a_finished_run_says_so_and_trains_longer_when_asked(straight: Path) -> None:
+    done = run("resume.py", str(straight))
+    assert done.returncode == 0
+    assert "ended by max_epochs" in done.stdout
+    assert "--trainer.max_epochs" in done.stdout
+    before = len(rows(straight))
+    longer = run("resume.py", str(straight), "--trainer.max_epochs", "4")
+    assert longer.returncode == 0, longer.stderr
+    assert "learning rate at step" in longer.stdout
+    assert json.loads((straight / "summary.json").read_text())["epochs"] == 4
+    steps = [int(row["step"]) for row in rows(straight) if row["train/loss_step"]]
+    assert steps == sorted(set(steps))
+    assert len(rows(straight)) > before
+    assert len(json.loads((straight / "run.json").read_text())["starts"]) == 2

@@ -1,0 +1,96 @@
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import facts, small_checkpoint, small_state
+
+from savepoint.checkpoint.retention import Retention
+from savepoint.checkpoint.store import CheckpointStore
+from savepoint.commands import main
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    kept = CheckpointStore(tmp_path / "checkpoints", retention=Retention(keep_last=9), monitor="val/loss")
+    for step in (10, 20, 30):
+        kept.save(small_state(), facts(step, float(step)))
+    return tmp_path
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints", "checkpoints/step-00000020.ckpt", "checkpoints/best.ckpt"])
+def test_what_verifies_exits_with_0(run_dir: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(run_dir / name)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == (1 if name.endswith(".ckpt") else 3)
+    assert all(": verifies: step " in line for line in lines)
+
+
+def test_one_damaged_file_exits_with_1_and_is_named(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(run_dir / "checkpoints" / "step-00000020.ckpt")
+    assert main(["verify", str(run_dir)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [": verifies: " in line for line in lines] == [True, False, True]
+    assert "step-00000020.ckpt: does not verify: one or more damaged bytes in record archive/data/" in lines[1]
+    assert main(["verify", str(run_dir / "checkpoints" / "step-00000010.ckpt")]) == 0
+
+
+def test_a_pointer_that_is_a_file_of_its_own_is_looked_at(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last = run_dir / "checkpoints" / "last.ckpt"
+    last.unlink()
+    shutil.copy(run_dir / "checkpoints" / "step-00000030.ckpt", last)
+    flip(last)
+    assert main(["verify", str(run_dir)]) == 1
+    assert "last.ckpt: does not verify" in capsys.readouterr().out
+
+
+def test_a_foreign_file_does_not_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({}, tmp_path / "a.pt")
+    assert main(["verify", str(tmp_path / "a.pt")]) == 1
+    assert "a torch.save file without a manifest" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["none", "empty"])
+def test_nothing_to_look_at_exits_with_2(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["verify", str(tmp_path / name)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("savepoint verify: No checkpoint")
+    assert str(tmp_path / name) in captured.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["verify"], ["verify", "--what", "a"], ["nonsense"]])
+def test_wrong_words_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: savepoint" in capsys.readouterr().err
+
+
+def test_help_names_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "verify" in capsys.readouterr().out
+
+
+def test_the_command_starts_without_torch(tmp_path: Path) -> None:
+    path = small_checkpoint(tmp_path / "a.ckpt").path
+    command = [sys.executable, "-X", "importtime", "-m", "savepoint", "verify", path]
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        best = min(best, time.perf_counter() - started)
+    imported = {line.split("|")[-1].strip() for line in run.stderr.splitlines()}
+    assert not {"torch", "numpy", "lightning"} & imported
+    assert "savepoint.checkpoint.manifest" in imported
+    assert run.stdout.startswith(f"{path}: verifies: step 30")
+    print(f"savepoint verify: {best:.3f} s")
