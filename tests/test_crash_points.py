@@ -46,6 +46,16 @@ def save(kept: CheckpointStore) -> None:
     kept.save(small_state(30) | {"large": [torch.ones(5000)] + [torch.ones(3000)] * 2}, facts(30, 0.5))
 
 
+def refuse(*_: Any, **__: Any) -> None:
+    raise PermissionError(errno.EPERM, "links are not permitted")
+
+
+def save_without_links(kept: CheckpointStore) -> None:
+    """`last` and `best` are symlinks: they must show the new checkpoint before what they showed goes."""
+    os.link = refuse
+    save(kept)
+
+
 def save_again(kept: CheckpointStore) -> None:
     """The newest once more, over itself, as at an epoch's end after a validation."""
     kept.save(small_state(21), facts(20, 0.5))
@@ -68,6 +78,7 @@ def damage(path: Path) -> None:
 
 SCENARIOS: dict[str, tuple[Callable[[CheckpointStore], None], set[int]]] = {
     "save": (save, {20, 30}),
+    "save_without_links": (save_without_links, {20, 30}),
     "save_again": (save_again, {20}),
     "fall_back": (fall_back, {10}),
     "rewind": (rewind, {10, 20}),
@@ -182,7 +193,11 @@ def points(scenario: str) -> Iterator[tuple[int, str, str | int]]:
 
 
 def start(scenario: str, directory: Path) -> CheckpointStore:
+    link = os.link
+    if scenario == "save_without_links":
+        os.link = refuse
     kept = prepared(directory)
+    os.link = link
     if scenario == "fall_back":
         damage(kept.path(20))
     return kept
@@ -222,7 +237,8 @@ def test_wherever_a_process_dies_or_a_call_fails_a_checkpoint_is_left(results: d
     assert not failures, "\n".join(failures)
     assert counts["replace"] >= 1
     if scenario.startswith("save"):
-        assert {"open", "write", "fsync", "replace", "link", "unlink"} <= counts.keys()
+        link = "symlink" if scenario == "save_without_links" else "link"
+        assert {"open", "write", "fsync", "replace", link, "unlink"} <= counts.keys()
         assert counts["killed"] > 20
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.datasets
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from project import ImageData, sources
@@ -234,6 +235,7 @@ def test_without_data_and_network_the_digits_are_used_and_that_is_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = prepared()
+    data.prepare_data()  # Lightning asks for both again before a test
     data.setup("test")
     assert data.name == "embedded digits"
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
@@ -379,6 +381,18 @@ def test_shift_0_leaves_images_where_they_are(tmp_path: Path) -> None:
     write(tmp_path / "data/MNIST/raw")
     images, _ = everything(prepared(shift=0).train_dataloader())
     assert set(images.flatten(1).argmax(1).tolist()) == {14 * 28 + 14}
+
+
+def test_a_training_that_is_to_overfit_sees_the_same_unmoved_images_in_every_epoch(tmp_path: Path) -> None:
+    write(tmp_path / "data/MNIST/raw")
+    data = prepared(shift=2)
+    data.trainer = Trainer(overfit_batches=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    loader, epochs = data.train_dataloader(), []
+    for epoch in (0, 1):
+        loader.sampler.set_epoch(epoch)
+        epochs.append(everything(loader)[0])
+    assert torch.equal(*epochs)
+    assert set(epochs[0].flatten(1).argmax(1).tolist()) == {14 * 28 + 14}
 
 
 def test_reading_image_by_image_gives_the_same_batches_with_any_number_of_workers(tmp_path: Path) -> None:

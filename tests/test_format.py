@@ -6,6 +6,8 @@ import enum
 import functools
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,26 +165,33 @@ def test_tensors_that_share_memory_share_it_in_the_file(tmp_path: Path) -> None:
     assert back["x"].data_ptr() == back["y"]["again"].data_ptr()
 
 
-def test_saving_takes_no_memory_for_the_whole() -> None:
-    """The tensors go to the file one by one, as they are: 64 MB of them are never copied."""
+def test_saving_takes_no_memory_for_the_whole(tmp_path: Path) -> None:
+    """64 MB of tensors go to the file one by one, as they are. In a process of its own: memory once taken stays taken."""
+    program = (
+        "import resource, sys, torch; from pathlib import Path; from savepoint.checkpoint import store\n"
+        "state = {'state_dict': {str(n): torch.ones(1 << 20) for n in range(16)}}\n"
+        "store.write(Path(sys.argv[1]) / 'a.ckpt', {'x': torch.ones(3)}, {'step': 1})\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "store.write(Path(sys.argv[1]) / 'b.ckpt', state, {'step': 2})\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 8 * 1024  # kB
 
-    class Sizes(io.BytesIO):
-        largest = 0
-        passed = 0
+
+@pytest.mark.parametrize("at", [1, 3, 12, 30])
+def test_what_the_file_system_said_is_raised_not_what_torch_makes_of_it(at: int) -> None:
+    class Full(io.BytesIO):
+        writes = 0
 
         def write(self, data: Any) -> int:
-            Sizes.largest = max(Sizes.largest, memoryview(data).nbytes)
-            Sizes.passed += memoryview(data).nbytes
-            return super().write(data) if memoryview(data).nbytes < 1 << 16 else self.skip(memoryview(data).nbytes)
+            self.writes += 1
+            if self.writes >= at:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
 
-        def skip(self, size: int) -> int:
-            self.seek(size, io.SEEK_CUR)
-            return size
-
-    file = Sizes()
-    torch.save({"a": torch.zeros(1 << 22), "b": [torch.zeros(1 << 22)] * 3, "c": torch.zeros(1 << 22)}, file)
-    assert Sizes.largest == 1 << 24
-    assert Sizes.passed > 1 << 25
+    with pytest.raises(OSError, match="No space left on device"):
+        format.encode(small_state(), facts(1), Full())
 
 
 @contextmanager

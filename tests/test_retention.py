@@ -49,6 +49,7 @@ def test_an_epoch_counts_only_at_its_end() -> None:
 @pytest.mark.parametrize(("mode", "best"), [("min", [10, 30, 20]), ("max", [20, 10, 30])])
 def test_of_equal_scores_the_earlier_is_better(mode: str, best: list[int]) -> None:
     assert [one.step for one in ranked(facts(1.0, 2.0, 1.0), mode)] == best
+    assert [one.step for one in ranked(facts(1.0, 2.0, 1.0)[::-1], mode)] == best
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])

@@ -79,7 +79,9 @@ class ImageData(LightningDataModule):
         self._not_downloaded = "downloading was not tried" if download else "--data.download is false"
 
     def prepare_data(self) -> None:
-        if self.dataset == "digits" or not self.download or len(sources.missing(self.raw)) < len(sources.FILES):
+        if self._parts or self.dataset == "digits" or not self.download:
+            return
+        if len(sources.missing(self.raw)) < len(sources.FILES):  # whole, or damaged: for `setup` to say
             return
         try:
             sources.download(self.name, self.raw)
@@ -131,7 +133,7 @@ class ImageData(LightningDataModule):
         if self.root_named_by or not self.fallback:
             instead = f"leave {self.root_named_by} out" if self.fallback else "allow --data.fallback digits"
             raise DataError(
-                f"{where}, and {self._not_downloaded}. Expected {', '.join(sources.FILES)}, plain or .gz. "
+                f"{where}, and {self._not_downloaded}. Expected {sources.FILES[0]} and three more, plain or .gz. "
                 f"Put them there, name another root with --data.root or DATA_ROOT, or {instead} for the {EMBEDDED}."
             )
         _warn(

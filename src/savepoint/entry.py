@@ -23,7 +23,8 @@ def run(main: Callable[[Sequence[str]], int], script: str) -> None:
         preemption.install()
         code = main(sys.argv[1:])
     except preemption.Preempted as preempted:
-        print(f"Stopped by {preempted.name}.", file=sys.stderr)
+        if preempted.code:  # 0 on the ranks that do not speak for the run
+            print(f"Stopped by {preempted.name}.", file=sys.stderr)
         raise
     except SavepointError as error:
         print(error, file=sys.stderr)

@@ -265,7 +265,8 @@ def _left(state: Mapping[str, Any], manifest: Mapping[str, Any], config: Any) ->
     parts = []
     if (epochs := config.trainer.max_epochs) is not None and epochs >= 0:
         whole = max(0, epochs - manifest["epoch"])
-        parts.append(f"{whole} epochs" + (" (the first of them begun)" if manifest["at"] != "epoch" else ""))
+        begun = " (the first of them begun)" if manifest["at"] != "epoch" else ""
+        parts.append(f"{whole} epoch{'s' if whole != 1 else ''}{begun}")
     if config.trainer.max_steps >= 0:
         parts.append(f"{max(0, config.trainer.max_steps - manifest['step'])} steps at most")
     if config.trainer.max_time:

@@ -1,0 +1,299 @@
+"""What resume.py chooses, says, refuses and changes; the programs' own functions, called in this process."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import project  # noqa: F401
+from savepoint import choose, resume
+from savepoint.checkpoint import store
+from savepoint.errors import (
+    CheckpointCorruptError,
+    CheckpointForeignError,
+    CheckpointNotFoundError,
+    ConfigError,
+    ConfigMismatchError,
+    RunLockedError,
+    SavepointError,
+)
+from savepoint.run import Run
+
+SMALL = [
+    "--data", "configs/data/digits.yaml", "--trainer.limit_train_batches", "4", "--trainer.max_epochs", "3",
+    "--trainer.log_every_n_steps", "2", "--model.net.width", "4", "--checkpoint.keep_last", "9",
+    "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1", "--trainer.accelerator", "cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process: a run tells its directory and checkpoint to the ranks it starts through the environment."""
+    for name in ("SAVEPOINT_RUN_DIR", "SAVEPOINT_CHECKPOINT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    outputs = tmp_path_factory.mktemp("outputs")
+    before = dict(os.environ)
+    assert resume.start([*SMALL, "--output_dir", str(outputs), "--run_name", "first"]) == 0
+    os.environ.clear()
+    os.environ.update(before)
+    return outputs / "first"
+
+
+@pytest.fixture
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    """A copy of a finished run, elsewhere: a run directory is self-contained."""
+    return Path(shutil.copytree(finished, tmp_path / "outputs" / "first"))
+
+
+@pytest.fixture
+def at_epoch_2(run_dir: Path) -> Path:
+    """The run as it was when its second epoch had ended."""
+    for name in ("step-00000012.ckpt", "last.ckpt", "best.ckpt"):
+        (run_dir / "checkpoints" / name).unlink()
+    (run_dir / "summary.json").unlink()
+    return run_dir
+
+
+def go(*argv: str) -> int:
+    asked = choose.request(list(argv))
+    assert asked is not None
+    try:
+        return resume.resume(asked)
+    finally:
+        for name in ("SAVEPOINT_RUN_DIR", "SAVEPOINT_CHECKPOINT"):
+            os.environ.pop(name, None)
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [one.step for one in store.CheckpointStore(run_dir / "checkpoints").checkpoints()]
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(file)]
+
+
+class TestChoosing:
+    def test_a_run_goes_on_from_its_latest_checkpoint_and_ends_as_the_straight_one(
+        self, finished: Path, at_epoch_2: Path
+    ) -> None:
+        assert go(str(at_epoch_2)) == 0
+        ends = [store.load(path / "checkpoints" / "last.ckpt")[0] for path in (finished, at_epoch_2)]
+        for name, value in ends[0]["state_dict"].items():
+            assert torch.equal(value, ends[1]["state_dict"][name]), name
+        assert rows(finished) == rows(at_epoch_2)
+        assert len(json.loads((at_epoch_2 / "run.json").read_text())["starts"]) == 2
+
+    def test_without_a_name_the_run_that_was_started_last_is_taken(self, at_epoch_2: Path) -> None:
+        older = at_epoch_2.with_name("older")
+        shutil.copytree(at_epoch_2, older)
+        record = json.loads((older / "run.json").read_text())
+        record["starts"][-1]["time"] = "2020-01-01T00:00:00+00:00"
+        (older / "run.json").write_text(json.dumps(record))
+        asked = choose.request(["--output_dir", str(at_epoch_2.parent)])
+        assert asked is not None
+        assert asked.run_dir == at_epoch_2
+
+    def test_a_damaged_newest_file_is_said_set_aside_and_the_one_before_it_taken(
+        self, run_dir: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        damaged = run_dir / "checkpoints" / "step-00000012.ckpt"
+        data = bytearray(damaged.read_bytes())
+        data[len(data) // 2] ^= 1
+        damaged.write_bytes(data)
+        for link in ("last.ckpt", "best.ckpt"):  # which were the same file
+            (run_dir / "checkpoints" / link).unlink()
+        assert go(str(run_dir)) == 0
+        said = capsys.readouterr().out
+        assert "step-00000012.ckpt" in said
+        assert "4 steps" in said
+        assert damaged.with_name("step-00000012.ckpt.corrupt").exists()
+        assert 12 in steps(run_dir)
+
+    def test_a_damaged_file_that_was_named_is_an_error_and_stays_as_it_is(self, run_dir: Path) -> None:
+        damaged = run_dir / "checkpoints" / "step-00000012.ckpt"
+        whole = damaged.read_bytes()
+        damaged.unlink()
+        damaged.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(CheckpointCorruptError, match="truncated"):
+            go(str(damaged))
+        assert damaged.exists()
+
+    def test_an_older_checkpoint_is_refused_in_place_with_both_ways_named(self, run_dir: Path) -> None:
+        with pytest.raises(ConfigMismatchError, match=r"(?s)--fork NAME.*--rewind"):
+            go(str(run_dir / "checkpoints" / "step-00000008.ckpt"))
+        assert steps(run_dir) == [4, 8, 12]
+
+    def test_a_fork_is_a_new_run_and_leaves_the_old_one_as_it_was(self, run_dir: Path) -> None:
+        before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+        source = run_dir / "checkpoints" / "step-00000008.ckpt"
+        assert go(str(source), "--fork", "second", "--output_dir", str(run_dir.parent)) == 0
+        assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+        assert steps(run_dir.with_name("second")) == [12]
+        parent = store.load(source)[1]["digest"]
+        assert store.CheckpointStore(run_dir.with_name("second") / "checkpoints").checkpoints()[0].manifest["parent"] == parent
+
+    def test_a_rewind_sets_later_checkpoints_and_rows_aside(self, finished: Path, run_dir: Path) -> None:
+        assert go(str(run_dir / "checkpoints" / "step-00000004.ckpt"), "--rewind") == 0
+        aside = next((run_dir / "rewound").iterdir())
+        assert {path.name for path in aside.iterdir()} >= {"step-00000008.ckpt", "step-00000012.ckpt", "metrics.csv"}
+        assert steps(run_dir) == [4, 8, 12]
+        assert rows(run_dir) == rows(finished)
+
+    def test_a_file_alone_on_another_machine_is_enough(self, run_dir: Path, tmp_path: Path) -> None:
+        alone = tmp_path / "alone.ckpt"
+        shutil.copy(run_dir / "checkpoints" / "step-00000008.ckpt", alone)
+        assert go(str(alone), "--output_dir", str(tmp_path / "elsewhere")) == 0
+        made = next((tmp_path / "elsewhere").iterdir())
+        assert steps(made) == [12]
+
+    def test_the_plan_is_printed_and_nothing_changes(self, at_epoch_2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        before = {path: path.read_bytes() for path in at_epoch_2.rglob("*") if path.is_file()}
+        assert go(str(at_epoch_2), "--plan", "--trainer.max_epochs", "7") == 0
+        said = capsys.readouterr().out
+        for part in ("step-00000008.ckpt", "overridden", "trainer.max_epochs: 3 -> 7", "left", "5 epochs"):
+            assert part in said
+        assert {path: path.read_bytes() for path in at_epoch_2.rglob("*") if path.is_file()} == before
+
+
+class TestOverrides:
+    def test_a_change_of_the_trajectory_is_refused_unless_it_is_allowed(self, at_epoch_2: Path) -> None:
+        with pytest.raises(ConfigMismatchError, match=r"(?s)model\.lr.*--allow model\.lr"):
+            go(str(at_epoch_2), "--model.lr", "0.5")
+        assert steps(at_epoch_2) == [4, 8]
+
+    def test_a_learning_rate_that_is_allowed_reaches_the_optimizer_and_its_schedule(self, at_epoch_2: Path) -> None:
+        before, _ = store.load(at_epoch_2 / "checkpoints" / "step-00000008.ckpt")
+        new = 10 * before["optimizer"]["param_groups"][0]["initial_lr"]
+        assert go(str(at_epoch_2), "--model.lr", str(new), "--allow", "model.lr", "--trainer.max_epochs", "4") == 0
+        after, _ = store.load(at_epoch_2 / "checkpoints" / "step-00000012.ckpt")
+        assert after["optimizer"]["param_groups"][0]["initial_lr"] == pytest.approx(new)
+        assert after["lr_schedulers"][0]["base_lrs"] == [pytest.approx(new)]
+        assert after["optimizer"]["param_groups"][0]["lr"] > before["optimizer"]["param_groups"][0]["lr"]
+
+    def test_a_free_change_is_applied_without_asking(self, at_epoch_2: Path) -> None:
+        assert go(str(at_epoch_2), "--data.root", "/nowhere", "--checkpoint.save_every_steps", "3") == 0
+        assert 11 in steps(at_epoch_2) or 12 in steps(at_epoch_2)
+
+    def test_another_architecture_is_refused_with_names_shapes_and_the_key(self, at_epoch_2: Path) -> None:
+        with pytest.raises(ConfigMismatchError, match=r"(?s)features.*\[.*\] in the file.*model\.net\.width: 4 -> 8"):
+            go(str(at_epoch_2), "--model.net.width", "8", "--allow", "model.net")
+
+    def test_another_data_set_is_refused(self, at_epoch_2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from project import sources
+
+        images, test = sources.embedded_digits()
+        monkeypatch.setattr(sources, "embedded_digits", lambda: (images.pick(np.arange(1000)), test))
+        with pytest.raises(ConfigMismatchError, match="Another data set"):
+            go(str(at_epoch_2))
+
+    def test_a_finished_run_says_so_and_changes_nothing(self, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        before = (run_dir / "run.json").read_bytes()
+        assert go(str(run_dir)) == 0
+        assert "Finished" in capsys.readouterr().out
+        assert (run_dir / "run.json").read_bytes() == before
+
+
+class TestAutomatic:
+    def auto(self, outputs: Path, how: str) -> int:
+        try:
+            return resume.start([*SMALL, "--output_dir", str(outputs), "--run_name", "first", "--resume", how])
+        finally:
+            for name in ("SAVEPOINT_RUN_DIR", "SAVEPOINT_CHECKPOINT"):
+                os.environ.pop(name, None)
+
+    def test_auto_starts_what_is_not_there_and_continues_what_is(self, tmp_path: Path, at_epoch_2: Path) -> None:
+        assert self.auto(tmp_path / "new", "auto") == 0
+        assert steps(tmp_path / "new" / "first") == [4, 8, 12]
+        assert self.auto(at_epoch_2.parent, "auto") == 0
+        assert steps(at_epoch_2) == [4, 8, 12]
+        assert self.auto(at_epoch_2.parent, "auto") == 0  # a scheduler may call it once too often
+
+    def test_must_is_an_error_where_there_is_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointNotFoundError, match="--resume must"):
+            self.auto(tmp_path, "must")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_run_that_is_being_trained_is_refused(self, at_epoch_2: Path) -> None:
+        # From another process: a POSIX lock does not hold against its own.
+        program = "import sys, pathlib, savepoint.run as r; r.Run.open(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
+        command = [sys.executable, "-uc", program, str(at_epoch_2)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            with pytest.raises(RunLockedError, match=f"pid {holder.pid} on"):
+                go(str(at_epoch_2))
+            holder.kill()
+        assert go(str(at_epoch_2)) == 0  # the lock of a dead process is taken over
+
+
+def payload(path: Path) -> None:
+    class Runs:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {path.parent}/ran",)
+
+    torch.save({"state_dict": {}, "x": Runs()}, path)
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], type[SavepointError], str]] = {
+    "empty": (lambda p: p.write_bytes(b""), SavepointError, "empty"),
+    "zeros": (lambda p: p.write_bytes(bytes(5000)), SavepointError, "zero"),
+    "html": (lambda p: p.write_text("<!DOCTYPE html><html><body>404</body></html>"), SavepointError, "HTML"),
+    "git-lfs": (
+        lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"), SavepointError, "LFS",
+    ),
+    "payload": (payload, SavepointError, "bad.ckpt"),
+    "model": (lambda p: torch.save(torch.nn.Linear(2, 2), p), SavepointError, "bad.ckpt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("flags", [[], ["--config", "configs/fast.yaml"]])
+def test_a_wrong_file_is_named_with_its_cause_and_never_run(name: str, flags: list[str], tmp_path: Path) -> None:
+    write, error, cause = BAD[name]
+    path = tmp_path / "bad.ckpt"
+    write(path)
+    before = path.read_bytes()
+    with pytest.raises(error, match=f"(?is)(bad.ckpt.*{cause}|{cause}.*bad.ckpt|bad.ckpt)") as caught:
+        go(str(path), *flags, "--output_dir", str(tmp_path / "outputs"))
+    assert "weights_only" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 5
+    assert path.read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {"bad.ckpt"}
+
+
+def test_a_missing_file_is_said_with_the_nearest_ones(run_dir: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="Nearest: .*first"):
+        choose.request([str(run_dir.parent / "frist"), "--output_dir", str(run_dir.parent)])
+
+
+@pytest.mark.parametrize("target", ["https://example.org/x.ckpt", "s3://bucket/x.ckpt"])
+def test_an_address_is_refused(target: str) -> None:
+    with pytest.raises(SavepointError, match="x.ckpt"):
+        choose.request([target])
+
+
+def test_a_foreign_file_needs_a_config(tmp_path: Path) -> None:
+    torch.save({"epoch": 1, "state_dict": {}}, tmp_path / "foreign.pth")
+    with pytest.raises(CheckpointForeignError, match="--config"):
+        choose.request([str(tmp_path / "foreign.pth")])
+
+
+@pytest.mark.parametrize("argv", [["a", "b"], ["--allow"], ["--fork", "x", "--rewind"]])
+def test_a_command_line_that_cannot_be_meant_is_refused(argv: list[str]) -> None:
+    with pytest.raises(ConfigError):
+        choose.request(argv)
