@@ -50,7 +50,10 @@ def kill_and_resume(arguments: list[str], work: Path, kills: list[int], dice: ra
         code = process.wait()
         step = saved_steps(run)
         name = signal.Signals(signum).name
-        print(f"  {name} {time.monotonic() - begun:5.1f} s after its start: exit {code}, resumes from step {step}", flush=True)
+        print(
+            f"  {name} {time.monotonic() - begun:5.1f} s after its start: exit {code}, resumes from step {step}",
+            flush=True,
+        )
         process = start("resume.py", str(run), log=log)
     if process.wait() != 0:
         sys.exit(f"The resumed run failed. Its output: {log}\n{log.read_text()[-2000:]}")
@@ -58,7 +61,9 @@ def kill_and_resume(arguments: list[str], work: Path, kills: list[int], dice: ra
 
 def rows(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open(newline="") as file:
-        return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in csv.DictReader(file)]
+        return [
+            {key: value for key, value in row.items() if not key.startswith("time/")} for row in csv.DictReader(file)
+        ]
 
 
 def digest(run: Path) -> tuple[str, str]:
@@ -85,7 +90,9 @@ def main() -> int:
         work = Path(folder)
         arguments = ["--config", asked.config, "--trainer.max_epochs", str(asked.epochs), "--output_dir", str(work)]
         arguments += ["--checkpoint.save_every_steps", "40", *more]
-        print(f"{asked.config}, {asked.epochs} epochs: a straight run beside one that is killed (moments from seed {seed})")
+        print(
+            f"{asked.config}, {asked.epochs} epochs: a straight run beside one that is killed (moments from seed {seed})"
+        )
         straight = start("train.py", *arguments, "--run_name", "straight", log=work / "straight.log")
         kill_and_resume(arguments, work, kills, random.Random(seed))
         if straight.wait() != 0:

@@ -98,7 +98,10 @@ def test_a_stopped_run_that_is_resumed_equals_the_straight_one(
         assert (tmp_path / "stopped" / "RESUME.txt").exists()
     done = run("resume.py", str(tmp_path / "stopped"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert list(difference(final_state(straight) | {"config": ""}, final_state(tmp_path / "stopped") | {"config": ""})) == []
+    assert (
+        list(difference(final_state(straight) | {"config": ""}, final_state(tmp_path / "stopped") | {"config": ""}))
+        == []
+    )
     assert rows(straight) == rows(tmp_path / "stopped")
 
 

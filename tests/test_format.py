@@ -166,7 +166,7 @@ def test_tensors_that_share_memory_share_it_in_the_file(tmp_path: Path) -> None:
 
 
 def test_saving_takes_no_memory_for_the_whole(tmp_path: Path) -> None:
-    """64 MB of tensors go to the file one by one, as they are. In a process of its own: memory once taken stays taken."""
+    """64 MB of tensors go to the file one by one, as they are; in a process of its own, as memory stays taken."""
     program = (
         "import resource, sys, torch; from pathlib import Path; from savepoint.checkpoint import store\n"
         "state = {'state_dict': {str(n): torch.ones(1 << 20) for n in range(16)}}\n"

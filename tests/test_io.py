@@ -263,9 +263,9 @@ def test_a_save_after_one_that_failed_is_made_and_tells_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: CheckpointIO
 ) -> None:
     gate = Gate(monkeypatch)
-    gate.open.set()
     gate.fail = True
     behind.save_checkpoint(small_state(), tmp_path / "a.ckpt")
+    gate.open.set()
     behind._save.exception()  # type: ignore[union-attr]
     gate.fail = False
     with pytest.raises(CheckpointSaveError, match=r"a\.ckpt"):

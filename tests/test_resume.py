@@ -6,7 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from savepoint.errors import (
     RunLockedError,
     SavepointError,
 )
-from savepoint.run import Run
 
 SMALL = [
     "--data", "configs/data/digits.yaml", "--trainer.limit_train_batches", "4", "--trainer.max_epochs", "3",
@@ -35,21 +35,10 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a new process: a run tells its directory and checkpoint to the ranks it starts through the environment."""
-    for name in ("SAVEPOINT_RUN_DIR", "SAVEPOINT_CHECKPOINT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outputs = tmp_path_factory.mktemp("outputs")
-    before = dict(os.environ)
-    assert resume.start([*SMALL, "--output_dir", str(outputs), "--run_name", "first"]) == 0
-    os.environ.clear()
-    os.environ.update(before)
+    assert begin(*SMALL, "--output_dir", str(outputs), "--run_name", "first") == 0
     return outputs / "first"
 
 
@@ -68,11 +57,23 @@ def at_epoch_2(run_dir: Path) -> Path:
     return run_dir
 
 
+def begin(*argv: str) -> int:
+    with as_a_new_process():
+        return resume.start(argv)
+
+
 def go(*argv: str) -> int:
-    asked = choose.request(list(argv))
+    asked = choose.request(argv)
     assert asked is not None
-    try:
+    with as_a_new_process():
         return resume.resume(asked)
+
+
+@contextmanager
+def as_a_new_process() -> Iterator[None]:
+    """A run tells its directory and its checkpoint, through the environment, to the ranks that it starts."""
+    try:
+        yield
     finally:
         for name in ("SAVEPOINT_RUN_DIR", "SAVEPOINT_CHECKPOINT"):
             os.environ.pop(name, None)
@@ -145,7 +146,10 @@ class TestChoosing:
         assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
         assert steps(run_dir.with_name("second")) == [12]
         parent = store.load(source)[1]["digest"]
-        assert store.CheckpointStore(run_dir.with_name("second") / "checkpoints").checkpoints()[0].manifest["parent"] == parent
+        assert (
+            store.CheckpointStore(run_dir.with_name("second") / "checkpoints").checkpoints()[0].manifest["parent"]
+            == parent
+        )
 
     def test_a_rewind_sets_later_checkpoints_and_rows_aside(self, finished: Path, run_dir: Path) -> None:
         assert go(str(run_dir / "checkpoints" / "step-00000004.ckpt"), "--rewind") == 0
@@ -161,7 +165,9 @@ class TestChoosing:
         made = next((tmp_path / "elsewhere").iterdir())
         assert steps(made) == [12]
 
-    def test_the_plan_is_printed_and_nothing_changes(self, at_epoch_2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_the_plan_is_printed_and_nothing_changes(
+        self, at_epoch_2: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         before = {path: path.read_bytes() for path in at_epoch_2.rglob("*") if path.is_file()}
         assert go(str(at_epoch_2), "--plan", "--trainer.max_epochs", "7") == 0
         said = capsys.readouterr().out
@@ -193,7 +199,9 @@ class TestOverrides:
         with pytest.raises(ConfigMismatchError, match=r"(?s)features.*\[.*\] in the file.*model\.net\.width: 4 -> 8"):
             go(str(at_epoch_2), "--model.net.width", "8", "--allow", "model.net")
 
-    def test_another_data_set_is_refused(self, at_epoch_2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_another_data_set_is_refused(
+        self, at_epoch_2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         from project import sources
 
         images, test = sources.embedded_digits()
@@ -201,7 +209,9 @@ class TestOverrides:
         with pytest.raises(ConfigMismatchError, match="Another data set"):
             go(str(at_epoch_2))
 
-    def test_a_finished_run_says_so_and_changes_nothing(self, run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_finished_run_says_so_and_changes_nothing(
+        self, run_dir: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         before = (run_dir / "run.json").read_bytes()
         assert go(str(run_dir)) == 0
         assert "Finished" in capsys.readouterr().out
@@ -210,11 +220,7 @@ class TestOverrides:
 
 class TestAutomatic:
     def auto(self, outputs: Path, how: str) -> int:
-        try:
-            return resume.start([*SMALL, "--output_dir", str(outputs), "--run_name", "first", "--resume", how])
-        finally:
-            for name in ("SAVEPOINT_RUN_DIR", "SAVEPOINT_CHECKPOINT"):
-                os.environ.pop(name, None)
+        return begin(*SMALL, "--output_dir", str(outputs), "--run_name", "first", "--resume", how)
 
     def test_auto_starts_what_is_not_there_and_continues_what_is(self, tmp_path: Path, at_epoch_2: Path) -> None:
         assert self.auto(tmp_path / "new", "auto") == 0
@@ -230,7 +236,9 @@ class TestAutomatic:
 
     def test_a_run_that_is_being_trained_is_refused(self, at_epoch_2: Path) -> None:
         # From another process: a POSIX lock does not hold against its own.
-        program = "import sys, pathlib, savepoint.run as r; r.Run.open(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
+        program = (
+            "import sys, pathlib, savepoint.run as r; r.Run.open(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
+        )
         command = [sys.executable, "-uc", program, str(at_epoch_2)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
             assert holder.stdout is not None
@@ -277,13 +285,13 @@ def test_a_wrong_file_is_named_with_its_cause_and_never_run(name: str, flags: li
 
 
 def test_a_missing_file_is_said_with_the_nearest_ones(run_dir: Path) -> None:
-    with pytest.raises(CheckpointNotFoundError, match="Nearest: .*first"):
+    with pytest.raises(CheckpointNotFoundError, match=r"Nearest: .*first"):
         choose.request([str(run_dir.parent / "frist"), "--output_dir", str(run_dir.parent)])
 
 
 @pytest.mark.parametrize("target", ["https://example.org/x.ckpt", "s3://bucket/x.ckpt"])
 def test_an_address_is_refused(target: str) -> None:
-    with pytest.raises(SavepointError, match="x.ckpt"):
+    with pytest.raises(SavepointError, match=r"x\.ckpt"):
         choose.request([target])
 
 

@@ -1,7 +1,6 @@
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -84,13 +83,8 @@ def test_help_names_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_command_starts_without_torch(tmp_path: Path) -> None:
     path = small_checkpoint(tmp_path / "a.ckpt").path
     command = [sys.executable, "-X", "importtime", "-m", "savepoint", "verify", path]
-    best = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-        best = min(best, time.perf_counter() - started)
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
     imported = {line.split("|")[-1].strip() for line in run.stderr.splitlines()}
     assert not {"torch", "numpy", "lightning"} & imported
     assert "savepoint.checkpoint.manifest" in imported
     assert run.stdout.startswith(f"{path}: verifies: step 30")
-    print(f"savepoint verify: {best:.3f} s")

@@ -91,6 +91,7 @@ def _parse(argv: list[str]) -> tuple[Request | None, str | None]:
             asked.allow += take().split(",")
         elif flag == "--output_dir":
             asked.output_dir = take()
+            asked.overrides += ["--output_dir", asked.output_dir]
         elif flag == "--fork":
             named = equals or (argv and not argv[0].startswith("--") and not Path(argv[0]).exists())
             asked.fork = take() if named else ""
@@ -136,7 +137,8 @@ def newest_run(output_dir: Path) -> Path:
     runs = [(when, run_dir) for when, run_dir in found if _step_files(run_dir)]
     if not runs:
         raise CheckpointNotFoundError(
-            f"No run with a checkpoint under: {output_dir}. Expected one to continue. Start one: python train.py", output_dir
+            f"No run with a checkpoint under: {output_dir}. Expected one to continue. Start one: python train.py",
+            output_dir,
         )
     return max(runs)[1]
 

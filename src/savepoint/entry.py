@@ -1,9 +1,9 @@
 """From `python train.py` to an exit code: one place where errors become messages. Standard library only.
 
-    0          done
-    1          a failure: a traceback, or an error that says the run could not be saved
-    2          what the user can mend: one to five lines, no traceback
-    128 + n    stopped by signal n, after a save
+0          done
+1          a failure: a traceback, or an error that says the run could not be saved
+2          what the user can mend: one to five lines, no traceback
+128 + n    stopped by signal n, after a save
 """
 
 import os

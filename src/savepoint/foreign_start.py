@@ -23,24 +23,33 @@ def start(path: Path, config: Any, config_name: str) -> int:
         ConfigMismatchError: its weights are not those of the config's model.
     """
     found = foreign.read(path)
+    whole = found["kind"] == "lightning"  # Lightning restores its own files: counters, optimizers, schedules, callbacks
     run = Run.create(config.output_dir, config.run_name, config_name)
     try:
-        begin = training.Start(callbacks=[_TakeOver(found)])
-        made = training.build(config, run, begin)
+        made = training.build(config, run, training.Start(callbacks=[] if whole else [_TakeOver(found)]))
         weights = fit_names(found["state_dict"], made.model.state_dict())
         check_shapes({name: tuple(value.shape) for name, value in weights.items()}, made.model.state_dict())
         made.model.load_state_dict(weights)
-        has = [f"epoch {found['epoch']}"] if found["epoch"] is not None else []
-        has += [f"best accuracy {found['best_accuracy']:.4f}"] if found["best_accuracy"] is not None else []
-        has += ["optimizer"] if found["optimizer"] else []
-        lacks = [key for key in ("epoch", "best_accuracy", "optimizer") if found[key] is None]
-        print(f"From {path} ({found['kind']}): {', '.join(['weights', *has])}.")
-        print(f"It lacks {', '.join([*lacks, 'random states, place in the data'])}: not exact. New run {show(run.directory)}")
+        print(_said(path, found), f"New run {show(run.directory)}", sep="\n", flush=True)
         made.checkpointing.scores.best = found["best_accuracy"]
-        return training.execute(made)
+        return training.execute(made, checkpoint=path if whole else None)
     except BaseException:
         run.discard()
         raise
+
+
+def _said(path: Path, found: Mapping[str, Any]) -> str:
+    has = {
+        "epoch": f"epoch {found['epoch']}",
+        "best_accuracy": f"best accuracy {found['best_accuracy']}",
+        "optimizer": "optimizer",
+    }
+    taken = ["weights", *(text for key, text in has.items() if found[key] is not None)]
+    lacks = [key for key in has if found[key] is None]
+    return (
+        f"From {path} ({found['kind']}): {', '.join(taken)}. "
+        f"It lacks {', '.join([*lacks, 'random states', 'place in the data'])}: the resume is not exact."
+    )
 
 
 class _TakeOver(Callback):
@@ -52,7 +61,8 @@ class _TakeOver(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         progress = trainer.fit_loop.epoch_progress
         for counts in (progress.current, progress.total):
-            counts.ready = counts.started = counts.processed = counts.completed = self.found["epoch"] or 0
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(counts, name, self.found["epoch"] or 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epochs = self.found["epoch"] or 0
@@ -66,7 +76,10 @@ class _TakeOver(Callback):
             if isinstance(config.scheduler, LambdaLR):
                 config.scheduler.last_epoch = steps if config.interval == "step" else epochs
                 for group, base, factor in zip(
-                    trainer.optimizers[0].param_groups, config.scheduler.base_lrs, config.scheduler.lr_lambdas, strict=True
+                    trainer.optimizers[0].param_groups,
+                    config.scheduler.base_lrs,
+                    config.scheduler.lr_lambdas,
+                    strict=True,
                 ):
                     group["initial_lr"] = base
                     group["lr"] = base * factor(config.scheduler.last_epoch)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 
 class CSVLogger(Logger):
@@ -37,6 +37,10 @@ class CSVLogger(Logger):
     @property
     def version(self) -> str:
         return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)  # and so `trainer.log_dir`, where profilers write
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None: ...

@@ -98,7 +98,9 @@ def _evaluate(scheduler: LambdaLR) -> None:
 
 
 def check_shapes(
-    saved: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor], changed: Mapping[str, tuple[Any, Any]] | None = None
+    saved: Mapping[str, tuple[int, ...]],
+    model: Mapping[str, Tensor],
+    changed: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> None:
     """Raises ConfigMismatchError with a table of names and shapes, and the config keys that explain it."""
     lines = mismatches(saved, model)
@@ -106,15 +108,21 @@ def check_shapes(
         return
     keys = [f"{key}: {was} -> {now}" for key, (was, now) in (changed or {}).items() if key.split(".")[0] == "model"]
     raise ConfigMismatchError(
-        "\n".join(
-            [
-                "Another architecture: the weights do not fit. Expected the model of the checkpoint.",
-                *lines[:3],
-                *([f"  and {len(lines) - 3} more"] if len(lines) > 3 else []),
-                f"Changed in the config: {'; '.join(keys)}" if keys else "The model's code or its config has changed.",
-            ]
+        "Another architecture: the weights do not fit. Expected the model of the checkpoint.\n"
+        + shortened(lines)
+        + (
+            f"\nChanged in the config: {'; '.join(keys)}"
+            if keys
+            else "\nThe model's code or its config is another one."
         )
     )
+
+
+def shortened(lines: Sequence[str]) -> str:
+    """Three lines at most, the last one among them: names of the model come first, then those of the file."""
+    if len(lines) <= 3:
+        return "\n".join(lines)
+    return "\n".join([*lines[:2], f"{lines[-1]} (and {len(lines) - 3} more)"])
 
 
 def mismatches(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]) -> list[str]:
@@ -126,5 +134,7 @@ def mismatches(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]
             lines.append(f"  {name} {list(value.shape)}: not in the file{f' (nearest: {near[0]})' if near else ''}")
         elif saved[name] != tuple(value.shape):
             lines.append(f"  {name}: {list(saved[name])} in the file, {list(value.shape)} in the model")
-    lines += [f"  {name} {list(shape)}: in the file, not in the model" for name, shape in saved.items() if name not in model]
+    lines += [
+        f"  {name} {list(shape)}: in the file, not in the model" for name, shape in saved.items() if name not in model
+    ]
     return lines

@@ -99,4 +99,4 @@ def display(meter: Meter) -> dict[str, Any]:
     """Arguments of a Trainer that shows progress as the output allows."""
     if sys.stdout.isatty():
         return {"callbacks": [meter, Bar(meter)]}
-    return {"callbacks": [meter, Lines(meter)], "enable_progress_bar": False}
+    return {"callbacks": [meter, Lines(meter)], "enable_progress_bar": False, "enable_model_summary": False}

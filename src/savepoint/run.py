@@ -1,9 +1,9 @@
 """The run directory: its name, its lock, what is recorded in it. Every rank agrees on it; rank 0 alone writes.
 
-    config.yaml    the resolved config of the last start
-    run.json       id and created, then one entry a start: argv, git, versions, host, hardware, checkpoint it began from
-    summary.json   the result
-    lock           held while a process trains here
+config.yaml    the resolved config of the last start
+run.json       id and created, then one entry a start: argv, git, versions, host, hardware, checkpoint it began from
+summary.json   the result
+lock           held while a process trains here
 """
 
 import fcntl

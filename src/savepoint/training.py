@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+import savepoint
 from savepoint import cli, weights
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback, Provenance
@@ -24,8 +25,6 @@ from savepoint.logs import CSVLogger, RunTensorBoardLogger
 from savepoint.preemption import Preempted
 from savepoint.progress import Meter, display
 from savepoint.run import Run, rank, show
-
-PROCESS_STARTED = time.monotonic()
 
 
 @dataclass
@@ -171,7 +170,7 @@ def summarise(training: Training) -> dict[str, Any]:
         "epochs": epochs,
         "steps": steps,
         "fit_secs": round(training.meter.fit_secs, 2),
-        "wall_secs": round(time.monotonic() - PROCESS_STARTED, 2),
+        "wall_secs": round(time.monotonic() - savepoint.STARTED, 2),
         "images_per_sec": round(training.meter.samples_per_sec),
         "dataset": getattr(training.data, "name", type(training.data).__name__),
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),

@@ -6,19 +6,15 @@ from pathlib import Path
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from savepoint.checkpoint import foreign, store
-from savepoint.errors import CheckpointForeignError, ConfigMismatchError
-from savepoint.overrides import mismatches
+from savepoint.checkpoint import foreign
+from savepoint.errors import ConfigMismatchError
+from savepoint.overrides import mismatches, shortened
 from savepoint.run import rank
 
 
 def read(path: Path) -> Mapping[str, Tensor]:
     """The state_dict of a checkpoint of ours or of another program."""
-    try:
-        state, _ = store.load(path)
-    except CheckpointForeignError:
-        state = foreign.read(path)
-    weights: Mapping[str, Tensor] = state["state_dict"]
+    weights: Mapping[str, Tensor] = foreign.read(path)["state_dict"]
     return weights
 
 
@@ -47,11 +43,9 @@ def initialise(model: LightningModule, path: str | Path, *, strict: bool) -> Non
     lines = mismatches({name: tuple(value.shape) for name, value in found.items()}, target)
     if not fits or (strict and lines):
         advice = " Take what fits: --init_strict false" if fits else ""
-        more = f"\n  and {len(lines) - 3} more" if len(lines) > 3 else ""
         raise ConfigMismatchError(
             f"The weights do not fit the model: {path}. Expected the same names and shapes.{advice}\n"
-            + "\n".join(lines[:3])
-            + more
+            + shortened(lines)
         )
     model.load_state_dict(fits, strict=False)
     if rank() == 0:

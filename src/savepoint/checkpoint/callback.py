@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -165,7 +165,7 @@ class CheckpointCallback(Checkpoint):
         elif trainer.is_global_zero:
             print("The training data loader keeps no position: checkpoints at epoch ends only, and a resume is not exact. "
                   "Wrap it: savepoint.loader.resumable(loader).")  # fmt: skip
-        self._saved_at = time.monotonic()
+        self._began, self._saved_at = trainer.global_step, time.monotonic()
         self._first_bad = torch.tensor(NEVER, device=pl_module.device)
         with state.isolated_rng(pl_module.device):
             format.check_readable(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
@@ -194,7 +194,7 @@ class CheckpointCallback(Checkpoint):
             self._poll(trainer, "batch")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._enabled and not self._arrived(pl_module, "epoch") and trainer.global_step:
+        if self._enabled and not self._arrived(pl_module, "epoch") and trainer.global_step > self._began:
             self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
             self._poll(trainer, "epoch")
 
@@ -261,7 +261,7 @@ class CheckpointCallback(Checkpoint):
         stop = preemption.requests.stop
         if trainer.world_size > 1:
             flags = torch.tensor([stop, int(now)], device=trainer.strategy.root_device)
-            stop, now = trainer.strategy.reduce(flags, reduce_op="max").tolist()  # type: ignore[union-attr]
+            stop, now = trainer.strategy.reduce(flags, reduce_op="max").tolist()
         return stop, bool(now)
 
     @property
@@ -308,13 +308,16 @@ class CheckpointCallback(Checkpoint):
                 logger.sync()
         self._saved, self._saved_step = (step, at), step
         self._at, self._facts = at, self._make_facts(trainer, at, reason, ended)
-        said, started, path = self._when(trainer, at) + self.scores.sentence(step), time.perf_counter(), self.store.path(step)
-        writer: CheckpointIO = trainer.strategy.checkpoint_io  # type: ignore[assignment]
+        said, started, path = (
+            self._when(trainer, at) + self.scores.sentence(step),
+            time.perf_counter(),
+            self.store.path(step),
+        )
         try:
             with state.isolated_rng(trainer.lightning_module.device):
                 trainer.save_checkpoint(path)
             if trainer.is_global_zero:
-                writer.submit(lambda: self._commit(path, said, started))
+                self._writer(trainer).submit(lambda: self._commit(path, said, started))
                 self._save_now.unlink(missing_ok=True)
         except CheckpointSaveError as error:
             self._fail(trainer, error)
@@ -323,6 +326,9 @@ class CheckpointCallback(Checkpoint):
             self._at, self._facts = None, {}
         preemption.requests.save = False
         self._saved_at = time.monotonic()
+
+    def _writer(self, trainer: Trainer) -> CheckpointIO:
+        return cast(CheckpointIO, trainer.strategy.checkpoint_io)
 
     def _commit(self, path: Path, said: str, started: float) -> None:
         self.store.commit()
@@ -339,13 +345,13 @@ class CheckpointCallback(Checkpoint):
 
     def _raise_pending(self, trainer: Trainer) -> None:
         try:
-            trainer.strategy.checkpoint_io.raise_pending()  # type: ignore[union-attr]
+            self._writer(trainer).raise_pending()
         except CheckpointSaveError as error:
             self._fail(trainer, error)
 
     def _finish_writing(self, trainer: Trainer) -> None:
         try:
-            trainer.strategy.checkpoint_io.wait()  # type: ignore[union-attr]
+            self._writer(trainer).wait()
         except CheckpointSaveError as error:
             self._fail(trainer, error)
 
@@ -387,19 +393,23 @@ class CheckpointCallback(Checkpoint):
 
     def _make_facts(self, trainer: Trainer, at: Point | None, reason: str, ended: str | None) -> dict[str, Any]:
         step, data = trainer.global_step, getattr(trainer, "datamodule", None)
-        return {
-            "step": step,
-            "epoch": trainer.current_epoch,
-            "at": at,
-            "exact": at is not None and self._exact,
-            "reason": reason,
-            "ended": ended,
-            "run_id": self.provenance.run.get("id"),
-            "parent": self.provenance.parent,
-            "dataset": {key: getattr(data, key, None) for key in ("name", "fingerprint")},
-            "world_size": trainer.world_size,
-            "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        } | self.scores.facts(step) | state.environment(trainer.strategy.root_device)
+        return (
+            {
+                "step": step,
+                "epoch": trainer.current_epoch,
+                "at": at,
+                "exact": at is not None and self._exact,
+                "reason": reason,
+                "ended": ended,
+                "run_id": self.provenance.run.get("id"),
+                "parent": self.provenance.parent,
+                "dataset": {key: getattr(data, key, None) for key in ("name", "fingerprint")},
+                "world_size": trainer.world_size,
+                "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            }
+            | self.scores.facts(step)
+            | state.environment(trainer.strategy.root_device)
+        )
 
 
 def why_ended(trainer: Trainer) -> str:

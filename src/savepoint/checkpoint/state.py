@@ -29,7 +29,7 @@ _LOG_ARGUMENTS = (
 def capture_rng(device: torch.device) -> dict[str, Any]:
     """The random states of this process: python, numpy, torch on the CPU and, where there is one, on the accelerator."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(words), gauss],
         # Seen as int32: torch.save takes uint32, but plain pickle, with which ranks exchange this, does not.
@@ -138,7 +138,7 @@ def reenter(trainer: Trainer, module: LightningModule, saved: Mapping[str, Any])
         # To leave out the validation that is done, Lightning ends the last step once more, and counts it twice.
         epoch._batches_that_stepped -= 1
     if saved["at"] == "validation":
-        validation._restarting, validation._restart_stage = False, "restarted_mid_evaluation"  # type: ignore[assignment]
+        validation._restarting, validation._restart_stage = False, "restarted_mid_evaluation"
     restore_callback_metrics(trainer, saved)
 
 

@@ -1,6 +1,6 @@
 """The `savepoint` command: one module a subcommand, imported only when it is called, so that each starts fast.
 
-A module has `add_arguments(parser)` and `run(arguments) -> exit code`; its docstring's first line is its help.
+A module has `add_arguments(parser)` and `run(arguments) -> exit code`; what it does stands in COMMANDS.
 """
 
 import argparse
@@ -26,5 +26,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = importlib.import_module(f"savepoint.commands.{arguments.command}").run(arguments)
     except SavepointError as error:
         print(f"savepoint {arguments.command}: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     return code

@@ -1,0 +1,322 @@
+"""When the callback saves, what it ranks, what it says, and how it lives beside Lightning's own."""
+
+import os
+from datetime import timedelta
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from small import SmallData, SmallModel, difference, final_state, fit, one_thread, resume_differs, rows
+
+from savepoint.checkpoint import store
+from savepoint.checkpoint.callback import CheckpointCallback, why_ended
+from savepoint.checkpoint.scores import Scores
+from savepoint.errors import CheckpointContentError, CheckpointSaveError, ConfigError, NonFiniteLossError
+
+# An epoch of SmallData has 6 steps.
+
+
+def saving(**arguments: Any) -> CheckpointCallback:
+    return CheckpointCallback(**({"monitor": "val/loss", "mode": "min", "keep_last": 99} | arguments))
+
+
+def steps(directory: Path) -> list[int]:
+    return [one.step for one in store.CheckpointStore(directory / "checkpoints").checkpoints()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, [6, 12, 18]),
+        ({"save_every_epochs": 2}, [12, 18]),
+        ({"save_every_epochs": None}, [18]),
+        ({"save_every_epochs": None, "save_every_steps": 4}, [4, 8, 12, 16, 18]),
+        ({"save_every_epochs": 1, "save_every_steps": 5}, [5, 6, 10, 12, 15, 18]),
+        ({"save_every_epochs": None, "save_every_secs": 1e-6}, list(range(1, 19))),
+        ({"save_every_epochs": None, "save_every_secs": 1e6}, [18]),
+    ],
+)
+def test_saves_come_when_any_of_the_intervals_says_so(
+    tmp_path: Path, arguments: dict[str, Any], expected: list[int]
+) -> None:
+    fit(tmp_path, checkpointing=saving(keep_best=0, **arguments))
+    assert steps(tmp_path) == expected
+
+
+def test_what_improved_is_saved_whatever_the_interval(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, checkpointing=saving(save_every_epochs=None), val_check_interval=2)
+    assert trainer.checkpoint_callback.scores.best_step in steps(tmp_path)
+    assert trainer.checkpoint_callback.scores.best_step != 18
+
+
+def test_with_accumulation_a_save_waits_until_no_gradients_are_pending(tmp_path: Path) -> None:
+    fit(tmp_path, checkpointing=saving(save_every_secs=1e-6), accumulate_grad_batches=4)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_file_in_the_run_directory_asks_for_a_save(tmp_path: Path) -> None:
+    (tmp_path / "save-now").touch()
+    fit(tmp_path, checkpointing=saving(save_every_epochs=None, keep_best=0))
+    assert steps(tmp_path) == [1, 18]
+    assert not (tmp_path / "save-now").exists()
+
+
+def test_a_checkpoint_holds_what_its_name_promises(tmp_path: Path) -> None:
+    trainer = fit(tmp_path)
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+    assert checkpoint["epoch"] == 3
+    assert checkpoint["best_loss"] == trainer.checkpoint_callback.scores.best
+    assert checkpoint["optimizer"].keys() == checkpoint["optimizer_states"][0].keys()
+    assert checkpoint["state_dict"].keys() == trainer.lightning_module.state_dict().keys()
+    model = SmallModel()
+    model.load_state_dict(checkpoint["state_dict"])
+    with torch.no_grad():
+        assert torch.equal(model.eval()(checkpoint["canary"]["input"]), checkpoint["canary"]["output"])
+
+
+def test_saving_at_every_step_changes_nothing_in_the_training(tmp_path: Path) -> None:
+    with one_thread():
+        fit(tmp_path / "often", checkpointing=saving(save_every_secs=1e-6))
+        fit(tmp_path / "once", checkpointing=saving(save_every_epochs=None))
+    assert list(difference(final_state(tmp_path / "often"), final_state(tmp_path / "once"))) == []
+    assert rows(tmp_path / "often") == rows(tmp_path / "once")
+
+
+def test_asynchronous_saves_are_the_same_files_and_resume_exactly(tmp_path: Path) -> None:
+    with one_thread():
+        fit(tmp_path / "sync", checkpointing=saving(save_every_steps=4))
+        fit(tmp_path / "async", checkpointing=saving(save_every_steps=4, async_save=True))
+        assert steps(tmp_path / "sync") == steps(tmp_path / "async")
+        for step in steps(tmp_path / "sync"):
+            files = [tmp_path / name / "checkpoints" / f"step-{step:08d}.ckpt" for name in ("sync", "async")]
+            states = [store.load(file)[0] for file in files]
+            for state in states:
+                del state["manifest" if "manifest" in state else "callbacks"]
+            assert list(difference(*states)) == []
+            if step < 18:
+                assert resume_differs(tmp_path / "sync", files[1], tmp_path / "resumed") == []
+
+
+class TestBest:
+    def test_nan_and_infinity_never_win_and_a_tie_keeps_the_earlier(self) -> None:
+        scores = Scores("val/loss", "min")
+        for step, value in enumerate([3.0, float("nan"), 2.0, float("-inf"), 2.0, 2.5], 1):
+            scores.measure_validation({"val/loss": torch.tensor(value)}, step)
+        assert (scores.best, scores.best_step) == (2.0, 3)
+        assert scores.facts(4)["metrics"]["val/loss"] == {"value": 2.5, "step": 6}
+
+    def test_a_value_of_another_step_never_ranks(self) -> None:
+        scores = Scores("val/loss", "min")
+        scores.measure_validation({"val/loss": torch.tensor(1.0)}, 4)
+        assert scores.score(4) == 1.0
+        assert scores.score(5) is None
+        scores.measure_training({"val/loss": torch.tensor(1.0), "train/loss": torch.tensor(0.5)}, 6)
+        assert scores.score(6) is None
+
+    def test_it_says_what_improved(self) -> None:
+        scores = Scores("val/accuracy", "max")
+        said = []
+        for step, value in enumerate([0.9871, 0.9903, 0.9], 1):
+            scores.measure_validation({"val/accuracy": torch.tensor(value)}, step)
+            said.append(scores.sentence(step))
+        assert said == [
+            "val/accuracy improved to 0.9871, ",
+            "val/accuracy improved from 0.9871 to 0.9903, ",
+            "val/accuracy did not improve from 0.9903, ",
+        ]
+
+    def test_another_metric_ranks_the_files_that_are_there_again(self, tmp_path: Path) -> None:
+        fit(tmp_path, checkpointing=saving(), max_epochs=2)
+        other = saving(monitor="val/accuracy", mode="max")
+        fit(tmp_path, checkpointing=other, ckpt_path=tmp_path / "checkpoints" / "last.ckpt", max_epochs=2)
+        best = store.CheckpointStore(tmp_path / "checkpoints").best("val/accuracy", "max")
+        assert best is not None
+        assert (other.scores.best, other.scores.best_step) == (best.score_of("val/accuracy"), best.step)
+
+    def test_a_moved_directory_keeps_its_best(self, tmp_path: Path) -> None:
+        trainer = fit(tmp_path / "here")
+        (tmp_path / "here").rename(tmp_path / "there")
+        best = store.CheckpointStore(tmp_path / "there" / "checkpoints").best()
+        assert best is not None
+        assert best.step == trainer.checkpoint_callback.scores.best_step
+
+    def test_a_monitor_that_nothing_logs_is_an_error_with_the_names_that_are_logged(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"val/acuracy.*val/accuracy"):
+            fit(tmp_path, checkpointing=saving(monitor="val/acuracy"))
+        assert steps(tmp_path) == [6]
+
+
+class TestLightning:
+    def test_fit_from_best_takes_the_best_file(self, tmp_path: Path) -> None:
+        trainer = fit(tmp_path)
+        callback = trainer.checkpoint_callback
+        assert Path(callback.best_model_path).name == f"step-{callback.scores.best_step:08d}.ckpt"
+        trainer.fit_loop.max_epochs = 3
+        trainer.fit(SmallModel(), datamodule=SmallData(), ckpt_path="best")
+
+    @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint")
+    def test_fit_from_last_is_answered_with_a_sentence(self, tmp_path: Path) -> None:
+        fit(tmp_path)
+        with pytest.raises(ConfigError, match=r"last.*resume\.py"):
+            fit(tmp_path, ckpt_path="last")  # type: ignore[arg-type]
+
+    @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+    def test_validate_test_and_predict_read_our_file(self, tmp_path: Path) -> None:
+        class Model(SmallModel):
+            def test_step(self, batch: Any, batch_idx: int) -> None:
+                self.log("test/loss", torch.nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+            def predict_step(self, batch: Any, batch_idx: int) -> Any:
+                return self(batch[0])
+
+        fit(tmp_path, model=Model)
+        file, loader = tmp_path / "checkpoints" / "last.ckpt", SmallData().val_dataloader()
+        trainer = Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+        direct = Model.load_from_checkpoint(file, weights_only=True).eval()
+        x, y = SmallData().x[22:], SmallData().y[22:]
+        with torch.no_grad():
+            expected = torch.nn.functional.cross_entropy(direct(x), y)
+        found = trainer.test(Model(), loader, ckpt_path=file, weights_only=True, verbose=False)[0]["test/loss"]
+        assert found == pytest.approx(float(expected))
+        predicted = trainer.predict(Model(), loader, ckpt_path=file, weights_only=True)
+        assert all(torch.equal(one, direct(batch[0])) for one, batch in zip(predicted, loader, strict=True))
+        trainer.validate(Model(), loader, ckpt_path=file, weights_only=True, verbose=False)
+
+    def test_a_users_save_is_durable_verified_and_said_to_be_not_exact(self, tmp_path: Path) -> None:
+        trainer = fit(tmp_path)
+        trainer.save_checkpoint(tmp_path / "mine" / "own.ckpt")
+        _, manifest = store.load(tmp_path / "mine" / "own.ckpt")
+        assert manifest["exact"] is False
+        assert manifest["at"] is None
+        assert manifest["step"] == 18
+
+    def test_its_own_model_checkpoint_beside_ours_breaks_nothing(self, tmp_path: Path) -> None:
+        with one_thread():
+            fit(tmp_path / "alone")
+            stock = ModelCheckpoint(tmp_path / "stock", monitor="val/loss", save_last=True, every_n_train_steps=4)
+            fit(tmp_path / "both", callbacks=lambda: [stock])
+        assert list(difference(final_state(tmp_path / "alone"), final_state(tmp_path / "both"))) == []
+        assert (tmp_path / "stock" / "last.ckpt").exists()
+
+    @pytest.mark.parametrize(
+        "arguments", [{"fast_dev_run": True}, {"callbacks": lambda: [LearningRateFinder(num_training_steps=4)]}]
+    )
+    def test_a_trial_run_leaves_no_checkpoint_of_its_own(self, tmp_path: Path, arguments: dict[str, Any]) -> None:
+        class Model(SmallModel):
+            def __init__(self) -> None:
+                super().__init__(schedule="plateau_epoch")
+                self.lr = 0.05
+
+        fit(tmp_path, model=Model, **arguments)
+        assert steps(tmp_path)[-1:] == ([] if "fast_dev_run" in arguments else [18])
+        assert list(tmp_path.glob("*.ckpt")) == []
+
+    def test_why_a_training_ended_is_recorded(self, tmp_path: Path) -> None:
+        for name, arguments in {
+            "max_epochs": {},
+            "max_steps": {"max_steps": 4, "max_epochs": -1},
+            "max_time": {"max_time": timedelta(milliseconds=1)},
+        }.items():
+            trainer = fit(tmp_path / name, **arguments)
+            assert why_ended(trainer) == name
+            latest = store.CheckpointStore(tmp_path / name / "checkpoints").latest()
+            assert latest is not None
+            assert latest.manifest["ended"] == name
+
+
+class Colour(Enum):
+    RED = 1
+
+
+def test_what_cannot_be_read_back_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    class Model(SmallModel):
+        def __init__(self, colour: Colour = Colour.RED) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    with pytest.raises(CheckpointContentError, match=r"hyper_parameters\.colour.*Colour"):
+        fit(tmp_path, model=Model)
+    assert steps(tmp_path) == []
+
+
+class TestFailure:
+    def test_a_save_that_fails_is_said_and_the_training_goes_on(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        replace = os.replace
+
+        def full(source: Any, target: Any) -> None:
+            if "step-00000012" in str(target):
+                raise OSError(28, "No space left on device")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", full)
+        callback = saving()
+        trainer = fit(tmp_path, checkpointing=callback)
+        assert trainer.global_step == 18
+        assert steps(tmp_path) == [6, 18]
+        said = capsys.readouterr().err
+        assert "step-00000012.ckpt" in said
+        assert "No space left" in said
+        assert callback.failure is None  # a later save succeeded
+
+    @pytest.mark.parametrize("async_save", [False, True])
+    def test_the_last_save_that_fails_is_remembered_for_the_exit_code(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool
+    ) -> None:
+        def full(source: Any, target: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        callback = saving(save_every_epochs=None, keep_best=0, async_save=async_save)
+        monkeypatch.setattr(os, "replace", full)
+        monkeypatch.setattr(
+            "savepoint.logs.os", __import__("types").SimpleNamespace(**vars(os) | {"replace": os.rename})
+        )
+        fit(tmp_path, checkpointing=callback)
+        assert isinstance(callback.failure, CheckpointSaveError)
+
+
+class Exploding(SmallModel):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.global_step == 8 else loss
+
+
+class TestNonFinite:
+    def test_a_loss_that_is_not_a_number_stops_the_run_and_names_its_first_step(self, tmp_path: Path) -> None:
+        with pytest.raises(NonFiniteLossError, match=r"first at step 9.*step-00000006\.ckpt"):
+            fit(tmp_path, model=Exploding)
+        latest = store.CheckpointStore(tmp_path / "checkpoints").latest()
+        assert latest is not None
+        assert latest.step == 6
+
+    def test_with_warn_the_run_goes_on_and_such_a_state_is_never_saved(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        callback = saving(on_nan="warn")
+        trainer: Trainer = fit(tmp_path, model=Exploding, checkpointing=callback)
+        assert trainer.global_step == 18
+        assert steps(tmp_path) == [6]
+        assert "first at step 9" in capsys.readouterr().err
+        assert callback.failure is not None
+
+
+@pytest.mark.parametrize("name", ["epochs", "steps", "secs"])
+def test_an_interval_of_nothing_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"save_every_{name} is 0"):
+        saving(**{f"save_every_{name}": 0})
+
+
+def test_the_module_is_a_plain_lightning_module_for_the_callback(tmp_path: Path) -> None:
+    class WithoutExample(SmallModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.example_input_array = None
+
+    module: type[LightningModule] = WithoutExample
+    fit(tmp_path, model=module)
+    assert final_state(tmp_path)["canary"] is None
