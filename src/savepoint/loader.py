@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from savepoint.errors import ConfigError
 
@@ -52,9 +52,9 @@ class _Resumable:
         self.at_boundary: Callable[[], None] = _nothing
 
     @property
-    def sampler(self) -> "_Resumable":
-        """Lightning calls `loader.sampler.set_epoch(epoch)`."""
-        return self
+    def sampler(self) -> "_Resumable | _InOrder":
+        """Lightning calls `loader.sampler.set_epoch(epoch)`, and asks whether it shuffles by the sampler's class."""
+        return self if self.shuffle else _InOrder(self)
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
@@ -87,6 +87,12 @@ class _Resumable:
             self.at_boundary()
             self.position = i + 1
             yield i
+
+
+class _InOrder(SequentialSampler):
+    def __init__(self, loader: _Resumable) -> None:
+        super().__init__(range(loader.samples))
+        self.set_epoch = loader.set_epoch
 
 
 class Batches(_Resumable):
@@ -169,10 +175,6 @@ class ResumableLoader(_Resumable):
         )
         self.loader, self.drop_last = loader, loader.drop_last
 
-    @property
-    def dataset(self) -> Dataset[Any]:
-        return self.loader.dataset
-
     def __len__(self) -> int:
         return self.samples // self.world_size // self.batch_size if self.drop_last else super().__len__()
 
@@ -212,7 +214,7 @@ def resumable(
             refused, since its order could not be derived.
         seed: Of the order and of every sample's randomness; by default the one `seed_everything` set.
     """
-    samplers = {torch.utils.data.RandomSampler: True, torch.utils.data.SequentialSampler: False}
+    samplers = {RandomSampler: True, SequentialSampler: False}
     shuffle = samplers.get(type(loader.sampler))
     if shuffle is None:
         raise ConfigError(

@@ -365,7 +365,9 @@ class CheckpointCallback(Checkpoint):
 
     def _capture(self, trainer: Trainer) -> dict[str, Any]:
         rows = [logger.rows for logger in trainer.loggers if hasattr(logger, "rows")]
-        return state.capture(trainer, trainer.lightning_module) | {"logged_rows": rows[0] if rows else None}
+        return state.capture(trainer, trainer.lightning_module) | {
+            "logged_rows": rows[0] if rows and trainer.is_global_zero else None
+        }
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self._enabled:

@@ -1,0 +1,154 @@
+"""Images per second: Lightning with all our callbacks against a bare PyTorch loop, and our batches against a DataLoader.
+
+    DATA_ROOT=/path/to/data python benchmarks/throughput.py
+    DATA_ROOT=/path/to/data python benchmarks/throughput.py --rounds 7 --epochs 1
+
+First table: the run of configs/fast.yaml, `--epochs` epochs. Both sides train the same network on the same batches, shifts
+included, with the same optimizer, schedule, loss and metric updates, and validate after each epoch. Lightning's side is
+what train.py builds: progress lines, metrics.csv, TensorBoard, a durable save at the end of each epoch. Timed is what
+`fit_secs` of a summary is: from the first batch to the end of training, without start-up and the sanity check.
+Second table: batches alone, no network, one pass over the training images, normalised and ready for the network; ours are
+shifted too.
+
+The sides take turns in one process; one round of each goes before and is not counted; medians.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from report import machine, ratio, require_mnist, table
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from project import ConvNet, ImageClassifier, ImageData
+from savepoint import cli, training
+from savepoint.run import Run
+from savepoint.schedules import one_cycle
+
+MEAN, STD = 0.1307, 0.3081
+
+
+def lightning_rate(config: Any, directory: Path) -> float:
+    """Images/s of `trainer.fit` as train.py does it, in a run directory of its own."""
+    directory.mkdir()
+    run = Run.open(directory)
+    with contextlib.redirect_stdout(io.StringIO()):
+        built = training.build(config, run)
+        built.trainer.fit(built.model, datamodule=built.data)
+    run.unlock()
+    return built.meter.samples_per_sec
+
+
+def bare_rate(epochs: int) -> float:
+    """The same training without Lightning: ImageClassifier serves as a plain module, for its network and its metrics."""
+    torch.manual_seed(0)
+    data, model = ImageData(), ImageClassifier(ConvNet())
+    data.setup()
+    batches, held_out = data.train_dataloader(), data.val_dataloader()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=model.lr, weight_decay=model.weight_decay, fused=True)
+    total_steps = epochs * len(batches)
+    scheduler = LambdaLR(optimizer, lambda step: one_cycle(step, total_steps))
+    images_seen, begun = 0, time.perf_counter()
+    for epoch in range(epochs):
+        batches.set_epoch(epoch)
+        model.train()
+        for images, labels in batches:
+            logits = model(images)
+            losses = F.cross_entropy(logits, labels, label_smoothing=model.label_smoothing, reduction="none")
+            optimizer.zero_grad()
+            losses.mean().backward()
+            optimizer.step()
+            scheduler.step()
+            model.train_loss.update(losses.detach())
+            model.train_accuracy.update(logits.detach(), labels)
+            images_seen += len(images)
+        model.eval()
+        with torch.no_grad():
+            for images, labels in held_out:
+                logits = model(images)
+                model.val_loss.update(F.cross_entropy(logits, labels, reduction="none"))
+                model.val_accuracy.update(logits, labels)
+        for metric in (model.train_loss, model.train_accuracy, model.val_loss, model.val_accuracy):
+            metric.compute()
+            metric.reset()
+    return images_seen / (time.perf_counter() - begun)
+
+
+def our_batches() -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+    data, epochs = ImageData(), count()
+    data.setup()
+    batches = data.train_dataloader()
+
+    def one_pass() -> Iterator[tuple[Tensor, Tensor]]:
+        batches.set_epoch(next(epochs))
+        for images, labels in batches:
+            yield (images.float() / 255 - MEAN) / STD, labels
+
+    return one_pass
+
+
+def torchvision_batches(workers: int) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+    from torchvision import datasets, transforms
+
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
+    data = datasets.MNIST(os.environ["DATA_ROOT"], train=True, transform=transform)
+    loader = DataLoader(data, batch_size=128, shuffle=True, num_workers=workers)
+    return lambda: iter(loader)
+
+
+def pass_rate(one_pass: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> float:
+    begun = time.perf_counter()
+    images_seen = sum(len(images) for images, _ in one_pass())
+    return images_seen / (time.perf_counter() - begun)
+
+
+def in_turns(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """The median rate of each side."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(rounds + 1):
+        for name, side in sides.items():
+            rates[name].append(side())
+        said = ", ".join(f"{name} {found[-1]:.0f}" for name, found in rates.items())
+        print(f"  {'warm-up' if i == 0 else f'round {i}'}: {said}", flush=True)
+    return {name: median(found[1:]) for name, found in rates.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=1)
+    asked = parser.parse_args()
+    require_mnist()
+    print(f"On {machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    config = cli.parse(["--config", "configs/fast.yaml", f"--trainer.max_epochs={asked.epochs}"])
+    with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
+        names = (Path(folder, str(i)) for i in count())
+        sides = {"bare": lambda: bare_rate(asked.epochs), "lightning": lambda: lightning_rate(config, next(names))}
+        fit = in_turns(sides, asked.rounds)
+    rows = [[name, f"{rate:,.0f}", ratio(rate / fit["bare"])] for name, rate in fit.items()]
+    print(table(["fit", "images/s", "of the bare loop"], rows) + "\n", flush=True)
+    loaders = {"our batches": our_batches()}
+    loaders |= {f"torchvision, {workers} workers": torchvision_batches(workers) for workers in (0, 2)}
+    loading = in_turns({name: lambda p=one_pass: pass_rate(p) for name, one_pass in loaders.items()}, asked.rounds)
+    ours = loading["our batches"]
+    print(
+        table(["batches alone", "images/s", "ours is"], [[n, f"{r:,.0f}", ratio(ours / r)] for n, r in loading.items()])
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""What the README and the configs say works: every command is run, every config trains."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_resume import as_a_new_process
+
+import project  # noqa: F401
+from savepoint import choose, commands, precheck, resume
+
+ROOT = Path(__file__).resolve().parents[1]
+# The same commands on little data that needs no download.
+LITTLE = [
+    "--data.dataset", "digits", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1",
+    "--trainer.limit_test_batches", "1", "--trainer.log_every_n_steps", "1",
+]  # fmt: skip
+
+
+def commands_in(text: str) -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+README = commands_in((ROOT / "README.md").read_text())
+CONTRIBUTING = commands_in((ROOT / "CONTRIBUTING.md").read_text())
+
+
+def execute(words: list[str]) -> int:
+    program, argv = words[1], words[2:]
+    with as_a_new_process():
+        if program == "train.py":
+            precheck.check(argv)
+            return resume.start([*argv, *LITTLE])
+        if program == "resume.py":
+            asked = choose.request(argv)
+            assert asked is not None
+            return resume.resume(asked)
+        assert words[1:3] == ["-m", "savepoint"]
+        return commands.main(words[3:])
+
+
+def test_the_commands_of_the_readme_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # runs go to its outputs/
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    python = [shlex.split(command, comments=True) for command in README if command.startswith("python ")]
+    assert len(python) >= 10
+    for words in python:
+        if "--print_config" in words:
+            with pytest.raises(SystemExit, match="0"):
+                execute(words)
+        else:
+            assert execute(words) == 0, words
+
+
+@pytest.mark.parametrize("command", [line for line in README + CONTRIBUTING if line.startswith("make ")])
+def test_make_knows_the_targets_that_are_named(command: str) -> None:
+    done = subprocess.run([*shlex.split(command, comments=True), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_config_trains(path: Path, tmp_path: Path) -> None:
+    group = path.parent.name if path.parent.name in ("model", "data", "checkpoint") else "config"
+    command = [f"--{group}", str(path), "--output_dir", str(tmp_path), "--run_name", "x", "--trainer.max_epochs", "1"]
+    with as_a_new_process():
+        assert resume.start([*command, *LITTLE]) == 0
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_config_says_what_to_expect_of_it(path: Path) -> None:
+    head = path.read_text()
+    assert "TODO" not in head
+    for word in ("command:", "hardware:", "time:", "expect:"):
+        assert word in head
