@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,3 +137,37 @@ def test_a_finished_run_says_so_and_trains_longer_when_asked(straight: Path) -> 
     assert steps == sorted(set(steps))
     assert len(rows(straight)) > before
     assert len(json.loads((straight / "run.json").read_text())["starts"]) == 2
+
+
+def test_the_code_of_another_copy_is_refused(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "train.py", tmp_path)
+    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "another copy's code" in done.stderr
+    assert len(done.stderr.splitlines()) <= 5
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "said"),
+    [
+        ("train.py", ["--model.lrr", "1"], "lrr"),
+        ("train.py", ["--trainer.max_epoch", "1"], "max_epochs"),
+        ("train.py", ["--config", "configs/minst.yaml"], "mnist.yaml"),
+        ("train.py", ["--model.lr", "fast"], "model.lr"),
+        ("train.py", ["--data.root", "/nowhere", "--data.download", "false"], "/nowhere"),
+        ("train.py", ["--output_dir", "/dev/null/x"], "/dev/null/x"),
+        ("train.py", ["--run_name", "a/b"], "a/b"),
+        ("train.py", ["--checkpoint.keep_last", "-3"], "keep_last"),
+        ("resume.py", ["outputs/no-such-run"], "outputs/no-such-run"),
+    ],
+)
+def test_bad_input_is_one_to_five_lines_that_name_it_and_leaves_nothing(
+    script: str, arguments: list[str], said: str, tmp_path: Path
+) -> None:
+    out = [] if "--output_dir" in arguments else ["--output_dir", str(tmp_path / "out")]
+    done = run(script, *arguments, *out)
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert 1 <= len(done.stderr.splitlines()) <= 5
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "out").glob("*"))

@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "two optimizers": {"model": partial(SmallModel, automatic=False)},
     "gradient clipping": {"gradient_clip_val": 0.1},
     "map-style loader": {"data": partial(SmallData, workers=0)},
+    "map-style loader with two workers": {"data": partial(SmallData, workers=2), "max_epochs": 2},
 }
 
 
@@ -45,6 +46,18 @@ def test_a_resume_from_every_point_equals_the_straight_run(name: str, tmp_path: 
         for file in files:
             assert resume_differs(tmp_path / "straight", file, tmp_path / "resumed", **CASES[name]) == [], file.name
     print(f"{name}: {len(files)} resumes, all equal")
+
+
+@pytest.mark.parametrize(
+    "callbacks", [list, lambda: [EMAWeightAveraging(decay=0.8)]], ids=["plain", "weight averaging"]
+)
+def test_a_finished_run_that_trains_longer_equals_the_longer_run(callbacks: Any, tmp_path: Path) -> None:
+    case: dict[str, Any] = {"model": partial(SmallModel, schedule="plateau_epoch"), "callbacks": callbacks}
+    with one_thread():
+        fit(tmp_path / "longer", max_epochs=4, **case)
+        fit(tmp_path / "short", max_epochs=2, **case)
+        last = tmp_path / "short" / "checkpoints" / "last.ckpt"
+        assert resume_differs(tmp_path / "longer", last, tmp_path / "resumed", max_epochs=4, **case) == []
 
 
 # Each line of the mechanism: without it, a resume of one of these cases goes wrong.

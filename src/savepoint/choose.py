@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from savepoint import precheck
 from savepoint.checkpoint import manifest
 from savepoint.errors import CheckpointForeignError, CheckpointNotFoundError, ConfigError
 from savepoint.run import show
@@ -67,7 +68,16 @@ def request(argv: Sequence[str]) -> Request | None:
             f"python resume.py {asked.file} --config configs/mnist.yaml",
             asked.file or "",
         )
+    _check_overrides(asked)
     return asked
+
+
+def _check_overrides(asked: Request) -> None:
+    """What is wrong with the flags is said now where the run's config lies beside its checkpoints, else after the imports."""
+    if asked.foreign:
+        precheck.check(asked.overrides)
+    elif asked.run_dir is not None and (config := asked.run_dir / "config.yaml").is_file():
+        precheck.check(asked.overrides, base=config.read_text())
 
 
 def _parse(argv: list[str]) -> tuple[Request | None, str | None]:

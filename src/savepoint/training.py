@@ -136,7 +136,10 @@ def execute(training: Training, checkpoint: Path | None = None) -> int:
         if trainer.is_global_zero:
             command = resume_command(training.run)
             training.run.write_resume_command(command)
-            print(f"Saved at step {trainer.global_step}. Continue with: {command}", flush=True)
+            latest = training.checkpointing.store.latest()
+            saved = f"Saved at step {latest.step}" if latest else "No checkpoint was saved"
+            lost = trainer.global_step - (latest.step if latest else 0)
+            print(f"{saved}{f', {lost} steps lost' if lost else ''}. Continue with: {command}", flush=True)
         raise
     finally:
         training.run.unlock()

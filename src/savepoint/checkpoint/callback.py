@@ -10,8 +10,7 @@ there resumes one of them short. What is due there waits for the next point.
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer, WeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -109,6 +108,7 @@ class CheckpointCallback(Checkpoint):
         self._facts: dict[str, Any] = {}
         self._pending: dict[str, Any] | None = None
         self._at_validation: dict[str, Any] | None = None
+        self._last_weights: dict[str, Tensor] | None = None
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
@@ -198,6 +198,10 @@ class CheckpointCallback(Checkpoint):
             self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
             self._poll(trainer, "epoch")
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Before our on_train_end, weight averaging overwrites these for good: training longer would not be exact.
+        self._last_weights = state.copied_weights(pl_module) if state.averaging(trainer) else None
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
             return
@@ -219,7 +223,7 @@ class CheckpointCallback(Checkpoint):
             return
         stop, save = self._agree(trainer)
         if stop or save:
-            with current_weights(trainer):
+            with state.current_weights(trainer):
                 self._save(trainer, "validation", reason=self._reason(stop, save))
         if stop:
             self._leave(trainer, stop)
@@ -380,6 +384,8 @@ class CheckpointCallback(Checkpoint):
             # At an epoch's start Lightning counts it as begun: the resume would leave out its first hooks.
             for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
                 progress["ready"] = progress["completed"]
+        if self._facts.get("ended") and self._last_weights is not None:
+            checkpoint["current_model_state"] = self._last_weights
         checkpoint.update(own)
         if trainer.world_size > 1:
             gathered: list[Any] = [None] * trainer.world_size
@@ -426,19 +432,6 @@ def why_ended(trainer: Trainer) -> str:
         if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:
             return "max_time"
     return "a callback"
-
-
-@contextmanager
-def current_weights(trainer: Trainer) -> Iterator[None]:
-    """Inside a validation, weight averaging holds the averaged weights in the module: a save needs the current ones there."""
-    averaging = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
-    for callback in averaging:
-        callback.on_validation_epoch_end(trainer, trainer.lightning_module)
-    try:
-        yield
-    finally:
-        for callback in averaging:
-            callback.on_validation_epoch_start(trainer, trainer.lightning_module)
 
 
 def refuse_last(trainer: Trainer) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from savepoint.errors import ConfigError
+
 Mode = Literal["min", "max"]
 
 
@@ -41,7 +43,7 @@ class Retention:
         for name, least in (("keep_last", 0), ("keep_best", 0), ("keep_every_n_epochs", 1), ("keep_every_n_steps", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(
+                raise ConfigError(
                     f"{name} is out of range: {value}. {least} or more was expected. To keep every checkpoint, "
                     "set keep_every_n_steps to 1."
                 )

@@ -15,6 +15,7 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -167,6 +168,27 @@ def canary(module: LightningModule, state_dict: Mapping[str, Tensor]) -> dict[st
         for part, training in modes.items():
             part.training = training
     return {"input": example.cpu(), "output": output.float().cpu()} if isinstance(output, Tensor) else None
+
+
+def averaging(trainer: Trainer) -> list[WeightAveraging]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
+
+
+def copied_weights(module: LightningModule) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+@contextmanager
+def current_weights(trainer: Trainer) -> Iterator[None]:
+    """Inside a validation, weight averaging holds the averaged weights in the module: a save needs the current ones there."""
+    callbacks = averaging(trainer)
+    for callback in callbacks:
+        callback.on_validation_epoch_end(trainer, trainer.lightning_module)
+    try:
+        yield
+    finally:
+        for callback in callbacks:
+            callback.on_validation_epoch_start(trainer, trainer.lightning_module)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
