@@ -1,0 +1,39 @@
+"""Signals, in a process of their own."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+HEAD = "import os, signal, sys, time\nfrom savepoint import preemption as p\n"
+
+
+def run(body: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", HEAD + body], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_while_nothing_is_at_stake_a_signal_leaves_at_once_with_its_code(signum: int) -> None:
+    done = run(f"p.install()\nos.kill(os.getpid(), {int(signum)})\ntime.sleep(9)\nprint('went on')")
+    assert done.returncode == 128 + signum
+    assert "went on" not in done.stdout
+
+
+def test_in_training_the_first_signal_is_only_noted_and_the_second_leaves() -> None:
+    twice = (
+        "p.install(); p.arm()\nos.kill(os.getpid(), 15)\nprint(p.requests.stop, flush=True)\nos.kill(os.getpid(), 15)\n"
+    )
+    done = run(twice + "time.sleep(9)")
+    assert done.stdout == "15\n"
+    assert done.returncode == -15
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored() -> None:
+    body = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\np.install(); p.arm()\nos.kill(os.getpid(), 1)\nprint(p.requests.stop)"
+    assert run(body).stdout == "0\n"
+
+
+def test_the_signal_to_save_is_noted() -> None:
+    body = "p.install(); p.arm()\nos.kill(os.getpid(), signal.SIGUSR1)\nprint(p.requests.save, p.requests.stop)"
+    assert run(body).stdout == "True 0\n"

@@ -1,0 +1,104 @@
+"""The run directory: one per run, one process at a time, the same on every rank."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from savepoint.errors import ConfigError, RunDirectoryError, RunExistsError, RunLockedError
+from savepoint.run import Run
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SAVEPOINT_RUN_DIR", "RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_a_name_that_is_taken_is_refused_with_the_command_that_continues_it(tmp_path: Path) -> None:
+    Run.create(str(tmp_path), "first", "mnist").unlock()
+    os.environ.pop("SAVEPOINT_RUN_DIR")
+    with pytest.raises(RunExistsError, match=r"first.*python resume\.py .*first"):
+        Run.create(str(tmp_path), "first", "mnist")
+
+
+def test_two_runs_of_the_same_second_get_directories_of_their_own(tmp_path: Path) -> None:
+    runs = []
+    for _ in range(3):
+        os.environ.pop("SAVEPOINT_RUN_DIR", None)
+        runs.append(Run.create(str(tmp_path), None, "mnist"))
+    assert len({run.directory for run in runs}) == 3
+    assert all(run.directory.name.startswith("mnist-2") for run in runs)
+
+
+def test_other_ranks_take_the_directory_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Run.create(str(tmp_path), None, "mnist")
+    monkeypatch.setenv("LOCAL_RANK", "1")  # the launcher's, beside what it inherited
+    assert Run.create(str(tmp_path), None, "mnist").directory == made.directory
+
+
+def test_ranks_that_start_by_themselves_agree_by_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
+    monkeypatch.setenv("RANK", "1")
+    assert Run.create(str(tmp_path), None, "mnist").directory == tmp_path / "mnist-job7"
+    assert list(tmp_path.iterdir()) == []  # rank 0 makes it
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(ConfigError, match="--run_name"):
+        Run.create(str(tmp_path), None, "mnist")
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".hidden"])
+def test_a_name_that_leaves_the_output_directory_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="plain file name"):
+        Run.create(str(tmp_path), name, "mnist")
+
+
+def test_an_output_directory_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirectoryError, match=r"file.*--output_dir"):
+        Run.create(str(tmp_path / "file"), "x", "mnist")
+
+
+def test_the_lock_is_held_against_other_processes_and_dropped_with_the_process(tmp_path: Path) -> None:
+    program = "import sys, pathlib, savepoint.run as r; r.Run.open(pathlib.Path(sys.argv[1])); print('held'); sys.stdin.read()"
+    command = [sys.executable, "-uc", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunLockedError, match=f"pid {holder.pid} on"):
+            Run.open(tmp_path)
+        holder.kill()
+        holder.wait()
+    Run.open(tmp_path).unlock()
+    assert (tmp_path / "lock").read_text() == ""
+
+
+def test_a_stale_lock_is_taken_over_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "lock").write_text(json.dumps({"host": "gone", "pid": 1, "boot_id": ""}))
+    Run.open(tmp_path)
+    assert "pid 1 on gone" in capsys.readouterr().out
+
+
+def test_each_start_is_an_entry_of_the_record(tmp_path: Path) -> None:
+    run = Run.open(tmp_path)
+    for step in (0, 430):
+        run.record_start(run.record, "config: 1\n", step=step)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert [start["step"] for start in record["starts"]] == [0, 430]
+    assert {"argv", "git", "versions", "host", "hardware", "time"} <= record["starts"][0].keys()
+    assert (tmp_path / "config.yaml").read_text() == "config: 1\n"
+
+
+def test_a_directory_in_which_no_training_began_is_removed_and_any_other_kept(tmp_path: Path) -> None:
+    run = Run.create(str(tmp_path), "empty", "mnist")
+    run.discard()
+    assert not run.directory.exists()
+    found = tmp_path / "found"
+    found.mkdir()
+    other = Run.open(found)
+    other.discard()
+    assert found.exists()
