@@ -122,7 +122,7 @@ def main() -> int:
     print(f"On {machine()}", flush=True)
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         rows = []
-        for name, *flags in (("ConvNet",), ("ClassicNet", "--model=configs/model/classic.yaml")):
+        for name, *flags in (("ConvNet",), ("ClassicNet", f"--model={ROOT}/configs/model/classic.yaml")):
             found = {key: median(values) for key, values in measure_saves(asked.saves, Path(folder), *flags).items()}
             ours, theirs = found["our bytes"] / 1000, found["their bytes"] / 1000
             rows += [

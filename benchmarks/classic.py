@@ -5,9 +5,9 @@
 
 The classic pipeline is what tutorials show, as a plain loop in a process of its own: torchvision's MNIST, ToTensor,
 Normalize and a DataLoader of batch 64, image by image; two convolutions with dropout, Adadelta with lr 1.0, StepLR with
-gamma 0.7; a test after each epoch. It passes 99.0 % in its fourth epoch. FULL=1 runs all four, once. Without it, the first
-tenth of one epoch and one test are measured (the warm-up of their first batches included) and scaled; the two sides
-take turns, and the medians of the rounds are compared. The files are in the page cache for both.
+gamma 0.7; a test after each epoch. With seed 1 it passes 99.0 % in its fourth epoch (with seed 0 not even then): FULL=1 runs
+all four, once. Without it, the first tenth of one epoch and one test are measured (the warm-up of their first batches
+included) and scaled; the two sides take turns, and medians are compared. The files are in the page cache for both.
 """
 
 import argparse

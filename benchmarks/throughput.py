@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from report import machine, ratio, require_mnist, table
+from report import ROOT, machine, ratio, require_mnist, table
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -133,7 +133,7 @@ def main() -> int:
     asked = parser.parse_args()
     require_mnist()
     print(f"On {machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
-    config = cli.parse(["--config", "configs/fast.yaml", f"--trainer.max_epochs={asked.epochs}"])
+    config = cli.parse(["--config", str(ROOT / "configs/fast.yaml"), f"--trainer.max_epochs={asked.epochs}"])
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         names = (Path(folder, str(i)) for i in count())
         sides = {"bare": lambda: bare_rate(asked.epochs), "lightning": lambda: lightning_rate(config, next(names))}
