@@ -19,7 +19,7 @@ setup: $(VENV)/ready ## the environment in .venv, once; the other targets call i
 
 $(VENV)/ready: requirements.txt pyproject.toml
 	@$(or $(PYTHON),false) -c '$(RECENT)' || { echo "No Python that is recent enough: $$(python3 --version 2>&1). Expected 3.11 or newer. Name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
-	@echo "Setting up $(VENV) with $(PYTHON): about 3 GB, once." && $(PYTHON) -m venv $(VENV)
+	@echo "Setting up $(VENV) with $(PYTHON): about 6 GB, once." && $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt && touch $@
 
 train: setup ## train and test: CONFIG, ARGS

@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.loader import Batches, resumable
-from savepoint.logs import CSVLogger
+from savepoint.logs import RunCSVLogger
 
 # What may differ between a straight and a resumed run: the clock, the path, how often it was started.
 MAY_DIFFER = ("manifest", "callbacks", "run")
@@ -28,12 +28,13 @@ MAY_DIFFER = ("manifest", "callbacks", "run")
 class SmallModel(LightningModule):
     """Dropout, batch norm, draws from every generator, metrics, and sums logged in every way."""
 
-    def __init__(self, schedule: str = "one_cycle", automatic: bool = True) -> None:
+    def __init__(self, schedule: str = "one_cycle", automatic: bool = True, forever: bool = False) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.schedule, self.automatic_optimization = schedule, automatic
         self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
         self.train_accuracy = MulticlassAccuracy(3)
+        self.forever = MulticlassAccuracy(3) if forever else None
         self.val_accuracy = MulticlassAccuracy(3)
         self.example_input_array = torch.linspace(-1, 1, 24).view(4, 6)
 
@@ -48,6 +49,8 @@ class SmallModel(LightningModule):
         self.log("train/loss", loss, on_step=True, on_epoch=True, prog_bar=True)
         self.log("train/biggest", loss.detach(), on_step=False, on_epoch=True, reduce_fx="max")
         self.log("train/accuracy", self.train_accuracy, on_step=True, on_epoch=True)
+        if self.forever is not None:
+            self.forever.update(self(x), y)
         if not self.automatic_optimization:
             for optimizer in self.optimizers():
                 optimizer.zero_grad()
@@ -56,12 +59,13 @@ class SmallModel(LightningModule):
                 optimizer.step()
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         x, y = batch
         logits = self(x + 0.01 * torch.randn_like(x))
         self.val_accuracy(logits, y)
-        self.log("val/loss", nn.functional.cross_entropy(logits, y))
-        self.log("val/accuracy", self.val_accuracy)
+        self.log("val/loss", nn.functional.cross_entropy(logits, y), add_dataloader_idx=dataloader_idx > 0)
+        if dataloader_idx == 0:
+            self.log("val/accuracy", self.val_accuracy, add_dataloader_idx=False)
 
     def configure_optimizers(self) -> Any:
         if not self.automatic_optimization:
@@ -82,9 +86,9 @@ class SmallModel(LightningModule):
 
 
 class SmallData(LightningDataModule):
-    def __init__(self, workers: int | None = None, samples: int = 22) -> None:
+    def __init__(self, workers: int | None = None, samples: int = 22, validations: int = 1) -> None:
         super().__init__()
-        self.workers = workers
+        self.workers, self.validations = workers, validations
         generator = torch.Generator().manual_seed(7)
         self.x = torch.randn(samples + 9, 6, generator=generator)
         self.y = torch.randint(0, 3, (samples + 9,), generator=generator)
@@ -99,7 +103,9 @@ class SmallData(LightningDataModule):
         return resumable(DataLoader(TensorDataset(x, y), 4, shuffle=True, num_workers=self.workers), seed=3)
 
     def val_dataloader(self) -> Any:
-        return Batches(self.x[self.samples :], self.y[self.samples :], batch_size=4, seed=3, shuffle=False)
+        x, y = self.x[self.samples :], self.y[self.samples :]
+        loaders = [Batches(x, y, batch_size=4, seed=3, shuffle=False) for _ in range(self.validations)]
+        return loaders if self.validations > 1 else loaders[0]
 
 
 class EveryPoint(CheckpointCallback):
@@ -138,7 +144,7 @@ def fit(
     trainer = Trainer(
         callbacks=[*callbacks(), checkpointing],
         default_root_dir=str(directory),
-        logger=CSVLogger(directory / "metrics.csv", keep_rows),
+        logger=RunCSVLogger(directory / "metrics.csv", keep_rows),
         **{
             "accelerator": "cpu", "max_epochs": 3, "log_every_n_steps": 2, "enable_progress_bar": False,
             "enable_model_summary": False, "num_sanity_val_steps": 0, **arguments,

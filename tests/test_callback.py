@@ -294,6 +294,19 @@ class TestNonFinite:
         assert latest is not None
         assert latest.step == 6
 
+    def test_weights_that_became_infinite_under_a_finite_loss_never_replace_a_good_checkpoint(
+        self, tmp_path: Path
+    ) -> None:
+        class Overflowing(SmallModel):
+            def on_after_backward(self) -> None:
+                if self.global_step == 11:  # the last batch of the second epoch
+                    for parameter in self.parameters():
+                        parameter.grad *= float("inf")
+
+        with pytest.raises(NonFiniteLossError, match=r"weights are not finite at step 12.*step-00000006\.ckpt"):
+            fit(tmp_path, model=Overflowing, checkpointing=CheckpointCallback(monitor=None))
+        assert steps(tmp_path) == [6]
+
     def test_with_warn_the_run_goes_on_and_such_a_state_is_never_saved(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

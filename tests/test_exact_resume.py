@@ -23,6 +23,18 @@ CASES: dict[str, dict[str, Any]] = {
     "max_steps": {"max_steps": 9, "max_epochs": -1},
     "accumulation": {"accumulate_grad_batches": 3},
     "early stopping": {"callbacks": lambda: [EarlyStopping("val/loss", patience=1)], "max_epochs": 5},
+    "early stopping before min_epochs": {
+        "callbacks": lambda: [EarlyStopping("val/loss", patience=0)],
+        "min_epochs": 4,
+        "max_epochs": 5,
+    },
+    "loaders made anew": {"reload_dataloaders_every_n_epochs": 1},
+    "two validation loaders": {
+        "data": partial(SmallData, validations=2),
+        "check_val_every_n_epoch": 2,
+        "max_epochs": 4,
+    },
+    "metrics that are never reset": {"model": partial(SmallModel, forever=True)},
     "weight averaging": {"callbacks": lambda: [EMAWeightAveraging(decay=0.8)]},
     "two optimizers": {"model": partial(SmallModel, automatic=False)},
     "gradient clipping": {"gradient_clip_val": 0.1},
@@ -69,8 +81,10 @@ LINES = {
     "epoch._batches_that_stepped -= 1": "validation inside epochs",
     'validation._restarting, validation._restart_stage = False, "restarted_mid_evaluation"': "validation inside epochs",
     'state.restore_rng(self._pending["rng"], module.device)': "validation after each epoch",
-    "        restore_metrics(trainer, module, saved)": "validation after each epoch",
+    "        restore_logged(trainer, module, saved)": "validation after each epoch",
     "    restore_callback_metrics(trainer, saved)": "plateau by epoch",
+    "    restore_metric_states(module, saved)": "validation after each epoch",
+    'trainer.should_stop = saved["should_stop"]': "early stopping before min_epochs",
     "fit._combined_loader._load_state_dicts(fit._combined_loader_states_to_load)": "validation after each epoch",
 }
 

@@ -25,7 +25,7 @@ def floyd(path: Path, **more: Any) -> project.ClassicNet:
     return net
 
 
-@pytest.mark.parametrize("best", [0.935, torch.tensor([0.935]), np.float64(0.935)], ids=["float", "tensor", "numpy"])
+@pytest.mark.parametrize("best", [0.935, torch.tensor([93.5]), np.float64(0.935)], ids=["float", "percent", "numpy"])
 def test_a_floydhub_file_continues_at_its_epoch_with_its_best_accuracy(
     best: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -169,5 +169,5 @@ def test_a_checkpoint_preset_names_every_key_so_that_none_of_another_preset_stay
     from savepoint.checkpoint.callback import CheckpointCallback
 
     # where a run's checkpoints lie is the run's own business
-    keys = set(inspect.signature(CheckpointCallback).parameters) - {"dirpath"}
+    keys = set(inspect.signature(CheckpointCallback).parameters)
     assert set(compose.read(ROOT / config)) == keys

@@ -21,12 +21,15 @@ def test_while_nothing_is_at_stake_a_signal_leaves_at_once_with_its_code(signum:
 
 
 def test_in_training_the_first_signal_is_only_noted_and_the_second_leaves() -> None:
-    twice = (
-        "p.install(); p.arm()\nos.kill(os.getpid(), 15)\nprint(p.requests.stop, flush=True)\nos.kill(os.getpid(), 15)\n"
-    )
+    twice = "p.install(); p.arm()\nos.kill(os.getpid(), 15)\nprint(p.requests.stop, flush=True)\ntime.sleep(1.1)\nos.kill(os.getpid(), 15)\n"
     done = run(twice + "time.sleep(9)")
     assert done.stdout == "15\n"
     assert done.returncode == -15
+
+
+def test_two_signals_that_come_together_are_one_request() -> None:
+    body = "p.install(); p.arm()\nos.kill(os.getpid(), 15)\nos.kill(os.getpid(), 1)\nprint(p.requests.stop)"
+    assert run(body).stdout == "15\n"
 
 
 def test_a_signal_that_was_ignored_at_the_start_stays_ignored() -> None:

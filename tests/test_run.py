@@ -20,8 +20,12 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_name_that_is_taken_is_refused_with_the_command_that_continues_it(tmp_path: Path) -> None:
-    Run.create(str(tmp_path), "first", "mnist").unlock()
-    os.environ.pop("SAVEPOINT_RUN_DIR")
+    run = Run.create(str(tmp_path), "first", "mnist")
+    run.unlock()
+    with pytest.raises(RunExistsError, match=r"first.*--resume auto"):
+        Run.create(str(tmp_path), "first", "mnist")
+    (run.directory / "checkpoints").mkdir()
+    (run.directory / "checkpoints" / "step-00000001.ckpt").touch()
     with pytest.raises(RunExistsError, match=r"first.*python resume\.py .*first"):
         Run.create(str(tmp_path), "first", "mnist")
 
@@ -102,3 +106,21 @@ def test_a_directory_in_which_no_training_began_is_removed_and_any_other_kept(tm
     other = Run.open(found)
     other.discard()
     assert found.exists()
+    os.environ.pop("SAVEPOINT_RUN_DIR")
+    begun = Run.create(str(tmp_path), "begun", "mnist")
+    begun.record_start(begun.record, "config")
+    begun.discard()
+    assert begun.directory.exists()
+
+
+@pytest.mark.parametrize("damaged", ["{bad", "[]", "{}", "\udcff"])
+def test_a_damaged_record_is_set_aside_and_a_new_one_begun(damaged: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_bytes(damaged.encode("utf-8", "surrogateescape"))
+    assert Run.open(tmp_path).record["starts"] == []
+    assert (tmp_path / "run.json.corrupt").exists()
+
+
+def test_temporary_files_of_a_dead_process_are_swept_by_the_next_holder_of_the_lock(tmp_path: Path) -> None:
+    (tmp_path / ".metrics.csv.99999.tmp").touch()
+    Run.open(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]

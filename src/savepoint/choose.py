@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from savepoint import precheck
+from savepoint import compose, precheck
 from savepoint.checkpoint import manifest
 from savepoint.errors import CheckpointForeignError, CheckpointNotFoundError, ConfigError
 from savepoint.run import show
@@ -77,7 +77,12 @@ def _check_overrides(asked: Request) -> None:
     if asked.foreign:
         precheck.check(asked.overrides)
     elif asked.run_dir is not None and (config := asked.run_dir / "config.yaml").is_file():
-        precheck.check(asked.overrides, base=config.read_text())
+        try:
+            base = config.read_text()
+            compose.compose([], base=base)
+        except (OSError, ValueError, AttributeError):
+            return  # damaged: what counts is the config in the checkpoint
+        precheck.check(asked.overrides, base=base)
 
 
 def _parse(argv: list[str]) -> tuple[Request | None, str | None]:
@@ -120,11 +125,19 @@ def _parse(argv: list[str]) -> tuple[Request | None, str | None]:
 
 def _find(asked: Request, target: str) -> None:
     path = Path(target)
-    if path.is_dir():
+    try:
+        is_directory = path.is_dir()
+    except OSError as error:
+        raise CheckpointNotFoundError(
+            f"Not a path: {target[:80]} ({error.strerror}). Expected a checkpoint or a run directory. Check the path.",
+            path,
+        ) from None
+    if is_directory:
+        path = path.absolute()
         asked.run_dir = path.parent if path.name == "checkpoints" else path
         if not _step_files(asked.run_dir):
             raise CheckpointNotFoundError(
-                f"No checkpoint in this directory: {path}. Expected a run directory with checkpoints/step-*.ckpt in it. "
+                f"No checkpoint in this directory: {show(path)}. Expected a run directory with checkpoints/step-*.ckpt in it. "
                 f"{_nearest(target, asked)}",
                 path,
             )
@@ -138,7 +151,7 @@ def _find(asked: Request, target: str) -> None:
     asked.file = path
     parent = path.absolute().parent
     if parent.name == "checkpoints" and (parent.parent / "run.json").exists():
-        asked.run_dir = path.parent.parent
+        asked.run_dir = parent.parent
 
 
 def newest_run(output_dir: Path) -> Path:
@@ -157,7 +170,7 @@ def _last_start(run_dir: Path) -> str:
     try:
         record: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
         return str([record["created"], *(start["time"] for start in record["starts"])][-1])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return ""
 
 

@@ -28,7 +28,7 @@ from torch import nn
 
 from savepoint import compose, precheck
 from savepoint.checkpoint.callback import CheckpointCallback
-from savepoint.errors import ConfigError
+from savepoint.errors import ConfigError, SavepointError
 
 # Lightning's Timer, for one, has an Enum as the default of a text argument: jsonargparse writes it with yaml and fails.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -185,8 +185,24 @@ class _Cli(LightningCLI):
             seed_everything(self.config["seed_everything"], workers=True, verbose=False)
 
     def instantiate_classes(self) -> None:
-        if self.config:
+        if not self.config:
+            return
+        try:
             super().instantiate_classes()
+        except SavepointError:
+            raise
+        except ValueError as error:
+            # jsonargparse takes what a class's own __init__ raises for a value of the wrong type, and says a page about it.
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if isinstance(cause, SavepointError):
+                raise cause from None
+            if cause is not error:
+                raise ConfigError(
+                    f"A class of the config refuses its arguments: {type(cause).__name__}: {cause}"
+                ) from cause
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         configured = self._get(self.config_init, "trainer")

@@ -84,7 +84,7 @@ def read(path: Path, what: str = "config file") -> Any:
     if path.is_dir():
         raise ConfigError(f"Not a {what} but a folder: {path}. {_files_in(path)}")
     if not path.exists():
-        raise ConfigError(f"No such {what}: {path}. {_files_in(path.parent, near=path.name)}")
+        raise ConfigError(f"No such {what}: {path}. {_files_in(_where(path), near=path.name)}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -266,6 +266,12 @@ def _shown(path: Path) -> str:
     """Short where it can be: relative to the repository for the files in it."""
     full = path.resolve()
     return str(full.relative_to(ROOT)) if path.is_absolute() and full.is_relative_to(ROOT) else str(path)
+
+
+def _where(path: Path) -> Path:
+    """The folder that was most likely meant: for a bare name, configs/."""
+    bare = str(path.parent) == "." and not [p for p in Path().glob("*.y*ml") if not p.name.startswith(".")]
+    return ROOT / "configs" if bare else path.parent
 
 
 def _files_in(folder: Path, near: str = "") -> str:

@@ -31,17 +31,22 @@ def start(path: Path, config: Any, config_name: str) -> int:
         check_shapes({name: tuple(value.shape) for name, value in weights.items()}, made.model.state_dict())
         made.model.load_state_dict(weights)
         print(_said(path, found), f"New run {show(run.directory)}", sep="\n", flush=True)
-        made.checkpointing.scores.best = found["best_accuracy"]
+        made.checkpointing.scores.best = as_share(found["best_accuracy"])
         return training.execute(made, checkpoint=path if whole else None)
     except BaseException:
         run.discard()
         raise
 
 
+def as_share(best: float | None) -> float | None:
+    """Old scripts keep percent; what is compared here is a share."""
+    return best / 100 if best is not None and 1 < best <= 100 else best
+
+
 def _said(path: Path, found: Mapping[str, Any]) -> str:
     has = {
         "epoch": f"epoch {found['epoch']}",
-        "best_accuracy": f"best accuracy {found['best_accuracy']}",
+        "best_accuracy": f"best accuracy {as_share(found['best_accuracy'])}",
         "optimizer": "optimizer",
     }
     taken = ["weights", *(text for key, text in has.items() if found[key] is not None)]

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 
-class CSVLogger(Logger):
+class RunCSVLogger(Logger):
     """`metrics.csv`: one row a log call, in the order of the calls; values in full precision.
 
     Args:
@@ -79,10 +79,16 @@ class CSVLogger(Logger):
         if self._file is not None:
             self._file.close()
         if self.path.exists():
-            with self.path.open(newline="") as file:
+            with self.path.open(newline="", errors="replace") as file:
                 reader = csv.DictReader(file)
-                kept = list(reader)[: self._keep if first else None]
+                kept = [{k: v for k, v in row.items() if k is not None} for row in reader][
+                    : self._keep if first else None
+                ]
                 self._columns = list(reader.fieldnames or [])
+        if first and len(kept) < self._keep:
+            print(
+                f"{self.path} has {len(kept)} of the {self._keep} rows that the checkpoint counts: the others are lost."
+            )
         self._columns += [name for name in new if name not in self._columns]
         self.rows = len(kept)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
@@ -101,7 +107,9 @@ class RunTensorBoardLogger(TensorBoardLogger):
     """TensorBoard events beside the run's other files; `purge_step` hides what a resume logs again."""
 
     def __init__(self, directory: Path, purge_step: int | None = None) -> None:
-        super().__init__(directory.parent, name=directory.name, version="", purge_step=purge_step)
+        super().__init__(
+            directory.parent, name=directory.name, version="", purge_step=purge_step, default_hp_metric=False
+        )
 
     @rank_zero_only
     def save(self) -> None:

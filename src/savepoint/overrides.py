@@ -130,7 +130,7 @@ def mismatches(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]
     lines = []
     for name, value in model.items():
         if name not in saved:
-            near = difflib.get_close_matches(name, [other for other in saved if other not in model], n=1)
+            near = difflib.get_close_matches(name, [other for other in saved if other not in model], n=1, cutoff=0.85)
             lines.append(f"  {name} {list(value.shape)}: not in the file{f' (nearest: {near[0]})' if near else ''}")
         elif saved[name] != tuple(value.shape):
             lines.append(f"  {name}: {list(saved[name])} in the file, {list(value.shape)} in the model")

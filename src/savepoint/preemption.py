@@ -3,7 +3,7 @@
 A handler only sets a flag. The checkpoint callback polls it where nothing is half done, and raises `Preempted` after the
 save. While nothing is at stake (start-up, the test after training) a signal to stop raises at once.
 
-    SIGTERM, SIGINT, SIGHUP   save, leave with 143, 130, 129; a second one leaves at once
+    SIGTERM, SIGINT, SIGHUP   save, leave with 143, 130, 129; a second one, a second later or more, leaves at once
     SIGUSR1                   save, go on
 
 A signal that was ignored when the process started (nohup, a background job) stays ignored.
@@ -12,10 +12,13 @@ A signal that was ignored when the process started (nohup, a background job) sta
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAVE = signal.SIGUSR1
+# Two within this time are one request: systemd sends SIGTERM and SIGHUP together, launchers forward what reached all.
+SAME_SECS = 1.0
 
 
 class Preempted(SystemExit):
@@ -30,6 +33,7 @@ class Preempted(SystemExit):
 class _Requests:
     def __init__(self) -> None:
         self.stop = 0  # number of the signal that asked to stop, 0 while none did
+        self.since = 0.0
         self.save = False
         self.armed = False
 
@@ -59,12 +63,14 @@ def disarm() -> None:
 
 
 def _on_stop(signum: int, frame: FrameType | None) -> None:
+    if requests.stop and time.monotonic() - requests.since < SAME_SECS:
+        return
     if requests.stop:
         # The second one: somebody cannot wait. The last checkpoint on disk is whole, as it is after a SIGKILL.
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
         return
-    requests.stop = signum
+    requests.stop, requests.since = signum, time.monotonic()
     if not requests.armed:
         raise Preempted(signum)
 

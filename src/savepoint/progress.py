@@ -34,6 +34,11 @@ class Meter(Callback):
         return self._samples_now / self._passed if self._passed else 0.0
 
     @property
+    def overall_samples_per_sec(self) -> float:
+        """Of all starts, as `fit_secs` is."""
+        return (self._samples + self._samples_now) / self.fit_secs if self.fit_secs else 0.0
+
+    @property
     def _passed(self) -> float:
         return (self._ended or time.monotonic()) - self._began if self._began else 0.0
 
@@ -58,6 +63,9 @@ class Bar(RichProgressBar):
         super().__init__(leave=False)
         self.meter = meter
 
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # as the lines beside the bar count
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
@@ -72,6 +80,9 @@ class Lines(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch, self._first, self._started = trainer.current_epoch, trainer.current_epoch, time.monotonic()
+        if trainer.is_global_zero:
+            steps = f"{trainer.num_training_batches} batches an epoch"
+            print(f"training from step {trainer.global_step}, epoch {trainer.current_epoch}: {steps}", flush=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._say(trainer)
@@ -97,6 +108,6 @@ class Lines(Callback):
 
 def display(meter: Meter) -> dict[str, Any]:
     """Arguments of a Trainer that shows progress as the output allows."""
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():
         return {"callbacks": [meter, Bar(meter)]}
     return {"callbacks": [meter, Lines(meter)], "enable_progress_bar": False, "enable_model_summary": False}

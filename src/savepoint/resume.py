@@ -1,5 +1,8 @@
 """Continue a run: choose a checkpoint, compare configs, print the plan, go on."""
 
+import difflib
+import json
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -7,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
 from savepoint import cli, foreign_start, training
 from savepoint.checkpoint import store
 from savepoint.checkpoint.state import environment
 from savepoint.choose import Request
 from savepoint.errors import CheckpointNotFoundError, ConfigError, ConfigMismatchError
 from savepoint.overrides import ApplyOverrides
-from savepoint.run import Run, default_name, rank, scheduled, show
+from savepoint.run import Run, default_name, plural, python, rank, scheduled, show
 
 # Where the checkpoint of this start is said to ranks that the launcher starts later.
 ENVIRONMENT_KEY = "SAVEPOINT_CHECKPOINT"
@@ -51,6 +57,13 @@ def start(argv: Sequence[str]) -> int:
     run_dir = Path(config.output_dir) / name
     if any((run_dir / "checkpoints").glob("step-*.ckpt")):
         return _continue(Request(run_dir=run_dir), config)
+    if damaged := sorted((run_dir / "checkpoints").glob("*.corrupt")):
+        # Starting over would throw the log away, in a requeue loop without anybody noticing.
+        raise CheckpointNotFoundError(
+            f"Nothing to continue: every checkpoint of {run_dir} is damaged ({', '.join(path.name for path in damaged)}). "
+            "Expected one that verifies. Put a copy back, or start under another --run_name.",
+            run_dir,
+        )
     if config.resume == "must":
         raise CheckpointNotFoundError(
             f"Nothing to continue: {run_dir} has no checkpoint, and --resume must was given. Expected one. "
@@ -80,13 +93,14 @@ def _continue(request: Request, config: Any) -> int:
 
 
 def _go_on(request: Request, config: Any, run: Run | None) -> int:
-    source = choose(request, may_rename=run is not None)
+    source = choose(request, may_rename=run is not None and rank() == 0)
     if not source.state.get("config"):
         raise ConfigError(f"No config in this checkpoint: {source.path}. Expected one. Give the run's: --config FILE")
     was = cli.dump(cli.parse([], base=source.state["config"]))
     if config is None:
         config = cli.parse(request.overrides, base=source.state["config"])
     changed = differences(was, cli.dump(config))
+    check_allowed(request.allow, [*cli.flatten(was), *changed])
     refuse(changed, request.allow)
     if ended := finished(source, changed, request):
         print(ended)
@@ -95,8 +109,6 @@ def _go_on(request: Request, config: Any, run: Run | None) -> int:
         print(plan(request, source, changed, config), flush=True)
     if request.plan:
         return 0
-    if run and request.rewind:
-        _rewind(run, source)
     rows = source.state.get("logged_rows") or 0
     stepped = source.state["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
     begin = training.Start(
@@ -106,7 +118,10 @@ def _go_on(request: Request, config: Any, run: Run | None) -> int:
         # In a validation the rows of this very step are logged already, those of the validation are not.
         purge_step=(stepped + (source.state["at"] == "validation")) if run else None,
         changed=changed,
-        callbacks=[ApplyOverrides(source.state, source.manifest, changed, request.allow)],
+        callbacks=[
+            ApplyOverrides(source.state, source.manifest, changed, request.allow),
+            *([_Rewind(run, source.manifest["step"])] if run and request.rewind else []),
+        ],
     )
     run = run or _new_run(request, source)
     try:
@@ -118,9 +133,7 @@ def _go_on(request: Request, config: Any, run: Run | None) -> int:
 
 def choose(request: Request, *, may_rename: bool) -> Source:
     """The checkpoint of a request, verified whole and loaded to the CPU."""
-    import os
-
-    if inherited := os.environ.get(ENVIRONMENT_KEY):
+    if rank() and (inherited := os.environ.get(ENVIRONMENT_KEY)):
         request = Request(run_dir=request.run_dir, file=Path(inherited), rewind=True)
     if request.run_dir is None:
         assert request.file is not None
@@ -142,7 +155,13 @@ def choose(request: Request, *, may_rename: bool) -> Source:
     else:
         source = Source(request.file, *store.load(request.file))
         latest = checkpoints.latest()
-        if latest and latest.step > source.manifest["step"] and request.fork is None and not request.rewind:
+        if (
+            latest
+            and latest.step > source.manifest["step"]
+            and request.fork is None
+            and not request.rewind
+            and not request.plan
+        ):
             here = show(request.file.absolute())
             raise ConfigMismatchError(
                 f"Not the newest checkpoint of its run: {here} is of step {source.manifest['step']}, the run is at "
@@ -190,6 +209,15 @@ def refuse(changed: Mapping[str, tuple[Any, Any]], allow: Sequence[str]) -> None
         )
 
 
+def check_allowed(allow: Sequence[str], keys: Sequence[str]) -> None:
+    """Raises ConfigError for a word after `--allow` that names nothing."""
+    for name in allow:
+        if name not in ("dataset", "world_size") and not any(_named(key, [name]) for key in keys):
+            near = difflib.get_close_matches(name, keys, n=1)
+            hint = f"Did you mean {near[0]}?" if near else "The plan (--plan) names what differs."
+            raise ConfigError(f"--allow names no key of the config: {name}. Expected one such as model.lr. {hint}")
+
+
 def finished(source: Source, changed: Mapping[str, tuple[Any, Any]], request: Request) -> str | None:
     """The line for a run that has nothing left to do; None where there is something."""
     ended = source.manifest.get("ended")
@@ -203,9 +231,10 @@ def finished(source: Source, changed: Mapping[str, tuple[Any, Any]], request: Re
     elif changed:
         return None
     directory = show((request.run_dir or source.path).absolute())
+    longer = ended if ended in limits else "max_epochs"
     return (
         f"Finished: {directory} ended by {ended} at step {source.manifest['step']}, epoch {source.manifest['epoch']}. "
-        f"To train longer: python resume.py {directory} --trainer.max_epochs {2 * max(1, source.manifest['epoch'])}"
+        f"To train longer: {python()} resume.py {directory} --trainer.{longer} {2 * max(1, limits[longer])}"
     )
 
 
@@ -250,6 +279,10 @@ def _notes(source: Source, changed: Mapping[str, tuple[Any, Any]], config: Any) 
     inside = not loop["epoch_loop.batch_progress"]["is_last_batch"]
     if manifest.get("ended") in ("max_steps", "max_time") and inside:
         notes.append("it ended inside an epoch, which counts as done: not what a longer run without the stop would be")
+    if source.state["at"] == "validation" and 0 <= config.trainer.max_steps <= manifest["step"]:
+        notes.append(
+            "stopped in the validation after max_steps: for Lightning the run is done, that validation is lost"
+        )
     if "trainer.max_epochs" in changed or "trainer.max_steps" in changed:
         rates = [group["lr"] for optimizer in source.state["optimizer_states"] for group in optimizer["param_groups"]]
         notes.append(
@@ -266,7 +299,7 @@ def _left(state: Mapping[str, Any], manifest: Mapping[str, Any], config: Any) ->
     if (epochs := config.trainer.max_epochs) is not None and epochs >= 0:
         whole = max(0, epochs - manifest["epoch"])
         begun = " (the first of them begun)" if manifest["at"] != "epoch" else ""
-        parts.append(f"{whole} epoch{'s' if whole != 1 else ''}{begun}")
+        parts.append(f"{plural(whole, 'epoch')}{begun}")
     if config.trainer.max_steps >= 0:
         parts.append(f"{max(0, config.trainer.max_steps - manifest['step'])} steps at most")
     if config.trainer.max_time:
@@ -278,11 +311,25 @@ def _left(state: Mapping[str, Any], manifest: Mapping[str, Any], config: Any) ->
 
 
 def _complete(run: Run, source: Source, config: Any) -> int:
-    """A run that ended and was killed before its test: the test and the summary are still to be made."""
-    if (run.directory / "summary.json").exists():
+    """A run that ended and was killed before its summary: the test is still to be made, and nothing else."""
+    reached = (source.manifest["step"], source.manifest["epoch"])
+    if _summarised(run) == reached[0]:
         return 0
     begin = training.Start(checkpoint=source.path, keep_rows=source.state.get("logged_rows") or 0)
-    return training.execute(training.build(config, run, begin), checkpoint=source.path)
+    made = training.build(config, run, begin)
+    made.model.load_state_dict(source.state["state_dict"])
+    for part in (made.checkpointing, made.meter):
+        part.load_state_dict(source.state["callbacks"][part.state_key])
+    return training.finish(made, reached)
+
+
+def _summarised(run: Run) -> int | None:
+    """The step that summary.json speaks of."""
+    try:
+        found: int = json.loads((run.directory / "summary.json").read_text())["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found
 
 
 def _new_run(request: Request, source: Source) -> Run:
@@ -291,11 +338,20 @@ def _new_run(request: Request, source: Source) -> Run:
     return Run.create(request.output_dir, request.fork or None, f"{origin}{suffix}")
 
 
-def _rewind(run: Run, source: Source) -> None:
-    """Later checkpoints and the log rows go under rewound/: nothing is deleted."""
-    aside = run.directory / "rewound" / time.strftime("%Y%m%d-%H%M%S")
-    aside.mkdir(parents=True)
-    if (run.directory / "metrics.csv").exists():
-        shutil.copy2(run.directory / "metrics.csv", aside)
-    moved = store.CheckpointStore(run.directory / "checkpoints").set_aside_after(source.manifest["step"], aside)
-    print(f"Set aside in {show(aside)}: {', '.join(path.name for path in moved) or 'no checkpoint'}, metrics.csv")
+class _Rewind(Callback):
+    """Once all fits and training begins, later checkpoints and the log rows go under rewound/: nothing is deleted."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        self.run, self.step = run, step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        checkpoints = store.CheckpointStore(self.run.directory / "checkpoints")
+        later = checkpoints.latest()
+        if not trainer.is_global_zero or later is None or later.step <= self.step:
+            return
+        aside = self.run.directory / "rewound" / f"{time.strftime('%Y%m%d-%H%M%S')}-from-step-{later.step}"
+        aside.mkdir(parents=True)
+        if (self.run.directory / "metrics.csv").exists():
+            shutil.copy2(self.run.directory / "metrics.csv", aside)
+        moved = checkpoints.set_aside_after(self.step, aside)
+        print(f"Set aside in {show(aside)}: {', '.join(path.name for path in moved)}, metrics.csv", flush=True)

@@ -61,7 +61,7 @@ class Run:
     @classmethod
     def create(cls, output_dir: str, run_name: str | None, config_name: str) -> "Run":
         """A new directory, made by rank 0 and locked; the other ranks take the one that it made."""
-        if inherited := os.environ.get(ENVIRONMENT_KEY):
+        if rank() and (inherited := os.environ.get(ENVIRONMENT_KEY)):
             return cls(Path(inherited))
         name = run_name or default_name(config_name)
         if Path(name).name != name or name.startswith("."):
@@ -76,9 +76,12 @@ class Run:
                 break
             except FileExistsError:
                 if run_name or not run.directory.is_dir():
+                    go_on = f"{python()} resume.py {directory}"
+                    if not any((directory / "checkpoints").glob("step-*.ckpt")):
+                        go_on = "the same command with --resume auto (it has no checkpoint yet)"
                     raise RunExistsError(
                         f"The run name is taken: {directory}. Expected a new one. Choose another --run_name, "
-                        f"or continue that run: python resume.py {directory}"
+                        f"or continue that run: {go_on}"
                     ) from None
                 run = cls(directory.with_name(f"{name}-{attempt}"))  # two runs that started in the same second
             except OSError as error:
@@ -98,8 +101,8 @@ class Run:
         return run
 
     def discard(self) -> None:
-        """Removes a directory that this process made and in which no training began."""
-        if self._created and not any((self.directory / "checkpoints").glob("step-*.ckpt")):
+        """Removes a directory that this process made and in which no training began: then it has no record."""
+        if self._created and not (self.directory / "run.json").exists():
             shutil.rmtree(self.directory, ignore_errors=True)
             os.environ.pop(ENVIRONMENT_KEY, None)
 
@@ -132,6 +135,8 @@ class Run:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(mine).encode(), 0)
         self._lock = descriptor
+        for stale in self.directory.glob(".*.tmp"):  # of a process that died here; we hold the lock
+            stale.unlink(missing_ok=True)
 
     def unlock(self) -> None:
         if self._lock is not None:
@@ -144,21 +149,30 @@ class Run:
     @property
     def record(self) -> dict[str, Any]:
         """run.json; a fresh one where there is none."""
+        new = {"id": uuid.uuid4().hex, "name": self.directory.name, "created": _now(), "starts": []}
+        path = self.directory / "run.json"
         try:
-            found: dict[str, Any] = json.loads((self.directory / "run.json").read_text())
+            found = json.loads(path.read_text())
+            if not isinstance(found, dict) or not new.keys() <= found.keys():
+                raise ValueError("not a record of a run")
         except FileNotFoundError:
-            found = {"id": uuid.uuid4().hex, "name": self.directory.name, "created": _now(), "starts": []}
+            return new
+        except ValueError as error:  # the checkpoints hold all that a resume needs
+            if rank() == 0:
+                os.replace(path, path.with_name("run.json.corrupt"))
+                print(f"Damaged, set aside as run.json.corrupt: {path} ({error}). A new record begins.")
+            return new
         return found
 
     def record_start(self, record: Mapping[str, Any], config: str, **facts: Any) -> None:
         """Adds an entry to `record` and writes it, with the config of this start."""
         entry = {"time": _now(), "argv": sys.argv, "git": _git(), "versions": _versions(), "host": socket.gethostname()}
         entry |= {"hardware": f"{platform.machine()}, {os.cpu_count()} cores"} | facts
-        self._write("run.json", json.dumps({**record, "starts": [*record["starts"], entry]}, indent=2))
+        self._write("run.json", json.dumps({**record, "starts": [*record["starts"], entry]}, indent=2) + "\n")
         self._write("config.yaml", config)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        self._write("summary.json", json.dumps(summary, indent=2))
+        self._write("summary.json", json.dumps(summary, indent=2) + "\n")
 
     def write_resume_command(self, command: str) -> None:
         self._write("RESUME.txt", command + "\n")
@@ -180,6 +194,16 @@ class Run:
 def show(directory: Path) -> str:
     """The directory as a person would type it here."""
     return os.path.relpath(directory) if directory.is_relative_to(Path.cwd()) else str(directory)
+
+
+def python() -> str:
+    """The interpreter of this process as a person would type it here: `.venv/bin/python` after a `make train`."""
+    executable = Path(sys.executable)
+    return os.path.relpath(executable) if executable.is_relative_to(Path.cwd()) else "python"
+
+
+def plural(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def _unwritable(path: Path, error: OSError) -> RunDirectoryError:

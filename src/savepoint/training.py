@@ -21,10 +21,10 @@ from savepoint import cli, weights
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback, Provenance
 from savepoint.errors import SavepointError
-from savepoint.logs import CSVLogger, RunTensorBoardLogger
+from savepoint.logs import RunCSVLogger, RunTensorBoardLogger
 from savepoint.preemption import Preempted
 from savepoint.progress import Meter, display
-from savepoint.run import Run, rank, show
+from savepoint.run import Run, plural, python, rank, show
 
 
 @dataclass
@@ -79,7 +79,7 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
     quieten()
     text, record, meter = cli.dump(config), run.record, Meter()
     loggers: list[Logger] = [
-        CSVLogger(run.directory / "metrics.csv", start.keep_rows),
+        RunCSVLogger(run.directory / "metrics.csv", start.keep_rows),
         RunTensorBoardLogger(run.directory, start.purge_step),
     ]
     shown = display(meter)
@@ -88,6 +88,7 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
         config, callbacks=callbacks, logger=loggers, default_root_dir=str(run.directory), **shown
     )
     checkpointing = next(c for c in trainer.callbacks if isinstance(c, CheckpointCallback))  # type: ignore[attr-defined]
+    checkpointing.use(run.directory / "checkpoints")
     checkpointing.provenance = Provenance(
         config=cli.dump(portable(config)),
         parent=start.digest,
@@ -133,34 +134,42 @@ def execute(training: Training, checkpoint: Path | None = None) -> int:
         trainer.fit(training.model, datamodule=training.data, ckpt_path=checkpoint)
         return finish(training)
     except Preempted:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and (latest := training.checkpointing.store.latest()):
             command = resume_command(training.run)
             training.run.write_resume_command(command)
-            latest = training.checkpointing.store.latest()
-            saved = f"Saved at step {latest.step}" if latest else "No checkpoint was saved"
-            lost = trainer.global_step - (latest.step if latest else 0)
-            print(f"{saved}{f', {lost} steps lost' if lost else ''}. Continue with: {command}", flush=True)
+            lost = max(0, trainer.global_step - latest.step)
+            without = f", {plural(lost, 'step')} lost" if lost else ""
+            saved = f"Saved at step {latest.step}{without}"
+            print(f"{saved}. Continue with: {command}", flush=True)
         raise
     finally:
         training.run.unlock()
 
 
-def finish(training: Training) -> int:
-    """Test the best weights, write summary.json, print the table."""
-    summary = summarise(training)
-    if training.trainer.is_global_zero:
-        if not training.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            training.run.write_summary(summary)
-        print(table(training, summary), flush=True)
+def finish(training: Training, reached: tuple[int, int] | None = None) -> int:
+    """Test the best weights, write summary.json, print the table.
+
+    Args:
+        reached: Step and epoch, where this process has not trained: a run that was killed in its test.
+    """
     failure = training.checkpointing.failure
-    if failure is not None:
-        print(f"The newest state of this run is not saved. {failure}", file=sys.stderr)
+    if failure is not None:  # said before the test, which a full disk may end
+        print(f"The newest state of this run is not saved. {failure}", file=sys.stderr, flush=True)
+    try:
+        summary = summarise(training, *(reached or (training.trainer.global_step, training.trainer.current_epoch)))
+        if training.trainer.is_global_zero:
+            if not training.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                training.run.write_summary(summary)
+            print(table(training, summary), flush=True)
+    except (OSError, ValueError) as error:
+        if failure is None:
+            raise
+        print(f"Not tested: {error}", file=sys.stderr)
     return 0 if failure is None else 1
 
 
-def summarise(training: Training) -> dict[str, Any]:
+def summarise(training: Training, steps: int, epochs: int) -> dict[str, Any]:
     trainer, checkpointing = training.trainer, training.checkpointing
-    steps, epochs = trainer.global_step, trainer.current_epoch
     best_score, best_step = checkpointing.scores.best, checkpointing.scores.best_step
     tested = _load_best(training)
     results: dict[str, float] = {}
@@ -174,8 +183,8 @@ def summarise(training: Training) -> dict[str, Any]:
         "steps": steps,
         "fit_secs": round(training.meter.fit_secs, 2),
         "wall_secs": round(time.monotonic() - savepoint.STARTED, 2),
-        "images_per_sec": round(training.meter.samples_per_sec),
-        "dataset": getattr(training.data, "name", type(training.data).__name__),
+        "images_per_sec": round(training.meter.overall_samples_per_sec),
+        "dataset": getattr(training.data, "name", None) or type(training.data).__name__,
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         "tested_checkpoint": tested,
         "checkpoints": sorted(path.name for path in (training.run.directory / "checkpoints").glob("*.ckpt")),
@@ -209,18 +218,18 @@ def table(training: Training, summary: Mapping[str, Any]) -> str:
         rows.append((f"best {scores.monitor}", f"{scores.best:.4f} at step {scores.best_step}"))
     rows += [
         ("data", str(summary["dataset"])),
-        ("trained", f"{summary['epochs']} epochs, {summary['steps']} steps in {summary['fit_secs']:.1f} s "
+        ("trained", f"{plural(summary['epochs'], 'epoch')}, {plural(summary['steps'], 'step')} in {summary['fit_secs']:.1f} s "
                     f"({summary['images_per_sec']} images/s), whole process {summary['wall_secs']:.1f} s"),
         ("run directory", directory),
-        ("train longer", f"python resume.py {shlex.quote(directory)} --trainer.max_epochs {2 * max(summary['epochs'], 1)}"),
-        ("look at it", f"tensorboard --logdir {shlex.quote(directory)}"),
+        ("train longer", f"{resume_command(training.run)} --trainer.max_epochs {2 * max(summary['epochs'], 1)}"),
+        ("look at it", f"{python()} -m tensorboard.main --logdir {shlex.quote(directory)}"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     return "\n".join(["", *(f"{name:<{width}}  {value}" for name, value in rows)])
 
 
 def resume_command(run: Run) -> str:
-    return f"python resume.py {shlex.quote(show(run.directory))}"
+    return f"{python()} resume.py {shlex.quote(show(run.directory))}"
 
 
 def quieten() -> None:

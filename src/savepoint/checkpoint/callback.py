@@ -66,7 +66,6 @@ class CheckpointCallback(Checkpoint):
         keep_every_n_steps: Keep every n-th step, of those that were saved, for good.
         async_save: Write in a thread while training goes on, from a copy of the state in main memory.
         on_nan: What a NaN or infinite training loss does: stop the run, or warn and save nothing until the weights are finite.
-        dirpath: Another directory for the checkpoints.
     """
 
     def __init__(
@@ -82,7 +81,6 @@ class CheckpointCallback(Checkpoint):
         keep_every_n_steps: int | None = None,
         async_save: bool = False,
         on_nan: Literal["stop", "warn"] = "stop",
-        dirpath: str | None = None,
     ) -> None:
         for name, every in (("epochs", save_every_epochs), ("steps", save_every_steps), ("secs", save_every_secs)):
             if every is not None and every <= 0:
@@ -97,7 +95,7 @@ class CheckpointCallback(Checkpoint):
             keep_every_n_epochs=keep_every_n_epochs,
             keep_every_n_steps=keep_every_n_steps,
         )
-        self.async_save, self.on_nan, self.dirpath = async_save, on_nan, dirpath
+        self.async_save, self.on_nan = async_save, on_nan
         self.provenance = Provenance()
         self.failure: CheckpointSaveError | None = None  # of the newest save; None once a later one succeeded
         self.scores = Scores(monitor, mode)
@@ -109,6 +107,7 @@ class CheckpointCallback(Checkpoint):
         self._pending: dict[str, Any] | None = None
         self._at_validation: dict[str, Any] | None = None
         self._last_weights: dict[str, Tensor] | None = None
+        self._before_validation: dict[str, Tensor] = {}
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
@@ -116,15 +115,16 @@ class CheckpointCallback(Checkpoint):
         if stage != "fit":
             return
         refuse_last(trainer)
-        directory = Path(self.dirpath or Path(trainer.default_root_dir) / "checkpoints")
-        self.store = CheckpointStore(
-            trainer.strategy.broadcast(directory), retention=self.retention, monitor=self.monitor, mode=self.mode
-        )
+        self.use(trainer.strategy.broadcast(Path(trainer.default_root_dir) / "checkpoints"))
         if not isinstance(trainer.strategy.checkpoint_io, CheckpointIO):
             trainer.strategy.checkpoint_io = CheckpointIO(async_save=self.async_save)
         trainer.strategy.checkpoint_io.store = self.store
         self._pending = None
         self._enabled = not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    def use(self, directory: Path) -> None:
+        """Keeps the checkpoints in `directory`; `setup` does it with the Trainer's."""
+        self.store = CheckpointStore(directory, retention=self.retention, monitor=self.monitor, mode=self.mode)
 
     @property
     def best_model_path(self) -> str:
@@ -158,13 +158,9 @@ class CheckpointCallback(Checkpoint):
         if not self._enabled:
             return
         preemption.arm()
-        loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
-        self._exact = len(loaders) == 1 and hasattr(loaders[0], "at_boundary")
-        if self._exact:
-            loaders[0].at_boundary = lambda: self._boundary(trainer)
-        elif trainer.is_global_zero:
-            print("The training data loader keeps no position: checkpoints at epoch ends only, and a resume is not exact. "
-                  "Wrap it: savepoint.loader.resumable(loader).")  # fmt: skip
+        self._attach(trainer)
+        if not self._exact and trainer.is_global_zero:
+            print(state.why_not_exact(trainer), flush=True)
         self._began, self._saved_at = trainer.global_step, time.monotonic()
         self._first_bad = torch.tensor(NEVER, device=pl_module.device)
         with state.isolated_rng(pl_module.device):
@@ -174,6 +170,12 @@ class CheckpointCallback(Checkpoint):
             self.store.sweep()
         if self._pending:
             state.reenter(trainer, pl_module, self._pending)
+
+    def _attach(self, trainer: Trainer) -> None:
+        loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
+        self._exact = state.why_not_exact(trainer) is None
+        if len(loaders) == 1 and hasattr(loaders[0], "at_boundary"):
+            loaders[0].at_boundary = lambda: self._boundary(trainer)
 
     def _arrived(self, module: LightningModule, at: Point) -> bool:
         """Whether this is the very point of the checkpoint. Random states come last: nothing may draw after them."""
@@ -194,7 +196,10 @@ class CheckpointCallback(Checkpoint):
             self._poll(trainer, "batch")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._enabled and not self._arrived(pl_module, "epoch") and trainer.global_step > self._began:
+        if not self._enabled:
+            return
+        self._attach(trainer)  # Lightning may have made the loader anew (reload_dataloaders_every_n_epochs)
+        if not self._arrived(pl_module, "epoch") and trainer.global_step > self._began:
             self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
             self._poll(trainer, "epoch")
 
@@ -206,17 +211,18 @@ class CheckpointCallback(Checkpoint):
         if not self._enabled:
             return
         self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
-        self._check_finite(trainer)
         self._save(trainer, "epoch", reason="end", ended=why_ended(trainer))
         self._finish_writing(trainer)
         preemption.disarm()
         if stop := self._agree(trainer)[0]:
             self._leave(trainer, stop)
+        self.scores.require_monitor()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._enabled and not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
             self._arrived(pl_module, "validation")
             self._at_validation = self._capture(trainer) | {"fit_loop": trainer.fit_loop.state_dict()}
+            self._before_validation = dict(trainer._logger_connector._callback_metrics)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if self._at_validation is None or trainer.fit_loop.epoch_loop._should_accumulate():
@@ -232,7 +238,9 @@ class CheckpointCallback(Checkpoint):
         if self._at_validation is None:
             return
         self._at_validation = None
-        metrics = trainer.fit_loop.epoch_loop.val_loop._results.metrics(on_step=False)["callback"]
+        before, now = self._before_validation, trainer._logger_connector._callback_metrics
+        # Whatever the number of loaders: what is another object now was measured by this validation.
+        metrics = {name: value for name, value in now.items() if value is not before.get(name)}
         self.scores.measure_validation(metrics, trainer.global_step)
 
     def on_train_batch_end(
@@ -249,8 +257,8 @@ class CheckpointCallback(Checkpoint):
     def _poll(self, trainer: Trainer, at: Point) -> None:
         stop, save = self._agree(trainer)
         reason = self._reason(stop, save) or self._due(trainer, at)
-        if reason or trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._check_finite(trainer)
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._check_loss(trainer)
         if reason:
             self._save(trainer, at, reason=reason)
         if stop:
@@ -283,33 +291,40 @@ class CheckpointCallback(Checkpoint):
             return "epochs"
         return "best" if self.retention.keep_best and self.scores.best_step == step else ""
 
-    def _check_finite(self, trainer: Trainer) -> None:
-        """Says, or raises, what `on_train_batch_end` saw. Every rank asks at the same steps."""
+    def _check_loss(self, trainer: Trainer) -> int | None:
+        """The first step with a loss that is not finite; None if there is none. Every rank asks at the same steps."""
         first = int(trainer.strategy.reduce(self._first_bad, reduce_op="min"))
         if first == NEVER:
-            return
-        latest = self.store.latest()
-        where = f"The last checkpoint, {latest.path}, is from before it" if latest else "There is no checkpoint yet"
-        message = f"The training loss is not finite: first at step {first}. Expected a number. {where}."
+            return None
         if self.on_nan == "stop":
-            raise NonFiniteLossError(message + " Resume from it with a lower learning rate (--allow model.lr).")
+            raise NonFiniteLossError(self._not_finite(f"The training loss is not finite: first at step {first}."))
+        return first
+
+    def _is_sound(self, trainer: Trainer) -> bool:
+        """Whether the state may be saved: NaN weights never become the latest checkpoint, or retention deletes good ones."""
+        first = self._check_loss(trainer)
         if all(bool(torch.isfinite(p).all()) for p in trainer.lightning_module.parameters()):
-            self._first_bad.fill_(NEVER)  # one bad batch, left out by a gradient scaler: the weights are sound
-            return
-        error = CheckpointSaveError(message + " The weights are not finite either.", self.store.directory)
-        self._fail(trainer, error)
+            self._first_bad.fill_(NEVER)  # at most a bad batch, left out by a gradient scaler
+            return True
+        began = f" (the training loss: first at step {first})" if first else ""
+        message = self._not_finite(f"The weights are not finite at step {trainer.global_step}{began}.")
+        if self.on_nan == "stop":
+            raise NonFiniteLossError(message)
+        self._fail(CheckpointSaveError(message, self.store.directory))
+        return False
+
+    def _not_finite(self, what: str) -> str:
+        latest = self.store.latest()
+        where = f"The last checkpoint is from before it: {latest.path}" if latest else "There is no checkpoint yet"
+        return f"{what} Expected numbers. {where}. Go on from there with a lower learning rate (--allow model.lr)."
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
     def _save(self, trainer: Trainer, at: Point, *, reason: str, ended: str | None = None) -> None:
         step = trainer.global_step
-        if self._first_bad < NEVER or (self._saved == (step, at) and ended is None):
+        self._finish_writing(trainer)  # one save at a time; what failed in the one before is said before this one
+        if (self._saved == (step, at) and ended is None) or not self._is_sound(trainer):
             return
-        for logger in trainer.loggers:
-            # The rows that a checkpoint counts are on disk before it: a crash between the two leaves rows too many,
-            # which a resume cuts, never a gap.
-            if hasattr(logger, "sync"):
-                logger.sync()
         self._saved, self._saved_step = (step, at), step
         self._at, self._facts = at, self._make_facts(trainer, at, reason, ended)
         said, started, path = (
@@ -317,19 +332,35 @@ class CheckpointCallback(Checkpoint):
             time.perf_counter(),
             self.store.path(step),
         )
+        preemption.requests.save = False
         try:
+            if trainer.is_global_zero:
+                self._sync_logs(trainer, path)
             with state.isolated_rng(trainer.lightning_module.device):
                 trainer.save_checkpoint(path)
             if trainer.is_global_zero:
                 self._writer(trainer).submit(lambda: self._commit(path, said, started))
-                self._save_now.unlink(missing_ok=True)
         except CheckpointSaveError as error:
-            self._fail(trainer, error)
+            self._fail(error)
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
         finally:
             self._at, self._facts = None, {}
-        preemption.requests.save = False
         self._saved_at = time.monotonic()
+
+    def _sync_logs(self, trainer: Trainer, path: Path) -> None:
+        """The rows that a checkpoint counts are on disk before it.
+
+        A crash between the two leaves rows too many, which a resume cuts, never a gap.
+        """
+        try:
+            self._save_now.unlink(missing_ok=True)
+            for logger in trainer.loggers:
+                if hasattr(logger, "sync"):
+                    logger.sync()
+        except OSError as error:
+            raise CheckpointSaveError(
+                f"The log could not be written before the save: {path} ({error}).", path
+            ) from error
 
     def _writer(self, trainer: Trainer) -> CheckpointIO:
         return cast(CheckpointIO, trainer.strategy.checkpoint_io)
@@ -343,7 +374,7 @@ class CheckpointCallback(Checkpoint):
     def _when(self, trainer: Trainer, at: Point) -> str:
         return f"epoch {trainer.current_epoch}: " if at == "epoch" else f"step {trainer.global_step}: "
 
-    def _fail(self, trainer: Trainer, error: CheckpointSaveError) -> None:
+    def _fail(self, error: CheckpointSaveError) -> None:
         self.failure = error
         print(f"{error} Training goes on; the checkpoints before it are intact.", file=sys.stderr, flush=True)
 
@@ -351,13 +382,13 @@ class CheckpointCallback(Checkpoint):
         try:
             self._writer(trainer).raise_pending()
         except CheckpointSaveError as error:
-            self._fail(trainer, error)
+            self._fail(error)
 
     def _finish_writing(self, trainer: Trainer) -> None:
         try:
             self._writer(trainer).wait()
         except CheckpointSaveError as error:
-            self._fail(trainer, error)
+            self._fail(error)
 
     def _leave(self, trainer: Trainer, stop: int) -> None:
         self._finish_writing(trainer)
@@ -393,6 +424,8 @@ class CheckpointCallback(Checkpoint):
             checkpoint.update(gathered[0])
             checkpoint["other_ranks"] = gathered[1:]
         checkpoint["at"] = self._at
+        # Lightning logs every step while it is set. Of a run that has ended it is no state: it may be asked to go on.
+        checkpoint["should_stop"] = trainer.should_stop and not self._facts.get("ended")
         checkpoint["config"], checkpoint["run"] = self.provenance.config, dict(self.provenance.run)
         checkpoint["optimizer"] = next(iter(checkpoint["optimizer_states"]), None)
         checkpoint[self.scores.key] = self.scores.best

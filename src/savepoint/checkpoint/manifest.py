@@ -15,10 +15,12 @@ So each byte is covered by a CRC, by `body` or by the seal. `read` looks at the 
 the facts; `verify` looks at every byte. torch.load, Lightning and zipfile read the file as if nothing had been added.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
 import struct
 import zipfile
 import zlib
@@ -155,12 +157,25 @@ class _Tail:
 
 def _open(path: Path) -> BinaryIO:
     try:
-        return open(path, "rb")
+        # Not blocking: a named pipe would let the reader wait for ever.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = open(descriptor, "rb")  # noqa: SIM115  (the caller closes it)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return file
+        file.close()
+        raise CheckpointNotFoundError(f"Not a file: {path}. A checkpoint was expected. Check the path.", path)
     except FileNotFoundError:
         message = f"No checkpoint there: {path}. A checkpoint file was expected. Check the path."
         raise CheckpointNotFoundError(message, path) from None
     except IsADirectoryError:
         message = f"A directory, not a checkpoint: {path}. A file was expected. Name one of the checkpoints in it."
+        raise CheckpointNotFoundError(message, path) from None
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):
+            raise
+        message = (
+            f"Not a path to a checkpoint: {str(path)[:80]} ({error.strerror}). A file was expected. Check the path."
+        )
         raise CheckpointNotFoundError(message, path) from None
 
 

@@ -15,7 +15,7 @@ import lightning
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -91,9 +91,8 @@ def capture(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     return copy.deepcopy(_detached(state))
 
 
-def restore_metrics(trainer: Trainer, module: LightningModule, state: Mapping[str, Any]) -> None:
-    """Puts metric states and logged sums back, so that the curve of the running epoch goes on."""
-    state = _moved(state, module.device)
+def restore_metric_states(module: LightningModule, state: Mapping[str, Any]) -> None:
+    state = _moved({"metric_states": state["metric_states"]}, module.device)
     for name, metric in _metrics(module).items():
         if name not in state["metric_states"]:
             continue
@@ -101,6 +100,11 @@ def restore_metrics(trainer: Trainer, module: LightningModule, state: Mapping[st
         metric._update_count, metric._computed = saved.pop("updates"), None
         for key, value in saved.items():
             setattr(metric, key, value)
+
+
+def restore_logged(trainer: Trainer, module: LightningModule, state: Mapping[str, Any]) -> None:
+    """Puts the logged sums back, so that the curve of the running epoch goes on."""
+    state = _moved({"logged": state["logged"]}, module.device)
     results = trainer.fit_loop.epoch_loop._results
     for row in state["logged"]:
         results.dataloader_idx = row["dataloader_idx"]
@@ -134,7 +138,9 @@ def reenter(trainer: Trainer, module: LightningModule, saved: Mapping[str, Any])
         # With max_steps, Lightning takes every resume for one in mid-epoch, and would first run an empty epoch.
         epoch._restarting = validation._restarting = False
     else:
-        restore_metrics(trainer, module, saved)
+        restore_logged(trainer, module, saved)
+    restore_metric_states(module, saved)
+    trainer.should_stop = saved["should_stop"]
     if saved["at"] == "batch" and epoch._should_check_val_fx(fit._data_fetcher):  # type: ignore[arg-type]
         # To leave out the validation that is done, Lightning ends the last step once more, and counts it twice.
         epoch._batches_that_stepped -= 1
@@ -168,6 +174,24 @@ def canary(module: LightningModule, state_dict: Mapping[str, Tensor]) -> dict[st
         for part, training in modes.items():
             part.training = training
     return {"input": example.cpu(), "output": output.float().cpu()} if isinstance(output, Tensor) else None
+
+
+def why_not_exact(trainer: Trainer) -> str | None:
+    """The sentence for a training whose resume is as exact as Lightning's own; None where it is exact."""
+    loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
+    if len(loaders) != 1:
+        return f"{len(loaders)} training data loaders: checkpoints at epoch ends only, and a resume is not exact."
+    if not hasattr(loaders[0], "at_boundary"):
+        return (
+            "The training data loader keeps no position: checkpoints at epoch ends only, and a resume is not exact. "
+            "Wrap it: savepoint.loader.resumable(loader)."
+        )
+    inexact = (
+        StochasticWeightAveraging,
+        GradientAccumulationScheduler,
+    )  # they keep what they changed outside any state
+    names = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, inexact)]  # type: ignore[attr-defined]
+    return f"With {', '.join(names)} a resume is not exact: it does not save all it changes." if names else None
 
 
 def averaging(trainer: Trainer) -> list[WeightAveraging]:
