@@ -28,8 +28,8 @@ train: setup ## train and test: CONFIG, ARGS
 resume: setup ## continue a run: CKPT (the newest run if not given), ARGS
 	$(RUN) resume.py $(CKPT) $(ARGS)
 
-test: setup ## the tests; ARGS="-k name"
-	$(RUN) -m pytest $(ARGS)
+test: setup ## the tests; ARGS="-k name", ARGS="-n 0 -m slow -s"
+	$(RUN) -m pytest -n 2 $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(RUN) -m mypy

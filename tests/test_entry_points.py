@@ -158,6 +158,7 @@ def test_the_code_of_another_copy_is_refused(tmp_path: Path) -> None:
         ("train.py", ["--output_dir", "/dev/null/x"], "/dev/null/x"),
         ("train.py", ["--run_name", "a/b"], "a/b"),
         ("train.py", ["--checkpoint.keep_last", "-3"], "keep_last"),
+        ("train.py", ["--data.batch_size", "0"], "data.batch_size is 0"),
         ("resume.py", ["outputs/no-such-run"], "outputs/no-such-run"),
     ],
 )

@@ -218,7 +218,79 @@ class TestOverrides:
         assert (run_dir / "run.json").read_bytes() == before
 
 
+class TestAfterAnAccident:
+    def test_a_run_that_was_killed_in_its_test_is_tested_and_not_trained(self, run_dir: Path) -> None:
+        before = (run_dir / "checkpoints" / "step-00000012.ckpt").read_bytes()
+        summary = json.loads((run_dir / "summary.json").read_text())
+        (run_dir / "summary.json").unlink()
+        assert go(str(run_dir)) == 0
+        again = json.loads((run_dir / "summary.json").read_text())
+        for key in ("test/accuracy", "best_accuracy", "best_step", "steps", "epochs"):
+            assert again[key] == summary[key], key
+        assert (run_dir / "checkpoints" / "step-00000012.ckpt").read_bytes() == before
+
+    def test_a_summary_of_an_earlier_end_does_not_count(self, run_dir: Path) -> None:
+        old = json.loads((run_dir / "summary.json").read_text())
+        (run_dir / "summary.json").write_text(json.dumps(old | {"steps": 4}))
+        assert go(str(run_dir)) == 0
+        assert json.loads((run_dir / "summary.json").read_text())["steps"] == 12
+
+    @pytest.mark.parametrize("name", ["run.json", "config.yaml"])
+    @pytest.mark.parametrize("damage", [b"", b"{bad", b"[]", b"model: [", b"\xff\xfe"])
+    def test_damaged_records_do_not_stop_a_resume(self, name: str, damage: bytes, at_epoch_2: Path) -> None:
+        (at_epoch_2 / name).write_bytes(damage)
+        assert go(str(at_epoch_2), "--trainer.max_epochs", "3") == 0
+        assert steps(at_epoch_2) == [4, 8, 12]
+
+    def test_lost_rows_are_said(self, at_epoch_2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (at_epoch_2 / "metrics.csv").unlink()
+        assert go(str(at_epoch_2)) == 0
+        assert "has 0 of the" in capsys.readouterr().out
+
+    def test_a_rewind_that_does_not_fit_moves_nothing(self, run_dir: Path) -> None:
+        with pytest.raises(ConfigMismatchError, match="architecture"):
+            go(
+                str(run_dir / "checkpoints" / "step-00000004.ckpt"),
+                "--rewind",
+                "--model.net.width",
+                "5",
+                "--allow",
+                "model",
+            )
+        assert steps(run_dir) == [4, 8, 12]
+        assert not (run_dir / "rewound").exists()
+
+    def test_a_file_named_from_inside_its_directory_continues_its_own_run(
+        self, at_epoch_2: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(at_epoch_2 / "checkpoints")
+        asked = choose.request(["step-00000008.ckpt"])
+        assert asked is not None
+        assert asked.run_dir == at_epoch_2
+        asked = choose.request(["."])
+        assert asked is not None
+        assert asked.run_dir == at_epoch_2
+
+    @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path)], ids=["pipe", "loop"])
+    def test_what_is_no_file_is_refused_at_once(self, make: Callable[[Path], Any], tmp_path: Path) -> None:
+        make(tmp_path / "odd.ckpt")
+        with pytest.raises(CheckpointNotFoundError, match=r"odd\.ckpt"):
+            choose.request([str(tmp_path / "odd.ckpt")])
+
+    def test_a_word_after_allow_that_names_nothing_is_refused(self, at_epoch_2: Path) -> None:
+        with pytest.raises(ConfigError, match=r"modle\.lr.*model\.lr"):
+            go(str(at_epoch_2), "--allow", "modle.lr")
+
+
 class TestAutomatic:
+    def test_auto_does_not_start_over_where_all_checkpoints_are_damaged(self, at_epoch_2: Path) -> None:
+        for path in (at_epoch_2 / "checkpoints").iterdir():
+            path.write_bytes(path.read_bytes()[:1000])
+        for _ in range(2):
+            with pytest.raises(CheckpointNotFoundError):
+                self.auto(at_epoch_2.parent, "auto")
+        assert rows(at_epoch_2)
+
     def auto(self, outputs: Path, how: str) -> int:
         return begin(*SMALL, "--output_dir", str(outputs), "--run_name", "first", "--resume", how)
 

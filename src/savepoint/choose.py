@@ -129,7 +129,7 @@ def _find(asked: Request, target: str) -> None:
         is_directory = path.is_dir()
     except OSError as error:
         raise CheckpointNotFoundError(
-            f"Not a path: {target[:80]} ({error.strerror}). Expected a checkpoint or a run directory. Check the path.",
+            f"Not a path: {target[:200]} ({error.strerror}). Expected a checkpoint or a run directory. Check the path.",
             path,
         ) from None
     if is_directory:

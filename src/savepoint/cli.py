@@ -101,8 +101,8 @@ def instantiate(
 ) -> tuple[LightningModule, LightningDataModule, Trainer]:
     """Seed everything, then build model, data and trainer.
 
-    `callbacks` and `plugins` come after the configured ones (the CheckpointCallback among them); any other Trainer
-    argument that is given, such as `logger` or `default_root_dir`, takes the place of the configured value.
+    `callbacks`, `plugins` and `logger` come after the configured ones (the CheckpointCallback among them); any other Trainer
+    argument that is given, such as `default_root_dir`, takes the place of the configured value.
 
     Raises:
         ConfigError: a Trainer argument has the right type and a value that Lightning refuses.
@@ -208,6 +208,10 @@ class _Cli(LightningCLI):
         configured = self._get(self.config_init, "trainer")
         added = {"callbacks": self._callbacks, "plugins": self._plugins}
         lists = {key: _as_list(configured[key]) + more for key, more in added.items()}
+        if "logger" in self._trainer_overrides and not isinstance(given := configured["logger"], bool):
+            lists["logger"] = _as_list(self._trainer_overrides.pop("logger")) + _as_list(
+                given
+            )  # beside those of the run
         try:
             return super().instantiate_trainer(**{**lists, **self._trainer_overrides, **kwargs})
         except (MisconfigurationException, ValueError, RuntimeError) as error:

@@ -123,9 +123,10 @@ def _go_on(request: Request, config: Any, run: Run | None) -> int:
             *([_Rewind(run, source.manifest["step"])] if run and request.rewind else []),
         ],
     )
-    run = run or _new_run(request, source)
+    run, path = run or _new_run(request, source), source.path
+    del source  # as large as the model, and not needed while it trains
     try:
-        return training.execute(training.build(config, run, begin), checkpoint=source.path)
+        return training.execute(training.build(config, run, begin), checkpoint=path)
     except BaseException:
         run.discard()
         raise

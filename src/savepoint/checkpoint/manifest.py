@@ -157,12 +157,9 @@ class _Tail:
 
 def _open(path: Path) -> BinaryIO:
     try:
-        # Not blocking: a named pipe would let the reader wait for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        file = open(descriptor, "rb")  # noqa: SIM115  (the caller closes it)
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            return file
-        file.close()
+        if stat.S_ISREG(mode := os.stat(path).st_mode) or stat.S_ISDIR(mode):
+            return open(path, "rb")
+        # A named pipe would let the reader wait for ever.
         raise CheckpointNotFoundError(f"Not a file: {path}. A checkpoint was expected. Check the path.", path)
     except FileNotFoundError:
         message = f"No checkpoint there: {path}. A checkpoint file was expected. Check the path."
@@ -171,10 +168,10 @@ def _open(path: Path) -> BinaryIO:
         message = f"A directory, not a checkpoint: {path}. A file was expected. Name one of the checkpoints in it."
         raise CheckpointNotFoundError(message, path) from None
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO):
+        if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG):
             raise
         message = (
-            f"Not a path to a checkpoint: {str(path)[:80]} ({error.strerror}). A file was expected. Check the path."
+            f"Not a path to a checkpoint: {str(path)[:200]} ({error.strerror}). A file was expected. Check the path."
         )
         raise CheckpointNotFoundError(message, path) from None
 
