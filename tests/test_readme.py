@@ -10,6 +10,7 @@ from test_resume import as_a_new_process
 
 import project  # noqa: F401
 from savepoint import choose, commands, precheck, resume
+from savepoint.checkpoint import store
 
 ROOT = Path(__file__).resolve().parents[1]
 # The same commands on little data that needs no download.
@@ -59,6 +60,40 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path: Path, monkeypat
 def test_make_knows_the_targets_that_are_named(command: str) -> None:
     done = subprocess.run([*shlex.split(command, comments=True), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+HEAD = """
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from savepoint.loader import resumable
+"""
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_the_edits_that_make_it_yours_train_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    code, config = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "yaml"))
+    assert code
+    assert config
+    (tmp_path / "mine.py").write_text(HEAD + code[1])
+    (tmp_path / "mine.yaml").write_text(config[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import mine  # type: ignore[import-not-found]  # noqa: F401
+
+    command = ["--config", str(tmp_path / "mine.yaml"), "--output_dir", str(tmp_path), "--run_name", "mine"]
+    with as_a_new_process():
+        assert resume.start([*command, "--trainer.max_epochs", "2"]) == 0
+        asked = choose.request([str(tmp_path / "mine"), "--trainer.max_epochs", "3"])
+        assert asked is not None
+        assert resume.resume(asked) == 0
+    latest = store.CheckpointStore(tmp_path / "mine" / "checkpoints").latest()
+    assert latest is not None
+    assert latest.epoch == 3
+    assert latest.manifest["exact"] is True
+    assert latest.manifest["monitor"] == "val/loss"
 
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
