@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from small import SmallData, SmallModel, difference, final_state, fit, one_thread, resume_differs, rows
+from torch.utils.data import DataLoader, TensorDataset
 
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback, why_ended
@@ -230,6 +231,19 @@ class TestLightning:
 
 class Colour(Enum):
     RED = 1
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_stock_data_loader_is_said_to_be_not_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Stock(SmallData):
+        def train_dataloader(self) -> Any:
+            return DataLoader(TensorDataset(self.x[:22], self.y[:22]), 4, shuffle=True)
+
+    fit(tmp_path, data=Stock)
+    assert "savepoint.loader.resumable(loader)" in capsys.readouterr().out
+    latest = store.CheckpointStore(tmp_path / "checkpoints").latest()
+    assert latest is not None
+    assert latest.manifest["exact"] is False
 
 
 def test_what_cannot_be_read_back_is_refused_before_the_first_step(tmp_path: Path) -> None:

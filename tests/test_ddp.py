@@ -4,8 +4,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from small import difference
-from test_entry_points import SMALL, final_state, rows, run, start, wait_for_a_checkpoint
+from small import difference, final_state, rows
+from test_entry_points import SMALL, run, start, wait_for_a_checkpoint
 
 from savepoint.checkpoint import store
 

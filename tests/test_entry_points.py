@@ -1,6 +1,5 @@
 """The real programs, as processes: what they print, how they end, what they leave behind."""
 
-import csv
 import json
 import os
 import shutil
@@ -9,12 +8,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-from small import difference
-
-from savepoint.checkpoint import store
+from small import difference, final_state, rows
 
 ROOT = Path(__file__).resolve().parents[1]
 # The digits that need no data, one thread, small enough for an epoch to take a second.
@@ -22,7 +18,6 @@ SMALL = [
     "--data", "configs/data/digits.yaml", "--trainer.limit_train_batches", "12", "--trainer.max_epochs", "3",
     "--trainer.log_every_n_steps", "3", "--model.net.width", "4",
 ]  # fmt: skip
-MAY_DIFFER = ("manifest", "callbacks", "run")
 
 
 def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -45,17 +40,6 @@ def wait_for_a_checkpoint(run_dir: Path, process: subprocess.Popen[str]) -> None
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < until
         time.sleep(0.02)
-
-
-def rows(run_dir: Path) -> list[dict[str, str]]:
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(file)]
-
-
-def final_state(run_dir: Path) -> dict[str, Any]:
-    latest = store.CheckpointStore(run_dir / "checkpoints").latest()
-    assert latest is not None
-    return {key: value for key, value in store.load(latest.path)[0].items() if key not in MAY_DIFFER}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +120,7 @@ def test_a_finished_run_says_so_and_trains_longer_when_asked(straight: Path) -> 
     assert longer.returncode == 0, longer.stderr
     assert "learning rate at step" in longer.stdout
     assert json.loads((straight / "summary.json").read_text())["epochs"] == 4
-    steps = [int(row["step"]) for row in rows(straight) if row["train/loss_step"]]
+    steps = [int(row["step"]) for row in rows(straight) if "train/loss_step" in row]
     assert steps == sorted(set(steps))
     assert len(rows(straight)) > before
     assert len(json.loads((straight / "run.json").read_text())["starts"]) == 2

@@ -1,6 +1,5 @@
 """What resume.py chooses, says, refuses and changes; the programs' own functions, called in this process."""
 
-import csv
 import json
 import os
 import shutil
@@ -14,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small import rows
 
-import project  # noqa: F401
+import project
 from savepoint import choose, resume
 from savepoint.checkpoint import store
 from savepoint.errors import (
@@ -81,11 +81,6 @@ def as_a_new_process() -> Iterator[None]:
 
 def steps(run_dir: Path) -> list[int]:
     return [one.step for one in store.CheckpointStore(run_dir / "checkpoints").checkpoints()]
-
-
-def rows(run_dir: Path) -> list[dict[str, str]]:
-    with (run_dir / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(file)]
 
 
 class TestChoosing:
@@ -199,6 +194,16 @@ class TestOverrides:
         with pytest.raises(ConfigMismatchError, match=r"(?s)features.*\[.*\] in the file.*model\.net\.width: 4 -> 8"):
             go(str(at_epoch_2), "--model.net.width", "8", "--allow", "model.net")
 
+    def test_a_model_that_computes_something_else_is_refused(
+        self, at_epoch_2: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        forward = project.ConvNet.forward
+        monkeypatch.setattr(project.ConvNet, "forward", lambda self, images: -forward(self, images))
+        with pytest.raises(ConfigMismatchError, match="--allow canary"):
+            go(str(at_epoch_2))
+        assert steps(at_epoch_2) == [4, 8]
+        assert go(str(at_epoch_2), "--allow", "canary") == 0
+
     def test_another_data_set_is_refused(
         self, at_epoch_2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -241,6 +246,35 @@ class TestAfterAnAccident:
         (at_epoch_2 / name).write_bytes(damage)
         assert go(str(at_epoch_2), "--trainer.max_epochs", "3") == 0
         assert steps(at_epoch_2) == [4, 8, 12]
+
+    def test_a_run_whose_newest_state_could_not_be_saved_ends_with_1(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        replace = os.replace
+
+        def full(source: Any, target: Any) -> None:
+            if "step-00000012" in str(target):
+                raise OSError(28, "No space left on device")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", full)
+        assert begin(*SMALL, "--output_dir", str(tmp_path), "--run_name", "full") == 1
+        assert "newest state of this run is not saved" in capsys.readouterr().err
+        assert steps(tmp_path / "full") == [4, 8]
+
+    def test_a_damaged_best_file_is_not_passed_over_in_the_test(self, tmp_path: Path) -> None:
+        worst = [*SMALL, "--checkpoint.mode", "min", "--output_dir", str(tmp_path), "--run_name", "worst"]
+        assert begin(*worst) == 0
+        run_dir = tmp_path / "worst"
+        best = store.CheckpointStore(run_dir / "checkpoints").best()
+        assert best is not None
+        assert best.step == 4  # not the newest
+        data = bytearray(best.path.read_bytes())
+        data[len(data) // 2] ^= 1
+        best.path.write_bytes(data)
+        (run_dir / "summary.json").unlink()
+        with pytest.raises(CheckpointCorruptError, match=r"step-00000004\.ckpt"):
+            go(str(run_dir))
 
     def test_lost_rows_are_said(self, at_epoch_2: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (at_epoch_2 / "metrics.csv").unlink()

@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from savepoint import training
 from savepoint.checkpoint import foreign
-from savepoint.overrides import check_shapes
+from savepoint.overrides import check_shapes, evaluate
 from savepoint.run import Run, show
 from savepoint.weights import fit_names
 
@@ -80,11 +80,6 @@ class _TakeOver(Callback):
         for config in trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, LambdaLR):
                 config.scheduler.last_epoch = steps if config.interval == "step" else epochs
-                for group, base, factor in zip(
-                    trainer.optimizers[0].param_groups,
-                    config.scheduler.base_lrs,
-                    config.scheduler.lr_lambdas,
-                    strict=True,
-                ):
+                for group, base in zip(config.scheduler.optimizer.param_groups, config.scheduler.base_lrs, strict=True):
                     group["initial_lr"] = base
-                    group["lr"] = base * factor(config.scheduler.last_epoch)
+                evaluate(config.scheduler)

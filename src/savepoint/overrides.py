@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from savepoint.checkpoint.state import canary, environment
 from savepoint.errors import ConfigMismatchError
 
 # Of a scheduler's state: what its constructor computed from the length of the training and the learning rate.
@@ -51,12 +52,19 @@ class ApplyOverrides(Callback):
                 "as the batches of a step are shared among them. If that is meant: --allow world_size"
             )
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if "canary" not in self.allow:
+            check_canary(pl_module, checkpoint)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Built from the config of now, and not yet overwritten by the checkpoint.
         self._groups = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
         self._schedulers = [dict(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        was, now = self.manifest["device"], environment(trainer.strategy.root_device)["device"]
+        if trainer.is_global_zero and was != now:
+            print(f"device {was} -> {now}: not bit-equal to a run that was never stopped", flush=True)
         longer = any(key in self.changed for key in ("trainer.max_epochs", "trainer.max_steps"))
         hyper = any(key.split(".")[0] == "model" for key in self.changed)
         if not longer and not hyper:
@@ -71,7 +79,7 @@ class ApplyOverrides(Callback):
                 if key in fresh:
                     setattr(config.scheduler, key, fresh[key])
             if isinstance(config.scheduler, LambdaLR):
-                _evaluate(config.scheduler)
+                evaluate(config.scheduler)
         after = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
         if trainer.is_global_zero and before != after:
             print(f"learning rate at step {trainer.global_step}: {before[0]:.4g} -> {after[0]:.4g}", flush=True)
@@ -89,12 +97,29 @@ def _take_over(group: dict[str, Any], fresh: Mapping[str, Any]) -> None:
         group["lr"] = fresh["lr"]
 
 
-def _evaluate(scheduler: LambdaLR) -> None:
+def evaluate(scheduler: LambdaLR) -> None:
     """The rate of the step it stands at, by the functions and base rates it has now."""
     rows = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
     for group, base, factor in rows:
         group["lr"] = base * factor(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+
+
+def check_canary(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Raises ConfigMismatchError where the weights in the file no longer give the output that is in the file.
+
+    One percent of the largest output is left to the arithmetic of another device.
+    """
+    saved = checkpoint.get("canary")
+    if saved is None:
+        return
+    now = canary(module, checkpoint["state_dict"], saved["input"])
+    far = float((now["output"] - saved["output"]).abs().max()) if now else float("inf")
+    if not far <= 0.01 * max(1.0, float(saved["output"].abs().max())):
+        raise ConfigMismatchError(
+            f"The model computes something else than when it was saved: with the same weights its output differs by {far:.3g}. "
+            "Expected the same code in forward. Put it back, or go on with this one: --allow canary"
+        )
 
 
 def check_shapes(

@@ -201,7 +201,7 @@ def refuse(changed: Mapping[str, tuple[Any, Any]], allow: Sequence[str]) -> None
         raise ConfigMismatchError(
             "\n".join(
                 [
-                    "This would train differently from the run that is continued. Expected the same values, or leave.",
+                    "This would train differently from the run that is continued. Expected the values of the checkpoint.",
                     *lines,
                     *([more] if more else []),
                     f"If that is meant: --allow {','.join(refused)}",
@@ -213,7 +213,7 @@ def refuse(changed: Mapping[str, tuple[Any, Any]], allow: Sequence[str]) -> None
 def check_allowed(allow: Sequence[str], keys: Sequence[str]) -> None:
     """Raises ConfigError for a word after `--allow` that names nothing."""
     for name in allow:
-        if name not in ("dataset", "world_size") and not any(_named(key, [name]) for key in keys):
+        if name not in ("dataset", "world_size", "canary") and not any(_named(key, [name]) for key in keys):
             near = difflib.get_close_matches(name, keys, n=1)
             hint = f"Did you mean {near[0]}?" if near else "The plan (--plan) names what differs."
             raise ConfigError(f"--allow names no key of the config: {name}. Expected one such as model.lr. {hint}")

@@ -173,6 +173,7 @@ class Run:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
+        (self.directory / "RESUME.txt").unlink(missing_ok=True)  # there is nothing left to continue
 
     def write_resume_command(self, command: str) -> None:
         self._write("RESUME.txt", command + "\n")

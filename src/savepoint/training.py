@@ -20,7 +20,6 @@ import savepoint
 from savepoint import cli, weights
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback, Provenance
-from savepoint.errors import SavepointError
 from savepoint.logs import RunCSVLogger, RunTensorBoardLogger
 from savepoint.preemption import Preempted
 from savepoint.progress import Meter, display
@@ -198,11 +197,7 @@ def _load_best(training: Training) -> str | None:
     best = training.checkpointing.store.best()
     if best is None:
         return None
-    try:
-        state, _ = store.load(best.path)
-    except SavepointError as error:
-        print(f"{error} The last weights are tested instead.", file=sys.stderr)
-        return None
+    state, _ = store.load(best.path)
     training.model.load_state_dict(state["state_dict"])
     return best.path.name
 

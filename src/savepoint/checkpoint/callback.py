@@ -2,7 +2,7 @@
 
     batch        the train loader is asked for its next batch
     epoch        an epoch begins, or the last one has ended
-    validation   inside a validation (signals only): the state is that of its start, and a resume runs it again
+    validation   inside a validation (signals, saves on demand): the state is that of its start, and a resume runs it again
 
 At Lightning's other hooks a log row, a plateau step or a validation of the same step is still to come, so a file made
 there resumes one of them short. What is due there waits for the next point.

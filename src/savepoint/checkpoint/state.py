@@ -155,12 +155,14 @@ def restore_callback_metrics(trainer: Trainer, state: Mapping[str, Any]) -> None
     trainer._logger_connector._callback_metrics.update(_moved(state["callback_metrics"], device))
 
 
-def canary(module: LightningModule, state_dict: Mapping[str, Tensor]) -> dict[str, Any] | None:
+def canary(
+    module: LightningModule, state_dict: Mapping[str, Tensor], example: Tensor | None = None
+) -> dict[str, Any] | None:
     """`example_input_array` and its output with exactly the weights in `state_dict`, in eval mode; None where there is none.
 
-    Compared after a load on any device: bit rot, a partial load and a wrong conversion all show in it.
+    Compared when a checkpoint is resumed, on any device: changed code and a wrong conversion show in it.
     """
-    example = getattr(module, "example_input_array", None)
+    example = getattr(module, "example_input_array", None) if example is None else example
     if not isinstance(example, Tensor):
         return None
     modes = {part: part.training for part in module.modules()}
@@ -168,7 +170,7 @@ def canary(module: LightningModule, state_dict: Mapping[str, Tensor]) -> dict[st
     try:
         with torch.no_grad(), isolated_rng(module.device):
             parts = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
-            weights = {name: value for name, value in state_dict.items() if name in parts}
+            weights = {name: value.to(module.device) for name, value in state_dict.items() if name in parts}
             output = torch.func.functional_call(module, weights, (example.to(module.device),))
     finally:
         for part, training in modes.items():
