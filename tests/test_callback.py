@@ -14,7 +14,8 @@ from small import SmallData, SmallModel, difference, final_state, fit, one_threa
 from torch.utils.data import DataLoader, TensorDataset
 
 from savepoint.checkpoint import store
-from savepoint.checkpoint.callback import CheckpointCallback, why_ended
+from savepoint.checkpoint.callback import CheckpointCallback
+from savepoint.checkpoint.facts import why_ended
 from savepoint.checkpoint.scores import Scores
 from savepoint.errors import CheckpointContentError, CheckpointSaveError, ConfigError, NonFiniteLossError
 
@@ -282,16 +283,64 @@ class TestFailure:
     def test_the_last_save_that_fails_is_remembered_for_the_exit_code(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool
     ) -> None:
+        replace = os.replace
+
         def full(source: Any, target: Any) -> None:
-            raise OSError(28, "No space left on device")
+            if "step-" in str(target):
+                raise OSError(28, "No space left on device")
+            replace(source, target)
 
         callback = saving(save_every_epochs=None, keep_best=0, async_save=async_save)
         monkeypatch.setattr(os, "replace", full)
-        monkeypatch.setattr(
-            "savepoint.logs.os", __import__("types").SimpleNamespace(**vars(os) | {"replace": os.rename})
-        )
         fit(tmp_path, checkpointing=callback)
         assert isinstance(callback.failure, CheckpointSaveError)
+
+    def test_a_log_that_cannot_be_written_fails_the_save_that_would_count_its_rows(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        write, callback = os.write, saving()
+
+        def full(descriptor: int, data: bytes) -> int:
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith("metrics.csv") and steps(tmp_path) == [6]:
+                raise OSError(28, "No space left on device")
+            return write(descriptor, data)
+
+        monkeypatch.setattr(os, "write", full)
+        assert fit(tmp_path, checkpointing=callback).global_step == 18
+        assert steps(tmp_path) == [6]
+        assert isinstance(callback.failure, CheckpointSaveError)
+        said = capsys.readouterr().err
+        assert said.count("Cannot be written") == 1
+        assert "The log could not be written before the save" in said
+
+    def test_a_value_that_cannot_be_read_back_later_fails_the_save_and_not_the_training(self, tmp_path: Path) -> None:
+        class Turning(SmallModel):
+            def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+                checkpoint["turned"] = Colour.RED if self.global_step == 12 else None
+
+        callback = saving()
+        assert fit(tmp_path, model=Turning, checkpointing=callback).global_step == 18
+        assert steps(tmp_path) == [6, 18]
+        assert callback.failure is None  # a later save succeeded
+
+    def test_a_save_that_failed_is_tried_again_long_before_the_interval_is_over(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        replace, failed = os.replace, []
+
+        def twice(source: Any, target: Any) -> None:
+            if "step-" in str(target) and 12 <= int(str(target)[-13:-5]) < 14:
+                failed.append(target)
+                raise OSError(28, "No space left on device")
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", twice)
+        monkeypatch.setattr("savepoint.checkpoint.callback.RETRY_SECS", 0.0)
+        callback = saving()
+        fit(tmp_path, checkpointing=callback)
+        assert len(failed) == 2
+        assert steps(tmp_path) == [6, 14, 18]
+        assert callback.failure is None
 
 
 class Exploding(SmallModel):
@@ -328,8 +377,22 @@ class TestNonFinite:
         trainer: Trainer = fit(tmp_path, model=Exploding, checkpointing=callback)
         assert trainer.global_step == 18
         assert steps(tmp_path) == [6]
-        assert "first at step 9" in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert said.count("The training loss is not finite: first at step 9.") == 1, "once, at the next log"
+        assert "The weights are not finite at step 12 (the training loss: first at step 9)." in said
         assert callback.failure is not None
+
+    def test_a_running_mean_that_is_not_a_number_is_not_saved_although_the_weights_are_finite(
+        self, tmp_path: Path
+    ) -> None:
+        class Poisoned(SmallModel):
+            def on_train_batch_end(self, *_: Any) -> None:
+                if self.global_step == 12:
+                    self.net[1].running_mean.fill_(float("nan"))
+
+        with pytest.raises(NonFiniteLossError, match="not finite at step 12"):
+            fit(tmp_path, model=Poisoned)
+        assert steps(tmp_path) == [6]
 
 
 @pytest.mark.parametrize("name", ["epochs", "steps", "secs"])

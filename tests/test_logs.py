@@ -1,9 +1,44 @@
-"""metrics.csv goes on after a resume as if nothing had happened."""
+"""The logs go on after a resume, and through a full disk, as if nothing had happened."""
 
 import csv
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from savepoint.logs import RunCSVLogger
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from savepoint.logs import RunCSVLogger, RunTensorBoardLogger
+
+
+class Disk:
+    """While `full`, nothing can be written but what `room` says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.full, self.room, self._write, self._replace = False, 0, os.write, os.replace
+        monkeypatch.setattr(os, "write", self.write)
+        monkeypatch.setattr(os, "replace", self.replace)
+
+    def write(self, descriptor: int, data: bytes) -> int:
+        if not self.full:
+            return self._write(descriptor, data)
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        part, self.room = bytes(data[: self.room]), 0
+        return self._write(descriptor, part)
+
+    def replace(self, source: Any, target: Any) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._replace(source, target)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    return Disk(monkeypatch)
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -58,3 +93,109 @@ def test_no_temporary_file_is_left(tmp_path: Path) -> None:
     logger.log_metrics({"loss": 1.0}, step=1)
     logger.finalize("success")
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+@pytest.mark.parametrize("room", [0, 7])
+def test_rows_wait_while_the_disk_is_full_and_none_is_lost_cut_or_doubled(
+    tmp_path: Path, disk: Disk, room: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = RunCSVLogger(tmp_path / "metrics.csv")
+    for step in range(6):
+        disk.full = 2 <= step < 5
+        disk.room = room if step == 3 else 0  # a row that is cut in the middle
+        logger.log_metrics({"loss": float(step)}, step=step)
+        logger.save()
+    logger.finalize("success")
+    assert [row["loss"] for row in read(tmp_path / "metrics.csv")] == ["0.0", "1.0", "2.0", "3.0", "4.0", "5.0"]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in said] == ["Cannot be written", "Written again, whole"]
+    assert str(tmp_path / "metrics.csv") in said[0]
+    assert "No space left" in said[0]
+
+
+def test_a_column_that_appears_while_the_disk_is_full_waits_too(tmp_path: Path, disk: Disk) -> None:
+    logger = RunCSVLogger(tmp_path / "metrics.csv")
+    logger.log_metrics({"loss": 0.0}, step=0)
+    logger.save()
+    disk.full = True
+    logger.log_metrics({"loss": 1.0}, step=1)
+    logger.save()
+    logger.log_metrics({"accuracy": 0.5}, step=1)
+    logger.save()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+    disk.full = False
+    logger.sync()
+    assert [(row["loss"], row["accuracy"]) for row in read(tmp_path / "metrics.csv")] == [
+        ("0.0", ""), ("1.0", ""), ("", "0.5"),
+    ]  # fmt: skip
+
+
+def test_a_sync_that_could_not_write_raises_so_that_no_checkpoint_counts_the_rows(tmp_path: Path, disk: Disk) -> None:
+    logger = RunCSVLogger(tmp_path / "metrics.csv")
+    logger.log_metrics({"loss": 0.0}, step=0)
+    disk.full = True
+    with pytest.raises(OSError, match="No space left"):
+        logger.sync()
+    assert logger.failure is not None
+    disk.full = False
+    logger.sync()
+    assert logger.failure is None
+
+
+def test_the_end_of_a_training_on_a_full_disk_is_told_and_raises_nothing(tmp_path: Path, disk: Disk) -> None:
+    logger = RunCSVLogger(tmp_path / "metrics.csv")
+    logger.log_metrics({"loss": 0.0}, step=0)
+    disk.full = True
+    logger.finalize("success")
+    assert logger.failure is not None
+
+
+def events(directory: Path) -> EventAccumulator:
+    (file,) = directory.glob("events.out.tfevents.*")
+    return EventAccumulator(str(file)).Reload()
+
+
+def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
+    logger = RunTensorBoardLogger(tmp_path)
+    logger.log_metrics({"loss": 0.5}, step=3)
+    logger.experiment.add_image("test/picture", torch.zeros(1, 4, 4), 3)
+    logger.finalize("success")
+    logger.log_metrics({"test/loss": 0.25}, step=4)  # the test after a training
+    logger.finalize("success")
+    seen = events(tmp_path)
+    assert [(event.step, event.value) for event in seen.Scalars("loss")] == [(3, 0.5)]
+    assert [(event.step, event.value) for event in seen.Scalars("test/loss")] == [(4, 0.25)]
+    assert seen.Tags()["images"] == ["test/picture"]
+
+
+def test_tensorboard_hides_what_a_resume_logs_again(tmp_path: Path) -> None:
+    def log(purge_step: int | None, values: dict[int, float]) -> None:
+        logger = RunTensorBoardLogger(tmp_path, purge_step)
+        for step, value in values.items():
+            logger.log_metrics({"loss": value}, step=step)
+        logger.finalize("success")
+
+    log(None, {1: 0.1, 2: 0.2, 3: 0.3})
+    (first,) = tmp_path.glob("events.out.tfevents.*")
+    first.rename(tmp_path / "events.out.tfevents.0000000001.before")
+    log(2, {2: 20.0, 3: 30.0})
+    seen = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in seen.Scalars("loss")] == [1, 2, 3]
+    assert [event.value for event in seen.Scalars("loss")][1:] == [20.0, 30.0]
+
+
+@pytest.mark.parametrize("log", [
+    lambda logger, step: logger.log_metrics({"loss": float(step)}, step),
+    lambda logger, step: logger.experiment.add_scalar("loss", float(step), step),
+])  # fmt: skip
+def test_tensorboard_events_wait_while_the_disk_is_full(
+    tmp_path: Path, disk: Disk, log: Callable[[RunTensorBoardLogger, int], None]
+) -> None:
+    logger = RunTensorBoardLogger(tmp_path)
+    for step in range(6):
+        disk.full, disk.room = 2 <= step < 5, 9 if step == 3 else 0
+        log(logger, step)
+        logger.save()
+    logger.finalize("success")
+    assert [event.step for event in events(tmp_path).Scalars("loss")] == list(range(6))
+    assert logger.failure is None

@@ -6,10 +6,11 @@
 128 + n    stopped by signal n, after a save
 """
 
-import os
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 
 import savepoint
 from savepoint import preemption
@@ -18,6 +19,7 @@ from savepoint.errors import ConfigError, SavepointError
 
 def run(main: Callable[[Sequence[str]], int], script: str) -> None:
     """Calls `main` with the arguments of this process and ends the process with its result."""
+    sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
     try:
         refuse_foreign_install(Path(script))
         preemption.install()
@@ -29,11 +31,29 @@ def run(main: Callable[[Sequence[str]], int], script: str) -> None:
     except SavepointError as error:
         print(error, file=sys.stderr)
         code = error.exit_code
-    except BrokenPipeError:
-        # The reader of our output is gone (`| head`): there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
     sys.exit(code)
+
+
+class _Output(io.FileIO):
+    """Standard output or error. Its reader may be gone (`| head`, a closed terminal) or its disk full: there is nobody
+    to tell then, and a training does not end for it."""
+
+    def write(self, data: Any) -> int:
+        try:
+            written = super().write(data)
+        except OSError:
+            written = None
+        return len(data) if written is None else written
+
+
+def _tolerant(stream: TextIO) -> TextIO:
+    if not isinstance(stream, io.TextIOWrapper):  # none at all, or somebody else's
+        return stream
+    stream.flush()
+    output = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(
+        output, stream.encoding, stream.errors, line_buffering=stream.line_buffering, write_through=stream.write_through
+    )
 
 
 def refuse_foreign_install(script: Path) -> None:

@@ -1,16 +1,81 @@
-"""Loggers that continue: after a resume, metrics.csv and TensorBoard show one curve, without a gap or a doubled row."""
+"""Loggers that continue: after a resume, metrics.csv and TensorBoard show one curve, without a gap or a doubled row.
+
+A disk that is full ends no training: what is logged waits in memory and is written when there is room. A checkpoint
+never counts a row that is not on disk: `sync` raises, so the save fails, and that is told.
+"""
 
 import csv
 import io
 import os
+import socket
+import sys
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
+
+
+class Appender:
+    """A file that only grows, through the times when it cannot be written.
+
+    Attributes:
+        failure: what the file system said; None while all that was written is in the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.failure: OSError | None = None
+        self.waiting = bytearray()
+        self._descriptor: int | None = None
+
+    def write(self, data: bytes) -> None:
+        self.waiting += data
+
+    def flush(self) -> None:
+        """Raises OSError where not all could be written; the rest waits."""
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        while self.waiting:
+            written = os.write(self._descriptor, self.waiting)  # on a disk that fills, a part of it
+            del self.waiting[:written]
+
+    def sync(self) -> None:
+        """All is on disk when this returns. Raises OSError."""
+        self.flush()
+        assert self._descriptor is not None
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """The next `flush` opens the file again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def attempt(self, job: Callable[[], None]) -> None:
+        """`job`, which writes; where that fails it is told, once, and training goes on."""
+        try:
+            job()
+        except OSError as error:
+            if self.failure is None:
+                print(
+                    f"Cannot be written: {self.path} ({error.strerror}). Expected room. What is logged waits in memory "
+                    "until it can be. Free some space there.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self.failure = error
+        else:
+            if self.failure is not None:
+                print(f"Written again, whole: {self.path}", file=sys.stderr, flush=True)
+            self.failure = None
 
 
 class RunCSVLogger(Logger):
@@ -25,9 +90,10 @@ class RunCSVLogger(Logger):
     def __init__(self, path: Path, keep_rows: int = 0) -> None:
         super().__init__()
         self.path, self._keep = path, keep_rows
-        self._columns: list[str] = []
-        self._file: io.TextIOWrapper | None = None
         self.rows = keep_rows
+        self._file: Appender = Appender(path)
+        self._columns: list[str] = []  # of the file
+        self._waiting: list[dict[str, Any]] = []
         self._started = time.monotonic()
 
     @property
@@ -42,80 +108,150 @@ class RunCSVLogger(Logger):
     def save_dir(self) -> str:
         return str(self.path.parent)  # and so `trainer.log_dir`, where profilers write
 
+    @property
+    def failure(self) -> OSError | None:
+        """Why rows are waiting."""
+        return self._file.failure
+
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None: ...
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        row = {"step": step, "time/secs": round(time.monotonic() - self._started, 3), **metrics}
-        file = self._open([name for name in row if name not in self._columns])
-        csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
+        self._waiting.append({"step": step, "time/secs": round(time.monotonic() - self._started, 3), **metrics})
         self.rows += 1
 
-    def sync(self) -> None:
-        """Everything logged so far is on disk when this returns."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
+    @rank_zero_only
     def save(self) -> None:
-        if self._file is not None:
-            self._file.flush()
+        if self._waiting or self._file.waiting:
+            self._file.attempt(self._write)
+
+    def sync(self) -> None:
+        """Everything logged so far is on disk when this returns. Raises OSError where it could not be written."""
+        if not self._waiting and not self._columns:
+            return
+        self._file.attempt(self._write_and_sync)
+        if self._file.failure:
+            raise self._file.failure
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.sync()
-        if self._file is not None:
-            self._file.close()
-        self._file, self._columns, self._keep = None, [], self.rows  # the test after a training logs again
+        if self._waiting or self._columns:
+            self._file.attempt(self._write_and_sync)
+        self._file.close()  # the test after a training logs again, and opens it
 
-    def _open(self, new: list[str]) -> io.TextIOWrapper:
-        """The file with its header: written anew where rows are cut or a column appears, else appended to."""
-        first = self._file is None
-        if not first and not new:
-            assert self._file is not None
-            return self._file
-        kept: list[dict[str, str]] = []
-        if self._file is not None:
-            self._file.close()
+    def _write_and_sync(self) -> None:
+        self._write()
+        self._file.sync()
+
+    def _write(self) -> None:
+        columns = list(dict.fromkeys([*self._columns, *(name for row in self._waiting for name in row)]))
+        if not self._columns or columns != self._columns:
+            self._rewrite(columns)
+        text = io.StringIO()
+        csv.DictWriter(text, self._columns, lineterminator="\n").writerows(self._waiting)
+        self._waiting.clear()
+        self._file.write(text.getvalue().encode())
+        self._file.flush()
+
+    def _rewrite(self, columns: list[str]) -> None:
+        """The file with another header: where rows are cut, or a column appears."""
+        self._file.flush()
+        self._file.close()
+        first, kept = not self._columns, list[dict[str, str]]()
         if self.path.exists():
             with self.path.open(newline="", errors="replace") as file:
                 reader = csv.DictReader(file)
-                kept = [{k: v for k, v in row.items() if k is not None} for row in reader][
-                    : self._keep if first else None
-                ]
-                self._columns = list(reader.fieldnames or [])
-        if first and len(kept) < self._keep:
-            print(
-                f"{self.path} has {len(kept)} of the {self._keep} rows that the checkpoint counts: the others are lost."
-            )
-        self._columns += [name for name in new if name not in self._columns]
-        self.rows = len(kept)
+                kept = [{k: v for k, v in row.items() if k is not None} for row in reader]
+                columns = list(dict.fromkeys([*(reader.fieldnames or []), *columns]))
+        if first:
+            kept = kept[: self._keep]
+            if lost := self._keep - len(kept):
+                print(
+                    f"{self.path} has {len(kept)} of the {self._keep} rows that the checkpoint counts: {lost} are lost."
+                )
+                self.rows -= lost
+                self._keep = len(kept)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, lineterminator="\n", restval="")
-            writer.writeheader()
-            writer.writerows(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)  # a crash before this line leaves the old file whole, one after it the new one
-        self._file = self.path.open("a", newline="")
-        return self._file
+        try:
+            with temporary.open("w", newline="") as file:
+                writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
+                writer.writeheader()
+                writer.writerows(kept)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)  # a crash before this line leaves the old file whole, after it the new one
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._columns = columns
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
     """TensorBoard events beside the run's other files; `purge_step` hides what a resume logs again."""
 
     def __init__(self, directory: Path, purge_step: int | None = None) -> None:
-        super().__init__(
-            directory.parent, name=directory.name, version="", purge_step=purge_step, default_hp_metric=False
-        )
+        super().__init__(directory.parent, name=directory.name, version="", default_hp_metric=False)
+        self._directory, self._purge_step = directory, purge_step
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> SummaryWriter:
+        if self._experiment is None:
+            self._experiment = _SummaryWriter(_Events(self._directory, self._purge_step))
+        return self._experiment
+
+    @property
+    def failure(self) -> OSError | None:
+        """Why events are waiting."""
+        return self._experiment.events.file.failure if isinstance(self._experiment, _SummaryWriter) else None
 
     @rank_zero_only
     def save(self) -> None:
-        """Nothing at each log call: the config stands in config.yaml, and `sync` flushes before a checkpoint."""
-
-    @rank_zero_only
-    def sync(self) -> None:
+        """Nothing but the events: the config stands in config.yaml."""
         if self._experiment is not None:
             self._experiment.flush()
+
+    def sync(self) -> None:
+        """No promise: where it can be written it is. What counts stands in metrics.csv."""
+        self.save()
+
+
+class _Events:
+    """An event file, written at once: the writer that comes with TensorBoard ends its thread on a full disk, for good."""
+
+    def __init__(self, directory: Path, purge_step: int | None) -> None:
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self.file = Appender(directory / name)
+        self._records = RecordWriter(self.file)
+        self.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if purge_step is not None:
+            self.add_event(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def get_logdir(self) -> str:
+        return str(self.file.path.parent)
+
+    def add_event(self, event: Event) -> None:
+        self._records.write(event.SerializeToString())
+
+    def flush(self) -> None:
+        self.file.attempt(self.file.flush)
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+
+
+class _FileWriter(FileWriter):
+    def __init__(self, events: _Events) -> None:
+        self.event_writer = events
+
+
+class _SummaryWriter(SummaryWriter):
+    def __init__(self, events: _Events) -> None:
+        self.events = events
+        super().__init__(events.get_logdir())
+
+    def _get_file_writer(self) -> FileWriter:
+        writer = self.file_writer or _FileWriter(self.events)
+        self.file_writer, self.all_writers = writer, {self.log_dir: writer}  # type: ignore[assignment]
+        return writer

@@ -19,7 +19,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import savepoint
 from savepoint import cli, weights
 from savepoint.checkpoint import store
-from savepoint.checkpoint.callback import CheckpointCallback, Provenance
+from savepoint.checkpoint.callback import CheckpointCallback
+from savepoint.checkpoint.facts import Provenance
+from savepoint.errors import RunDirectoryError
 from savepoint.logs import RunCSVLogger, RunTensorBoardLogger
 from savepoint.preemption import Preempted
 from savepoint.progress import Meter, display
@@ -135,7 +137,10 @@ def execute(training: Training, checkpoint: Path | None = None) -> int:
     except Preempted:
         if trainer.is_global_zero and (latest := training.checkpointing.store.latest()):
             command = resume_command(training.run)
-            training.run.write_resume_command(command)
+            try:
+                training.run.write_resume_command(command)
+            except RunDirectoryError as error:  # the code that says who stopped the run matters more
+                print(error, file=sys.stderr)
             lost = max(0, trainer.global_step - latest.step)
             without = f", {plural(lost, 'step')} lost" if lost else ""
             saved = f"Saved at step {latest.step}{without}"
@@ -157,14 +162,17 @@ def finish(training: Training, reached: tuple[int, int] | None = None) -> int:
     try:
         summary = summarise(training, *(reached or (training.trainer.global_step, training.trainer.current_epoch)))
         if training.trainer.is_global_zero:
+            print(table(training, summary), flush=True)
             if not training.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 training.run.write_summary(summary)
-            print(table(training, summary), flush=True)
     except (OSError, ValueError) as error:
         if failure is None:
             raise
         print(f"Not tested: {error}", file=sys.stderr)
-    return 0 if failure is None else 1
+    if waiting := [logger for logger in training.trainer.loggers if getattr(logger, "failure", None)]:
+        names = ", ".join(type(logger).__name__ for logger in waiting)
+        print(f"The log of this run is not whole: {names} ({waiting[0].failure}).", file=sys.stderr)  # type: ignore[attr-defined]
+    return 1 if failure or waiting else 0
 
 
 def summarise(training: Training, steps: int, epochs: int) -> dict[str, Any]:

@@ -11,44 +11,29 @@ there resumes one of them short. What is due there waits for the next point.
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, Timer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from savepoint import preemption
-from savepoint.checkpoint import format, state
+from savepoint.checkpoint import facts, format, state
+from savepoint.checkpoint.facts import Provenance
+from savepoint.checkpoint.finite import FiniteWatch
 from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.scores import Scores
 from savepoint.checkpoint.store import CheckpointStore
-from savepoint.errors import CheckpointSaveError, ConfigError, NonFiniteLossError
+from savepoint.errors import CheckpointContentError, CheckpointSaveError, ConfigError
 from savepoint.preemption import Preempted
 
 Point = Literal["batch", "epoch", "validation"]
-NEVER = 2**62  # the step of the first non-finite loss, while there is none
-
-
-@dataclass
-class Provenance:
-    """What a run writes into each of its checkpoints.
-
-    Attributes:
-        config: As YAML text: the checkpoint alone rebuilds the run.
-        parent: Digest of the checkpoint that this process started from.
-        run: Its id and name.
-    """
-
-    config: str = ""
-    parent: str | None = None
-    run: Mapping[str, str] = field(default_factory=dict)
+RETRY_SECS = 60.0  # after a save that failed: an interval may be hours
 
 
 class CheckpointCallback(Checkpoint):
@@ -96,8 +81,9 @@ class CheckpointCallback(Checkpoint):
             keep_every_n_steps=keep_every_n_steps,
         )
         self.async_save, self.on_nan = async_save, on_nan
+        self._watch = FiniteWatch(on_nan)
         self.provenance = Provenance()
-        self.failure: CheckpointSaveError | None = None  # of the newest save; None once a later one succeeded
+        self.failure: Exception | None = None  # of the newest save; None once a later one succeeded
         self.scores = Scores(monitor, mode)
         self._enabled = False
         self._saved: tuple[int, Point] | None = None
@@ -162,14 +148,25 @@ class CheckpointCallback(Checkpoint):
         if not self._exact and trainer.is_global_zero:
             print(state.why_not_exact(trainer), flush=True)
         self._began, self._saved_at = trainer.global_step, time.monotonic()
-        self._first_bad = torch.tensor(NEVER, device=pl_module.device)
-        with state.isolated_rng(pl_module.device):
-            format.check_readable(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
-        if trainer.is_global_zero:
-            self.store.directory.mkdir(parents=True, exist_ok=True)
-            self.store.sweep()
+        self._watch.begin(pl_module.device)
+        self._preflight(trainer)
         if self._pending:
             state.reenter(trainer, pl_module, self._pending)
+
+    def _preflight(self, trainer: Trainer) -> None:
+        """What would make the first save fail is told before the first step."""
+        with state.isolated_rng(trainer.lightning_module.device):
+            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        format.check_readable(checkpoint)
+        if not trainer.is_global_zero:
+            return
+        least = format.size_bytes(checkpoint)
+        parameters = format.size_bytes([p for p in trainer.lightning_module.parameters() if p.requires_grad])
+        # Before its first step an optimizer has no state. Most keep two numbers for each of the model's.
+        fresh = not any(optimizer["state"] for optimizer in checkpoint["optimizer_states"])
+        warning = self.store.preflight(least, least + 2 * parameters * fresh)
+        if warning:
+            print(warning, file=sys.stderr, flush=True)
 
     def _attach(self, trainer: Trainer) -> None:
         loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
@@ -211,7 +208,7 @@ class CheckpointCallback(Checkpoint):
         if not self._enabled:
             return
         self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
-        self._save(trainer, "epoch", reason="end", ended=why_ended(trainer))
+        self._save(trainer, "epoch", reason="end", ended=facts.why_ended(trainer))
         self._finish_writing(trainer)
         preemption.disarm()
         if stop := self._agree(trainer)[0]:
@@ -246,11 +243,9 @@ class CheckpointCallback(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        # Kept on the device: asking for the value here would make the device wait at every step.
         loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
         if self._enabled and isinstance(loss, Tensor):
-            first = self._first_bad.clamp(max=trainer.global_step)
-            self._first_bad = torch.where(torch.isfinite(loss), self._first_bad, first)
+            self._watch.see(loss, trainer.global_step)
 
     # -- deciding ----------------------------------------------------------------------------------------------------
 
@@ -258,7 +253,7 @@ class CheckpointCallback(Checkpoint):
         stop, save = self._agree(trainer)
         reason = self._reason(stop, save) or self._due(trainer, at)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._check_loss(trainer)
+            self._watch.check_loss(trainer, self.store)
         if reason:
             self._save(trainer, at, reason=reason)
         if stop:
@@ -268,7 +263,9 @@ class CheckpointCallback(Checkpoint):
 
     def _agree(self, trainer: Trainer) -> tuple[int, bool]:
         """(signal to stop or 0, save now): the same on every rank, or one would save and stop while others train on."""
-        now = self.save_every_secs is not None and time.monotonic() - self._saved_at >= self.save_every_secs
+        since = time.monotonic() - self._saved_at
+        now = self.save_every_secs is not None and since >= self.save_every_secs
+        now = now or (self.failure is not None and since >= RETRY_SECS)
         now = now or preemption.requests.save or self._save_now.exists()
         stop = preemption.requests.stop
         if trainer.world_size > 1:
@@ -291,47 +288,20 @@ class CheckpointCallback(Checkpoint):
             return "epochs"
         return "best" if self.retention.keep_best and self.scores.best_step == step else ""
 
-    def _check_loss(self, trainer: Trainer) -> int | None:
-        """The first step with a loss that is not finite; None if there is none. Every rank asks at the same steps."""
-        first = int(trainer.strategy.reduce(self._first_bad, reduce_op="min"))
-        if first == NEVER:
-            return None
-        if self.on_nan == "stop":
-            raise NonFiniteLossError(self._not_finite(f"The training loss is not finite: first at step {first}."))
-        return first
-
-    def _is_sound(self, trainer: Trainer) -> bool:
-        """Whether the state may be saved: NaN weights never become the latest checkpoint, or retention deletes good ones."""
-        first = self._check_loss(trainer)
-        if all(bool(torch.isfinite(p).all()) for p in trainer.lightning_module.parameters()):
-            self._first_bad.fill_(NEVER)  # at most a bad batch, left out by a gradient scaler
-            return True
-        began = f" (the training loss: first at step {first})" if first else ""
-        message = self._not_finite(f"The weights are not finite at step {trainer.global_step}{began}.")
-        if self.on_nan == "stop":
-            raise NonFiniteLossError(message)
-        self._fail(CheckpointSaveError(message, self.store.directory))
-        return False
-
-    def _not_finite(self, what: str) -> str:
-        latest = self.store.latest()
-        where = f"The last checkpoint is from before it: {latest.path}" if latest else "There is no checkpoint yet"
-        return f"{what} Expected numbers. {where}. Go on from there with a lower learning rate (--allow model.lr)."
-
     # -- saving ------------------------------------------------------------------------------------------------------
 
     def _save(self, trainer: Trainer, at: Point, *, reason: str, ended: str | None = None) -> None:
         step = trainer.global_step
         self._finish_writing(trainer)  # one save at a time; what failed in the one before is said before this one
-        if (self._saved == (step, at) and ended is None) or not self._is_sound(trainer):
+        if self._saved == (step, at) and ended is None:
+            return
+        if unsound := self._watch.check_weights(trainer, self.store):
+            self._fail(unsound)
             return
         self._saved, self._saved_step = (step, at), step
         self._at, self._facts = at, self._make_facts(trainer, at, reason, ended)
-        said, started, path = (
-            self._when(trainer, at) + self.scores.sentence(step),
-            time.perf_counter(),
-            self.store.path(step),
-        )
+        said, started = self._when(trainer, at) + self.scores.sentence(step), time.perf_counter()
+        path = self.store.path(step)
         preemption.requests.save = False
         try:
             if trainer.is_global_zero:
@@ -340,7 +310,7 @@ class CheckpointCallback(Checkpoint):
                 trainer.save_checkpoint(path)
             if trainer.is_global_zero:
                 self._writer(trainer).submit(lambda: self._commit(path, said, started))
-        except CheckpointSaveError as error:
+        except (OSError, CheckpointContentError) as error:
             self._fail(error)
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
         finally:
@@ -374,20 +344,20 @@ class CheckpointCallback(Checkpoint):
     def _when(self, trainer: Trainer, at: Point) -> str:
         return f"epoch {trainer.current_epoch}: " if at == "epoch" else f"step {trainer.global_step}: "
 
-    def _fail(self, error: CheckpointSaveError) -> None:
-        self.failure = error
+    def _fail(self, error: Exception) -> None:
+        self.failure, self._saved, self._saved_at = error, None, time.monotonic()
         print(f"{error} Training goes on; the checkpoints before it are intact.", file=sys.stderr, flush=True)
 
     def _raise_pending(self, trainer: Trainer) -> None:
         try:
             self._writer(trainer).raise_pending()
-        except CheckpointSaveError as error:
+        except OSError as error:
             self._fail(error)
 
     def _finish_writing(self, trainer: Trainer) -> None:
         try:
             self._writer(trainer).wait()
-        except CheckpointSaveError as error:
+        except OSError as error:
             self._fail(error)
 
     def _leave(self, trainer: Trainer, stop: int) -> None:
@@ -433,38 +403,8 @@ class CheckpointCallback(Checkpoint):
         checkpoint["manifest"] = self._facts or self._make_facts(trainer, None, "user", None)
 
     def _make_facts(self, trainer: Trainer, at: Point | None, reason: str, ended: str | None) -> dict[str, Any]:
-        step, data = trainer.global_step, getattr(trainer, "datamodule", None)
-        return (
-            {
-                "step": step,
-                "epoch": trainer.current_epoch,
-                "at": at,
-                "exact": at is not None and self._exact,
-                "reason": reason,
-                "ended": ended,
-                "run_id": self.provenance.run.get("id"),
-                "parent": self.provenance.parent,
-                "dataset": {key: getattr(data, key, None) for key in ("name", "fingerprint")},
-                "world_size": trainer.world_size,
-                "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            }
-            | self.scores.facts(step)
-            | state.environment(trainer.strategy.root_device)
-        )
-
-
-def why_ended(trainer: Trainer) -> str:
-    """Which limit ended the training: said when a finished run is resumed."""
-    if 0 <= trainer.max_steps <= trainer.global_step:
-        return "max_steps"
-    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch:
-        return "max_epochs"
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EarlyStopping) and callback.stopped_epoch:
-            return "early stopping"
-        if isinstance(callback, Timer) and (callback.time_remaining() or 0) <= 0:
-            return "max_time"
-    return "a callback"
+        own = {"at": at, "exact": at is not None and self._exact, "reason": reason, "ended": ended}
+        return facts.gather(trainer, self.provenance) | own | self.scores.facts(trainer.global_step)
 
 
 def refuse_last(trainer: Trainer) -> None:

@@ -94,19 +94,40 @@ def point(pointer: Path, target: Path) -> None:
     """Make `pointer` another name of `target`, in one step: there is no moment without it."""
     if _is_same(pointer, target):
         return
-    makers: list[Callable[[Path, Path], None]] = [os.link, _symlink, _copy]
+    with _temp_for(pointer) as temp:
+        _name(target, temp)
+        # A crash before this line costs a pointer to an earlier checkpoint, which still exists: deletions come later,
+        # and the next commit points again.
+        os.replace(temp, pointer)
+
+
+def try_out(directory: Path) -> None:
+    """Do in `directory`, with a few bytes, all that a save will do there; nothing is left.
+
+    Raises:
+        OSError: what the file system says.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with _temp_for(directory / "last.ckpt") as first, _temp_for(directory / "last.ckpt") as second:
+        descriptor = os.open(first, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            os.write(descriptor, b"a trial")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(first, second)
+        _name(second, first)
+        _sync_directory(directory)
+
+
+def _name(target: Path, name: Path) -> None:
+    """Make `name`, which is free, show `target`: a link, where links fail a symlink, where those fail a copy."""
+    makers: list[Callable[[Path, Path], None]] = [os.link, _symlink]
     for make in makers:
-        with _temp_for(pointer) as temp:
-            try:
-                make(target, temp)
-            except OSError:
-                if make is _copy:
-                    raise
-                continue
-            # A crash before this line costs a pointer to an earlier checkpoint, which still exists: deletions come
-            # later, and the next commit points again.
-            os.replace(temp, pointer)
+        with contextlib.suppress(OSError):
+            make(target, name)
             return
+    _copy(target, name)
 
 
 def _symlink(target: Path, link: Path) -> None:

@@ -83,6 +83,12 @@ def check_readable(state: Any) -> None:
             )
 
 
+def size_bytes(state: Any) -> int:
+    """What the tensors of a state take in a file; memory that several share counts once."""
+    tensors = [leaf for _, leaf in leaves(state) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
+    return sum({(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 def fingerprint(tree: Any) -> str:
     """sha256 over a nested tree of plain values and tensors: equal if and only if every value and every bit is.
 

@@ -39,6 +39,10 @@ class Retention:
     keep_every_n_epochs: int | None = None
     keep_every_n_steps: int | None = None
 
+    def at_most(self, ranked: bool) -> int:
+        """How many files stay at a time, those that are kept for good not counted. `ranked`: by a monitored metric."""
+        return max(1, self.keep_last) + (max(1, self.keep_best) if ranked else 0)
+
     def __post_init__(self) -> None:
         for name, least in (("keep_last", 0), ("keep_best", 0), ("keep_every_n_epochs", 1), ("keep_every_n_steps", 1)):
             value = getattr(self, name)

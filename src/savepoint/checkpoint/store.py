@@ -11,6 +11,7 @@ replaces it is; files with other names are never touched.
 """
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from savepoint.errors import (
     CheckpointNotFoundError,
     CheckpointSaveError,
     CheckpointVersionError,
+    RunDirectoryError,
 )
 
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -161,6 +163,45 @@ class CheckpointStore:
         return sorted(good, key=lambda one: one.step), bad
 
     # -- saving ------------------------------------------------------------------------------------------------------
+
+    def preflight(self, least_bytes: int, likely_bytes: int) -> str:
+        """Before the first step: sweep the directory, try it as a save will, look for room for all that retention keeps.
+
+        Args:
+            least_bytes: what a checkpoint takes in any case.
+            likely_bytes: what it probably takes, once the optimizer has its state.
+
+        Returns:
+            A warning, where the room may be too small; else "".
+
+        Raises:
+            RunDirectoryError: the directory cannot be written, or has less room than is certainly needed.
+        """
+        self.sweep()
+        try:
+            files.try_out(self.directory)
+            disk = os.statvfs(self.directory)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"Checkpoints cannot be saved: {self.directory} ({error.strerror}). Expected a directory in which files "
+                "can be written, synced, renamed and linked. Mend it, or give another one: --output_dir DIR"
+            ) from error
+        free = disk.f_bavail * disk.f_frsize
+        # While one is written, those that retention keeps are all there. What is there already takes no more room.
+        number = max(1, self.retention.at_most(self.monitor is not None) + 1 - len(self.checkpoints()))
+        if not disk.f_blocks or free >= number * likely_bytes:  # no blocks: a file system that does not say
+            return ""
+        certain = free < number * least_bytes
+        size = least_bytes if certain else likely_bytes
+        message = (
+            f"{'Too little' if certain else 'Perhaps too little'} room for checkpoints: {self.directory} has "
+            f"{free / 1e6:.1f} MB free. Expected {number * size / 1e6:.1f} MB: {number} more of "
+            f"{'at least' if certain else 'about'} {size / 1e6:.1f} MB, the one being written included. "
+            "Free some space, keep fewer, or give another --output_dir."
+        )
+        if certain:
+            raise RunDirectoryError(message)
+        return message
 
     def save(self, state: Mapping[str, Any], facts: Mapping[str, Any]) -> Checkpoint:
         """`write` under the name of its step, then `commit`."""

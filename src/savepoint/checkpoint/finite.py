@@ -1,0 +1,75 @@
+"""Nothing numeric is silent: the first loss that is NaN or infinite is told, and such a state is never saved."""
+
+import sys
+from typing import Literal
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from savepoint.checkpoint.store import CheckpointStore
+from savepoint.errors import CheckpointSaveError, NonFiniteLossError
+
+NEVER = 2**62  # the step of the first non-finite loss, while there is none
+
+
+class FiniteWatch:
+    """Watches the training loss without making the device wait, and the weights before each save.
+
+    Args:
+        on_nan: stop the training, or warn.
+    """
+
+    def __init__(self, on_nan: Literal["stop", "warn"]) -> None:
+        self.on_nan = on_nan
+        self._told: int | None = None
+
+    def begin(self, device: torch.device) -> None:
+        # Kept on the device: asking for the value at every step would make the device wait at every step.
+        self._first_bad = torch.tensor(NEVER, device=device)
+
+    def see(self, loss: Tensor, step: int) -> None:
+        self._first_bad = torch.where(torch.isfinite(loss), self._first_bad, self._first_bad.clamp(max=step))
+
+    def check_loss(self, trainer: Trainer, store: CheckpointStore) -> int | None:
+        """The first step with a loss that is not finite, told once; None if there is none. All ranks ask at the same steps.
+
+        Raises:
+            NonFiniteLossError: with `on_nan: stop`.
+        """
+        first = int(trainer.strategy.reduce(self._first_bad, reduce_op="min"))
+        if first == NEVER:
+            return None
+        message = _message(f"The training loss is not finite: first at step {first}.", store)
+        if self.on_nan == "stop":
+            raise NonFiniteLossError(message)
+        if self._told != first and trainer.is_global_zero:
+            print(message, file=sys.stderr, flush=True)
+        self._told = first
+        return first
+
+    def check_weights(self, trainer: Trainer, store: CheckpointStore) -> CheckpointSaveError | None:
+        """Why the state must not be saved; None where it may. NaN weights never become the latest checkpoint, or
+        retention would delete the good ones.
+
+        Raises:
+            NonFiniteLossError: with `on_nan: stop`.
+        """
+        first = self.check_loss(trainer, store)
+        module = trainer.lightning_module
+        # Of buffers NaN only: a mask may well be infinite.
+        bad = [~torch.isfinite(p).all() for p in module.parameters()] + [torch.isnan(b).any() for b in module.buffers()]
+        if not any(bad):
+            self._first_bad.fill_(NEVER)  # at most a bad batch, left out by a gradient scaler
+            return None
+        began = f" (the training loss: first at step {first})" if first is not None else ""
+        message = _message(f"The weights are not finite at step {trainer.global_step}{began}.", store)
+        if self.on_nan == "stop":
+            raise NonFiniteLossError(message)
+        return CheckpointSaveError(message, store.directory)
+
+
+def _message(what: str, store: CheckpointStore) -> str:
+    latest = store.latest()
+    where = f"The last checkpoint is from before it: {latest.path}" if latest else "There is no checkpoint yet"
+    return f"{what} Expected numbers. {where}. Go on from there with a lower learning rate (--allow model.lr)."

@@ -1,0 +1,47 @@
+"""From a program's arguments to its exit code, in a process of its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAD = """
+import sys
+from pathlib import Path
+from savepoint import entry, errors
+
+def main(argv):
+    for line in range(3000):
+        print("out", line, flush=True)
+        print("err", line, file=sys.stderr)
+    Path(argv[0]).touch()
+    return 0
+
+def fail(argv):
+    raise errors.CheckpointSaveError("Saving failed.", "x")
+
+def mistake(argv):
+    raise errors.ConfigError("Wrong.")
+"""
+
+
+def command(body: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", f"{HEAD}\nentry.run({body}, {str(ROOT / 'train.py')!r})", *arguments]
+
+
+@pytest.mark.parametrize("code", ["{} > /dev/full 2>&1", "{} 2>&1 | head -1", "{} >&- 2>&-"])
+def test_output_that_cannot_be_written_ends_no_training(tmp_path: Path, code: str) -> None:
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", code.format('"$@"'), "bash", *command("main", str(tmp_path / "done"))],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize(("body", "code", "said"), [("mistake", 2, "Wrong."), ("fail", 1, "Saving failed.")])
+def test_an_error_is_its_message_and_its_exit_code(body: str, code: int, said: str) -> None:
+    done = subprocess.run(command(body), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, f"{said}\n")
