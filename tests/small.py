@@ -28,10 +28,12 @@ MAY_DIFFER = ("manifest", "callbacks", "run")
 class SmallModel(LightningModule):
     """Dropout, batch norm, draws from every generator, metrics, and sums logged in every way."""
 
-    def __init__(self, schedule: str = "one_cycle", automatic: bool = True, forever: bool = False) -> None:
+    def __init__(
+        self, schedule: str = "one_cycle", automatic: bool = True, forever: bool = False, lr: float = 0.05
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.schedule, self.automatic_optimization = schedule, automatic
+        self.schedule, self.automatic_optimization, self.lr = schedule, automatic, lr
         self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
         self.train_accuracy = MulticlassAccuracy(3)
         self.forever = MulticlassAccuracy(3) if forever else None
@@ -71,7 +73,7 @@ class SmallModel(LightningModule):
         if not self.automatic_optimization:
             halves = list(self.net[:2].parameters()), list(self.net[2:].parameters())
             return [torch.optim.SGD(halves[0], lr=0.05, momentum=0.9), torch.optim.AdamW(halves[1], lr=0.01)]
-        optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
         if self.schedule == "one_cycle":
             total = self.trainer.estimated_stepping_batches
             scheduler = LambdaLR(optimizer, lambda step: 1 - min(step, total) / total)

@@ -7,11 +7,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LearningRateMonitor
 from small import EveryPoint, SmallData, SmallModel, fit, one_thread, resume_differs
 
 from savepoint.checkpoint import callback as callback_module
 from savepoint.checkpoint import state as state_module
+from savepoint.monitors import GradientNorm, LearningRateFinder, Resources
 
 CASES: dict[str, dict[str, Any]] = {
     "validation after each epoch": {},
@@ -38,6 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
     "weight averaging": {"callbacks": lambda: [EMAWeightAveraging(decay=0.8)]},
     "two optimizers": {"model": partial(SmallModel, automatic=False)},
     "gradient clipping": {"gradient_clip_val": 0.1},
+    "monitors": {"callbacks": lambda: [LearningRateMonitor("step"), GradientNorm(), Resources()]},
+    "learning rate finder": {
+        "model": partial(SmallModel, lr=0.01),
+        "callbacks": lambda: [LearningRateFinder(min_lr=1e-4, num_training_steps=20)],
+    },
     "map-style loader": {"data": partial(SmallData, workers=0)},
     "map-style loader with two workers": {"data": partial(SmallData, workers=2), "max_epochs": 2},
 }

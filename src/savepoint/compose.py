@@ -9,7 +9,8 @@ From weakest to strongest, whatever their order on the command line:
 
 Replace, never mix: `model` and `data` are replaced whole by whatever names them later, so no value of a class that was
 chosen before survives in the one that is chosen now. `trainer` and `checkpoint` belong to one class each and are merged
-key by key; the value of a key in them is again replaced whole. A single value that names a class drops what the files
+key by key; the value of a key in them is again replaced whole, unless a file writes the key with a plus, as in
+`callbacks+`: then it is added to the list that is there. A single value that names a class drops what the files
 said about the class that stood there.
 """
 
@@ -176,9 +177,16 @@ def _lay(composed: Composed, layer: Any, folder: Path, source: str) -> None:
             composed.config[key], composed.origins[key] = _class_group(key, value, folder, source)
         else:
             group, origin = _merged_group(key, value, folder, source)
-            composed.config.setdefault(key, {}).update(group)
+            there = composed.config.setdefault(key, {})
+            for name in [name for name in group if str(name).endswith("+")]:
+                group[name[:-1]] = [*_as_list(there.get(name[:-1])), *_as_list(group.pop(name))]
+            there.update(group)
             composed.origins.setdefault(key, origin)
             composed.origins.update({f"{key}.{name}": origin for name in group})
+
+
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 def _class_group(key: str, value: Any, folder: Path, source: str) -> tuple[Any, str]:

@@ -48,12 +48,15 @@ class Meter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        first = batch[0] if isinstance(batch, Sequence) and batch else batch
-        if isinstance(first, Tensor) and first.ndim:
-            self._samples_now += len(first) * trainer.world_size
+        self._samples_now += self.samples_in(batch) * trainer.world_size
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._ended = time.monotonic()
+
+    @staticmethod
+    def samples_in(batch: Any) -> int:
+        first = batch[0] if isinstance(batch, Sequence) and batch else batch
+        return len(first) if isinstance(first, Tensor) and first.ndim else 0
 
 
 class Bar(RichProgressBar):

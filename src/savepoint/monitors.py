@@ -1,0 +1,122 @@
+"""Callbacks that a run can switch on by config: what the gradients do, what the machine does, a learning rate to start with.
+
+Each goes on over a resume as if it had not happened; what comes from the clock or the machine goes to columns time/*.
+"""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import LearningRateFinder as LightningLearningRateFinder
+from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
+from torch.optim import Optimizer
+
+from savepoint.errors import ConfigError
+from savepoint.progress import Meter
+
+
+class GradientNorm(Callback):
+    """Logs `train/grad_norm`: the 2-norm of all gradients together, before they are clipped."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        several = len(trainer.optimizers) > 1
+        name = f"train/grad_norm_{trainer.optimizers.index(optimizer)}" if several else "train/grad_norm"
+        pl_module.log(name, torch.nn.utils.get_total_norm(gradients), on_step=True, on_epoch=False)
+
+
+class Resources(Callback):
+    """Logs time/samples_per_sec, time/step_ms and the peak memory, time/memory_mb and time/accelerator_memory_mb.
+
+    Once every `log_every_n_steps` steps, over the steps since the last time.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step, self._since, self._samples = trainer.global_step, time.monotonic(), 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._samples += Meter.samples_in(batch) * trainer.world_size
+        steps, every = trainer.global_step - self._step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if not steps or not every or trainer.global_step % every:
+            return
+        secs = time.monotonic() - self._since
+        # Not self.log: that would put the clock among the metrics, and so into every checkpoint.
+        row = {
+            "time/samples_per_sec": round(self._samples / secs, 1),
+            "time/step_ms": round(1000 * secs / steps, 3),
+            "time/memory_mb": round(_peak_memory_bytes() / 1e6, 1),
+        }
+        if pl_module.device.type != "cpu":
+            device = torch.get_device_module(pl_module.device)
+            row["time/accelerator_memory_mb"] = round(device.max_memory_allocated() / 1e6, 1)
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=trainer.global_step)
+        self.on_train_start(trainer, pl_module)
+
+
+class LearningRateFinder(LightningLearningRateFinder):
+    """Lightning's: tries rising learning rates before the training, and takes the one at which the loss falls fastest.
+
+    Lightning's own sets the optimizer alone: a schedule that multiplies a base rate takes the value back at its first
+    step, and a resume searches again, from the weights of a training in progress. Here the base rates of the schedules
+    are set too, and a resume goes on with what was found. A schedule with rates of its own (OneCycleLR, CyclicLR) keeps
+    them: give it one that multiplies, such as `model.schedule`.
+    """
+
+    found: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"found": self.found}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.found = state_dict["found"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.found is not None and self._update_attr:  # after a resume: optimizer and schedule have theirs already
+            name = self._attr_name or ("lr" if lightning_hasattr(pl_module, "lr") else "learning_rate")
+            lightning_setattr(pl_module, name, self.found)
+
+    def lr_find(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.ckpt_path:
+            return
+        super().lr_find(trainer, pl_module)
+        found = self.optimal_lr.suggestion() if self.optimal_lr else None
+        if found is None:
+            raise ConfigError(
+                f"No learning rate found: too few steps, or the loss falls nowhere between {self._min_lr:g} and "
+                f"{self._max_lr:g}. Expected a falling loss. Give more num_training_steps or another range, or a model.lr "
+                "without the finder."
+            )
+        if not self._update_attr:
+            return
+        self.found = found
+        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            group["lr"] = group["initial_lr"] = found
+        for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
+            if hasattr(scheduler, "base_lrs"):
+                scheduler.base_lrs = [found] * len(scheduler.base_lrs)
+                for group, rate in zip(scheduler.optimizer.param_groups, _rates(scheduler), strict=True):
+                    group["lr"] = rate
+        if trainer.is_global_zero:
+            print(f"learning rate found: {found:.3g}", flush=True)
+
+
+def _rates(scheduler: Any) -> list[float]:
+    """The rates of a schedule at its current step, from its base rates."""
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        return [
+            float(base * f(scheduler.last_epoch))
+            for base, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
+    return list(scheduler.base_lrs)
+
+
+def _peak_memory_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
