@@ -91,7 +91,7 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def flat(*argv: str, base: str | None = None) -> dict[str, Any]:
-    return cli.flatten(cli.dump(cli.parse(argv, base=base)))
+    return compose.flatten(cli.dump(cli.parse(argv, base=base)))
 
 
 def only(values: dict[str, Any], group: str) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def test_a_dump_holds_the_keys_of_the_contract_and_nothing_of_the_way_they_were_
 def test_flatten_names_values_as_their_flags() -> None:
     model = "{class_path: a.M, init_args: {lr: 1, net: {class_path: a.N}, betas: [1, 2], more: {}}}"
     text = f"{{model: {model}, seed_everything: 0}}"
-    assert cli.flatten(text) == {
+    assert compose.flatten(text) == {
         "model": "a.M",
         "model.lr": 1,
         "model.net": "a.N",

@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import pytest
 import torch
 from checkpoint_files import facts, small_checkpoint, small_state
 
+from savepoint.checkpoint import manifest
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.commands import main
@@ -67,19 +69,6 @@ def test_nothing_to_look_at_exits_with_2(tmp_path: Path, name: str, capsys: pyte
     assert str(tmp_path / name) in captured.err
 
 
-@pytest.mark.parametrize("arguments", [[], ["verify"], ["verify", "--what", "a"], ["nonsense"]])
-def test_wrong_words_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    assert "usage: savepoint" in capsys.readouterr().err
-
-
-def test_help_names_the_subcommands(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="0"):
-        main(["--help"])
-    assert "verify" in capsys.readouterr().out
-
-
 def test_the_command_starts_without_torch(tmp_path: Path) -> None:
     path = small_checkpoint(tmp_path / "a.ckpt").path
     command = [sys.executable, "-X", "importtime", "-m", "savepoint", "verify", path]
@@ -88,3 +77,38 @@ def test_the_command_starts_without_torch(tmp_path: Path) -> None:
     assert not {"torch", "numpy", "lightning"} & imported
     assert "savepoint.checkpoint.manifest" in imported
     assert run.stdout.startswith(f"{path}: verifies: step 30")
+
+
+def test_a_file_that_its_run_deletes_meanwhile_is_passed_over(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = manifest.step_files(run_dir / "checkpoints")
+    monkeypatch.setattr(manifest, "step_files", lambda directory: listed)
+    listed[1].unlink()
+    assert main(["verify", str(run_dir)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_a_deep_look_finds_weights_that_are_not_finite(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--deep", str(run_dir)]) == 0
+    assert all(line.endswith(" bytes, loads, is finite") for line in capsys.readouterr().out.splitlines())
+    state = small_state()
+    state["state_dict"]["weight"][3, 4] = float("nan")
+    state["optimizer_states"][0]["state"][0]["exp_avg"][0] = float("inf")
+    CheckpointStore(run_dir / "checkpoints", retention=Retention(keep_last=9)).save(state, facts(40))
+    assert main(["verify", str(run_dir)]) == 0
+    capsys.readouterr()
+    assert main(["verify", "--deep", str(run_dir)]) == 1
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert "verifies, but 2 tensors are not finite: state_dict.weight, optimizer_states[0].state.0.exp_avg" in said
+
+
+def test_several_paths_are_looked_at_and_one_that_is_damaged_is_enough(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = small_checkpoint(run_dir / "a b.ckpt").path
+    flip(other)
+    assert main(["verify", str(run_dir / "checkpoints" / "last.ckpt"), str(other), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [(Path(one["file"]).name, one["verifies"]) for one in found] == [("last.ckpt", True), ("a b.ckpt", False)]
+    assert found[1]["reason"].startswith("one or more damaged bytes in record")

@@ -10,7 +10,7 @@ from typing import Any
 from savepoint import compose, precheck
 from savepoint.checkpoint import manifest
 from savepoint.errors import CheckpointForeignError, CheckpointNotFoundError, ConfigError
-from savepoint.run import show
+from savepoint.run import requeued, show
 
 USAGE = """\
 usage: python resume.py [CKPT | RUN_DIR] [--KEY VALUE]...
@@ -58,6 +58,8 @@ def request(argv: Sequence[str]) -> Request | None:
     if asked is None:
         print(USAGE, end="")
         return None
+    if requeued() and not asked.plan:
+        target = _once(asked, target)
     if target is None:
         asked.run_dir = newest_run(Path(asked.output_dir))
     else:
@@ -70,6 +72,20 @@ def request(argv: Sequence[str]) -> Request | None:
         )
     _check_overrides(asked)
     return asked
+
+
+def _once(asked: Request, target: str | None) -> str | None:
+    """A requeued job gives the same command again: a fork that was begun goes on, and nothing is set aside twice."""
+    if asked.fork and _step_files(fork := Path(asked.output_dir) / asked.fork):
+        asked.fork, asked.best = None, False
+        return str(fork)
+    if asked.rewind or asked.fork == "":
+        flag = "--rewind" if asked.rewind else "--fork"
+        raise ConfigError(
+            f"{flag} in a job that SLURM requeued: what it began would be begun again. Expected a command that goes on. "
+            "Requeue: python resume.py RUN_DIR, or --fork NAME"
+        )
+    return target
 
 
 def _check_overrides(asked: Request) -> None:

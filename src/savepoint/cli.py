@@ -83,14 +83,6 @@ def _exact(value: Any, written: Any) -> Any:
     return value if isinstance(value, str | int | float) and not isinstance(value, Enum) else written
 
 
-def flatten(text: str) -> dict[str, Any]:
-    """The values of a dumped config under the names their flags have: "model" (the class), "model.lr", "model.net".
-
-    Lists are values.
-    """
-    return dict(_leaves("", compose.parse_yaml(text, "the config")))
-
-
 def instantiate(
     config: Namespace,
     *,
@@ -167,8 +159,9 @@ class _Cli(LightningCLI):
         parser.add_argument(
             "--resume",
             type=Literal["never", "auto", "must"],
-            default="never",
-            help="What a run directory that exists means: an error, a run to continue, or the only thing accepted.",
+            default=None,
+            help="What a run directory that exists means: an error, a run to continue, or the only thing accepted. "
+            "Not given: auto in a job that SLURM requeued, else never.",
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -231,20 +224,9 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, dict) or not value:
-        yield key, value
-        return
-    if "class_path" in value:
-        yield key, value["class_path"]
-        value = {**(value.get("init_args") or {}), **(value.get("dict_kwargs") or {})}
-    for name, inner in value.items():
-        yield from _leaves(f"{key}.{name}" if key else name, inner)
-
-
 def _refuse_nulls(config: Namespace, composed: compose.Composed) -> None:
     """jsonargparse lets null pass for any argument of a class; the class then meets it in the middle of a run."""
-    values = flatten(dump(config))
+    values = compose.flatten(dump(config))
     for key in (key for key, value in values.items() if value is None and key.split(".")[0] in compose.REPLACED):
         owner, _, name = key.rpartition(".")
         chosen = values.get(owner)
@@ -347,7 +329,7 @@ def _locate(text: str, composed: compose.Composed) -> tuple[str, str]:
     if option := re.search(r"[Oo]ption '([\w.]+)'", cause):
         names.append(option[1])
     # The report leaves out the names between the first and the last: net in model.net.width.
-    whole = (key for key in dict(_leaves("", composed.config)) if key.startswith(f"{names[0]}.")) if names else ()
+    whole = (key for key in dict(compose.leaves(composed.config)) if key.startswith(f"{names[0]}.")) if names else ()
     return next((key for key in whole if key.endswith(f".{names[-1]}")), ".".join(names)), cause
 
 
@@ -403,7 +385,7 @@ def _class_at(key: str, composed: compose.Composed) -> type | None:
     """The class that is chosen at `key`, by a flag or a file."""
     if key in ("trainer", "checkpoint"):
         return Trainer if key == "trainer" else CheckpointCallback
-    name = dict(composed.flags).get(key) or dict(_leaves("", composed.config)).get(key)
+    name = dict(composed.flags).get(key) or dict(compose.leaves(composed.config)).get(key)
     return _resolve(name, key) if isinstance(name, str) else None
 
 

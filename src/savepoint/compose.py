@@ -20,6 +20,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,32 @@ def read(path: Path, what: str = "config file") -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"A {what} that cannot be read: {path} ({error}). Expected a readable YAML text.") from error
     return parse_yaml(text, _shown(path))
+
+
+def flatten(text: str) -> dict[str, Any]:
+    """The values of a dumped config under the names their flags have: "model" (the class), "model.lr", "model.net".
+
+    Lists are values.
+    """
+    return dict(leaves(parse_yaml(text, "the config")))
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict) or not value:
+        yield key, value
+        return
+    if "class_path" in value:
+        yield key, value["class_path"]
+        value = {**(value.get("init_args") or {}), **(value.get("dict_kwargs") or {})}
+    for name, inner in value.items():
+        yield from leaves(inner, f"{key}.{name}" if key else str(name))
+
+
+def config_name(argv: Sequence[str]) -> str:
+    """The name of the last `--config` file, the default one's where none is given."""
+    names = [after for before, after in pairwise(argv) if before in ("-c", "--config")]
+    names += [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
+    return Path(names[-1] if names else DEFAULT_CONFIG).stem
 
 
 def nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:

@@ -36,6 +36,8 @@ class _Requests:
         self.since = 0.0
         self.save = False
         self.armed = False
+        self.answered = False  # what stands above was asked of a training that has ended
+        self.ignored: set[int] = set()
 
 
 requests = _Requests()
@@ -45,21 +47,24 @@ def install() -> None:
     """Takes the signals. Called at the start of the process, and again once Lightning has put its own handlers there."""
     if threading.current_thread() is not threading.main_thread():
         return
-    for signum in STOP:
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, _on_stop)
-    if signal.getsignal(SAVE) is not signal.SIG_IGN:
-        signal.signal(SAVE, _on_save)
+    for signum in (*STOP, SAVE):
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            requests.ignored.add(signum)  # remembered: Lightning puts a handler of its own even there
+        handler = _on_save if signum == SAVE else _on_stop
+        signal.signal(signum, signal.SIG_IGN if signum in requests.ignored else handler)
 
 
 def arm() -> None:
     """From here on a signal waits for the next safe point."""
+    if requests.answered:  # the second training of a notebook does not stop for what stopped the first
+        requests.stop, requests.save, requests.answered = 0, False, False
     requests.armed = True
     install()
 
 
 def disarm() -> None:
-    requests.armed = False
+    """The training has ended: from here on a signal leaves at once."""
+    requests.armed, requests.answered = False, True
 
 
 def _on_stop(signum: int, frame: FrameType | None) -> None:

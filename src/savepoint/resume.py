@@ -13,13 +13,13 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from savepoint import cli, foreign_start, training
+from savepoint import cli, compose, foreign_start, training
 from savepoint.checkpoint import store
 from savepoint.checkpoint.state import environment
 from savepoint.choose import Request
 from savepoint.errors import CheckpointNotFoundError, ConfigError, ConfigMismatchError
 from savepoint.overrides import ApplyOverrides
-from savepoint.run import Run, default_name, plural, python, rank, scheduled, show
+from savepoint.run import Run, default_name, plural, python, rank, requeued, scheduled, show
 
 # Where the checkpoint of this start is said to ranks that the launcher starts later.
 ENVIRONMENT_KEY = "SAVEPOINT_CHECKPOINT"
@@ -45,16 +45,12 @@ class Source:
 
 
 def start(argv: Sequence[str]) -> int:
-    """`python train.py`: a new run, or with `--resume auto | must` the run of that name."""
+    """`python train.py`: a new run, or with `--resume auto | must` and in a requeued job the run of that name."""
     config = cli.parse(argv)
-    if config.resume == "never":
+    mode = config.resume or ("auto" if requeued() else "never")
+    if mode == "never":
         return training.train(config, argv)
-    if config.run_name is None and not scheduled():
-        raise ConfigError(
-            f"--resume {config.resume} cannot tell which run is meant: no run_name. Expected one. Give --run_name NAME."
-        )
-    name = config.run_name or default_name(training.config_name(argv))
-    run_dir = Path(config.output_dir) / name
+    run_dir = Path(config.output_dir) / (config.run_name or _name_of_job(argv, config, mode))
     if any((run_dir / "checkpoints").glob("step-*.ckpt")):
         return _continue(Request(run_dir=run_dir), config)
     if damaged := sorted((run_dir / "checkpoints").glob("*.corrupt")):
@@ -64,7 +60,7 @@ def start(argv: Sequence[str]) -> int:
             "Expected one that verifies. Put a copy back, or start under another --run_name.",
             run_dir,
         )
-    if config.resume == "must":
+    if mode == "must":
         raise CheckpointNotFoundError(
             f"Nothing to continue: {run_dir} has no checkpoint, and --resume must was given. Expected one. "
             "Start the run with --resume auto.",
@@ -73,12 +69,23 @@ def start(argv: Sequence[str]) -> int:
     return training.train(config, argv, reuse=run_dir)
 
 
+def _name_of_job(argv: Sequence[str], config: Any, mode: str) -> str:
+    """The default name is a promise to find the run again only where a scheduler gives every start the same one."""
+    name = default_name(compose.config_name(argv))
+    why = None if scheduled() else "no run_name"
+    if (Path(config.output_dir) / f"{name}-2").exists():
+        why = f"this job has more than one, {name} and {name}-2"
+    if why:
+        raise ConfigError(f"--resume {mode} cannot tell which run is meant: {why}. Expected one. Give --run_name NAME.")
+    return name
+
+
 def resume(request: Request) -> int:
     """`python resume.py`."""
     if request.foreign:
         assert request.file is not None
         config = cli.parse(request.overrides)
-        return foreign_start.start(request.file, config, training.config_name(request.overrides))
+        return foreign_start.start(request.file, config, compose.config_name(request.overrides))
     return _continue(request, None)
 
 
@@ -100,7 +107,7 @@ def _go_on(request: Request, config: Any, run: Run | None) -> int:
     if config is None:
         config = cli.parse(request.overrides, base=source.state["config"])
     changed = differences(was, cli.dump(config))
-    check_allowed(request.allow, [*cli.flatten(was), *changed])
+    check_allowed(request.allow, [*compose.flatten(was), *changed])
     refuse(changed, request.allow)
     if ended := finished(source, changed, request):
         print(ended)
@@ -114,6 +121,7 @@ def _go_on(request: Request, config: Any, run: Run | None) -> int:
     begin = training.Start(
         checkpoint=source.path,
         digest=source.manifest["digest"],
+        run=source.state["run"],
         keep_rows=rows if run else 0,
         # In a validation the rows of this very step are logged already, those of the validation are not.
         purge_step=(stepped + (source.state["at"] == "validation")) if run else None,
@@ -179,7 +187,7 @@ def choose(request: Request, *, may_rename: bool) -> Source:
 
 def differences(was: str, is_: str) -> dict[str, tuple[Any, Any]]:
     """Config key -> (value in the checkpoint, value now), for the keys that are compared."""
-    old, new = cli.flatten(was), cli.flatten(is_)
+    old, new = compose.flatten(was), compose.flatten(is_)
     keys = [key for key in {**old, **new} if key.split(".")[0] not in NOT_COMPARED]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 

@@ -6,6 +6,7 @@ summary.json   the result
 lock           held while a process trains here
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -14,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -35,6 +37,11 @@ def rank() -> int:
 def scheduled() -> str | None:
     """The id of the job, where a scheduler or torchrun starts this process: the same on every rank and after a requeue."""
     return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def requeued() -> bool:
+    """Whether SLURM has started this very job before: the same command is to go on, not to begin again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
 
 
 def default_name(config_name: str) -> str:
@@ -115,34 +122,45 @@ class Run:
         any descriptor of the file is closed in this process, so the file is opened here, once, and never again.
         """
         path = self.directory / "lock"
+        with contextlib.suppress(OSError):
+            if _identity(path.stat()) in _locked:
+                raise self._in_use("this very process")
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise _unwritable(self.directory, error) from error
-        said = os.pread(descriptor, 4096, 0).decode(errors="replace")
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
+            holder = _holder(_said(descriptor, wait_secs=1))
             os.close(descriptor)
-            holder = _holder(said)
-            raise RunLockedError(
-                f"Another process trains in this run directory: {self.directory}, held by {holder}. "
-                "Expected it free. Wait for it or stop it, or start a run of another name."
-            ) from None
-        if said.strip():
-            print(f"Taking over the lock of {_holder(said)}, which is no longer running.")
+            raise self._in_use(holder) from None
+        except OSError as error:  # a file system without locks
+            os.close(descriptor)
+            raise _unwritable(path, error) from error
+        said = _said(descriptor)
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": _boot_id()}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(mine).encode(), 0)
         self._lock = descriptor
+        _locked.add(_identity(os.fstat(descriptor)))
+        if said.strip():
+            print(f"Taking over the lock of {_holder(said)}, which is no longer running.")
         for stale in self.directory.glob(".*.tmp"):  # of a process that died here; we hold the lock
             stale.unlink(missing_ok=True)
 
     def unlock(self) -> None:
         if self._lock is not None:
             os.ftruncate(self._lock, 0)  # an empty file says that nobody died here
+            _locked.discard(_identity(os.fstat(self._lock)))
             os.close(self._lock)
             self._lock = None
+
+    def _in_use(self, holder: str) -> RunLockedError:
+        return RunLockedError(
+            f"Another process trains in this run directory: {self.directory}, held by {holder}. "
+            "Expected it free. Wait for it or stop it, or start a run of another name."
+        )
 
     # -- what is recorded --------------------------------------------------------------------------------------------
 
@@ -212,6 +230,22 @@ def _unwritable(path: Path, error: OSError) -> RunDirectoryError:
         f"Cannot write the run directory: {path} ({error.strerror}). Expected a directory that this user may write, "
         "with room in it. Give another one: --output_dir DIR"
     )
+
+
+# The lock files that this process has open. A forked one inherits the list and none of the locks: hence its number.
+_locked: set[tuple[int, int, int]] = set()
+
+
+def _identity(lock: os.stat_result) -> tuple[int, int, int]:
+    return os.getpid(), lock.st_dev, lock.st_ino
+
+
+def _said(lock: int, *, wait_secs: float = 0) -> str:
+    """What stands in a lock file. Whoever has just taken it is about to write its name."""
+    until = time.monotonic() + wait_secs
+    while not (said := os.pread(lock, 4096, 0).decode(errors="replace")) and time.monotonic() < until:
+        time.sleep(0.01)
+    return said
 
 
 def _holder(text: str) -> str:

@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import savepoint
-from savepoint import cli, weights
+from savepoint import cli, compose, weights
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.checkpoint.facts import Provenance
@@ -34,6 +33,7 @@ class Start:
 
     checkpoint: Path | None = None
     digest: str | None = None
+    run: Mapping[str, Any] | None = None  # id and name of the run that made it
     keep_rows: int = 0
     purge_step: int | None = None
     changed: Mapping[str, tuple[Any, Any]] | None = None  # config key -> (was, is)
@@ -65,6 +65,7 @@ class _Recorder(Callback):
                 self.config,
                 checkpoint=self.start.checkpoint and self.start.checkpoint.name,
                 step=trainer.global_step,
+                parent=dict(self.start.run) if self.start.run else None,
                 changed={key: list(pair) for key, pair in (self.start.changed or {}).items()},
                 world_size=trainer.world_size,
             )
@@ -88,6 +89,9 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
     model, data, trainer = cli.instantiate(
         config, callbacks=callbacks, logger=loggers, default_root_dir=str(run.directory), **shown
     )
+    for logger in trainer.loggers:
+        if hasattr(logger, "join"):
+            logger.join(record["id"], run.directory)
     checkpointing = next(c for c in trainer.callbacks if isinstance(c, CheckpointCallback))  # type: ignore[attr-defined]
     checkpointing.use(run.directory / "checkpoints")
     checkpointing.provenance = Provenance(
@@ -101,7 +105,11 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
 def train(config: Any, argv: Sequence[str], *, reuse: Path | None = None) -> int:
     """A new run. `reuse` is a directory that may be there already, without a checkpoint: it was killed before its first."""
     exists = reuse is not None and reuse.is_dir()
-    run = Run.open(reuse) if reuse and exists else Run.create(config.output_dir, config.run_name, config_name(argv))
+    run = (
+        Run.open(reuse)
+        if reuse and exists
+        else Run.create(config.output_dir, config.run_name, compose.config_name(argv))
+    )
     try:
         training = build(config, run)
         if config.init_from:
@@ -117,15 +125,8 @@ def train(config: Any, argv: Sequence[str], *, reuse: Path | None = None) -> int
 def portable(config: Any) -> Any:
     """The config without what says where and how this start was made: the same in every checkpoint of equal runs."""
     config = config.clone()
-    config.run_name, config.output_dir, config.resume = None, "outputs", "never"
+    config.run_name, config.output_dir, config.resume = None, "outputs", None
     return config
-
-
-def config_name(argv: Sequence[str]) -> str:
-    """The name of the last `--config` file, the default one's where none is given."""
-    names = [after for before, after in pairwise(argv) if before in ("-c", "--config")]
-    names += [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
-    return Path(names[-1]).stem if names else "mnist"
 
 
 def execute(training: Training, checkpoint: Path | None = None) -> int:

@@ -33,7 +33,7 @@ _temps_in_use: set[str] = set()  # this process's own: in a container the proces
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file, open for writing and reading, that is `path` once the block ends; if that fails, nothing changed."""
     with saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         with _temp_for(path) as temp:
             # 0o666 less the umask, as any file a user makes. A crash in here leaves a temp: the next sweep takes it.
             descriptor = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -47,6 +47,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.replace(temp, path)
         # A crash before this line costs, at a power cut only, the new name: the directory shows the old file again.
         _sync_directory(path.parent)
+
+
+def make_directory(directory: Path) -> None:
+    """With its parents, each of their names on disk: a file is not safe in a directory that a power cut takes away."""
+    if not directory.is_dir():
+        make_directory(directory.parent)
+        directory.mkdir(exist_ok=True)
+        _sync_directory(directory.parent)
 
 
 def _sync_directory(directory: Path) -> None:
@@ -107,7 +115,7 @@ def try_out(directory: Path) -> None:
     Raises:
         OSError: what the file system says.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     with _temp_for(directory / "last.ckpt") as first, _temp_for(directory / "last.ckpt") as second:
         descriptor = os.open(first, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:

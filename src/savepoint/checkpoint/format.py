@@ -7,6 +7,7 @@ nothing here ever loads in another way. The manifest is written last (see `manif
 import hashlib
 import io
 import pickle
+import re
 import struct
 import warnings
 from collections import Counter, OrderedDict
@@ -56,9 +57,13 @@ def decode(path: Path | str, map_location: Any = "cpu", mmap: bool = False) -> S
     path = manifest.local_path(path)
     facts = manifest.read(path)
     try:
-        state: State = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+        # Torch warns of what it then refuses; what cannot be read ends in an error of ours.
+        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
+            # An open file, as torch goes by the name of one that ends in .safetensors; it maps only what it opens itself.
+            source = path if mmap else file
+            state: State = torch.load(source, map_location=map_location, mmap=mmap, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = manifest.diagnose(path) or f"torch {torch.__version__} cannot read it: {str(error).splitlines()[0]}"
+        reason = manifest.diagnose(path) or f"torch {torch.__version__} cannot read it: {_cause(error)}"
         raise manifest.corrupt(path, reason) from error
     for version in range(facts["format_version"], manifest.FORMAT_VERSION):
         state = MIGRATIONS[version](state)
@@ -137,6 +142,16 @@ def _reads_back(value: Any) -> bool:
     except Exception:  # noqa: BLE001 - whatever a user's __reduce__ raises: such a value cannot be stored
         return False
     return True
+
+
+def _cause(error: Exception) -> str:
+    """In torch's words, but never with its advice to load in a way that runs programs."""
+    if found := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error)):
+        return f"it holds a {found[1]}, which is neither a tensor nor a plain value"
+    words = str(error).partition("\n")[0]
+    if "weights_only" in str(error) or not words:
+        return "it does not hold tensors and plain values alone"
+    return words
 
 
 def _first_os_error(error: BaseException | None) -> OSError | None:

@@ -179,8 +179,8 @@ def _open(path: Path) -> BinaryIO:
 def _read_tail(path: Path, file: BinaryIO) -> _Tail:
     try:
         tail = _sealed_tail(file)
-    except ValueError:
-        raise _refusal(path) from None
+    except ValueError as error:
+        raise _refusal(path, sealed=not isinstance(error, _NoSealError)) from None
     if (version := tail.facts["format_version"]) > FORMAT_VERSION:
         raise CheckpointVersionError(
             f"Written by a newer Savepoint: {path}. Format {FORMAT_VERSION} or older was expected, this is {version}. "
@@ -190,13 +190,16 @@ def _read_tail(path: Path, file: BinaryIO) -> _Tail:
     return tail
 
 
+class _NoSealError(ValueError): ...
+
+
 def _sealed_tail(file: BinaryIO) -> _Tail:
     size = file.seek(0, os.SEEK_END)
     start = file.seek(max(0, size - _FIRST_READ_BYTES))
     data = file.read()
     end = data[-_END_RECORD.size - SEAL_BYTES :]
     if not end.startswith(b"PK\5\6") or not end[_END_RECORD.size :].startswith(MAGIC):
-        raise ValueError("no seal")
+        raise _NoSealError
     offset = int(end[_END_RECORD.size + len(MAGIC) :][:16], 16)
     if not 0 <= offset < size or size - offset > _MAX_TAIL_BYTES:
         raise ValueError("the seal points outside the file")
@@ -220,10 +223,11 @@ def _parse(data: bytes) -> dict[str, Any]:
     return facts
 
 
-def _refusal(path: Path) -> CheckpointCorruptError | CheckpointForeignError:
+def _refusal(path: Path, *, sealed: bool) -> CheckpointCorruptError | CheckpointForeignError:
     found = _examine(path)
-    if not found.foreign:
-        return corrupt(path, found.words)
+    if sealed or not found.foreign:
+        # With a seal, even one that does not hold, it is ours: a damaged name can make it look like another program's.
+        return corrupt(path, "one or more damaged bytes in its directory" if found.foreign else found.words)
     return CheckpointForeignError(
         f"Not a checkpoint of Savepoint: {path}. A file with a manifest was expected; this is {found.words}. "
         "To start a new run from the weights in a file of another program, give it as --init_from.",

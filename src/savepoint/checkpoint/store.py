@@ -225,6 +225,12 @@ class CheckpointStore:
         # A crash before or between the deletions costs disk space until the next commit.
         return self._delete(self._superfluous())
 
+    def reasons(self) -> dict[int, list[str]]:
+        """Why retention keeps each checkpoint, by step: what is absent goes with the next commit."""
+        listed = self.checkpoints()
+        monitor, mode = self._ranking(listed, None, None)
+        return retention.reasons(_facts(listed, monitor), self.retention, mode)
+
     def _superfluous(self, upcoming: Checkpoint | None = None) -> list[Checkpoint]:
         """What retention lets go, counting `upcoming` as there; never the newest nor the best of those that are."""
         listed = self.checkpoints()
@@ -318,7 +324,7 @@ class CheckpointStore:
     def set_aside_after(self, step: int, into: Path) -> list[Path]:
         """Move the checkpoints after `step` into the directory `into`. Returns their new paths."""
         with files.saving(into):
-            into.mkdir(parents=True, exist_ok=True)
+            files.make_directory(into)
         # A crash between two moves leaves the rest in place: newest first, so that what stays is a run up to some step.
         later = [one for one in reversed(self.checkpoints()) if one.step > step]
         moved = [files.move(one.path, into / one.path.name) for one in later]

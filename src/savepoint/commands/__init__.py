@@ -1,30 +1,101 @@
 """The `savepoint` command: one module a subcommand, imported only when it is called, so that each starts fast.
 
-A module has `add_arguments(parser)` and `run(arguments) -> exit code`; what it does stands in COMMANDS.
+A module has `add_arguments(parser)` and `run(arguments) -> exit code`; what it does stands in COMMANDS. Every command
+takes `--json`. Exit codes: 0 all is well, 1 something is wrong (or differs), 2 bad input.
 """
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
 
-from savepoint.errors import SavepointError
+from savepoint.errors import ConfigError, SavepointError
 
-COMMANDS = {"verify": "look at every byte of a checkpoint, or of all checkpoints of a run"}
+COMMANDS = {
+    "ls": "list the checkpoints of a run",
+    "runs": "list all runs with their best score, test result and state",
+    "show": "show what a checkpoint holds: facts, metrics, config, tensors",
+    "diff": "compare two checkpoints: config, metrics, weights, optimizer, all other state",
+    "verify": "look at every byte of checkpoints, or of all checkpoints of a run",
+    "gc": "delete the checkpoints that retention lets go, and what dead processes left",
+    "doctor": "say what is wrong with a checkpoint or a run, and what to do",
+    "lineage": "say how a run came about: its starts, what it was forked from, its own forks",
+    "report": "write one HTML file that shows a run: curves, pictures, checkpoints, config",
+    "eval": "test a checkpoint: metrics, and what the project's callbacks report",
+    "export": "write a checkpoint's model in a format that others read, and compare it with the checkpoint",
+    "sweep": "try values of config keys, each trial a run of its own; the same command goes on",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="savepoint", description="Look at runs and checkpoints.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, description in COMMANDS.items():
-        command = commands.add_parser(name, help=description, description=f"{description[0].upper()}{description[1:]}.")
-        if name in argv:  # the others' modules are not needed to say what they do
-            importlib.import_module(f"savepoint.commands.{name}").add_arguments(command)
-    arguments = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    if words[0] not in COMMANDS:
+        near = _nearest(words[0], COMMANDS)
+        print(f"savepoint: No such command: {words[0]}. Expected one of {', '.join(COMMANDS)}.{near}", file=sys.stderr)
+        return 2
     try:
-        code: int = importlib.import_module(f"savepoint.commands.{arguments.command}").run(arguments)
+        code = _execute(*words)
+        sys.stdout.flush()
     except SavepointError as error:
-        print(f"savepoint {arguments.command}: {error}", file=sys.stderr)
-        return error.exit_code
+        return _refuse(words[0], str(error), error.exit_code)
+    except BrokenPipeError:
+        # The reader of our output is gone (`| head`): there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        what = f"Cannot be read: {error.filename} ({error.strerror}). Expected a file or directory that this user may read."
+        return _refuse(words[0], what, 2)
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def usage() -> str:
+    lines = [f"  {name:<8}  {what}" for name, what in COMMANDS.items()]
+    head = "usage: savepoint COMMAND ... [--json]     (or: python -m savepoint COMMAND ...)"
+    return "\n".join([head, "", *lines, "", "What a command takes: savepoint COMMAND --help"])
+
+
+def _execute(name: str, *words: str) -> int:
+    module = importlib.import_module(f"savepoint.commands.{name}")
+    code: int = module.run(_parse(name, module, words))
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[0].upper()}{message[1:]}. See: {self.prog} --help")
+
+
+def _parse(name: str, module: ModuleType, words: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog=f"savepoint {name}", description=f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}.", allow_abbrev=False
+    )
+    module.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="for scripts: one JSON document instead of text")
+    arguments, unknown = parser.parse_known_args(words)
+    if "words" in arguments:  # a command that takes any key of a config as a flag
+        arguments.words, unknown = unknown, []
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+        kind = "Unknown flag" if unknown[0].startswith("-") else "One word too many"
+        near = _nearest(unknown[0].split("=")[0], flags)
+        raise ConfigError(f"{kind}: {unknown[0]}.{near} See: {parser.prog} --help")
+    return arguments
+
+
+def _nearest(name: str, known: Sequence[str] | dict[str, str]) -> str:
+    from savepoint.compose import nearest  # yaml, only for a message
+
+    return nearest(name, known)
+
+
+def _refuse(name: str, message: str, code: int) -> int:
+    print(f"savepoint {name}: {message}", file=sys.stderr)
     return code

@@ -1,34 +1,93 @@
-"""`savepoint verify FILE|RUN_DIR`: exit code 0 if all verify, 1 if one does not, 2 if there is nothing to look at."""
+"""`savepoint verify PATH...`: exit code 0 if all verify, 1 if one does not, 2 if there is nothing to look at."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from savepoint.checkpoint import manifest
-from savepoint.errors import CheckpointError, CheckpointNotFoundError
+from savepoint.commands import output
+from savepoint.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "path", metavar="FILE|RUN_DIR", help="a checkpoint, a run directory or a directory of checkpoints"
+        "paths", metavar="FILE|RUN_DIR", nargs="+", help="checkpoints, run directories, directories of checkpoints"
+    )
+    parser.add_argument(
+        "--deep",
+        action="store_true",
+        help="load each, too, and look for weights or optimizer states that are not finite",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    path = manifest.local_path(arguments.path)
-    return max([_verify(file) for file in _files(path)])
+    results = []
+    for path in map(manifest.local_path, arguments.paths):
+        for file in _files(path):
+            try:
+                result = check(file, deep=arguments.deep)
+            except CheckpointNotFoundError:
+                if file == path:
+                    raise
+                continue  # deleted by the run since the listing
+            results.append(result)
+            if not arguments.json:
+                output.put(_line(result))
+    if arguments.json:
+        output.put_json(results)
+    return 0 if all(result["verifies"] and result["finite"] is not False for result in results) else 1
 
 
-def _verify(path: Path) -> int:
+def check(path: Path, *, deep: bool = False) -> dict[str, Any]:
+    """What a look at every byte finds. `finite`: None where it was not looked at, or cannot be.
+
+    Raises:
+        CheckpointNotFoundError: no such file.
+    """
+    result: dict[str, Any] = {"file": path, "verifies": False, "not_finite": []}
+    result |= dict.fromkeys(("step", "epoch", "bytes", "finite", "reason"))
     try:
         facts = manifest.verify(path)
+        result |= {"step": facts.get("step"), "epoch": facts.get("epoch"), "bytes": path.stat().st_size}
+        if deep:
+            from savepoint.checkpoint import format  # torch
+
+            result["not_finite"] = not_finite(format.decode(path))
+            result["finite"] = not result["not_finite"]
+        result["verifies"] = True
     except CheckpointNotFoundError:
         raise
-    except (CheckpointError, OSError) as error:
-        reason = manifest.diagnose(path) if isinstance(error, CheckpointError) else error.strerror
-        print(f"{path}: does not verify: {reason}")
-        return 1
-    print(f"{path}: verifies: step {facts.get('step')}, epoch {facts.get('epoch')}, {path.stat().st_size} bytes")
-    return 0
+    except CheckpointCorruptError as error:
+        result["reason"] = error.reason
+    except CheckpointError:
+        result["reason"] = manifest.diagnose(path)
+    except OSError as error:
+        result["reason"] = f"cannot be read: {error.strerror}"
+    return result
+
+
+def not_finite(state: Mapping[str, Any]) -> list[str]:
+    """The weights and optimizer states that hold a NaN or an infinity."""
+    import torch
+
+    from savepoint.checkpoint import format
+
+    parts = {key: state.get(key) for key in ("state_dict", "optimizer_states")}
+    tensors = [(key, leaf) for key, leaf in format.leaves(parts) if isinstance(leaf, torch.Tensor)]
+    return [key for key, tensor in tensors if not bool(torch.isfinite(tensor).all())]
+
+
+def _line(result: Mapping[str, Any]) -> str:
+    if not result["verifies"]:
+        return f"{result['file']}: does not verify: {result['reason']}"
+    if result["not_finite"]:
+        first = ", ".join(result["not_finite"][:3]) + (", ..." if len(result["not_finite"]) > 3 else "")
+        return f"{result['file']}: verifies, but {len(result['not_finite'])} tensors are not finite: {first}"
+    finite = ", loads, is finite" if result["finite"] else ""
+    return (
+        f"{result['file']}: verifies: step {result['step']}, epoch {result['epoch']}, {result['bytes']} bytes{finite}"
+    )
 
 
 def _files(path: Path) -> list[Path]:
@@ -38,7 +97,7 @@ def _files(path: Path) -> list[Path]:
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     files = manifest.step_files(directory)
     for pointer in (directory / "last.ckpt", directory / "best.ckpt"):
-        if pointer.exists() and not any(pointer.samefile(file) for file in files):
+        if pointer.exists() and not any(_is_same(pointer, file) for file in files):
             files.append(pointer)
     if not files:
         raise CheckpointNotFoundError(
@@ -47,3 +106,10 @@ def _files(path: Path) -> list[Path]:
             path,
         )
     return files
+
+
+def _is_same(pointer: Path, file: Path) -> bool:
+    try:
+        return pointer.samefile(file)
+    except FileNotFoundError:  # deleted by the run since the listing
+        return False

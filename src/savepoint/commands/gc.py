@@ -1,0 +1,143 @@
+"""`savepoint gc [RUN_DIR]`: what the run's retention lets go is deleted, by the store, as after a save.
+
+The newest and the best always stay; foreign and damaged files are never touched. Exit code 1 if one of those that stay
+does not verify: then nothing is deleted, as what would go may be needed.
+"""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from savepoint.checkpoint import files, manifest
+from savepoint.checkpoint.retention import Retention
+from savepoint.checkpoint.store import CheckpointStore
+from savepoint.commands import output, rundir
+from savepoint.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from savepoint.run import Run, plural
+
+RULES = ("keep_last", "keep_best", "keep_every_n_epochs", "keep_every_n_steps")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN_DIR", nargs="?", help="a run directory; the newest run under outputs/")
+    parser.add_argument("--dry-run", action="store_true", help="say what would go, and delete nothing")
+    for rule in RULES:
+        parser.add_argument(f"--{rule}", type=int, metavar="N", help="instead of the value in the run's config")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    directory = rundir.find(arguments.run_dir)
+    if directory.checkpoints == directory.path:
+        raise ConfigError(f"No run: {directory.path}. Expected a run directory with checkpoints/ in it. Name that one.")
+    config = _checkpoint_group(directory)
+    numbers: dict[str, Any] = {rule: config.get(rule) for rule in RULES}
+    numbers |= {rule: value for rule in RULES if (value := getattr(arguments, rule)) is not None}
+    retention = Retention(**numbers)
+    store = CheckpointStore(
+        directory.checkpoints, retention=retention, monitor=config.get("monitor"), mode=config["mode"]
+    )
+    with contextlib.nullcontext() if arguments.dry_run else _locked(directory.path):
+        rows = _plan(store)
+        damaged = [row for row in rows if row["damage"]]
+        if not damaged and not arguments.dry_run:
+            store.commit()
+            store.sweep()
+    if arguments.json:
+        output.put_json({"run_dir": directory.path, "dry_run": arguments.dry_run, "files": rows})
+    else:
+        output.put(_text(rows, retention, dry_run=arguments.dry_run))
+    return 1 if damaged else 0
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    run = Run(directory)
+    with contextlib.redirect_stdout(sys.stderr):  # what it says of a holder that died
+        run.lock()
+    try:
+        yield
+    finally:
+        run.unlock()
+
+
+def _checkpoint_group(directory: rundir.RunDir) -> Mapping[str, Any]:
+    """`checkpoint` of the run's config: of its last start, else of its newest checkpoint."""
+    from savepoint.compose import parse_yaml
+
+    for text in _configs(directory):
+        with contextlib.suppress(ConfigError):
+            config = parse_yaml(text, "the config")
+            group: Any = config.get("checkpoint") if isinstance(config, dict) else None
+            if _is_sound(group):
+                return dict(group)
+    raise ConfigError(
+        f"No config that says what to keep: {directory.shown}. Expected config.yaml, or a checkpoint that holds one. "
+        "Put config.yaml back."
+    )
+
+
+def _is_sound(group: Any) -> bool:
+    """Whether it is such as a start has checked: a slip of the hand must not decide what is deleted."""
+    if not isinstance(group, dict) or group.get("mode") not in ("min", "max"):
+        return False
+    numbers = isinstance(group.get("keep_last"), int) and isinstance(group.get("keep_best"), int)
+    return numbers and all(isinstance(group.get(rule), int | None) for rule in RULES)
+
+
+def _configs(directory: rundir.RunDir) -> Iterator[str]:
+    with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
+        yield (directory.path / "config.yaml").read_text()
+    if directory.latest is not None:
+        from savepoint.checkpoint import store  # and with its load, torch
+
+        yield store.load(directory.latest.path)[0].get("config") or ""
+
+
+def _plan(store: CheckpointStore) -> list[dict[str, Any]]:
+    """Each file of the directory with why it stays; `goes` where nothing keeps it."""
+    kept = store.reasons()
+    rows = [_row(one.path, one.step, goes=one.step not in kept, why=kept.get(one.step)) for one in store.checkpoints()]
+    for row in rows:
+        row["damage"] = None if row["goes"] else _damage(store.directory / row["file"])
+    rows += [_row(path, why=["does not verify, never deleted"]) for path, _ in store.rejected()]
+    known = {row["file"] for row in rows} | {"last.ckpt", "best.ckpt"}
+    for path in sorted(path for path in store.directory.iterdir() if path.name not in known):
+        if files.is_stale_temp(path):
+            rows.append(_row(path, goes=True, why=["left by a process that died"]))
+        else:
+            rows.append(_row(path, why=["set aside" if path.name.endswith(".corrupt") else "not a checkpoint"]))
+    return rows
+
+
+def _row(path: Path, step: int | None = None, *, goes: bool = False, why: list[str] | None = None) -> dict[str, Any]:
+    size = rundir.size(path) or 0
+    return {"file": path.name, "step": step, "bytes": size, "goes": goes, "why": why or [], "damage": None}
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        manifest.verify(path)
+    except CheckpointNotFoundError:  # deleted by the run, while this is a dry run
+        return None
+    except CheckpointError:
+        return manifest.diagnose(path)
+    return None
+
+
+def _text(rows: list[dict[str, Any]], retention: Retention, *, dry_run: bool) -> str:
+    rules = ", ".join(f"{rule} {value}" for rule in RULES if (value := getattr(retention, rule)) is not None)
+    lines = [(row["file"], output.megabytes(row["bytes"]), _fate(row), ", ".join(row["why"])) for row in rows]
+    gone = [row for row in rows if row["goes"]]
+    total = f"{plural(len(gone), 'file')}, {output.megabytes(sum(row['bytes'] for row in gone))}"
+    if any(row["damage"] for row in rows):
+        last = "Nothing is deleted: one that would stay does not verify, and what would go may be needed."
+    else:
+        last = f"Would delete {total}." if dry_run else f"Deleted {total}."
+    return "\n".join([rules, output.table(("file", "size", "", "why"), lines), last])
+
+
+def _fate(row: dict[str, Any]) -> str:
+    return f"DAMAGED: {row['damage']}" if row["damage"] else "goes" if row["goes"] else "stays"

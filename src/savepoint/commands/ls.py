@@ -1,0 +1,76 @@
+"""`savepoint ls [RUN_DIR]`: exit code 1 if a file that is named as a checkpoint is none, or none is left."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from savepoint.checkpoint import manifest
+from savepoint.checkpoint.store import Checkpoint
+from savepoint.commands import output, rundir
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run_dir",
+        metavar="RUN_DIR",
+        nargs="?",
+        help="a run directory, or its checkpoints/; the newest run under outputs/",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    directory = rundir.find(arguments.run_dir)
+    rows = listing(directory)
+    if arguments.json:
+        output.put_json({"run_dir": directory.path, "checkpoints": rows})
+    else:
+        output.put(_text(directory, rows))
+    wrong = any(not row["verifies"] and not row["set_aside"] for row in rows)
+    return 1 if wrong or not any(row["verifies"] for row in rows) else 0
+
+
+def listing(directory: rundir.RunDir) -> list[dict[str, Any]]:
+    """Checkpoints by step, judged by structure and seal; then what does not verify, with the reason."""
+    store = directory.store
+    listed, best = store.checkpoints(), store.best()
+    monitor = listed[-1].manifest.get("monitor") if listed else None
+    rows = [
+        _row(one.path, size)
+        | {"step": one.step, "epoch": one.epoch, "monitor": monitor, "score": one.score_of(monitor)}
+        | {"created": one.manifest.get("created"), "latest": one is listed[-1], "best": _is(one, best)}
+        for one in listed
+        if (size := rundir.size(one.path)) is not None
+    ]
+    rows += [_row(path, rundir.size(path), reason) for path, reason in store.rejected()]
+    return rows + [
+        _row(path, rundir.size(path), manifest.diagnose(path), set_aside=True) for path in directory.corrupt()
+    ]
+
+
+def _row(path: Path, size: int | None, reason: str | None = None, set_aside: bool = False) -> dict[str, Any]:
+    row: dict[str, Any] = {"file": path.name, "bytes": size}
+    row |= dict.fromkeys(("step", "epoch", "monitor", "score", "created")) | {"latest": False, "best": False}
+    return row | {"verifies": reason is None, "reason": reason, "set_aside": set_aside}
+
+
+def _is(one: Checkpoint, best: Checkpoint | None) -> bool:
+    return best is not None and one.path == best.path
+
+
+def _text(directory: rundir.RunDir, rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return f"{directory.shown}: no checkpoints"
+    monitor = next((row["monitor"] for row in rows if row["monitor"]), "score")
+    lines = [
+        (
+            row["file"], output.number(row["step"]), output.number(row["epoch"]), output.number(row["score"]),
+            "-" if row["bytes"] is None else output.megabytes(row["bytes"]), output.age(row["created"]),
+            " ".join(mark for mark in ("latest", "best") if row[mark]), _verdict(row),
+        )
+        for row in rows
+    ]  # fmt: skip
+    return output.table(("file", "step", "epoch", monitor, "size", "age", "mark", "verified"), lines)
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    return "yes" if row["verifies"] else f"{'set aside' if row['set_aside'] else 'NO'}: {row['reason']}"

@@ -1,0 +1,93 @@
+"""`savepoint runs [OUTPUT_DIR]`: exit code 1 if a run is broken or cannot be read."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from savepoint.checkpoint import manifest
+from savepoint.commands import output, rundir
+from savepoint.errors import CheckpointNotFoundError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", nargs="?", default="outputs", help="default: outputs")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    rows = [_facts(one) for one in _runs(manifest.local_path(arguments.output_dir))]
+    rows.sort(key=lambda row: str(row["last"]))
+    if arguments.json:
+        output.put_json(rows)
+    else:
+        output.put(_text(rows) if rows else f"{arguments.output_dir}: no runs")
+    return 1 if any(row["state"] in ("broken", "unreadable") for row in rows) else 0
+
+
+def _runs(directory: Path) -> list[rundir.RunDir]:
+    if not directory.is_dir():
+        what = "A file, not a directory of runs" if directory.exists() else "No such directory"
+        hint = "Name another one, or start a run: python train.py"
+        raise CheckpointNotFoundError(f"{what}: {directory}. A directory with runs was expected. {hint}", directory)
+    if (directory / "run.json").exists():
+        raise CheckpointNotFoundError(
+            f"A run, not a directory of runs: {directory}. The directory above it was expected. "
+            f"To list its checkpoints: {rundir.RunDir(directory).command('-m', 'savepoint', 'ls')}",
+            directory,
+        )
+    return rundir.runs_in(directory)
+
+
+def _facts(one: rundir.RunDir) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(("config", "monitor", "best", "step", "epoch", "reason"))
+    row = {"run": one.name, "path": one.path, "state": "unreadable", "test": {}, "last": ""} | row
+    try:
+        row["config"], row["state"] = _config(one), one.state()
+        times = [start["time"] for start in one.starts()]
+        if one.latest is not None:
+            facts = one.latest.manifest
+            row |= {"monitor": facts.get("monitor"), "best": facts.get("best_score"), "step": one.latest.step}
+            row["epoch"] = one.latest.epoch
+            times.append(facts.get("created") or "")
+        row["last"] = max(times, default="")
+        if one.is_summarised():
+            summary = one.facts("summary.json")
+            row["test"] = {key: value for key, value in summary.items() if key.startswith("test/")}
+    except OSError as error:
+        row["reason"] = f"{error.filename}: {error.strerror}"
+    return row
+
+
+def _config(one: rundir.RunDir) -> str | None:
+    """The name of the config file of the first start; of a fork, which has none, the word."""
+    from savepoint.compose import config_name
+
+    first = next(iter(one.starts()), None)
+    if first is None:
+        return None
+    return "(fork)" if first.get("checkpoint") else config_name([str(word) for word in first["argv"]])
+
+
+def _text(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        (
+            row["run"], row["config"] or "-", f"{row['monitor'] or ''} {output.number(row['best'])}".strip(),
+            _test(row["test"]), output.number(row["step"]), row["state"], output.age(row["last"]),
+        )
+        for row in rows
+    ]  # fmt: skip
+    text = [output.table(("run", "config", "best", "test", "steps", "state", "age"), lines)]
+    text += [f"{row['run']} cannot be read: {row['reason']}" for row in rows if row["reason"]]
+    text += [
+        f"{row['run']}: {rundir.RunDir(row['path']).command('-m', 'savepoint', 'doctor')}"
+        for row in rows
+        if row["state"] == "broken"
+    ]
+    return "\n".join(text)
+
+
+def _test(measured: dict[str, Any]) -> str:
+    """The accuracy where there is one; else the first that was measured."""
+    if isinstance(accuracy := measured.get("test/accuracy"), float):
+        return f"{100 * accuracy:.2f} %"
+    return next((f"{key.removeprefix('test/')} {output.number(value)}" for key, value in measured.items()), "-")
