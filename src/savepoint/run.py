@@ -23,6 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import savepoint
 from savepoint.errors import ConfigError, RunDirectoryError, RunExistsError, RunLockedError
 
 # Set by rank 0 before the launcher starts the other ranks, which inherit it.
@@ -52,7 +53,15 @@ def default_name(config_name: str) -> str:
             "The ranks cannot agree on a run name: torchrun was given no --rdzv-id. Expected one name for all. "
             "Give --run_name NAME."
         )
-    return f"{config_name}-{job or datetime.now().strftime('%Y%m%d-%H%M%S')}"
+    return f"{_project()}{config_name}-{job or datetime.now().strftime('%Y%m%d-%H%M%S')}"
+
+
+def _project() -> str:
+    """`cats-` in a copy of that name, as `make new` stamped it; empty in the template."""
+    try:
+        return f"{json.loads((Path(__file__).parents[2] / '.template.json').read_text())['name']}-"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 class Run:
@@ -279,8 +288,8 @@ def _git() -> dict[str, Any] | None:
 
 
 def _versions() -> dict[str, str]:
-    names = ("savepoint", "torch", "torchvision", "lightning", "torchmetrics", "numpy")
-    found = {"python": platform.python_version()}
+    names = ("torch", "torchvision", "lightning", "torchmetrics", "numpy")
+    found = {"python": platform.python_version(), "savepoint": savepoint.__version__}
     for distribution in names:
         try:
             found[distribution] = metadata.version(distribution)
