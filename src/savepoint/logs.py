@@ -224,8 +224,9 @@ class _Events:
         self.file = Appender(directory / name)
         self._records = RecordWriter(self.file)
         self.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if purge_step is not None:
-            self.add_event(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+        # TensorBoard takes the first START it meets for the run's beginning and hides nothing for it: a new run has one too.
+        begin = SessionLog(status=SessionLog.START)
+        self.add_event(Event(wall_time=time.time(), step=purge_step or 0, session_log=begin))
 
     def get_logdir(self) -> str:
         return str(self.file.path.parent)

@@ -1,0 +1,45 @@
+"""`savepoint report [RUN_DIR] [-o FILE]`: exit code 0 once the file is written, whatever the state of the run."""
+
+import argparse
+import os
+from pathlib import Path
+
+from savepoint.commands import output, rundir
+from savepoint.errors import RunDirectoryError
+from savepoint.report import gather, page
+from savepoint.run import show
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN_DIR", nargs="?", help="a run directory; the newest run under outputs/")
+    parser.add_argument("-o", "--output", metavar="FILE", help="default: report.html in the run directory")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    directory = rundir.find(arguments.run_dir)
+    path = Path(arguments.output or directory.path / "report.html")
+    report = gather.gather(directory)
+    size = _write(path, page.page(report))
+    if arguments.json:
+        facts = {"run_dir": directory.path, "file": path, "bytes": size, "state": report.state}
+        output.put_json(facts | {"missing": report.missing + report.curves.missing})
+    else:
+        output.put(
+            "\n".join([*report.missing, *report.curves.missing, f"{show(path.absolute())}: {size / 1e3:.0f} kB"])
+        )
+    return 0
+
+
+def _write(path: Path, text: str) -> int:
+    data = text.encode("utf-8", "replace")  # a file's name may hold bytes that are no text
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)  # a crash before this line leaves the report that was there
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunDirectoryError(
+            f"Cannot write the report: {path} ({error.strerror}). Expected a file that this user may write, with room for "
+            f"{len(data) / 1e3:.0f} kB. Name another one: -o FILE"
+        ) from error
+    return len(data)

@@ -1,0 +1,283 @@
+"""What a report shows, read from a run directory. What is damaged or not there is left out, and `missing` says so."""
+
+import contextlib
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from savepoint.checkpoint import manifest
+from savepoint.checkpoint.retention import Retention
+from savepoint.checkpoint.store import Checkpoint, CheckpointStore
+from savepoint.commands.rundir import RunDir
+from savepoint.report import curves, pictures
+from savepoint.report.chart import Mark
+from savepoint.report.curves import Curves
+from savepoint.report.pictures import Picture
+
+RULES = ("keep_last", "keep_best", "keep_every_n_epochs", "keep_every_n_steps")
+
+
+class Start(NamedTuple):
+    """One entry of run.json, as far as it can be read."""
+
+    number: int
+    time: str
+    argv: Sequence[str]
+    step: int | None
+    checkpoint: str | None
+    changed: Mapping[str, Any]
+    host: str
+    hardware: str
+    processes: int | None
+    commit: str | None
+    dirty: bool
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class File:
+    """A checkpoint, or what was one.
+
+    Attributes:
+        place: Its line in the picture.
+        saved: When, and the reason that its manifest gives.
+        fate: Why retention keeps it, or what happened to it.
+    """
+
+    name: str
+    place: Literal["in the run", "damaged", "rewound"]
+    fate: str
+    step: int | None
+    size_bytes: int | None
+    epoch: int | None = None
+    score: float | None = None
+    saved: str = ""
+    latest: bool = False
+    best: bool = False
+
+
+@dataclass
+class Report:
+    """All that the page says.
+
+    Attributes:
+        latest: The manifest of the newest checkpoint.
+        summary: Of this end of the run; empty where there is none.
+        rules: The retention that the run's config asks for; None where that is not known.
+        commands: (what for, what to type).
+        missing: What is not there or cannot be read, one sentence each.
+    """
+
+    name: str
+    shown: str
+    state: str
+    holder: str | None
+    latest: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    starts: list[Start]
+    curves: Curves
+    files: list[File]
+    rules: Mapping[str, int] | None
+    marks: list[Mark]
+    pictures: list[Picture]
+    config: str | None
+    commands: list[tuple[str, str]]
+    missing: list[str]
+
+    @property
+    def monitor(self) -> str:
+        return str(self.latest.get("monitor") or "score")
+
+    @property
+    def dataset(self) -> Mapping[str, Any]:
+        found = self.latest.get("dataset")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def last_step(self) -> float:
+        """The end of every step axis."""
+        steps = [self.curves.last_step, *(mark.step for mark in self.marks)]
+        return max(steps + [file.step for file in self.files if file.step is not None])
+
+
+def gather(run: RunDir) -> Report:
+    latest, starts, config, missing = run.latest, _starts(run), _text(run.path / "config.yaml"), list[str]()
+    if not starts:
+        missing.append("run.json is missing or damaged: how and where the run was started is not known.")
+    if config is None:
+        missing.append("config.yaml is missing.")
+    if (run.path / "summary.json").exists() and not run.is_summarised():
+        missing.append("summary.json tells of an earlier end of this run: its results are left out.")
+    state, rules = run.state(), _rules(config or "")
+    files = [*_in_the_run(run, rules), *_damaged(run), *_rewound(run.path)]
+    return Report(
+        name=run.name,
+        shown=run.shown,
+        state=state,
+        holder=run.holder(),
+        latest=latest.manifest if latest else {},
+        summary=run.facts("summary.json") if run.is_summarised() else {},
+        starts=starts,
+        curves=curves.read(run.path / "metrics.csv", latest.manifest.get("monitor") if latest else None),
+        files=files,
+        rules=rules,
+        marks=_marks(starts, files),
+        pictures=list(pictures.read(run.path, missing)),
+        config=config,
+        commands=_commands(run, state, latest),
+        missing=missing,
+    )
+
+
+# -- starts ----------------------------------------------------------------------------------------------------------
+
+
+def _starts(run: RunDir) -> list[Start]:
+    return [_start(number, entry) for number, entry in enumerate(run.starts(), 1)]
+
+
+def _start(number: int, entry: Mapping[str, Any]) -> Start:
+    def of(name: str, kind: type, source: Mapping[str, Any] = entry) -> Any:
+        return value if isinstance(value := source.get(name), kind) else None
+
+    git = of("git", dict) or {}
+    return Start(
+        number,
+        of("time", str) or "",
+        [str(word) for word in of("argv", list) or []],
+        of("step", int),
+        of("checkpoint", str),
+        of("changed", dict) or {},
+        of("host", str) or "",
+        of("hardware", str) or "",
+        of("world_size", int),
+        of("commit", str, git),
+        bool(git.get("dirty")),
+        {str(name): str(version) for name, version in (of("versions", dict) or {}).items()},
+    )
+
+
+def _marks(starts: Sequence[Start], files: Sequence[File]) -> list[Mark]:
+    """What happened, by step; the start of a new run is no event."""
+    found: list[tuple[float, Literal["resume", "fault"], str]] = []
+    for start in starts:
+        if start.step is not None and start.checkpoint:
+            what = "resumed" if start.number > 1 else "began"
+            found.append((start.step, "resume", f"Start {start.number} {what} from {start.checkpoint}"))
+    found += [
+        (file.step, "fault", f"{file.name} {file.fate}")
+        for file in files
+        if file.place == "damaged" and file.step is not None
+    ]
+    # Of each rewind, the last.
+    rewound = {file.fate: file.step for file in files if file.place == "rewound" and file.step}
+    found += [(step, "fault", f"The run was at step {step:,} and was {fate}") for fate, step in rewound.items()]
+    return [Mark(number, *one) for number, one in enumerate(sorted(found), 1)]
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def _in_the_run(run: RunDir, rules: Mapping[str, int] | None) -> list[File]:
+    listed = CheckpointStore(run.checkpoints, retention=Retention(**rules or {}))
+    best, why = listed.best(), listed.reasons()
+    fates = {step: _stays(words) for step, words in why.items()} if rules is not None else {}
+    otherwise = "goes with the next save" if rules is not None else "whether it is kept is not known"
+    return [
+        replace(
+            _file(one, "in the run", fates.get(one.step, otherwise)),
+            latest=run.latest is not None and one.path == run.latest.path,
+            best=best is not None and one.path == best.path,
+        )
+        for one in listed.checkpoints()
+    ]
+
+
+def _damaged(run: RunDir) -> list[File]:
+    found = [(path, f"does not verify: {_wrong(path, reason)}") for path, reason in run.store.rejected()]
+    found += [(path, f"was set aside: {_wrong(path, 'it verifies now')}") for path in run.corrupt()]
+    return [File(path.name, "damaged", fate, _step_in_name(path.name), _size(path)) for path, fate in found]
+
+
+def _wrong(path: Path, otherwise: str) -> str:
+    try:
+        return manifest.diagnose(path) or otherwise
+    except OSError:
+        return otherwise
+
+
+def _rewound(directory: Path) -> list[File]:
+    return [
+        _file(one, "rewound", f"rewound: set aside in rewound/{path.name}")
+        for path in sorted((directory / "rewound").glob("*"))
+        if path.is_dir()
+        for one in CheckpointStore(path).checkpoints()
+    ]
+
+
+def _file(one: Checkpoint, place: Literal["in the run", "rewound"], fate: str) -> File:
+    saved = " · ".join(str(one.manifest[key]) for key in ("created", "reason") if one.manifest.get(key))
+    return File(one.path.name, place, fate, one.step, _size(one.path), one.epoch, one.score, saved)
+
+
+def _stays(why: Sequence[str]) -> str:
+    """`last-2` of retention is the 2nd newest."""
+    words = [re.sub(r"^(last|best)-(\d+)$", _placed, word) for word in why]
+    return f"kept: {', '.join(words)}"
+
+
+def _placed(match: re.Match[str]) -> str:
+    kind, place = {"last": "newest", "best": "best"}[match[1]], int(match[2])
+    ending = "th" if place % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
+    return f"the {kind}" if place == 1 else f"{place}{ending} {kind}"
+
+
+def _size(path: Path) -> int | None:
+    """None where the run has deleted it since the listing."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def _step_in_name(file: str) -> int | None:
+    match = re.match(r"step-(\d+)\.", file)
+    return int(match[1]) if match else None
+
+
+def _rules(config: str) -> Mapping[str, int] | None:
+    """What the config says of retention, with the defaults of a training; None where it is not readable."""
+    from savepoint.compose import parse_yaml
+
+    with contextlib.suppress(ValueError, TypeError, RecursionError):  # damaged, or edited by hand
+        found = parse_yaml(config, "config.yaml")
+        group = found.get("checkpoint") if isinstance(found, dict) else None
+        if isinstance(group, dict):
+            given = {rule: group[rule] for rule in RULES if group.get(rule) is not None}
+            Retention(**given)  # a ConfigError where a number is out of range
+            return given
+    return None
+
+
+# -- the rest --------------------------------------------------------------------------------------------------------
+
+
+def _commands(run: RunDir, state: str, latest: Checkpoint | None) -> list[tuple[str, str]]:
+    if state == "running":
+        return [("Save now, and go on", shlex.join(["touch", f"{run.shown}/save-now"]))]
+    if state == "broken" or latest is None:
+        return [("See what is wrong", run.command("-m", "savepoint", "doctor"))]
+    limits, ended = {"max_epochs": latest.epoch, "max_steps": latest.step}, latest.manifest.get("ended")
+    if state == "finished" and ended in limits:
+        return [("Train longer", f"{run.command('resume.py')} --trainer.{ended} {2 * max(1, limits[ended])}")]
+    return [("Go on", run.command("resume.py"))]
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return None

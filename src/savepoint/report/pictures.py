@@ -1,0 +1,45 @@
+"""The pictures of a run: the newest under each tag of its TensorBoard events."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+LARGEST_BYTES, MOST = 2_000_000, 12
+KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
+
+
+class Picture(NamedTuple):
+    """The newest image that was logged under a tag."""
+
+    tag: str
+    step: int
+    kind: str
+    data: bytes
+    width: int
+    height: int
+
+
+def read(directory: Path, missing: list[str]) -> Iterator[Picture]:
+    """What cannot be shown is told in `missing`."""
+    if not any(directory.glob("events.out.tfevents.*")):
+        return
+    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]  # half a second
+
+    logging.getLogger("tensorboard").setLevel(logging.CRITICAL)  # it tells of each resume and each damaged file
+    try:
+        events = event_accumulator.EventAccumulator(str(directory), {"images": 1, "scalars": 1}).Reload()
+        found = [(tag, events.Images(tag)[-1]) for tag in sorted(events.Tags()["images"])]
+    except Exception as error:  # noqa: BLE001 - whatever TensorBoard meets in a file that is damaged
+        missing.append(f"The TensorBoard events cannot be read ({type(error).__name__}): there are no pictures.")
+        return
+    for tag, image in found[:MOST]:
+        data = image.encoded_image_string
+        kind = next((kind for magic, kind in KINDS.items() if data.startswith(magic)), None)
+        if kind is None or len(data) > LARGEST_BYTES:
+            why = f"has {len(data) / 1e6:.1f} MB" if kind else "is no PNG, JPEG or GIF"
+            missing.append(f"The picture {tag} {why}: it is left out.")
+        else:
+            yield Picture(tag, int(image.step), kind, data, int(image.width), int(image.height))
+    if len(found) > MOST:
+        missing.append(f"{len(found) - MOST} more pictures are in the TensorBoard events only.")
