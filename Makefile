@@ -52,6 +52,9 @@ prove: setup ## a straight run against one that is killed and resumed: both dige
 
 TEMPLATE = PYTHONPATH=src $(or $(PYTHON),$(error No Python that is recent enough. Expected 3.11 or newer. Name one: make $@ PYTHON=/path/to/python3.12)) -m savepoint.template
 
+drill: setup ## kills, rot, a full disk, signals: this and Lightning's ModelCheckpoint side by side
+	$(VENV)/bin/python benchmarks/drill.py $(ARGS)
+
 new: ## the start of your own project, a copy of this: NAME=cats DEST=../cats
 	@$(TEMPLATE) new -- '$(NAME)' '$(DEST)'
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -53,7 +54,7 @@ def parse(argv: Sequence[str], *, base: str | None = None) -> Namespace:
         _print_class_help(composed.class_help, composed)
         raise SystemExit(0)
     with _quiet():
-        parser = _Cli().parser
+        parser = _parser()
         layers = ["--config", compose.to_yaml(composed.config)]
         try:
             config = parser.parse_args(layers + [f"--{key}={value}" for key, value in composed.flags])
@@ -70,7 +71,7 @@ def dump(config: Namespace) -> str:
     """The whole configuration as YAML text: parse([], base=text) gives the same configuration, and so the same text."""
     with _quiet():
         # A key that is null must be written: it may stand against a default that is not.
-        written = json.loads(_Cli().parser.dump(config, format="json", skip_unset=False, skip_validation=True))
+        written = json.loads(_parser().dump(config, format="json", skip_unset=False, skip_validation=True))
     return compose.to_yaml({key: _exact(config[key], written[key]) for key in compose.KEYS})
 
 
@@ -117,6 +118,12 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Without the usage of 450 lines and the exit."""
         raise _ParseError(message)
+
+
+@functools.cache
+def _parser() -> LightningArgumentParser:
+    """Made once: it reads the signatures of the Trainer and all that it takes."""
+    return _Cli().parser
 
 
 class _Cli(LightningCLI):

@@ -321,6 +321,8 @@ def _left(state: Mapping[str, Any], manifest: Mapping[str, Any], config: Any) ->
 
 def _complete(run: Run, source: Source, config: Any) -> int:
     """A run that ended and was killed before its summary: the test is still to be made, and nothing else."""
+    if rank() == 0:
+        store.CheckpointStore(run.directory / "checkpoints").mend()
     reached = (source.manifest["step"], source.manifest["epoch"])
     if _summarised(run) == reached[0]:
         return 0

@@ -45,7 +45,7 @@ class CheckpointCallback(Checkpoint):
         save_every_secs: Seconds between saves; null for none.
         monitor: Metric that ranks checkpoints; null for none. A checkpoint counts only with a value measured at its own step.
         mode: Whether the best value of `monitor` is the smallest (min) or the largest (max).
-        keep_last: Newest checkpoints to keep.
+        keep_last: Newest checkpoints to keep. With one alone that is the best too, rot in it leaves nothing to go on from.
         keep_best: Best checkpoints to keep.
         keep_every_n_epochs: Keep the end of every n-th epoch for good.
         keep_every_n_steps: Keep every n-th step, of those that were saved, for good.
@@ -60,7 +60,7 @@ class CheckpointCallback(Checkpoint):
         save_every_secs: float | None = None,
         monitor: str | None = "val/accuracy",
         mode: Literal["min", "max"] = "max",
-        keep_last: int = 1,
+        keep_last: int = 2,
         keep_best: int = 1,
         keep_every_n_epochs: int | None = None,
         keep_every_n_steps: int | None = None,
@@ -130,6 +130,15 @@ class CheckpointCallback(Checkpoint):
         if not self.scores.load_state_dict(state_dict["scores"]) and hasattr(self, "store"):
             # Another metric ranks now: each manifest holds all metrics of its step, so the files are ranked again.
             self.scores.begin_with(self.store.best())
+
+    # Lightning has just put its handlers in the place of ours. Where there are several ranks, its own waits for all of them
+    # within the handler: for ever, if the signal came to one. `on_train_start` is the third of these places.
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        preemption.install()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        preemption.install()
 
     # -- going on from a checkpoint ----------------------------------------------------------------------------------
 

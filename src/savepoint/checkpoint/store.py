@@ -343,6 +343,11 @@ class CheckpointStore:
                 with files.saving(pointer):
                     pointer.unlink(missing_ok=True)
 
+    def mend(self) -> None:
+        """After a kill between a write and its commit: no temps, and `last` and `best` show what they should."""
+        self.sweep()
+        self._point()
+
     def sweep(self) -> list[Path]:
         """Delete what dead processes were writing when they died. For the holder of the run's lock, at its start."""
         swept = []
