@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -52,8 +52,11 @@ class Training:
     meter: Meter
 
 
-class _Recorder(Callback):
-    """Writes run.json and config.yaml once training begins: a start that fails before leaves the directory as it was."""
+class _Recorder(Checkpoint):
+    """Writes run.json and config.yaml once training begins: a start that fails before leaves the directory as it was.
+
+    A Checkpoint by name, as Lightning calls those last, in their order: after the preflight of the one that saves.
+    """
 
     def __init__(self, run: Run, record: Mapping[str, Any], config: str, start: Start) -> None:
         self.run, self.record, self.config, self.start = run, record, config, start

@@ -177,18 +177,21 @@ class CheckpointStore:
         Raises:
             RunDirectoryError: the directory cannot be written, or has less room than is certainly needed.
         """
-        self.sweep()
         try:
+            self.sweep()
             files.try_out(self.directory)
-            disk = os.statvfs(self.directory)
+            disk, listed, superfluous = os.statvfs(self.directory), self.checkpoints(), self._superfluous()
+            freed = sum(one.path.stat().st_size for one in superfluous)
         except OSError as error:
+            reason = error.strerror or getattr(error.__cause__, "strerror", None) or error
             raise RunDirectoryError(
-                f"Checkpoints cannot be saved: {self.directory} ({error.strerror}). Expected a directory in which files "
+                f"Checkpoints cannot be saved: {self.directory} ({reason}). Expected a directory in which files "
                 "can be written, synced, renamed and linked. Mend it, or give another one: --output_dir DIR"
             ) from error
-        free = disk.f_bavail * disk.f_frsize
+        free = disk.f_bavail * disk.f_frsize + freed  # a save on a full disk deletes what retention lets go
         # While one is written, those that retention keeps are all there. What is there already takes no more room.
-        number = max(1, self.retention.at_most(self.monitor is not None) + 1 - len(self.checkpoints()))
+        there = len(listed) - len(superfluous)
+        number = max(1, self.retention.at_most(self.monitor is not None) + 1 - there)
         if not disk.f_blocks or free >= number * likely_bytes:  # no blocks: a file system that does not say
             return ""
         certain = free < number * least_bytes
