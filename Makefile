@@ -29,6 +29,15 @@ train: setup ## train and test: CONFIG, ARGS
 resume: setup ## continue a run: CKPT (the newest run if not given), ARGS
 	$(VENV)/bin/python resume.py $(CKPT) $(ARGS)
 
+eval: setup ## test a checkpoint: CKPT (the best of the newest run if not given), ARGS
+	$(VENV)/bin/python -m savepoint eval $(CKPT) $(ARGS)
+
+predict: setup ## name the class of images: CKPT, INPUT=image, folder or .npy
+	$(VENV)/bin/python -m project.predict $(CKPT) $(INPUT) $(ARGS)
+
+export: setup ## the model in another format: CKPT, ARGS="--format safetensors -o FILE"
+	$(VENV)/bin/python -m savepoint export $(CKPT) $(ARGS)
+
 report: setup ## one HTML file that shows a run: RUN (the newest if not given), ARGS="-o FILE"
 	$(VENV)/bin/python -m savepoint report $(RUN) $(ARGS)
 

@@ -1,5 +1,6 @@
 """Small checkpoints for the tests of storage."""
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,16 @@ def small_checkpoint(path: Path, step: int = 30) -> Checkpoint:
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
+
+
+def bytes_of_tensors(path: Path) -> set[int]:
+    positions: set[int] = set()
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            name = len(record.filename)
+            extra = int.from_bytes(data[record.header_offset + 28 :][:2], "little")
+            if "/data/" in record.filename:
+                start = record.header_offset + 30 + name + extra
+                positions.update(range(start, start + record.file_size))
+    return positions

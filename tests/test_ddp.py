@@ -1,6 +1,11 @@
 """Two processes (DDP, gloo): stopped, killed and resumed, they end as two that were never stopped."""
 
+import os
+import re
 import signal
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,27 +29,124 @@ TWO = [
     "--trainer.strategy",
     "ddp",
 ]
+Send = Callable[[int, int], None]  # to the process of rank 0 and to that of rank 1
 
 
-def test_both_ranks_resume_exactly_after_a_signal_and_after_a_kill(tmp_path: Path) -> None:
-    out = ["--output_dir", str(tmp_path)]
-    done = run("train.py", *TWO, *out, "--run_name", "straight")
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes that nothing disturbed."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    done = run("train.py", *TWO, "--output_dir", str(outputs), "--run_name", "straight")
     assert done.returncode == 0, done.stderr
-    straight = final_state(tmp_path / "straight")
-    assert len(straight["other_ranks"]) == 1
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        name = signum.name
-        process = start("train.py", *TWO, *out, "--run_name", name,
-                        "--checkpoint.save_every_steps", "2")  # fmt: skip
-        wait_for_a_checkpoint(tmp_path / name, process)
-        process.send_signal(signum)
-        said = process.communicate()[0]
-        assert process.returncode == (-9 if signum == signal.SIGKILL else 143), said
-        done = run("resume.py", str(tmp_path / name))
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert list(difference(straight | {"config": ""}, final_state(tmp_path / name) | {"config": ""})) == []
-        assert rows(tmp_path / "straight") == rows(tmp_path / name)
-        assert store.CheckpointStore(tmp_path / name / "checkpoints").rejected() == []
+    assert len(final_state(outputs / "straight")["other_ranks"]) == 1
+    return outputs / "straight"
+
+
+def begin(run_dir: Path, *more: str) -> tuple[subprocess.Popen[str], int]:
+    """A run that has its first checkpoint, and the process of its rank 1."""
+    process = start("train.py", *TWO, "--output_dir", str(run_dir.parent), "--run_name", run_dir.name, *more)
+    wait_for_a_checkpoint(run_dir, process)
+    return process, rank_1(process.pid)
+
+
+def rank_1(parent: int) -> int:
+    """The launcher's child, by the variable that it was given."""
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if b"LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"{parent} has no rank 1")
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def goes_on_as(straight: Path, run_dir: Path) -> None:
+    done = run("resume.py", str(run_dir))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(difference(final_state(straight) | {"config": ""}, final_state(run_dir) | {"config": ""})) == []
+    assert rows(straight) == rows(run_dir)
+    assert store.CheckpointStore(run_dir / "checkpoints").rejected() == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_both_ranks_resume_exactly_after_a_signal_and_after_a_kill(
+    straight: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
+    process, _ = begin(tmp_path / "stopped", "--checkpoint.save_every_steps", "2")
+    process.send_signal(signum)
+    said = process.communicate()[0]
+    assert process.returncode == (-9 if signum == signal.SIGKILL else 143), said
+    goes_on_as(straight, tmp_path / "stopped")
+
+
+@pytest.mark.parametrize(
+    "send",
+    [lambda zero, one: os.kill(one, 15), lambda zero, one: [os.kill(pid, 15) for pid in (one, zero)]],
+    ids=["to rank 1", "to both"],
+)
+def test_both_ranks_stop_at_the_same_step_whichever_got_the_signal(straight: Path, tmp_path: Path, send: Send) -> None:
+    process, other = begin(tmp_path / "stopped")
+    send(process.pid, other)
+    said = process.communicate()[0]
+    assert process.returncode == 143, said
+    saved = [int(step) for step in re.findall(r"saved step-0*(\d+)\.ckpt", said)]
+    assert re.findall(r"Saved at step (\d+)\. Continue with", said) == [str(saved[-1])]
+    state, _ = store.load(tmp_path / "stopped" / "checkpoints" / "last.ckpt")
+    assert len(saved) == len(set(saved))
+    assert state["global_step"] == saved[-1]
+    assert not lives(other)
+    goes_on_as(straight, tmp_path / "stopped")
+
+
+def test_the_signal_to_save_may_come_to_rank_1_alone(straight: Path, tmp_path: Path) -> None:
+    process, other = begin(tmp_path / "asked", "--checkpoint.keep_last", "9")
+    os.kill(other, signal.SIGUSR1)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert len(re.findall(r"step \d+: saved", said)) == 1, said
+    assert rows(straight) == rows(tmp_path / "asked")
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_where_one_rank_is_killed_the_other_ends_and_the_run_goes_on(
+    straight: Path, tmp_path: Path, killed: int
+) -> None:
+    process, other = begin(tmp_path / "half", "--checkpoint.save_every_steps", "2")
+    os.kill((process.pid, other)[killed], signal.SIGKILL)
+    said = process.communicate()[0]
+    assert process.returncode != 0, said
+    until = time.monotonic() + 60
+    while lives(other):
+        assert time.monotonic() < until, "rank 1 does not end"
+        time.sleep(0.1)
+    goes_on_as(straight, tmp_path / "half")
+
+
+@pytest.mark.parametrize("where", ["sanity check", "test"])
+def test_a_signal_to_rank_1_before_and_after_the_training_ends_both(
+    where: str, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's handlers would wait for the other rank, which waits for this one."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    waiting = f"{{class_path: waiting.Waiting, init_args: {{where: {where}, mark: {tmp_path / 'there'}}}}}"
+    command = [*TWO, "--output_dir", str(tmp_path), "--run_name", "run", "--trainer.callbacks+", waiting]
+    process = start("train.py", *command)
+    while not (tmp_path / "there").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    other = rank_1(process.pid)
+    os.kill(other, signal.SIGTERM)
+    said = process.communicate(timeout=150)[0]
+    assert process.returncode != 0, said
+    assert not lives(other)
+    done = run("train.py", *command, "--resume", "auto")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run" / "summary.json").exists()
+    assert rows(straight) == rows(tmp_path / "run")
 
 
 def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 import json
 import os
 import pickle
-import random
 import subprocess
 import sys
 import zipfile
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import facts, small_checkpoint, small_state
+from checkpoint_files import bytes_of_tensors, facts, small_checkpoint, small_state
 
 from savepoint.checkpoint import manifest, store
 from savepoint.errors import (
@@ -36,34 +35,8 @@ def refused(path: Path) -> bool:
     return True
 
 
-def bytes_of_tensors(path: Path) -> set[int]:
-    positions: set[int] = set()
-    data = path.read_bytes()
-    with zipfile.ZipFile(path) as archive:
-        for record in archive.infolist():
-            name = len(record.filename)
-            extra = int.from_bytes(data[record.header_offset + 28 :][:2], "little")
-            if "/data/" in record.filename:
-                start = record.header_offset + 30 + name + extra
-                positions.update(range(start, start + record.file_size))
-    return positions
-
-
-def test_no_flipped_bit_loads(path: Path) -> None:
-    data = path.read_bytes()
-    inside = bytes_of_tensors(path)
-    outside = [position for position in range(len(data)) if position not in inside]
-    draw = random.Random(0)
-    everywhere = [draw.randrange(len(data)) for _ in range(200)]
-    for position in everywhere + draw.sample(outside, 200):
-        damaged = bytearray(data)
-        damaged[position] ^= 1 << draw.randrange(8)
-        path.write_bytes(damaged)
-        assert refused(path), position
-
-
 def test_no_flipped_bit_of_the_end_verifies(path: Path) -> None:
-    """Every bit of the manifest, the directory and the seal: this is where CRCs alone miss some."""
+    """One of each byte of the manifest, the directory and the seal: here CRCs miss some, or the manifest loses its name."""
     data = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         start = archive.getinfo(manifest.RECORD).header_offset
@@ -71,21 +44,8 @@ def test_no_flipped_bit_of_the_end_verifies(path: Path) -> None:
         damaged = bytearray(data)
         damaged[position] ^= 1 << (position % 8)
         path.write_bytes(damaged)
-        with pytest.raises((CheckpointCorruptError, CheckpointForeignError)):
+        with pytest.raises(CheckpointCorruptError):
             manifest.read(path)
-
-
-def test_no_file_with_a_zeroed_page_loads(tmp_path: Path) -> None:
-    state = small_state() | {"big": torch.randn(200, 300)}
-    path = store.write(tmp_path / "a.ckpt", state, facts(1)).path
-    data = path.read_bytes()
-    for page in range(len(data) // 4096 + 1):
-        begin = 4096 * page
-        zeroed = data[:begin] + bytes(len(data[begin : begin + 4096])) + data[begin + 4096 :]
-        path.write_bytes(zeroed)
-        assert zeroed != data
-        assert refused(path), page
-    assert page >= 50
 
 
 def test_no_truncated_file_loads(path: Path) -> None:
@@ -95,18 +55,6 @@ def test_no_truncated_file_loads(path: Path) -> None:
         with pytest.raises((CheckpointCorruptError, CheckpointForeignError)):
             manifest.verify(path)
     path.write_bytes(data[: len(data) // 2])
-    assert refused(path)
-
-
-@pytest.mark.parametrize("extra", [b"\0", b"x" * 100, b"PK\5\6" + b"\0" * 18, bytes(70_000)])
-def test_no_file_with_bytes_appended_loads(path: Path, extra: bytes) -> None:
-    with path.open("ab") as file:
-        file.write(extra)
-    assert refused(path)
-
-
-def test_a_file_appended_to_itself_is_refused(path: Path) -> None:
-    path.write_bytes(path.read_bytes() * 2)
     assert refused(path)
 
 

@@ -229,29 +229,6 @@ def test_a_disk_that_fills_within_a_tensor_is_told_as_such(
     assert manifest.verify(kept.path(40))
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
-def test_bytes_are_on_disk_before_the_name_and_the_name_before_the_end(
-    kept: CheckpointStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[str, bool]] = []
-    fsync, replace = os.fsync, os.replace
-
-    def seen_fsync(descriptor: int) -> None:
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
-        whole = os.path.isdir(name) or manifest.diagnose(name) == ""
-        calls.append(("directory" if os.path.isdir(name) else "file", whole))
-        fsync(descriptor)
-
-    def seen_replace(source: Path, target: Path) -> None:
-        calls.append(("name", target == kept.path(50)))
-        replace(source, target)
-
-    monkeypatch.setattr(files.os, "fsync", seen_fsync)
-    monkeypatch.setattr(files.os, "replace", seen_replace)
-    kept.write(small_state(), facts(50))
-    assert calls == [("file", True), ("name", True), ("directory", True)]
-
-
 def test_an_interrupted_save_leaves_no_temp(kept: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

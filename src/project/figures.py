@@ -1,7 +1,8 @@
-"""Pictures of a test, for TensorBoard: the confusion matrix and the worst mistakes. Drawn once, after the test."""
+"""Pictures of a test: the confusion matrix and the worst mistakes. Drawn once, after the test, for TensorBoard or a file."""
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from savepoint.checkpoint.files import replacing
+from savepoint.commands.output import table
 
 INK, PAPER, RIGHT, WRONG = (30, 30, 30), (255, 255, 255), (40, 110, 180), (205, 60, 40)
 CELL = 44
@@ -51,7 +55,7 @@ class TestFigures(Callback):
         writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if not writers or not len(confusion) or not trainer.is_global_zero:
             return
-        names = getattr(getattr(trainer, "datamodule", None), "classes", None) or list(map(str, range(len(confusion))))
+        names = _names(trainer, len(confusion))
         losses, *rest = (torch.cat(parts) for parts in zip(*self.mistakes, strict=True))
         images, labels, guesses = (part[losses.argsort(descending=True)[: self.worst]].cpu() for part in rest)
         for writer in writers:
@@ -60,6 +64,45 @@ class TestFigures(Callback):
             if len(images):
                 grid = draw_mistakes(images, labels.tolist(), guesses.tolist(), names)
                 writer.add_image("test/worst_mistakes", _pixels(grid), step, dataformats="HWC")
+
+    def report(self, trainer: Trainer, directory: Path) -> tuple[str, dict[str, Any]]:
+        """What `savepoint eval` asks for after a test in one process: a table of the classes, and confusion.png."""
+        if not len(self.confusion):
+            return "", {}
+        counts = self.confusion.cpu()
+        names = _names(trainer, len(counts))
+        with replacing(directory / "confusion.png") as file:
+            draw_confusion(counts, names).save(file, "PNG")
+        rows = per_class(counts, names)
+        shares = ("accuracy", "precision", "recall")
+        lines = [
+            (row["class"], f"{row['count']}", *("-" if row[key] is None else f"{100 * row[key]:.2f}" for key in shares))
+            for row in rows
+        ]
+        text = table(("class", "count", *(f"{key} %" for key in shares)), lines)
+        legend = "accuracy: of this class against all others"
+        return f"{text}\n{legend}", {"classes": rows, "confusion": counts.tolist()}
+
+
+def per_class(counts: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    """For each class how many images it has, and its accuracy against all others, precision and recall.
+
+    Null where nothing was counted: the precision of a class that was never predicted.
+
+    Args:
+        counts: (classes, classes) int, `counts[true, predicted]`.
+    """
+    total = int(counts.sum())
+    rows = []
+    for index, name in enumerate(names):
+        right, true, predicted = int(counts[index, index]), int(counts[index].sum()), int(counts[:, index].sum())
+        rows.append(
+            {
+                "class": name, "count": true, "accuracy": (total - true - predicted + 2 * right) / total,
+                "precision": right / predicted if predicted else None, "recall": right / true if true else None,
+            }
+        )  # fmt: skip
+    return rows
 
 
 def draw_confusion(counts: Tensor, names: Sequence[str]) -> Image.Image:
@@ -104,6 +147,10 @@ def draw_mistakes(images: Tensor, labels: Sequence[int], guesses: Sequence[int],
         drawn = Image.fromarray(255 - image[0].numpy()).resize((side, side), Image.Resampling.NEAREST)
         picture.paste(drawn, (x, y + title))
     return picture
+
+
+def _names(trainer: Trainer, classes: int) -> Sequence[str]:
+    return getattr(getattr(trainer, "datamodule", None), "classes", None) or list(map(str, range(classes)))
 
 
 def _mix(color: tuple[int, int, int], share: float) -> tuple[int, int, int]:

@@ -19,7 +19,7 @@ from savepoint.checkpoint.state import environment
 from savepoint.choose import Request
 from savepoint.errors import CheckpointNotFoundError, ConfigError, ConfigMismatchError
 from savepoint.overrides import ApplyOverrides
-from savepoint.run import Run, default_name, plural, python, rank, requeued, scheduled, show
+from savepoint.run import Run, default_name, plural, rank, requeued, resume_command, scheduled, show
 
 # Where the checkpoint of this start is said to ranks that the launcher starts later.
 ENVIRONMENT_KEY = "SAVEPOINT_CHECKPOINT"
@@ -239,11 +239,11 @@ def finished(source: Source, changed: Mapping[str, tuple[Any, Any]], request: Re
             return None
     elif changed:
         return None
-    directory = show((request.run_dir or source.path).absolute())
+    where = (request.run_dir or source.path).absolute()
     longer = ended if ended in limits else "max_epochs"
     return (
-        f"Finished: {directory} ended by {ended} at step {source.manifest['step']}, epoch {source.manifest['epoch']}. "
-        f"To train longer: {python()} resume.py {directory} --trainer.{longer} {2 * max(1, limits[longer])}"
+        f"Finished: {show(where)} ended by {ended} at step {source.manifest['step']}, epoch {source.manifest['epoch']}. "
+        f"To train longer: {resume_command(where)} --trainer.{longer} {2 * max(1, limits[longer])}"
     )
 
 

@@ -11,8 +11,10 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -24,10 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import savepoint
-from savepoint.errors import ConfigError, RunDirectoryError, RunExistsError, RunLockedError
+from savepoint.errors import ConfigError, RunDirectoryError, RunExistsError, RunLockedError, SavepointError
 
 # Set by rank 0 before the launcher starts the other ranks, which inherit it.
 ENVIRONMENT_KEY = "SAVEPOINT_RUN_DIR"
+
+# C's struct flock, and which of its fields is the kind of the lock; all others are 0 for the whole file.
+_FLOCK, _KIND = ("qqihh", 3) if sys.platform == "darwin" else ("hhqqi0q", 0)
 
 
 def rank() -> int:
@@ -92,13 +97,7 @@ class Run:
                 break
             except FileExistsError:
                 if run_name or not run.directory.is_dir():
-                    go_on = f"{python()} resume.py {directory}"
-                    if not any((directory / "checkpoints").glob("step-*.ckpt")):
-                        go_on = "the same command with --resume auto (it has no checkpoint yet)"
-                    raise RunExistsError(
-                        f"The run name is taken: {directory}. Expected a new one. Choose another --run_name, "
-                        f"or continue that run: {go_on}"
-                    ) from None
+                    raise run._taken(directory) from None
                 run = cls(directory.with_name(f"{name}-{attempt}"))  # two runs that started in the same second
             except OSError as error:
                 raise _unwritable(directory, error) from error
@@ -165,6 +164,41 @@ class Run:
             os.close(self._lock)
             self._lock = None
 
+    def holder(self) -> str | None:
+        """The process that trains here: `pid 5 on host`; None where none does.
+
+        The kernel is asked who holds the lock; none is taken, so a training that starts now is not disturbed.
+        """
+        try:
+            if _identity((self.directory / "lock").stat()) in _locked:
+                return "this very process"
+            descriptor = os.open(self.directory / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            asked = [0] * 5
+            asked[_KIND] = fcntl.F_WRLCK
+            answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(_FLOCK, *asked))
+            held = struct.unpack(_FLOCK, answer)[_KIND] != fcntl.F_UNLCK
+            return _holder(_said(descriptor, wait_secs=1)) if held else None
+        finally:
+            os.close(descriptor)
+
+    def _taken(self, shown: Path) -> SavepointError:
+        """What to say of a directory that is there, where a new one was to be made."""
+        until = time.monotonic() + 1
+        while not (holder := self.holder()) and not (self.directory / "run.json").exists() and time.monotonic() < until:
+            time.sleep(0.01)  # without a record it may be a moment old: its maker is about to take the lock
+        if holder:
+            return self._in_use(holder)
+        go_on = resume_command(self.directory)
+        if not any((shown / "checkpoints").glob("step-*.ckpt")):
+            go_on = "the same command with --resume auto (it has no checkpoint yet)"
+        return RunExistsError(
+            f"The run name is taken: {shown}. Expected a new one. Choose another --run_name, "
+            f"or continue that run: {go_on}"
+        )
+
     def _in_use(self, holder: str) -> RunLockedError:
         return RunLockedError(
             f"Another process trains in this run directory: {self.directory}, held by {holder}. "
@@ -227,7 +261,15 @@ def show(directory: Path) -> str:
 def python() -> str:
     """The interpreter of this process as a person would type it here: `.venv/bin/python` after a `make train`."""
     executable = Path(sys.executable)
-    return os.path.relpath(executable) if executable.is_relative_to(Path.cwd()) else "python"
+    if executable.is_relative_to(Path.cwd()):
+        return os.path.relpath(executable)
+    found = shutil.which("python")  # which may be another one
+    return "python" if found and Path(found).parent == executable.parent else str(executable)
+
+
+def resume_command(directory: Path) -> str:
+    """What continues a run, to be pasted where this process was started."""
+    return shlex.join([python(), show(Path(__file__).resolve().parents[2] / "resume.py"), show(directory)])
 
 
 def plural(number: int, word: str) -> str:

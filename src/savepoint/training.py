@@ -24,7 +24,7 @@ from savepoint.errors import RunDirectoryError
 from savepoint.logs import RunCSVLogger, RunTensorBoardLogger
 from savepoint.preemption import Preempted
 from savepoint.progress import Meter, display
-from savepoint.run import Run, plural, python, rank, show
+from savepoint.run import Run, plural, python, rank, resume_command, show
 
 
 @dataclass
@@ -140,7 +140,7 @@ def execute(training: Training, checkpoint: Path | None = None) -> int:
         return finish(training)
     except Preempted:
         if trainer.is_global_zero and (latest := training.checkpointing.store.latest()):
-            command = resume_command(training.run)
+            command = resume_command(training.run.directory)
             try:
                 training.run.write_resume_command(command)
             except RunDirectoryError as error:  # the code that says who stopped the run matters more
@@ -228,15 +228,11 @@ def table(training: Training, summary: Mapping[str, Any]) -> str:
         ("trained", f"{plural(summary['epochs'], 'epoch')}, {plural(summary['steps'], 'step')} in {summary['fit_secs']:.1f} s "
                     f"({summary['images_per_sec']} images/s), whole process {summary['wall_secs']:.1f} s"),
         ("run directory", directory),
-        ("train longer", f"{resume_command(training.run)} --trainer.max_epochs {2 * max(summary['epochs'], 1)}"),
+        ("train longer", f"{resume_command(training.run.directory)} --trainer.max_epochs {2 * max(summary['epochs'], 1)}"),
         ("look at it", f"{python()} -m tensorboard.main --logdir {shlex.quote(directory)}"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     return "\n".join(["", *(f"{name:<{width}}  {value}" for name, value in rows)])
-
-
-def resume_command(run: Run) -> str:
-    return f"{python()} resume.py {shlex.quote(show(run.directory))}"
 
 
 def quieten() -> None:

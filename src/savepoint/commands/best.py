@@ -7,7 +7,7 @@ from savepoint.commands import rundir
 
 
 def file_or_best(argument: str | None) -> tuple[Path, str]:
-    """The checkpoint, every byte of it looked at, and in words which one it is.
+    """The checkpoint, and in words which one it is. Its seal is looked at, every byte when it is loaded.
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, CheckpointForeignError, CheckpointVersionError: about CKPT.
@@ -20,7 +20,7 @@ def file_or_best(argument: str | None) -> tuple[Path, str]:
             path, which = best.path, f"best of the run: {best.manifest.get('monitor')} {best.score:.4f}"
         else:
             path, which = rundir.file_or_latest(argument), "latest of the run: none has a value of its metric"
-    facts = manifest.verify(path)
+    facts = manifest.read(path)
     said = f"{path}: step {facts['step']}, epoch {facts.get('epoch')}"
     return path, f"{said} ({which})" if which else said
 

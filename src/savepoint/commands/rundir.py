@@ -1,12 +1,9 @@
 """A run directory as others look at it: nothing in it is created, renamed or opened for writing."""
 
 import difflib
-import fcntl
 import json
 import os
 import shlex
-import struct
-import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -14,10 +11,7 @@ from typing import Any, Literal
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.store import Checkpoint, CheckpointStore
 from savepoint.errors import CheckpointNotFoundError
-from savepoint.run import python, show
-
-# C's struct flock, and which of its fields is the kind of the lock; all others are 0 for the whole file.
-_FLOCK, _KIND = ("qqihh", 3) if sys.platform == "darwin" else ("hhqqi0q", 0)
+from savepoint.run import Run, python, show
 
 State = Literal["running", "finished", "stopped", "broken"]
 
@@ -80,23 +74,8 @@ class RunDir:
     # -- the lock ----------------------------------------------------------------------------------------------------
 
     def holder(self) -> str | None:
-        """The process that trains here: `pid 5 on host`; None where none does.
-
-        The kernel is asked who holds the lock; none is taken, so a training that starts now is not disturbed. Not for the
-        process that holds the lock itself: closing any descriptor of the file drops it.
-        """
-        try:
-            descriptor = os.open(self.path / "lock", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        try:
-            asked = [0] * 5
-            asked[_KIND] = fcntl.F_WRLCK
-            answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(_FLOCK, *asked))
-            held = struct.unpack(_FLOCK, answer)[_KIND] != fcntl.F_UNLCK
-        finally:
-            os.close(descriptor)
-        return self.said_in_lock() or "a process that left no name" if held else None
+        """The process that trains here: `pid 5 on host`; None where none does."""
+        return Run(self.path).holder()
 
     def said_in_lock(self) -> str:
         """Whoever took the lock and did not give it back, alive or dead; "" where the last one did."""

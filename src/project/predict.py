@@ -1,0 +1,137 @@
+"""Name the class of images of any size and colour, from a checkpoint alone: no data set is needed.
+
+python -m project.predict outputs/first photo.png
+python -m project.predict outputs/first/checkpoints/best.ckpt scans/ -o scans.csv
+
+INPUT is an image file, a folder of them, or a .npy file: (28, 28), (N, 28, 28) or (N, 1, 28, 28), uint8 or float in 0..1.
+The network knows grey, 28x28, white on black. What is done to bring an image there is said, and stands with its row.
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from project.pictures import SIDE, SUFFIXES, Picture, Pixels, read
+from savepoint import entry, rebuild
+from savepoint.checkpoint.files import replacing
+from savepoint.commands.best import file_or_best
+from savepoint.errors import ConfigError
+from savepoint.rebuild import Rebuilt
+from savepoint.run import plural
+
+BATCH = 256
+
+
+def main(argv: Sequence[str]) -> int:
+    arguments = _parse(argv)
+    path, said = file_or_best(arguments.ckpt)
+    pictures = read(arguments.input, arguments.invert)
+    made = rebuild.rebuild(path, allow=arguments.allow)
+    names, shares = predict(made, [picture.pixels for picture in pictures])
+    rows = [_row(picture, names, share) for picture, share in zip(pictures, shares, strict=True)]
+    print(f"{said}\n{_summary(pictures, arguments.input)}", file=sys.stderr)
+    as_json = arguments.output is not None and arguments.output.suffix == ".json"
+    text = _json(made, rows) if as_json else _csv(rows, names if arguments.all else [])
+    if arguments.output is None:
+        print(text, end="")
+    else:
+        with replacing(arguments.output) as file:  # a crash leaves what was there
+            file.write(text.encode())
+        print(f"written: {arguments.output}", file=sys.stderr)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m project.predict", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint, or a run directory: its best")
+    parser.add_argument("input", metavar="INPUT", type=Path, help="an image, a folder of images, or a .npy file")
+    parser.add_argument("-o", dest="output", metavar="FILE", type=Path, help=".csv or .json; without it CSV is printed")
+    parser.add_argument(
+        "--invert", choices=["auto", "yes", "no"], default="auto", help="auto: where the border is light"
+    )
+    parser.add_argument("--all", action="store_true", help="the probabilities of all classes in the CSV; JSON has them")
+    parser.add_argument(
+        "--allow", choices=["canary"], action="append", default=[], help="though the model's code has changed"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.output is not None and arguments.output.suffix not in (".csv", ".json"):
+        raise ConfigError(f"Neither CSV nor JSON: {arguments.output}. Expected a name that ends in .csv or .json.")
+    return arguments
+
+
+def predict(made: Rebuilt, images: Sequence[Pixels]) -> tuple[list[str], Tensor]:
+    """The names of the classes, and the probability of each for each image: (N, classes).
+
+    Raises:
+        ConfigError: the checkpoint's model is not for such images.
+    """
+    example = made.model.example_input_array
+    if isinstance(example, Tensor) and example.shape[1:] != (1, SIDE, SIDE):
+        raise ConfigError(
+            f"Not a model for images of 1x{SIDE}x{SIDE}: {made.path}, whose input is {list(example.shape[1:])}. "
+            "Expected such a model. Write a predict.py for yours."
+        )
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    model = made.model.to(device)
+    logits = []
+    with torch.no_grad():
+        for start in range(0, len(images), BATCH):
+            batch = torch.from_numpy(np.stack(images[start : start + BATCH]))[:, None]
+            if batch.is_floating_point():
+                batch = batch.to(model.dtype)
+            logits.append(model(batch.to(device)).float().cpu())
+    shares = torch.cat(logits).softmax(1)
+    return made.classes or list(map(str, range(shares.shape[1]))), shares
+
+
+# -- saying ----------------------------------------------------------------------------------------------------------
+
+
+def _row(picture: Picture, names: Sequence[str], shares: Tensor) -> dict[str, Any]:
+    best = int(shares.argmax())
+    return {
+        "file": str(picture.file).encode(errors="backslashreplace").decode(),  # a name may be no text
+        "index": picture.index,
+        "label": names[best],
+        "probability": float(shares[best]),
+        "changes": picture.changes,
+        "probabilities": dict(zip(names, shares.tolist(), strict=True)),
+    }
+
+
+def _summary(pictures: Sequence[Picture], source: Path) -> str:
+    counts = Counter(change for picture in pictures for change in picture.changes)
+    said = ", ".join(f"{count} {change}" for change, count in counts.items()) or "none changed"
+    others = [one for one in source.iterdir() if one.suffix.lower() not in SUFFIXES] if source.is_dir() else []
+    return f"{plural(len(pictures), 'image')}: {said}" + (
+        f"; {plural(len(others), 'other file')} left out" if others else ""
+    )
+
+
+def _json(made: Rebuilt, rows: Sequence[Mapping[str, Any]]) -> str:
+    source = {"checkpoint": str(made.path), "digest": made.manifest["digest"], "step": made.manifest["step"]}
+    return json.dumps({**source, "predictions": rows}, indent=2) + "\n"
+
+
+def _csv(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "index", "label", "probability", "changes", *names])
+    for row in rows:
+        plain = [row["file"], row["index"], row["label"], row["probability"], "; ".join(row["changes"])]
+        writer.writerow([*plain, *(row["probabilities"][name] for name in names)])
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    entry.run(main, str(Path(__file__).parent))  # the code of savepoint must be that beside this package

@@ -1,0 +1,74 @@
+"""Model, data and trainer from a checkpoint alone, on the device that is there: nothing is trained, nothing written.
+
+For what is done with a trained model: eval, export, predict. The weights are those of `state_dict`, which a run's own test
+looks at: with weight averaging the averaged ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from savepoint import cli, training
+from savepoint.checkpoint import store
+from savepoint.errors import ConfigError
+from savepoint.overrides import check_canary, check_shapes
+
+# In place of what the run was trained on and logged to; a flag of the user comes after them and wins.
+HERE = [
+    "--trainer.accelerator=auto", "--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto",
+    "--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+    "--trainer.profiler=null", "--trainer.barebones=false",
+]  # fmt: skip
+
+
+@dataclass
+class Rebuilt:
+    """A model in eval mode with the weights of a checkpoint, and what it was trained with. The data is not read yet."""
+
+    path: Path
+    state: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    config: Any
+    model: LightningModule
+    data: LightningDataModule
+    trainer: Trainer
+
+    @property
+    def classes(self) -> list[str] | None:
+        """What the data module calls its classes; None where it does not, or where the run fell back on other data."""
+        names = getattr(self.data, "classes", None)
+        trained_on = (self.manifest.get("dataset") or {}).get("name")
+        return None if names is None or getattr(self.data, "name", None) != trained_on else list(map(str, names))
+
+    @property
+    def averaged(self) -> bool:
+        return "current_model_state" in self.state
+
+
+def rebuild(path: Path, overrides: Sequence[str] = (), *, allow: Sequence[str] = ()) -> Rebuilt:
+    """What the config in a checkpoint describes, `overrides` (`--KEY VALUE`, as for train.py) on top of it.
+
+    Raises:
+        CheckpointError: about the file.
+        ConfigError: no config in it, or one that does not build.
+        ConfigMismatchError: the model's code is another one: the weights do not fit, or, unless `allow` has "canary",
+            give another output than when they were saved.
+    """
+    state, facts = store.load(path)
+    if not state.get("config"):
+        raise ConfigError(
+            f"No config in this checkpoint: {path}. Expected one, as train.py puts into each. Take a checkpoint of a run."
+        )
+    training.quieten()
+    config = cli.parse([*HERE, *overrides], base=state["config"])
+    model, data, trainer = cli.instantiate(config)
+    # A run in `64-true` or `bf16-true` has weights of that type: the model gets it before the weights, as in training.
+    trainer.precision_plugin.convert_module(model)
+    check_shapes({name: tuple(value.shape) for name, value in state["state_dict"].items()}, model.state_dict())
+    model.load_state_dict(state["state_dict"])
+    if "canary" not in allow:
+        check_canary(model, {**state, "state_dict": model.state_dict()})
+    return Rebuilt(path, state, facts, config, model.eval(), data, trainer)
