@@ -12,6 +12,8 @@ import torch
 from checkpoint_files import facts, small_checkpoint, small_state
 from run_dirs import flip, latest, make_run, say, store, training_in, truncate
 
+from savepoint.run import python
+
 Capture = pytest.CaptureFixture[str]
 
 
@@ -45,11 +47,11 @@ def test_a_damaged_checkpoint_is_named_with_the_step_to_go_on_from(name: str, ru
     (found,) = findings(capsys, run_dir).items()
     assert found[0].startswith(f"{name} does not verify: one or more damaged bytes in record ")
     assert found[1].startswith(f"Go on from step {20 if '30' in name else 30}: ")
-    assert found[1].endswith(f"python resume.py {run_dir}")
+    assert found[1].endswith(f"{python()} resume.py {run_dir}")
 
 
 def test_a_run_without_a_checkpoint_that_verifies_is_started_again(run_dir: Path, capsys: Capture) -> None:
-    command = "python train.py --config configs/fast.yaml --run_name"
+    command = f"{python()} train.py --config configs/fast.yaml --run_name"
     for one in store(run_dir).checkpoints():
         truncate(one.path)
     wrong = findings(capsys, run_dir)

@@ -188,7 +188,7 @@ def test_every_reported_save_outlives_a_power_cut(tmp_path: Path, straight: Path
 def test_a_power_cut_in_the_middle_of_saves_leaves_the_last_reported_one(tmp_path: Path, straight: Path) -> None:
     """24 cuts, at random moments of a training that saves at every step."""
     plans = product(KINDS, ("the last", "three"), (False, True), range(3))
-    cuts = side_by_side([Cut(kind, None, kept, later) for kind, kept, later, _ in plans], tmp_path, straight, 2)
+    cuts = side_by_side([Cut(kind, None, kept, later) for kind, kept, later, _ in plans], tmp_path, straight, 4)
     print("\n" + table(cuts))
     assert len(cuts) == 24
     assert all(cut.clean for cut in cuts), "\n".join(unclean(cuts))

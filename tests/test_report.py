@@ -24,6 +24,7 @@ from savepoint.checkpoint import store
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.commands import main
+from savepoint.run import python
 
 CONFIG = "model: {lr: 0.1}\ncheckpoint: {keep_last: 2, keep_best: 1, keep_every_n_epochs: null, mode: max}\n"
 HOSTILE = """<script>document.title='hacked'</script><img src=x onerror="document.title='hacked'">'"&"""
@@ -386,7 +387,7 @@ def test_a_stopped_run_says_how_to_go_on_and_counts_its_time_over_its_starts(run
     (run_dir / "metrics.csv").write_text("step,time/secs,loss\n1,1.5,1\n2,2.5,1\n3,1.0,1\n4,3.0,1\n")
     words = report(run_dir).words
     assert "first stopped" in words
-    assert f"Go on python resume.py {run_dir} Curves" in words.replace(sys.executable, "python")
+    assert f"Go on {python()} resume.py {run_dir} Curves" in words
     assert "time in training about 5.5 s" in words
 
 

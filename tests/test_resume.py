@@ -16,7 +16,7 @@ import torch
 from small import rows
 
 import project
-from savepoint import choose, resume
+from savepoint import choose, cli, resume
 from savepoint.checkpoint import store
 from savepoint.errors import (
     CheckpointCorruptError,
@@ -72,6 +72,7 @@ def go(*argv: str) -> int:
 @contextmanager
 def as_a_new_process() -> Iterator[None]:
     """A run tells its directory and its checkpoint, through the environment, to the ranks that it starts."""
+    cli._parser.cache_clear()  # a new process knows the classes that it imports
     try:
         yield
     finally:

@@ -180,11 +180,7 @@ def test_a_signal_before_the_first_step_leaves_with_its_code_and_nothing_half_ma
         else:
             send_in(patch, owner, hook, nth=1, signum=signal.SIGTERM)
         assert call("train.py", *command) == 143
-    if owner is preemption:  # the training had begun and is on record; the next start takes the directory
-        assert (tmp_path / "early" / "run.json").exists()
-        assert call("train.py", *command, "--resume", "auto", "--trainer.max_epochs", "1") == 0
-    else:
-        assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_signal_in_the_test_after_the_training_ends_the_process_and_a_resume_makes_the_test(

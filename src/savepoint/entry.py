@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import savepoint
 from savepoint import preemption
 from savepoint.errors import ConfigError, SavepointError
+from savepoint.run import rank
 
 
 def run(main: Callable[[Sequence[str]], int], script: str) -> None:
@@ -25,6 +26,8 @@ def run(main: Callable[[Sequence[str]], int], script: str) -> None:
         preemption.install()
         code = main(sys.argv[1:])
     except preemption.Preempted as preempted:
+        if rank():
+            preempted.code = 0  # or the launcher would take this rank for a crashed one, and kill the one that saves
         if preempted.code:  # 0 on the ranks that do not speak for the run
             print(f"Stopped by {preempted.name}.", file=sys.stderr)
         raise

@@ -22,6 +22,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
+from savepoint.checkpoint import files
+
 
 class Appender:
     """A file that only grows, through the times when it cannot be written.
@@ -181,6 +183,9 @@ class RunCSVLogger(Logger):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)  # a crash before this line leaves the old file whole, after it the new one
+            files.sync_directory(
+                self.path.parent
+            )  # or a power cut could leave a checkpoint that counts rows of no file
         finally:
             temporary.unlink(missing_ok=True)
         self._columns = columns

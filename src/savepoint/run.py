@@ -148,18 +148,23 @@ class Run:
             raise _unwritable(path, error) from error
         said = _said(descriptor)
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": _boot_id()}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+            for stale in self.directory.glob(".*.tmp"):  # of a process that died here; we hold the lock
+                stale.unlink(missing_ok=True)
+        except OSError as error:
+            os.close(descriptor)
+            raise _unwritable(self.directory, error) from error
         self._lock = descriptor
         _locked.add(_identity(os.fstat(descriptor)))
         if said.strip():
             print(f"Taking over the lock of {_holder(said)}, which is no longer running.")
-        for stale in self.directory.glob(".*.tmp"):  # of a process that died here; we hold the lock
-            stale.unlink(missing_ok=True)
 
     def unlock(self) -> None:
         if self._lock is not None:
-            os.ftruncate(self._lock, 0)  # an empty file says that nobody died here
+            with contextlib.suppress(OSError):  # the lock goes all the same: only the next start says one line too many
+                os.ftruncate(self._lock, 0)  # an empty file says that nobody died here
             _locked.discard(_identity(os.fstat(self._lock)))
             os.close(self._lock)
             self._lock = None
@@ -234,7 +239,10 @@ class Run:
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
-        (self.directory / "RESUME.txt").unlink(missing_ok=True)  # there is nothing left to continue
+        try:
+            (self.directory / "RESUME.txt").unlink(missing_ok=True)  # there is nothing left to continue
+        except OSError as error:
+            raise _unwritable(self.directory / "RESUME.txt", error) from error
 
     def write_resume_command(self, command: str) -> None:
         self._write("RESUME.txt", command + "\n")
@@ -249,7 +257,8 @@ class Run:
                 os.fsync(file.fileno())
             os.replace(temporary, path)  # a crash before this line leaves the old file, one after it the new one
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what stays is swept at the next start; the first error matters more
+                temporary.unlink()
             raise _unwritable(path, error) from error
 
 

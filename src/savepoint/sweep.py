@@ -263,8 +263,8 @@ def _short(value: Any) -> str:
 
 def _optuna() -> Any:
     try:
-        import matplotlib  # noqa: F401
         import optuna
+        from matplotlib import figure  # noqa: F401
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"A sweep needs a package that is missing: {error.name}. Expected it in this environment. "

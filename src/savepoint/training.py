@@ -88,10 +88,11 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
         RunTensorBoardLogger(run.directory, start.purge_step),
     ]
     shown = display(meter)
-    callbacks = [*shown.pop("callbacks"), _Recorder(run, record, text, start), *start.callbacks]
+    callbacks = [*shown.pop("callbacks"), *start.callbacks]
     model, data, trainer = cli.instantiate(
         config, callbacks=callbacks, logger=loggers, default_root_dir=str(run.directory), **shown
     )
+    trainer.callbacks.append(_Recorder(run, record, text, start))  # type: ignore[attr-defined]
     for logger in trainer.loggers:
         if hasattr(logger, "join"):
             logger.join(record["id"], run.directory)

@@ -409,8 +409,7 @@ class CheckpointCallback(Checkpoint):
         checkpoint["optimizer"] = next(iter(checkpoint["optimizer_states"]), None)
         checkpoint[self.scores.key] = self.scores.best
         checkpoint["canary"] = state.canary(pl_module, checkpoint["state_dict"])
-        rows = {"logged_rows": checkpoint["logged_rows"]}  # told to who looks without torch
-        checkpoint["manifest"] = (self._facts or self._make_facts(trainer, None, "user", None)) | rows
+        checkpoint["manifest"] = self._facts or self._make_facts(trainer, None, "user", None)
 
     def _make_facts(self, trainer: Trainer, at: Point | None, reason: str, ended: str | None) -> dict[str, Any]:
         own = {"at": at, "exact": at is not None and self._exact, "reason": reason, "ended": ended}

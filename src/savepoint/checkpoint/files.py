@@ -46,7 +46,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             # name changes in one step, and only ever to bytes that are on disk.
             os.replace(temp, path)
         # A crash before this line costs, at a power cut only, the new name: the directory shows the old file again.
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 def make_directory(directory: Path) -> None:
@@ -54,10 +54,10 @@ def make_directory(directory: Path) -> None:
     if not directory.is_dir():
         make_directory(directory.parent)
         directory.mkdir(exist_ok=True)
-        _sync_directory(directory.parent)
+        sync_directory(directory.parent)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -125,7 +125,7 @@ def try_out(directory: Path) -> None:
             os.close(descriptor)
         os.replace(first, second)
         _name(second, first)
-        _sync_directory(directory)
+        sync_directory(directory)
 
 
 def _name(target: Path, name: Path) -> None:

@@ -56,8 +56,13 @@ def load_plain(path: Path | str, map_location: Any = "cpu") -> dict[str, Any]:
     path = manifest.local_path(path)
     try:
         # Torch warns of old pickle protocols; what cannot be read ends in an error of ours.
-        with torch.serialization.safe_globals(_numpy_scalars()), warnings.catch_warnings(action="ignore"):
-            content = torch.load(path, map_location=map_location, weights_only=True)
+        # An open file: of a path torch would look at the name, and take *.safetensors for one.
+        with (
+            torch.serialization.safe_globals(_numpy_scalars()),
+            warnings.catch_warnings(action="ignore"),
+            path.open("rb") as file,
+        ):
+            content = torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refused(path, _cause(error, path)) from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
@@ -126,7 +131,6 @@ def _is_safetensors(path: Path) -> bool:
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        package = importlib.import_module("safetensors")
         reader = importlib.import_module("safetensors.torch")
     except ImportError:
         raise CheckpointForeignError(
@@ -136,7 +140,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         ) from None
     try:
         weights: dict[str, Tensor] = reader.load_file(path)
-    except (package.SafetensorError, OSError) as error:
+    except Exception as error:
         raise _refused(path, str(error)) from error
     return weights
 

@@ -244,7 +244,7 @@ def _newest(run: RunDir) -> Iterator[Finding]:
         where = f"{plural(len(bad), 'tensor')}: {', '.join(bad[:3])}"
         what = f"{run.latest.path.name} holds numbers that are not finite, in {where}."
         yield Finding(True, what, f"Choose an older one, with --rewind: {run.command('-m', 'savepoint', 'ls')}")
-    counted, rows = run.latest.manifest.get("logged_rows") or 0, _rows(run.path / "metrics.csv")
+    counted, rows = state.get("logged_rows") or 0, _rows(run.path / "metrics.csv")
     if rows < counted:
         what = f"metrics.csv has {rows} of the {counted} rows that {run.latest.path.name} counts: the others are lost."
         yield Finding(
