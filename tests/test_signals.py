@@ -214,6 +214,8 @@ def now() -> dict[signal.Signals, Any]:
 def test_while_it_trains_the_handlers_are_ours_and_afterwards_those_from_before(
     installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for signum in OURS:
+        signal.signal(signum, signal.SIG_DFL)
     if installed:
         preemption.install()
     before, seen = now(), []
