@@ -126,7 +126,7 @@ def test_other_data_is_refused_unless_it_is_meant(run_dir: Path, capsys: Capture
     assert found(run_dir.parent / "eval-mnist")["dataset"] == "embedded digits"
 
 
-class Sums(LightningDataModule):
+class Totals(LightningDataModule):
     def __init__(self) -> None:
         super().__init__()
         x = torch.linspace(-1, 1, 96).view(24, 4)
@@ -138,7 +138,7 @@ class Sums(LightningDataModule):
     val_dataloader = test_dataloader = train_dataloader
 
 
-class Regression(LightningModule):
+class Line(LightningModule):
     """No classes, and its best is its smallest."""
 
     def __init__(self) -> None:
@@ -158,7 +158,7 @@ class Regression(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-class RegressionWithTest(Regression):
+class LineWithTest(Line):
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("test/loss", nn.functional.mse_loss(self(batch[0]), batch[1]))
 
@@ -166,7 +166,7 @@ class RegressionWithTest(Regression):
 def regression(tmp_path: Path, model: str) -> Path:
     config = tmp_path / "mine.yaml"
     config.write_text(
-        f"model: {{class_path: test_evaluate.{model}}}\ndata: {{class_path: test_evaluate.Sums}}\n"
+        f"model: {{class_path: test_evaluate.{model}}}\ndata: {{class_path: test_evaluate.Totals}}\n"
         "trainer: {max_epochs: 2, log_every_n_steps: 1, accelerator: cpu}\ncheckpoint: {monitor: val/loss, mode: min}\n"
     )
     assert begin("--config", str(config), "--output_dir", str(tmp_path), "--run_name", "mine") == 0
@@ -175,7 +175,7 @@ def regression(tmp_path: Path, model: str) -> Path:
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_a_task_without_classes_has_its_metrics_alone(tmp_path: Path, capsys: Capture) -> None:
-    run_dir = regression(tmp_path, "RegressionWithTest")
+    run_dir = regression(tmp_path, "LineWithTest")
     code, out, _ = say(capsys, "eval", str(run_dir))
     assert code == 0
     assert "best of the run: val/loss" in out
@@ -187,11 +187,11 @@ def test_a_task_without_classes_has_its_metrics_alone(tmp_path: Path, capsys: Ca
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_a_model_without_a_test_is_evaluated_on_its_validation(tmp_path: Path, capsys: Capture) -> None:
-    run_dir = regression(tmp_path, "Regression")
+    run_dir = regression(tmp_path, "Line")
     capsys.readouterr()
     code, out, err = say(capsys, "eval", str(run_dir))
     assert (code, out) == (2, "")
-    assert "Regression has no test_step" in err
+    assert "Line has no test_step" in err
     assert "--split val" in err
     assert say(capsys, "eval", str(run_dir), "--split", "val")[0] == 0
 

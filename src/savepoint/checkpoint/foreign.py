@@ -131,6 +131,7 @@ def _is_safetensors(path: Path) -> bool:
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:
     try:
+        importlib.import_module("safetensors")
         reader = importlib.import_module("safetensors.torch")
     except ImportError:
         raise CheckpointForeignError(
