@@ -1,0 +1,43 @@
+"""However often a run is started, it is one run in its tracker. With the trackers themselves: they need the extras."""
+
+from pathlib import Path
+
+import pytest
+
+from savepoint.errors import ConfigError
+from savepoint.trackers import RunMLFlowLogger, RunWandbLogger
+
+
+@pytest.mark.parametrize("logger", [RunWandbLogger, RunMLFlowLogger])
+def test_without_its_package_a_tracker_says_what_to_install(logger: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    extra = logger.__name__.removeprefix("Run").removesuffix("Logger").lower()
+    monkeypatch.setattr(f"lightning.pytorch.loggers.{extra}._{extra.upper()}_AVAILABLE", False)
+    with pytest.raises(ConfigError, match=rf'missing: {extra}\..*pip install -e "\.\[{extra}\]"'):
+        logger()
+
+
+@pytest.mark.filterwarnings("ignore")  # of MLflow's own
+def test_in_mlflow_each_start_of_a_run_is_the_same_run(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow", reason="needs the extra: pip install -e '.[mlflow]'")
+    ids = []
+    for run in ("one", "one", "another"):
+        logger = RunMLFlowLogger("tests", f"sqlite:///{tmp_path / 'mlflow.db'}")
+        logger.join(run, tmp_path / run)
+        logger.log_hyperparams({"lr": 0.1 * (len(ids) + 1)})  # a parameter that was changed: MLflow would refuse it
+        logger.log_metrics({"loss": 1.0}, step=len(ids))
+        logger.finalize("success")
+        ids.append(logger.run_id)
+    assert ids[0] == ids[1] != ids[2]
+    assert [metric.step for metric in logger.experiment.get_metric_history(ids[0], "loss")] == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore")  # of wandb's own
+def test_in_wandb_each_start_of_a_run_is_the_same_run(tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb", reason="needs the extra: pip install -e '.[wandb]'")
+    for _ in range(2):
+        logger = RunWandbLogger(offline=True)
+        logger.join("one", tmp_path)
+        logger.log_metrics({"loss": 1.0}, step=1)
+        assert logger.experiment.id == "one"
+        wandb.finish()
+    assert list((tmp_path / "wandb").glob("offline-run-*-one"))
