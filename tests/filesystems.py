@@ -107,12 +107,7 @@ def command(*arguments: str) -> str:
 def fill(path: Path) -> None:
     """Takes all the room that is left."""
     with path.open("ab", buffering=0) as file:
-        for piece in (
-            1 << 20,
-            1 << 12,
-            1 << 20,
-            1 << 12,
-        ):  # twice: what a file system holds back it gives once it is asked
+        for piece in 2 * (1 << 20, 1 << 12):  # twice: what a file system holds back it gives once it is asked
             try:
                 while True:
                     file.write(bytes(piece))

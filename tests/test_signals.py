@@ -188,13 +188,16 @@ def test_a_signal_in_the_test_after_the_training_ends_the_process_and_a_resume_m
 ) -> None:
     assert call("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "straight") == 0
     capfd.readouterr()
-    with monkeypatch.context() as patch:
-        send_in(patch, ImageClassifier, "test_step", nth=2, signum=signal.SIGTERM)
-        assert call("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "tested") == 143
-    said, run_dir = capfd.readouterr(), tmp_path / "tested"
-    assert "Saved at step 12. Continue with: " in said.out
-    assert said.err == "Stopped by SIGTERM.\n"
-    assert not (run_dir / "summary.json").exists()
+    run_dir = tmp_path / "tested"
+    training = ["train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "tested"]
+    for command in (training, ["resume.py", str(run_dir)]):
+        with monkeypatch.context() as patch:
+            send_in(patch, ImageClassifier, "test_step", nth=2, signum=signal.SIGTERM)
+            assert call(*command) == 143
+        said = capfd.readouterr()
+        assert "Saved at step 12. Continue with: " in said.out
+        assert said.err == "Stopped by SIGTERM.\n"
+        assert not (run_dir / "summary.json").exists()
     assert call("resume.py", str(run_dir)) == 0
     assert (run_dir / "summary.json").exists()
     assert rows(tmp_path / "straight") == rows(run_dir)  # the test's figures at the step that it tested

@@ -68,8 +68,8 @@ class Appender:
         except OSError as error:
             if self.failure is None:
                 print(
-                    f"Cannot be written: {self.path} ({error.strerror}). Expected room. What is logged waits in memory "
-                    "until it can be. Free some space there.",
+                    f"Cannot be written: {self.path} ({error.strerror}). Expected room, and leave to write. What is logged "
+                    "waits in memory until it can be: look at that disk.",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -110,7 +110,7 @@ def _go_on(request: Request, config: Any, run: Run | None) -> int:
     check_allowed(request.allow, [*compose.flatten(was), *changed])
     refuse(changed, request.allow)
     if ended := finished(source, changed, request):
-        print(ended)
+        print(ended, flush=True)
         return _complete(run, source, config) if run else 0
     if rank() == 0:
         print(plan(request, source, changed, config), flush=True)
@@ -332,7 +332,7 @@ def _complete(run: Run, source: Source, config: Any) -> int:
     made.trainer.fit_loop.load_state_dict(source.state["loops"]["fit_loop"])  # the step and epoch of the test's log row
     for part in (made.checkpointing, made.meter):
         part.load_state_dict(source.state["callbacks"][part.state_key])
-    return training.finish(made, reached)
+    return training.execute(made, trained=reached)
 
 
 def _summarised(run: Run) -> int | None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import savepoint
+from savepoint.checkpoint import files
 from savepoint.errors import ConfigError, RunDirectoryError, RunExistsError, RunLockedError, SavepointError
 
 # Set by rank 0 before the launcher starts the other ranks, which inherit it.
@@ -91,9 +92,15 @@ class Run:
         run = cls(directory)
         if rank():
             return run
+        try:
+            files.make_directory(run.directory.parent)
+        except OSError as error:
+            raise _unwritable(directory, error) from error
         for attempt in range(2, 100):
             try:
-                run.directory.mkdir(parents=True)
+                run.directory.mkdir()
+                # Without this a power cut can take the whole run, and every save that was reported with it.
+                files.sync_directory(run.directory.parent)
                 break
             except FileExistsError:
                 if run_name or not run.directory.is_dir():
@@ -188,6 +195,17 @@ class Run:
             return _holder(_said(descriptor, wait_secs=1)) if held else None
         finally:
             os.close(descriptor)
+
+    def left_by(self) -> str:
+        """Whoever took the lock and did not give it back, alive or dead: `pid 5 on host`; "" where the last one did."""
+        path = self.directory / "lock"
+        try:
+            if _identity(path.stat()) in _locked:  # closing it here would drop the lock
+                return "this very process"
+            said = path.read_text(errors="replace")
+        except OSError:
+            return ""
+        return _holder(said) if said.strip() else ""
 
     def _taken(self, shown: Path) -> SavepointError:
         """What to say of a directory that is there, where a new one was to be made."""

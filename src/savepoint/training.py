@@ -133,12 +133,17 @@ def portable(config: Any) -> Any:
     return config
 
 
-def execute(training: Training, checkpoint: Path | None = None) -> int:
-    """Fit, test, summarise. Returns the exit code: 1 where the newest state could not be saved."""
+def execute(training: Training, checkpoint: Path | None = None, trained: tuple[int, int] | None = None) -> int:
+    """Fit, test, summarise. Returns the exit code: 1 where the newest state could not be saved.
+
+    Args:
+        trained: Step and epoch of a run whose training has ended and that was killed in its test: there is nothing to fit.
+    """
     trainer = training.trainer
     try:
-        trainer.fit(training.model, datamodule=training.data, ckpt_path=checkpoint)
-        return finish(training)
+        if trained is None:
+            trainer.fit(training.model, datamodule=training.data, ckpt_path=checkpoint)
+        return _finish(training, *(trained or (trainer.global_step, trainer.current_epoch)))
     except Preempted:
         if trainer.is_global_zero and (latest := training.checkpointing.store.latest()):
             command = resume_command(training.run.directory)
@@ -155,17 +160,13 @@ def execute(training: Training, checkpoint: Path | None = None) -> int:
         training.run.unlock()
 
 
-def finish(training: Training, reached: tuple[int, int] | None = None) -> int:
-    """Test the best weights, write summary.json, print the table.
-
-    Args:
-        reached: Step and epoch, where this process has not trained: a run that was killed in its test.
-    """
+def _finish(training: Training, step: int, epoch: int) -> int:
+    """Test the best weights, write summary.json, print the table."""
     failure = training.checkpointing.failure
     if failure is not None:  # said before the test, which a full disk may end
         print(f"The newest state of this run is not saved. {failure}", file=sys.stderr, flush=True)
     try:
-        summary = summarise(training, *(reached or (training.trainer.global_step, training.trainer.current_epoch)))
+        summary = summarise(training, step, epoch)
         if training.trainer.is_global_zero:
             print(table(training, summary), flush=True)
             if not training.trainer.fast_dev_run:  # type: ignore[attr-defined]

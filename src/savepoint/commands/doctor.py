@@ -152,7 +152,7 @@ def _process(run: RunDir) -> Iterator[Finding]:
     state = run.state()
     if holder := run.holder():
         yield Finding(False, f"{holder} trains here now.")
-    elif (dead := run.said_in_lock()) and state != "finished":
+    elif (dead := run.left_by()) and state != "finished":
         yield Finding(False, f"{dead} died while it trained here.", go_on if run.latest else "")
     elif state == "stopped":
         ended = run.latest is not None and run.latest.manifest.get("ended")

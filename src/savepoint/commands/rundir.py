@@ -77,10 +77,8 @@ class RunDir:
         """The process that trains here: `pid 5 on host`; None where none does."""
         return Run(self.path).holder()
 
-    def said_in_lock(self) -> str:
-        """Whoever took the lock and did not give it back, alive or dead; "" where the last one did."""
-        said = self.facts("lock")
-        return f"pid {said.get('pid')} on {said.get('host')}" if said else ""
+    def left_by(self) -> str:
+        return Run(self.path).left_by()
 
     # -- what to type ------------------------------------------------------------------------------------------------
 
