@@ -10,7 +10,7 @@ RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train resume eval predict export report runs sweep test lint tensorboard prove drill new template-diff template-update clean
+.PHONY: help setup extras train resume eval predict export report runs sweep test lint tensorboard prove drill new template-diff template-update clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 25
@@ -22,6 +22,9 @@ $(VENV)/ready: requirements.txt pyproject.toml
 	@$(or $(PYTHON),false) -c '$(RECENT)' || { echo "No Python that is recent enough: $$(python3 --version 2>&1). Expected 3.11 or newer. Name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@echo "Setting up $(VENV) with $(PYTHON): about 6 GB, once." && $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt && touch $@
+
+extras: setup ## what is optional, too: Optuna, ONNX, Weights & Biases, MLflow
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[sweep,onnx,wandb,mlflow]'
 
 train: setup ## train and test: CONFIG, ARGS
 	$(VENV)/bin/python train.py --config $(CONFIG) $(ARGS)

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """
-import sys
+import signal, sys, time, weakref
 from pathlib import Path
 from savepoint import entry, errors
 
@@ -21,6 +21,13 @@ def main(argv):
 
 def fail(argv):
     raise errors.CheckpointSaveError("Saving failed.", "x")
+
+def dropped(argv):
+    class Thing: ...
+    thing = Thing()
+    seen = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGTERM))
+    del thing
+    time.sleep(30)
 
 def mistake(argv):
     raise errors.ConfigError("Wrong.")
@@ -45,3 +52,9 @@ def test_output_that_cannot_be_written_ends_no_training(tmp_path: Path, code: st
 def test_an_error_is_its_message_and_its_exit_code(body: str, code: int, said: str) -> None:
     done = subprocess.run(command(body), capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (code, f"{said}\n")
+
+
+def test_a_signal_whose_exception_python_drops_ends_the_process_all_the_same() -> None:
+    """Where a handler runs within the callback of a weak reference, as in an import, nothing that it raises goes on."""
+    done = subprocess.run(command("dropped"), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (143, "Stopped by SIGTERM.\n")

@@ -55,8 +55,8 @@ def call(script: str, *argv: str) -> int:
     with pytest.MonkeyPatch.context() as patch, as_a_new_process():
         patch.setattr(preemption, "requests", preemption._Requests())
         patch.setattr(sys, "argv", [str(ROOT / script), *argv])
-        for stream in ("stdout", "stderr"):  # which the program wraps
-            patch.setattr(sys, stream, getattr(sys, stream))
+        for name in ("stdout", "stderr", "unraisablehook"):  # which the program wraps
+            patch.setattr(sys, name, getattr(sys, name))
         with pytest.raises(SystemExit) as left:
             runpy.run_path(sys.argv[0], run_name="__main__")
     return int(left.value.code or 0)

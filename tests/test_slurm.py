@@ -88,14 +88,19 @@ def test_the_two_tasks_of_a_job_that_is_requeued_go_on_together(
             tasks.append(start("train.py", *TWO, "--output_dir", str(output_dir)))
         return tasks
 
-    assert [task.wait() for task in srun(tmp_path / "straight")] == [0, 0]
+    def codes(tasks: list[subprocess.Popen[str]]) -> list[int]:
+        for task in tasks:
+            task.communicate()
+        return [task.returncode for task in tasks]
+
+    assert codes(srun(tmp_path / "straight")) == [0, 0]
     tasks = srun(outputs)
     wait_for_a_checkpoint(run_dir, tasks[0])
     for task in tasks:
         task.send_signal(signal.SIGTERM)
-    assert max(task.wait() for task in tasks) == 143
+    assert max(codes(tasks)) == 143
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert [task.wait() for task in srun(outputs)] == [0, 0]
+    assert codes(srun(outputs)) == [0, 0]
     assert [path.name for path in outputs.iterdir()] == [NAME]
     assert list(difference(final_state(tmp_path / "straight" / NAME), final_state(run_dir))) == []
     assert rows(tmp_path / "straight" / NAME) == rows(run_dir)

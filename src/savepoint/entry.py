@@ -24,6 +24,7 @@ def run(main: Callable[[Sequence[str]], int], script: str) -> None:
     try:
         refuse_foreign_install(Path(script))
         preemption.install()
+        sys.unraisablehook = preemption.asked_again(sys.unraisablehook)
         code = main(sys.argv[1:])
     except preemption.Preempted as preempted:
         if rank():

@@ -13,7 +13,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAVE = signal.SIGUSR1
@@ -52,6 +54,19 @@ def install() -> None:
             requests.ignored.add(signum)  # remembered: Lightning puts a handler of its own even there
         handler = _on_save if signum == SAVE else _on_stop
         signal.signal(signum, signal.SIG_IGN if signum in requests.ignored else handler)
+
+
+def asked_again(otherwise: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A `sys.unraisablehook`. A handler may run inside a destructor, whose exceptions Python drops: then it is asked anew."""
+
+    def hook(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, Preempted):
+            requests.stop = 0
+            threading.Timer(0.01, os.kill, (os.getpid(), unraisable.exc_value.signum)).start()
+        else:
+            otherwise(unraisable)
+
+    return hook
 
 
 def arm() -> None:

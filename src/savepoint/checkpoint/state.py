@@ -32,7 +32,8 @@ def capture_rng(device: torch.device) -> dict[str, Any]:
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
-        "python": [version, list(words), gauss],
+        # One tensor: as 625 numbers they would take longer to pickle than all the rest of a small checkpoint.
+        "python": [version, torch.tensor(words), gauss],
         # Seen as int32: torch.save takes uint32, but plain pickle, with which ranks exchange this, does not.
         "numpy": [name, torch.from_numpy(np.array(keys).view(np.int32)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
@@ -43,7 +44,7 @@ def capture_rng(device: torch.device) -> dict[str, Any]:
 def restore_rng(rng: Mapping[str, Any], device: torch.device) -> None:
     """Puts `capture_rng`'s result back. A state of an accelerator that is not there is left out."""
     version, words, gauss = rng["python"]
-    random.setstate((version, tuple(words), gauss))
+    random.setstate((version, tuple(torch.as_tensor(words).tolist()), gauss))
     name, keys, *rest = rng["numpy"]
     np.random.set_state((name, keys.cpu().numpy().view(np.uint32), *rest))
     torch.set_rng_state(rng["torch"].cpu())

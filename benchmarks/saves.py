@@ -1,0 +1,278 @@
+"""What a save costs: milliseconds that training waits, bytes a second, memory, and steps that are slower meanwhile.
+
+    python benchmarks/saves.py
+    python benchmarks/saves.py --megabytes 100 --rounds 9
+
+A real training of toy.py with AdamW is saved after every step, by each of these in turn, of one and the same state:
+
+    ours                what CheckpointCallback does: state captured, logs flushed, file and directory synced, retention
+    ours, async         the same with async_save: the copy; written in a thread
+    Lightning + fsync   Trainer.save_checkpoint by TorchCheckpointIO, then file and directory synced
+    torch.save + fsync  weights and optimizer alone
+    DCP, DCP async      torch.distributed.checkpoint, weights and optimizer alone; its files are synced by default
+    raw write + fsync   as many bytes as our file has, from memory
+    memcpy              the state's tensors into tensors that are kept
+
+`waits` is how long the call takes; for the asynchronous ones `on disk` is when the write is done. `memory` is the most that
+the process held beyond what it held before, over the size of the state. A process a size; the first round is not counted.
+The files land in TMPDIR: it should be a disk. Writes go through the page cache and then, by fsync, to the disk.
+
+Last: the steps of a small convolution network, alone and while 300 MB are written by a thread.
+"""
+
+import argparse
+import contextlib
+import gc
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from report import machine, ratio, table
+
+ROUNDS = {0.3: 30, 100.0: 7, 1000.0: 3}  # megabytes: saves of each kind
+BLOCKING = ("ours", "Lightning + fsync", "torch.save + fsync", "DCP", "raw write + fsync")
+ASYNC = ("ours, async", "DCP async", "memcpy")
+
+
+def synced(path: Path) -> None:
+    for place in (path, path.parent):
+        descriptor = os.open(place, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def memory_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+class Measure:
+    """Times of calls by name, and the memory that each took."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, list[float]]] = {}
+
+    def __call__(self, name: str, call: Callable[[], Any], finish: Callable[[Any], Any] = lambda made: None) -> None:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before, begun = memory_bytes("VmRSS"), time.perf_counter()
+        made = call()
+        waited = time.perf_counter() - begun
+        finish(made)
+        whole = time.perf_counter() - begun
+        row = self.found.setdefault(name, {"waits": [], "on disk": [], "memory": []})
+        for key, value in (("waits", waited), ("on disk", whole), ("memory", memory_bytes("VmHWM") - before)):
+            row[key].append(value)
+
+
+def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.plugins.io import TorchCheckpointIO
+    from toy import Numbers, Toy
+
+    from savepoint.checkpoint import format
+    from savepoint.checkpoint.callback import CheckpointCallback
+    from savepoint.checkpoint.io import CheckpointIO
+
+    measured, sizes = Measure(), {}
+
+    class Measured(CheckpointCallback):
+        def __init__(self) -> None:
+            super().__init__(save_every_epochs=None, save_every_steps=1, monitor=None)
+            self.kept: list[torch.Tensor] = []
+            self.later = CheckpointIO(async_save=True)
+
+        def _save(self, trainer: Any, at: Any, **kwargs: Any) -> None:
+            if kwargs.get("ended"):
+                return
+            module, optimizer = trainer.lightning_module, trainer.optimizers[0]
+            plain = {"model": module.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 1}
+            tensors = [leaf for _, leaf in format.leaves(plain) if isinstance(leaf, torch.Tensor)]
+            self.kept = self.kept or [torch.empty_like(tensor) for tensor in tensors]
+            ours = CheckpointIO()
+            self.later.store = ours.store = self.store
+
+            def by(plugin: CheckpointIO) -> Callable[[], None]:
+                def save() -> None:
+                    self._saved, trainer.strategy.checkpoint_io = None, plugin
+                    super(Measured, self)._save(trainer, at, **kwargs)
+
+                return save
+
+            def lightning() -> None:
+                callbacks = trainer.callbacks
+                trainer.callbacks = [callback for callback in callbacks if callback is not self]
+                trainer.strategy.checkpoint_io = TorchCheckpointIO()
+                trainer.save_checkpoint(folder / "lightning.ckpt")
+                synced(folder / "lightning.ckpt")
+                trainer.callbacks, trainer.strategy.checkpoint_io = callbacks, ours
+
+            def torch_save() -> None:
+                torch.save(plain, folder / "torch.pt")
+                synced(folder / "torch.pt")
+
+            def raw() -> None:
+                with (folder / "raw").open("wb", buffering=0) as file:
+                    for tensor in tensors:
+                        file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+                    file.truncate(sizes["file"])
+                synced(folder / "raw")
+
+            def memcpy() -> None:
+                with torch.no_grad():
+                    for kept, tensor in zip(self.kept, tensors, strict=True):
+                        kept.copy_(tensor)
+
+            measured("ours", by(ours))
+            sizes.update(file=self.store.path(trainer.global_step).stat().st_size, state=format.size_bytes(plain))
+            measured("ours, async", by(self.later), lambda _: self.later.wait())
+            measured("Lightning + fsync", lightning)
+            measured("torch.save + fsync", torch_save)
+            measured("DCP", lambda: dcp.save(plain, checkpoint_id=folder / "dcp"))
+            measured("DCP async", lambda: dcp.async_save(plain, checkpoint_id=folder / "later"), lambda f: f.result())
+            measured("raw write + fsync", raw)
+            measured("memcpy", memcpy)
+
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        trainer = Trainer(
+            max_steps=rounds + 1, default_root_dir=folder, callbacks=[Measured()], logger=False, accelerator="cpu",
+            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        )  # fmt: skip
+        trainer.fit(Toy(megabytes), Numbers(4 * (rounds + 1)))
+    return {
+        "sizes": sizes,
+        "found": {n: {k: v[1:] for k, v in row.items()} for n, row in measured.found.items()},
+    }
+
+
+def measure_steps(folder: Path, megabytes: int = 300, steps: int = 60) -> dict[str, Any]:
+    """Seconds a step of a small convolution network: alone, and while something is written in a thread."""
+    import threading
+
+    import torch
+    from torch import nn
+
+    from savepoint.checkpoint.io import CheckpointIO
+
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 576, 10)
+    )
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    x, y = torch.randn(128, 1, 28, 28), torch.randint(0, 10, (128,))
+    state = {"ballast": [torch.rand(1_000_000) for _ in range(megabytes // 4)], "step": 0, "epoch": 0}
+
+    def step() -> float:
+        begun = time.perf_counter()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        return time.perf_counter() - begun
+
+    plugin, turn = CheckpointIO(async_save=True), iter(range(1_000_000))
+
+    def ours() -> Callable[[], bool]:
+        plugin.save_checkpoint({**state, "global_step": next(turn)}, folder / "ours.ckpt")
+        return lambda: all(job.done() for job in plugin._queued)
+
+    def thread() -> Callable[[], bool]:
+        copied = {"ballast": [tensor.clone() for tensor in state["ballast"]]}  # type: ignore[attr-defined]
+
+        def write() -> None:
+            torch.save(copied, folder / "thread.pt")
+            synced(folder / "thread.pt")
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        return lambda: not writer.is_alive()
+
+    secs: dict[str, list[float]] = {"alone": [], "ours, async": [], "torch.save in a thread": []}
+    for _ in range(4):  # the first round is not counted
+        rows: dict[str, list[float]] = {"alone": [step() for _ in range(steps)]}
+        for name, begin in (("ours, async", ours), ("torch.save in a thread", thread)):
+            done, rows[name] = begin(), []
+            while not done():
+                rows[name].append(step())
+            plugin.wait()
+        for name, row in rows.items():
+            secs[name].append(sum(row) / max(1, len(row)))
+    return {name: median(values[1:]) for name, values in secs.items()}
+
+
+def rows_of(megabytes: float, result: Mapping[str, Any]) -> list[list[str]]:
+    found, sizes = result["found"], result["sizes"]
+    middle = {name: {key: median(values) for key, values in row.items()} for name, row in found.items()}
+    theirs, state = middle["Lightning + fsync"], sizes["state"]
+    rows = []
+    for name in (*BLOCKING, *ASYNC):
+        one = middle[name]
+        rows.append(
+            [
+                f"{state / 1e6:.1f} MB: {name}" if name == BLOCKING[0] else f"  {name}",
+                f"{1000 * one['waits']:.1f} ms",
+                ratio(theirs["waits"] / one["waits"]),
+                f"{1000 * one['on disk']:.1f} ms",
+                f"{state / 1e6 / one['on disk']:,.0f} MB/s" if name != "memcpy" else "",
+                f"{100 * one['memory'] / state:.0f} %" if megabytes >= 10 else "",
+            ]
+        )
+    return rows
+
+
+def child(*words: str) -> Any:
+    with tempfile.TemporaryDirectory(prefix="saves-") as folder:
+        command = [sys.executable, __file__, "--child", folder, *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.makedirs(folder, exist_ok=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=float, nargs="*", default=list(ROUNDS))
+    parser.add_argument("--rounds", type=int, help="saves of each kind; without it as many as a minute holds")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.child:
+        (megabytes,) = asked.megabytes[:1] or [0]
+        result = measure_steps(asked.child) if asked.steps else measure(megabytes, asked.rounds, asked.child)
+        print(json.dumps(result))
+        return 0
+    print(f"On {machine()}", flush=True)
+    rows: list[list[str]] = []
+    for megabytes in asked.megabytes:
+        rounds = asked.rounds or ROUNDS.get(megabytes, 5)
+        rows += rows_of(megabytes, child("--megabytes", str(megabytes), "--rounds", str(rounds)))
+        print(f"  {megabytes} MB done", flush=True)
+    print(table(["one save", "waits", "Lightning's over it", "on disk", "speed", "memory"], rows) + "\n", flush=True)
+    steps = child("--steps")
+    alone = steps["alone"]
+    print(
+        table(
+            ["a step while 300 MB are written", "time", "slower"],
+            [[n, f"{1000 * s:.1f} ms", ratio(s / alone)] for n, s in steps.items()],
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
