@@ -178,6 +178,8 @@ def test_a_killed_training_restarts_at_once_though_its_data_workers_live_on(tmp_
         assert process.poll() is None
     process.kill()
     process.wait()
+    assert process.stdout is not None
+    process.stdout.close()  # the workers hold its other end
     lived_on = [worker for worker in workers if Path(f"/proc/{worker}").exists()]
     assert not refused(tmp_path / "run")
     done = run("resume.py", str(tmp_path / "run"))

@@ -326,11 +326,12 @@ def test_a_background_job_under_nohup_trains_on_when_the_terminal_closes(tmp_pat
 @pytest.mark.slow
 def test_a_signal_at_any_time_of_the_start_leaves_nothing_that_cannot_be_started_again(tmp_path: Path) -> None:
     """The real program, imports and all: at sixteen moments up to its first steps."""
+    command = ["train.py", *SMALL, "--trainer.max_epochs", "40", "--output_dir", str(tmp_path)]
 
     def begin(name: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", name], text=True,
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            [sys.executable, *command, "--run_name", name], cwd=ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
     began, process = time.monotonic(), begin("whole")
@@ -350,5 +351,4 @@ def test_a_signal_at_any_time_of_the_start_leaves_nothing_that_cannot_be_started
     print(f"exit codes {codes}, begun and left as they are {left}")
     assert set(codes) <= {143, -signal.SIGTERM}  # the latter before the first line of ours
     for nth in left:
-        assert call("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", f"early-{nth}",
-                    "--resume", "auto") == 0  # fmt: skip
+        assert call(*command, "--run_name", f"early-{nth}", "--resume", "auto") == 0
