@@ -1,12 +1,13 @@
-"""Images per second: Lightning with all our callbacks against a bare PyTorch loop, and our batches against a DataLoader.
+"""Images per second: a bare PyTorch loop, Lightning alone, Lightning with all that is ours; our batches and a DataLoader's.
 
     DATA_ROOT=/path/to/data python benchmarks/throughput.py
     DATA_ROOT=/path/to/data python benchmarks/throughput.py --rounds 7 --epochs 1
 
 First table: the run of configs/fast.yaml, `--epochs` epochs. Both sides train the same network on the same batches, shifts
-included, with the same optimizer, schedule, loss and metric updates, and validate after each epoch. Lightning's side is
-what train.py builds: progress lines, metrics.csv, TensorBoard, a durable save at the end of each epoch. Timed is what
-`fit_secs` of a summary is: from the first batch to the end of training, without start-up and the sanity check.
+included, with the same optimizer, schedule, loss and metric updates, and validate after each epoch. `ours` is
+what train.py builds: progress lines, metrics.csv, TensorBoard, a durable save at the end of each epoch; then the same with a
+save every 50 steps. `stock Trainer` is Lightning's with its own CSV and TensorBoard loggers, and no checkpoint at all. Timed is
+from the first batch to the return of `fit`, the save at its end included, without start-up and the sanity check.
 Second table: batches alone, no network, one pass over the training images, normalised and ready for the network; ours are
 shifted too.
 
@@ -28,6 +29,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from report import ROOT, machine, ratio, require_mnist, table
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -35,10 +38,16 @@ from torch.utils.data import DataLoader
 
 from project import ConvNet, ImageClassifier, ImageData
 from savepoint import cli, training
+from savepoint.progress import Meter
 from savepoint.run import Run
 from savepoint.schedules import one_cycle
 
 MEAN, STD = 0.1307, 0.3081
+
+
+def whole_rate(meter: Meter) -> float:
+    """Called once `fit` has returned: the save at its end counts, which the meter leaves out."""
+    return meter._samples_now / (time.monotonic() - meter._began)
 
 
 def lightning_rate(config: Any, directory: Path) -> float:
@@ -48,8 +57,23 @@ def lightning_rate(config: Any, directory: Path) -> float:
     with contextlib.redirect_stdout(io.StringIO()):
         built = training.build(config, run)
         built.trainer.fit(built.model, datamodule=built.data)
+        rate = whole_rate(built.meter)
     run.unlock()
-    return built.meter.samples_per_sec
+    return rate
+
+
+def stock_rate(epochs: int, directory: Path) -> float:
+    """Images/s of Lightning alone, of the same model and batches."""
+    meter = Meter()
+    torch.manual_seed(0)
+    loggers = [CSVLogger(directory), TensorBoardLogger(directory)]
+    trainer = Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=loggers, callbacks=[meter], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.fit(ImageClassifier(ConvNet()), datamodule=ImageData())
+    return whole_rate(meter)
 
 
 def bare_rate(epochs: int) -> float:
@@ -136,10 +160,18 @@ def main() -> int:
     config = cli.parse(["--config", str(ROOT / "configs/fast.yaml"), f"--trainer.max_epochs={asked.epochs}"])
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         names = (Path(folder, str(i)) for i in count())
-        sides = {"bare": lambda: bare_rate(asked.epochs), "lightning": lambda: lightning_rate(config, next(names))}
+        often = config.clone()
+        often.checkpoint.save_every_steps = 50
+        sides = {
+            "bare loop": lambda: bare_rate(asked.epochs),
+            "stock Trainer": lambda: stock_rate(asked.epochs, next(names)),
+            "ours": lambda: lightning_rate(config, next(names)),
+            "ours, every 50 steps": lambda: lightning_rate(often, next(names)),
+        }
         fit = in_turns(sides, asked.rounds)
-    rows = [[name, f"{rate:,.0f}", ratio(rate / fit["bare"])] for name, rate in fit.items()]
-    print(table(["fit", "images/s", "of the bare loop"], rows) + "\n", flush=True)
+    bare, stock = fit["bare loop"], fit["stock Trainer"]
+    rows = [[name, f"{rate:,.0f}", ratio(rate / bare), ratio(stock / rate)] for name, rate in fit.items()]
+    print(table(["fit", "images/s", "of the bare loop", "a step's time over stock"], rows) + "\n", flush=True)
     loaders = {"our batches": our_batches()}
     loaders |= {f"torchvision, {workers} workers": torchvision_batches(workers) for workers in (0, 2)}
     loading = in_turns({name: lambda p=one_pass: pass_rate(p) for name, one_pass in loaders.items()}, asked.rounds)

@@ -53,11 +53,14 @@ _MAX_TAIL_BYTES = 1 << 28
 _CHUNK_BYTES = 1 << 20
 
 
-def step_files(directory: Path) -> list[Path]:
-    """The files of `directory` that are named as checkpoints, unread, in the order of their names."""
+def step_entries(directory: Path) -> list[os.DirEntry[str]]:
+    """What of `directory` is named as a checkpoint, unread, in the order of the names."""
     with os.scandir(directory) as entries:
-        names = [entry.name for entry in entries if STEP_NAME.fullmatch(entry.name)]
-    return [directory / name for name in sorted(names)]
+        return sorted((entry for entry in entries if STEP_NAME.fullmatch(entry.name)), key=lambda entry: entry.name)
+
+
+def step_files(directory: Path) -> list[Path]:
+    return [directory / entry.name for entry in step_entries(directory)]
 
 
 def read(path: Path | str) -> dict[str, Any]:
@@ -135,7 +138,7 @@ def local_path(path: Path | str) -> Path:
             "Download the file first and name the copy.",
             path,
         )
-    return Path(path)
+    return path if isinstance(path, Path) else Path(path)
 
 
 def corrupt(path: Path, reason: str) -> CheckpointCorruptError:

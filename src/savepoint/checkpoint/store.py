@@ -111,7 +111,7 @@ class CheckpointStore:
         self.retention = retention
         self.monitor = monitor
         self.mode: Mode = mode
-        self._cache: dict[tuple[str, int, int, int], dict[str, Any]] = {}
+        self._cache: dict[tuple[str, int, int, int], Checkpoint] = {}
 
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}.ckpt"
@@ -148,17 +148,22 @@ class CheckpointStore:
     def _scan(self) -> tuple[list[Checkpoint], list[tuple[Path, Exception]]]:
         good: list[Checkpoint] = []
         bad: list[tuple[Path, Exception]] = []
-        cache = {}
-        for path in manifest.step_files(self.directory) if self.directory.is_dir() else []:
+        cache: dict[tuple[str, int, int, int], Checkpoint] = {}
+        # Of thousands that are kept, each is read once: in a save's way stands one look at its size and time.
+        for entry in manifest.step_entries(self.directory) if self.directory.is_dir() else []:
             try:
-                status = path.stat()
-                key = (path.name, status.st_size, status.st_mtime_ns, status.st_ino)
-                cache[key] = self._cache.get(key) or manifest.read(path)
-                good.append(Checkpoint(path, cache[key]))
-            except CheckpointNotFoundError:
+                status = entry.stat()
+                key = (entry.name, status.st_size, status.st_mtime_ns, status.st_ino)
+                known = self._cache.get(key)
+                if known is None:
+                    path = self.directory / entry.name
+                    known = Checkpoint(path, manifest.read(path))
+                cache[key] = known
+                good.append(known)
+            except (CheckpointNotFoundError, FileNotFoundError):
                 continue  # deleted since the listing
             except _UNREADABLE as error:
-                bad.append((path, error))
+                bad.append((self.directory / entry.name, error))
         self._cache = cache
         return sorted(good, key=lambda one: one.step), bad
 
@@ -180,7 +185,8 @@ class CheckpointStore:
         try:
             self.sweep()
             files.try_out(self.directory)
-            disk, listed, superfluous = os.statvfs(self.directory), self.checkpoints(), self._superfluous()
+            disk, listed = os.statvfs(self.directory), self.checkpoints()
+            superfluous = self._superfluous(listed)
             freed = sum(one.path.stat().st_size for one in superfluous)
         except OSError as error:
             reason = error.strerror or getattr(error.__cause__, "strerror", None) or error
@@ -218,15 +224,17 @@ class CheckpointStore:
         try:
             return write(path, state, facts)
         except CheckpointSaveError as error:
-            if error.errno not in files.FULL or not self._delete(self._superfluous(Checkpoint(path, dict(facts)))):
+            superfluous = self._superfluous(self.checkpoints(), Checkpoint(path, dict(facts)))
+            if error.errno not in files.FULL or not self._delete(superfluous):
                 raise
         return write(path, state, facts)
 
     def commit(self) -> list[Path]:
         """After a write: point `last` and `best`, and only then delete what retention lets go. Returns what went."""
-        self._point()
+        listed = self.checkpoints()
+        self._point(listed)
         # A crash before or between the deletions costs disk space until the next commit.
-        return self._delete(self._superfluous())
+        return self._delete(self._superfluous(listed))
 
     def reasons(self) -> dict[int, list[str]]:
         """Why retention keeps each checkpoint, by step: what is absent goes with the next commit."""
@@ -234,14 +242,13 @@ class CheckpointStore:
         monitor, mode = self._ranking(listed, None, None)
         return retention.reasons(_facts(listed, monitor), self.retention, mode)
 
-    def _superfluous(self, upcoming: Checkpoint | None = None) -> list[Checkpoint]:
+    def _superfluous(self, listed: Sequence[Checkpoint], upcoming: Checkpoint | None = None) -> list[Checkpoint]:
         """What retention lets go, counting `upcoming` as there; never the newest nor the best of those that are."""
-        listed = self.checkpoints()
         everything = sorted([*listed, *([upcoming] if upcoming else [])], key=lambda one: one.step)
         monitor, mode = self._ranking(everything, None, None)
-        kept = retention.reasons(_facts(everything, monitor), self.retention, mode).keys()
-        safe = {one.step for one in (*listed[-1:], self._best(listed, monitor, mode)) if one}
-        return [one for one in listed if one.step not in kept | safe]
+        kept = set(retention.reasons(_facts(everything, monitor), self.retention, mode))
+        kept |= {one.step for one in (*listed[-1:], self._best(listed, monitor, mode)) if one}
+        return [one for one in listed if one.step not in kept]
 
     def _delete(self, checkpoints: Sequence[Checkpoint]) -> list[Path]:
         for one in checkpoints:
@@ -249,8 +256,7 @@ class CheckpointStore:
                 one.path.unlink(missing_ok=True)
         return [one.path for one in checkpoints]
 
-    def _point(self) -> None:
-        listed = self.checkpoints()
+    def _point(self, listed: Sequence[Checkpoint]) -> None:
         for name, target in ((LAST, listed[-1] if listed else None), (BEST, self._best(listed))):
             if target:
                 with files.saving(self.directory / name):
@@ -338,7 +344,7 @@ class CheckpointStore:
         """Point `last` and `best` to what is left; where nothing is, take away those that show a moved file."""
         if not (moved := list(moved)):
             return
-        self._point()
+        self._point(self.checkpoints())
         for pointer in (self.directory / LAST, self.directory / BEST):
             if (pointer.is_symlink() and not pointer.exists()) or any(
                 pointer.exists() and pointer.samefile(path) for path in moved
@@ -349,7 +355,7 @@ class CheckpointStore:
     def mend(self) -> None:
         """After a kill between a write and its commit: no temps, and `last` and `best` show what they should."""
         self.sweep()
-        self._point()
+        self._point(self.checkpoints())
 
     def sweep(self) -> list[Path]:
         """Delete what dead processes were writing when they died. For the holder of the run's lock, at its start."""
