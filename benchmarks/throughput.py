@@ -150,6 +150,29 @@ def in_turns(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, fl
     return {name: median(found[1:]) for name, found in rates.items()}
 
 
+def measure_fit(epochs: int, rounds: int) -> dict[str, float]:
+    """Images/s of each way to train."""
+    config = cli.parse(["--config", str(ROOT / "configs/fast.yaml"), f"--trainer.max_epochs={epochs}"])
+    often = config.clone()
+    often.checkpoint.save_every_steps = 50
+    with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
+        names = (Path(folder, str(i)) for i in count())
+        sides = {
+            "bare loop": lambda: bare_rate(epochs),
+            "stock Trainer": lambda: stock_rate(epochs, next(names)),
+            "ours": lambda: lightning_rate(config, next(names)),
+            "ours, every 50 steps": lambda: lightning_rate(often, next(names)),
+        }
+        return in_turns(sides, rounds)
+
+
+def measure_batches(rounds: int) -> dict[str, float]:
+    """Images/s of each way to make batches."""
+    loaders = {"our batches": our_batches()}
+    loaders |= {f"torchvision, {workers} workers": torchvision_batches(workers) for workers in (0, 2)}
+    return in_turns({name: lambda p=one_pass: pass_rate(p) for name, one_pass in loaders.items()}, rounds)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -157,28 +180,13 @@ def main() -> int:
     asked = parser.parse_args()
     require_mnist()
     print(f"On {machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
-    config = cli.parse(["--config", str(ROOT / "configs/fast.yaml"), f"--trainer.max_epochs={asked.epochs}"])
-    with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
-        names = (Path(folder, str(i)) for i in count())
-        often = config.clone()
-        often.checkpoint.save_every_steps = 50
-        sides = {
-            "bare loop": lambda: bare_rate(asked.epochs),
-            "stock Trainer": lambda: stock_rate(asked.epochs, next(names)),
-            "ours": lambda: lightning_rate(config, next(names)),
-            "ours, every 50 steps": lambda: lightning_rate(often, next(names)),
-        }
-        fit = in_turns(sides, asked.rounds)
+    fit = measure_fit(asked.epochs, asked.rounds)
     bare, stock = fit["bare loop"], fit["stock Trainer"]
     rows = [[name, f"{rate:,.0f}", ratio(rate / bare), ratio(stock / rate)] for name, rate in fit.items()]
     print(table(["fit", "images/s", "of the bare loop", "a step's time over stock"], rows) + "\n", flush=True)
-    loaders = {"our batches": our_batches()}
-    loaders |= {f"torchvision, {workers} workers": torchvision_batches(workers) for workers in (0, 2)}
-    loading = in_turns({name: lambda p=one_pass: pass_rate(p) for name, one_pass in loaders.items()}, asked.rounds)
-    ours = loading["our batches"]
-    print(
-        table(["batches alone", "images/s", "ours is"], [[n, f"{r:,.0f}", ratio(ours / r)] for n, r in loading.items()])
-    )
+    loading = measure_batches(asked.rounds)
+    rows = [[name, f"{rate:,.0f}", ratio(loading["our batches"] / rate)] for name, rate in loading.items()]
+    print(table(["batches alone", "images/s", "ours is"], rows))
     return 0
 
 

@@ -49,7 +49,7 @@ def test_images_of_the_test_set_are_named_as_the_evaluation_counts_them(
     assert predict.main([str(run_dir), str(tmp_path / "png"), "-o", str(tmp_path / "a.csv")]) == 0
     out, err = capsys.readouterr()
     assert out == ""
-    assert "359 images: none changed; 1 other file left out" in err
+    assert "359 images: all taken as they are; 1 other file left out" in err
     confusion = np.zeros((10, 10), int)
     for label, row in zip(digits[1], rows(tmp_path / "a.csv"), strict=True):
         confusion[label, int(row["label"])] += 1

@@ -110,7 +110,7 @@ def program(script: str, *argv: str) -> int:
     main = runpy.run_path(str(ROOT / script))["main"]
     with pytest.MonkeyPatch.context() as patch, as_a_new_process():
         patch.setattr(sys, "argv", [script, *argv])
-        patch.setattr(entry, "_tolerant", lambda stream: stream)
+        patch.setattr(entry, "tolerant", lambda stream: stream)
         with pytest.raises(SystemExit) as ended:
             entry.run(main, str(ROOT / script))
     assert isinstance(ended.value.code, int)

@@ -103,15 +103,15 @@ def _row(picture: Picture, names: Sequence[str], shares: Tensor) -> dict[str, An
         "file": str(picture.file).encode(errors="backslashreplace").decode(),  # a name may be no text
         "index": picture.index,
         "label": names[best],
-        "probability": float(shares[best]),
+        "probability": round(float(shares[best]), 6),
         "changes": picture.changes,
-        "probabilities": dict(zip(names, shares.tolist(), strict=True)),
+        "probabilities": {name: round(share, 6) for name, share in zip(names, shares.tolist(), strict=True)},
     }
 
 
 def _summary(pictures: Sequence[Picture], source: Path) -> str:
     counts = Counter(change for picture in pictures for change in picture.changes)
-    said = ", ".join(f"{count} {change}" for change, count in counts.items()) or "none changed"
+    said = ", ".join(f"{count} {change}" for change, count in counts.items()) or "all taken as they are"
     others = [one for one in source.iterdir() if one.suffix.lower() not in SUFFIXES] if source.is_dir() else []
     return f"{plural(len(pictures), 'image')}: {said}" + (
         f"; {plural(len(others), 'other file')} left out" if others else ""

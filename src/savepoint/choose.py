@@ -10,7 +10,7 @@ from typing import Any
 from savepoint import compose, precheck
 from savepoint.checkpoint import manifest
 from savepoint.errors import CheckpointForeignError, CheckpointNotFoundError, ConfigError
-from savepoint.run import requeued, show
+from savepoint.run import Run, requeued, show
 
 USAGE = """\
 usage: python resume.py [CKPT | RUN_DIR] [--KEY VALUE]...
@@ -29,6 +29,8 @@ usage: python resume.py [CKPT | RUN_DIR] [--KEY VALUE]...
 
 Every key of the config can be given, as for train.py.
 """
+
+FLAGS = ("--best", "--plan", "--allow", "--fork", "--rewind")
 
 
 @dataclass
@@ -71,6 +73,8 @@ def request(argv: Sequence[str]) -> Request | None:
             asked.file or "",
         )
     _check_overrides(asked)
+    if asked.run_dir is not None and asked.fork is None and not asked.plan:
+        Run(asked.run_dir).refuse_if_held()
     return asked
 
 
@@ -127,6 +131,8 @@ def _parse(argv: list[str]) -> tuple[Request | None, str | None]:
             named = equals or (argv and not argv[0].startswith("--") and not Path(argv[0]).exists())
             asked.fork = take() if named else ""
         elif word.startswith("-"):
+            if flag.removeprefix("--").split(".")[0] not in compose.KEYS and (near := compose.nearest(flag, FLAGS)):
+                raise ConfigError(f"Unknown flag: {flag}.{near}")
             asked.overrides.append(word)
             if not equals and argv and not argv[0].startswith("--"):
                 asked.overrides.append(argv.pop(0))

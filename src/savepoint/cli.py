@@ -239,7 +239,7 @@ def _refuse_nulls(config: Namespace, composed: compose.Composed) -> None:
         chosen = values.get(owner)
         arg = _arguments(_resolve(chosen, owner)).get(name) if isinstance(chosen, str) else None
         if arg and arg.default is not None and not re.search("None|Optional|Any", str(arg.type)):
-            raise ConfigError(f"Wrong value of {_where(key, composed)}: null. Expected {_readable(str(arg.type))}.")
+            raise ConfigError(f"Wrong value of {composed.place(key)}: null. Expected {_readable(str(arg.type))}.")
 
 
 # --- what a class takes ---
@@ -296,12 +296,12 @@ def _arguments(chosen: type | None) -> dict[str, _Argument]:
 def _explain(text: str, composed: compose.Composed) -> str:
     """One to five lines out of jsonargparse's report, which tells one cause once for each type that it tried."""
     key, cause = _locate(text, composed)
-    where = _where(key, composed)
+    where = composed.place(key)
     if re.search(r"[Oo]ption '[\w.]+'", cause):
         return _unknown_key(key, composed)
     if found := re.search(r"arguments are required: (\w+)", cause):
         name = f"{key}.{found[1]}" if key else found[1]
-        return f"No value for {_where(name, composed)}. Its class has no default for it. Give --{name} VALUE."
+        return f"No value for {composed.place(name)}. Its class has no default for it. Give --{name} VALUE."
     if found := re.search(r"given class_path '([^']+)':\s*(.+)", cause):
         return _unknown_class(key, found[1], where, f" ({found[2].strip()})")
     if found := re.search(r"Expected a dot import path string: (\S+)", cause):
@@ -340,11 +340,6 @@ def _locate(text: str, composed: compose.Composed) -> tuple[str, str]:
     return next((key for key in whole if key.endswith(f".{names[-1]}")), ".".join(names)), cause
 
 
-def _where(key: str, composed: compose.Composed) -> str:
-    origin = composed.origin(key)
-    return f"--{key}" if origin == f"--{key}" else f"{key} ({origin})"
-
-
 def _readable(kinds: str) -> str:
     """Types as a person writes them: `<class 'int'>` is int, NoneType is null."""
     kinds = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kinds)
@@ -358,7 +353,7 @@ def _unknown_key(key: str, composed: compose.Composed) -> str:
     chosen = _class_at(owner, composed)
     known = sorted(_arguments(chosen))
     hint = f" {chosen.__name__} takes {', '.join(known) or 'no arguments'}." if chosen else " See --print_config."
-    return f"Unknown key: {_where(key, composed)}.{compose.nearest(name, known, prefix=f'{owner}.') or hint}"
+    return f"Unknown key: {composed.place(key)}.{compose.nearest(name, known, prefix=f'{owner}.') or hint}"
 
 
 def _unknown_class(key: str, name: str, where: str, because: str = "") -> str:

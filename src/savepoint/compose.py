@@ -57,6 +57,11 @@ class Composed:
         prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
         return next((self.origins[p] for p in prefixes if p in self.origins), f"--{key}")
 
+    def place(self, key: str) -> str:
+        """`key` and where it comes from, as a message names it."""
+        origin = self.origin(key)
+        return origin if origin == f"--{key}" else f"{key} ({origin})"
+
 
 def compose(argv: Sequence[str], *, base: str | None = None) -> Composed:
     """Lay out `argv` over `base`, the YAML text of a checkpoint's config.

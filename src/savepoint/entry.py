@@ -20,7 +20,7 @@ from savepoint.run import rank
 
 def run(main: Callable[[Sequence[str]], int], script: str) -> None:
     """Calls `main` with the arguments of this process and ends the process with its result."""
-    sys.stdout, sys.stderr = _tolerant(sys.stdout), _tolerant(sys.stderr)
+    sys.stdout, sys.stderr = tolerant(sys.stdout), tolerant(sys.stderr)
     try:
         refuse_foreign_install(Path(script))
         preemption.install()
@@ -50,7 +50,8 @@ class _Output(io.FileIO):
         return len(data) if written is None else written
 
 
-def _tolerant(stream: TextIO) -> TextIO:
+def tolerant(stream: TextIO) -> TextIO:
+    """A stream that drops what nobody can read any more."""
     if not isinstance(stream, io.TextIOWrapper):  # none at all, or somebody else's
         return stream
     stream.flush()

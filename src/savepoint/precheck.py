@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import yaml
+
 from savepoint import compose
 from savepoint.errors import ConfigError
+from savepoint.run import Run, rank, requeued
 
 USAGE = """\
 usage: python train.py [--config FILE]... [--KEY VALUE]...
@@ -38,6 +42,19 @@ def check(argv: Sequence[str], *, base: str | None = None, usage: str = USAGE) -
         print(usage, end="")
         raise SystemExit(0)
     check_keys(composed)
+    if base is None:
+        _check_name(composed)
+
+
+def _check_name(composed: compose.Composed) -> None:
+    """A run that is there already, or trains at this moment."""
+    said = composed.config | {key: yaml.safe_load(value) for key, value in composed.flags if key in compose.SCALARS}
+    if rank() or not isinstance(name := said.get("run_name"), str) or composed.wants_config or composed.class_help:
+        return
+    directory = Path(str(said.get("output_dir") or "outputs")) / name
+    if os.path.lexists(directory) and (said.get("resume") or "never") == "never" and not requeued():
+        raise Run(directory).taken(directory)
+    Run(directory).refuse_if_held()
 
 
 def check_keys(composed: compose.Composed) -> None:
@@ -54,8 +71,23 @@ def check_keys(composed: compose.Composed) -> None:
                 raise ConfigError(f"Unknown key in {composed.origin(f'{group}.{name}')}: {group}.{name}.{hint}")
     for key, _ in composed.flags:
         _check_flag(key)
+    for group in compose.REPLACED:
+        _check_arguments(composed, group)
     if composed.class_help is None:
         _check_chosen(composed)
+
+
+def _check_arguments(composed: compose.Composed, group: str) -> None:
+    """Of a class of this project; what other classes take is for cli.py to tell."""
+    chosen = composed.config.get(group)
+    if not isinstance(chosen, dict) or (known := _own_arguments(chosen.get("class_path"))) is None:
+        return
+    flags = (key.rstrip("+").split(".") for key, _ in composed.flags)
+    for name in [*(chosen.get("init_args") or {}), *(name for first, name, *_ in flags if first == group)]:
+        if name not in known and name not in compose.CLASS_KEYS:
+            hint = f" It takes {', '.join(sorted(known)) or 'no arguments'}."
+            near = compose.nearest(str(name), known, prefix=f"{group}.") or hint
+            raise ConfigError(f"Unknown key: {composed.place(f'{group}.{name}')}.{near}")
 
 
 def _check_flag(key: str) -> None:
@@ -67,8 +99,20 @@ def _check_flag(key: str) -> None:
     if group in compose.MERGED and rest:
         near = compose.nearest(rest[0], members(group) or (), prefix=f"--{group}.")
         raise ConfigError(f"Unknown flag: --{key}.{near or f' See --{group}.help.'}")
-    near = compose.nearest(key, [*compose.KEYS, "config", "print_config", "help"], prefix="--")
-    raise ConfigError(f"Unknown flag: --{key}.{near or ' See --help.'}")
+    near = compose.nearest(group, [*compose.KEYS, *([] if rest else ["config", "print_config", "help"])], prefix="--")
+    if near and rest:
+        near = near.replace("?", f".{'.'.join(rest)}?")
+    raise ConfigError(f"Unknown flag: --{key}.{near or _by_last_name(key)}")
+
+
+def _by_last_name(key: str) -> str:
+    """Many write --epochs for --trainer.max_epochs, or --lr for --model.lr."""
+    known = [f"{group}.{name}" for group in compose.MERGED for name in sorted(members(group) or ())]
+    known += [f"{group}.{name}" for group, names in _own_names().items() for name in names]
+    for ending in (f".{key}", f".max_{key}", f"_{key}"):
+        if found := [name for name in known if name.endswith(ending)][:3]:
+            return f" Did you mean {' or '.join(f'--{name}' for name in found)}?"
+    return " See --help."
 
 
 def _is_member(group: str, name: str) -> bool:
@@ -97,14 +141,30 @@ def members(group: str) -> frozenset[str] | None:
     return _parameters(Path(lightning.origin).parent / "pytorch" / "trainer" / "trainer.py", "Trainer")
 
 
+def _own_arguments(class_path: object) -> frozenset[str] | None:
+    """What a class of this project takes; None where its source does not say it for certain."""
+    package, _, name = str(class_path).rpartition(".")
+    folders = [compose.ROOT / "src" / package.split(".")[0]] if package else sorted((compose.ROOT / "src").iterdir())
+    sources = [source for folder in folders if folder.name != "savepoint" for source in sorted(folder.glob("*.py"))]
+    found = [names for source in sources if (names := _parameters(source, name)) is not None]
+    return found[0] if len(found) == 1 else None
+
+
+def _own_names() -> dict[str, list[str]]:
+    """What the classes of the default config take, by group."""
+    default = compose.compose([]).config
+    return {group: sorted(_own_arguments(default[group]["class_path"]) or ()) for group in compose.REPLACED}
+
+
 def _parameters(source: Path, class_name: str) -> frozenset[str] | None:
-    """The names of the `__init__` arguments of a class, without importing it."""
+    """The names of the `__init__` arguments of a class, without importing it; None where it has none of its own."""
     try:
         tree = ast.parse(source.read_text(encoding="utf-8"))
     except (OSError, SyntaxError):
         return None
-    for node in ast.walk(tree):
+    for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
-            inits = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
-            return frozenset(a.arg for n in inits for a in n.args.args + n.args.kwonlyargs) - {"self"}
+            inits = [n.args for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+            if len(inits) == 1 and not inits[0].kwarg:
+                return frozenset(a.arg for a in inits[0].args + inits[0].kwonlyargs) - {"self"}
     return None

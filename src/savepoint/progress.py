@@ -9,6 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from torch import Tensor
 
+QUIET_SECS = 30.0  # after so long without a line, one says that the training lives
+
 
 class Meter(Callback):
     """Counts samples and seconds of training, over all starts of the run. Everything here depends on the clock."""
@@ -27,6 +29,11 @@ class Meter(Callback):
     def fit_secs(self) -> float:
         """Of all starts."""
         return self._secs + self._passed
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there were starts before this one."""
+        return self._secs > 0
 
     @property
     def samples_per_sec(self) -> float:
@@ -79,16 +86,26 @@ class Lines(Callback):
     """One line an epoch, where the output is no terminal."""
 
     def __init__(self, meter: Meter) -> None:
-        self.meter, self._epoch = meter, -1
+        self.meter, self._epoch, self._spoke = meter, -1, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch, self._first, self._started = trainer.current_epoch, trainer.current_epoch, time.monotonic()
+        self._spoke = self._started
         if trainer.is_global_zero:
-            steps = f"{trainer.num_training_batches} batches an epoch"
+            batches = trainer.num_training_batches
+            steps = f"{batches} batch{'' if batches == 1 else 'es'} an epoch"
             print(f"training from step {trainer.global_step}, epoch {trainer.current_epoch}: {steps}", flush=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._say(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_global_zero and time.monotonic() - self._spoke > QUIET_SECS:
+            self._spoke = time.monotonic()
+            place = f"batch {batch_idx + 1} of {trainer.num_training_batches} in epoch {trainer.current_epoch + 1}"
+            print(f"step {trainer.global_step}: {place}, {self.meter.samples_per_sec:.0f} images/s", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._say(trainer)
@@ -97,7 +114,7 @@ class Lines(Callback):
         done = trainer.current_epoch
         if done == self._epoch or not trainer.is_global_zero:
             return
-        self._epoch = done
+        self._epoch, self._spoke = done, time.monotonic()
         left = ""
         if trainer.max_epochs is not None and trainer.max_epochs > 0:
             per_epoch = (time.monotonic() - self._started) / (done - self._first)

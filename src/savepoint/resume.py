@@ -164,19 +164,13 @@ def choose(request: Request, *, may_rename: bool) -> Source:
     else:
         source = Source(request.file, *store.load(request.file))
         latest = checkpoints.latest()
-        if (
-            latest
-            and latest.step > source.manifest["step"]
-            and request.fork is None
-            and not request.rewind
-            and not request.plan
-        ):
+        if latest and latest.step > source.manifest["step"] and request.fork is None and not request.rewind:
             here = show(request.file.absolute())
             raise ConfigMismatchError(
                 f"Not the newest checkpoint of its run: {here} is of step {source.manifest['step']}, the run is at "
                 f"{latest.step}. Expected one of two ways.\n"
-                f"  a new run from there:             python resume.py {here} --fork NAME\n"
-                f"  the same run, later files set aside:  python resume.py {here} --rewind"
+                f"  a new run from there:                 {resume_command(request.file)} --fork NAME\n"
+                f"  the same run, later files set aside:  {resume_command(request.file)} --rewind"
             )
     os.environ[ENVIRONMENT_KEY] = str(source.path.absolute())
     return source
@@ -261,6 +255,10 @@ def plan(request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]
     ]
     lines += [f"  overridden  {key}: {was} -> {now}" for key, (was, now) in changed.items()]
     lines += [f"  note        {note}" for note in _notes(source, changed, config)]
+    if request.plan:
+        lines.append(
+            f"  then        the data set is compared ({manifest['dataset']['name']} is expected), and the model's outputs"
+        )
     lines.append(f"  left        {_left(state, manifest, config)}")
     return "\n".join(lines)
 
@@ -295,8 +293,8 @@ def _notes(source: Source, changed: Mapping[str, tuple[Any, Any]], config: Any) 
     if "trainer.max_epochs" in changed or "trainer.max_steps" in changed:
         rates = [group["lr"] for optimizer in source.state["optimizer_states"] for group in optimizer["param_groups"]]
         notes.append(
-            f"learning rate is {rates[0]:.3g} here; a schedule that depends on the length is stretched to the new end, "
-            "so this is not what a run of that length from the start would be"
+            f"learning rate is {rates[0]:.3g} here; a schedule that depends on the length is stretched to the new end: "
+            "the first line of the training says where it goes on. Not what a run of that length from the start would be"
         )
     if any(key.startswith("data.") for key in changed):
         notes.append("batches come from the data set as it is now; the place in the epoch is kept")

@@ -104,7 +104,7 @@ class Run:
                 break
             except FileExistsError:
                 if run_name or not run.directory.is_dir():
-                    raise run._taken(directory) from None
+                    raise run.taken(directory) from None
                 run = cls(directory.with_name(f"{name}-{attempt}"))  # two runs that started in the same second
             except OSError as error:
                 raise _unwritable(directory, error) from error
@@ -207,7 +207,7 @@ class Run:
             return ""
         return _holder(said) if said.strip() else ""
 
-    def _taken(self, shown: Path) -> SavepointError:
+    def taken(self, shown: Path) -> SavepointError:
         """What to say of a directory that is there, where a new one was to be made."""
         until = time.monotonic() + 1
         while not (holder := self.holder()) and not (self.directory / "run.json").exists() and time.monotonic() < until:
@@ -221,6 +221,11 @@ class Run:
             f"The run name is taken: {shown}. Expected a new one. Choose another --run_name, "
             f"or continue that run: {go_on}"
         )
+
+    def refuse_if_held(self) -> None:
+        """Before the slow imports. Whoever comes between this look and `lock` is refused there."""
+        if rank() == 0 and (holder := self.holder()):
+            raise self._in_use(holder)
 
     def _in_use(self, holder: str) -> RunLockedError:
         return RunLockedError(

@@ -185,9 +185,11 @@ def summarise(training: Training, steps: int, epochs: int) -> dict[str, Any]:
     trainer, checkpointing = training.trainer, training.checkpointing
     best_score, best_step = checkpointing.scores.best, checkpointing.scores.best_step
     tested = _load_best(training)
-    results: dict[str, float] = {}
+    results: dict[str, Any] = {}
     if is_overridden("test_step", training.model) and is_overridden("test_dataloader", training.data):
         results = dict(trainer.test(training.model, datamodule=training.data, verbose=False)[0])
+        if trainer.limit_test_batches != 1.0:
+            results["limit_test_batches"] = trainer.limit_test_batches
     return {
         **results,
         checkpointing.scores.key: best_score,
@@ -222,13 +224,19 @@ def table(training: Training, summary: Mapping[str, Any]) -> str:
     for name, value in summary.items():
         if name.startswith("test/"):
             rows.append((name.replace("/", " "), f"{100 * value:.2f} %" if "accuracy" in name else f"{value:.4f}"))
+    if "limit_test_batches" in summary:
+        rows.append(
+            ("tested on", f"a part of the test data: trainer.limit_test_batches {summary['limit_test_batches']}")
+        )
     scores = training.checkpointing.scores
+    starts = " over all starts" if training.meter.goes_on else ""
     if scores.best is not None:
         rows.append((f"best {scores.monitor}", f"{scores.best:.4f} at step {scores.best_step}"))
     rows += [
         ("data", str(summary["dataset"])),
-        ("trained", f"{plural(summary['epochs'], 'epoch')}, {plural(summary['steps'], 'step')} in {summary['fit_secs']:.1f} s "
-                    f"({summary['images_per_sec']} images/s), whole process {summary['wall_secs']:.1f} s"),
+        ("trained", f"{plural(summary['epochs'], 'epoch')}, {plural(summary['steps'], 'step')} "
+                    f"in {summary['fit_secs']:.1f} s{starts} "
+                    f"({summary['images_per_sec']} images/s), this process {summary['wall_secs']:.1f} s"),
         ("run directory", directory),
         ("train longer", f"{resume_command(training.run.directory)} --trainer.max_epochs {2 * max(summary['epochs'], 1)}"),
         ("look at it", f"{python()} -m tensorboard.main --logdir {shlex.quote(directory)}"),

@@ -6,12 +6,12 @@ takes `--json`. Exit codes: 0 all is well, 1 something is wrong (or differs), 2 
 
 import argparse
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
+from savepoint import entry
 from savepoint.errors import ConfigError, SavepointError
 
 COMMANDS = {
@@ -31,6 +31,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    if argv is None:  # a process of our own; `| head` must not hide what the exit code says
+        sys.stdout, sys.stderr = entry.tolerant(sys.stdout), entry.tolerant(sys.stderr)
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if words else sys.stderr)
@@ -44,10 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except SavepointError as error:
         return _refuse(words[0], str(error), error.exit_code)
-    except BrokenPipeError:
-        # The reader of our output is gone (`| head`): there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except OSError as error:
         what = f"Cannot be read: {error.filename} ({error.strerror}). Expected a file or directory that this user may read."
         return _refuse(words[0], what, 2)
