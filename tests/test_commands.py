@@ -144,7 +144,7 @@ def test_a_reader_that_goes_away_ends_a_command_silently(run_dir: Path) -> None:
     command = [sys.executable, "-m", "savepoint", "ls", str(run_dir)]
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (1, "")
+    assert (done.returncode, done.stderr) == (0, "")  # what it says of the run, whoever listens
 
 
 def test_a_name_cannot_act_on_the_terminal(tmp_path: Path, capsys: Capture) -> None:

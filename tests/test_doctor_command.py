@@ -205,3 +205,13 @@ def test_a_truncated_copy_is_copied_again_and_one_in_a_run_is_gone_around(run_di
     assert (
         findings(capsys, run_dir / "checkpoints" / "step-00000030.ckpt").popitem()[1].startswith("Go on from step 20")
     )
+
+
+def test_a_pointer_that_is_a_damaged_copy_is_named(run_dir: Path, capsys: Capture) -> None:
+    last = run_dir / "checkpoints" / "last.ckpt"
+    whole = last.read_bytes()
+    last.unlink()
+    last.write_bytes(whole)
+    assert findings(capsys, run_dir) == {}
+    flip(last)
+    assert list(findings(capsys, run_dir)) == ["last.ckpt does not show step-00000030.ckpt."]

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -196,16 +196,15 @@ def test_who_holds_the_lock_keeps_it_whatever_it_reads_and_asks_in_the_directory
 from savepoint import choose
 from savepoint.commands import main
 from savepoint.errors import RunLockedError
-for _ in range(2):
+for take in (lambda: Run.open(Path(sys.argv[1])), lambda: choose.request([sys.argv[1]])):
     try:
-        Run.open(Path(sys.argv[1]))
+        take()
     except RunLockedError as error:
         assert "this very process" in str(error)
     else:
         raise AssertionError
-choose.request([sys.argv[1]])
 sys.stdout = sys.stderr
-for command in ("verify",):
+for command in ("verify", "doctor"):
     assert main([command, sys.argv[1]]) == 0
 sys.stdout = sys.__stdout__
 """
@@ -244,3 +243,52 @@ def test_a_run_that_trains_is_neither_resumed_nor_rewound_but_read_and_forked(
         assert refused(run_dir)
     assert sorted(path.name for path in run_dir.rglob("*")) == before
     assert latest(tmp_path / "other").step == 12
+
+
+# -- a directory that does not stay ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [0, signal.SIGTERM], ids=["to its end", "until SIGTERM"])
+def test_of_a_run_that_is_moved_while_it_trains_nothing_is_lost_and_nothing_is_made_where_it_was(
+    signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, moved = tmp_path / "run", tmp_path / "moved"
+    send_in(monkeypatch, ImageClassifier, "training_step", nth=8, signum=signum, before=lambda _: run_dir.rename(moved))
+    code = call("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "run")
+    assert code == (143 if signum else 1)
+    assert f"Not the run directory that this process began in any more: {run_dir}" in capfd.readouterr().err
+    assert latest(moved).step == 6
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+    monkeypatch.undo()
+    assert call("resume.py", str(moved)) == 0
+    assert latest(moved).step == 12
+
+
+def test_a_run_whose_record_is_deleted_keeps_its_checkpoints_when_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "run" / "run.json"
+    send_in(
+        monkeypatch, ImageClassifier, "training_step", nth=8, signum=signal.SIGTERM, before=lambda _: record.unlink()
+    )
+    assert call("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "run") == 143
+    assert latest(tmp_path / "run").step == 8
+
+
+def test_a_lock_file_that_is_deleted_is_made_anew_unless_another_process_was_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def delete(run_dir: Path, other: bool) -> None:
+        (run_dir / "lock").unlink()
+        if other:
+            thief.enter_context(held(run_dir))
+
+    for name, other in (("alone", False), ("second", True)):
+        with ExitStack() as thief, monkeypatch.context() as patch:
+            run_dir = tmp_path / name
+            send_in(patch, ImageClassifier, "training_step", nth=8, signum=0,
+                    before=lambda _, run_dir=run_dir, other=other: delete(run_dir, other))  # fmt: skip
+            assert call("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", name) == (1 if other else 0)
+            assert latest(run_dir).step == (6 if other else 12)
+            assert ("taken over" in capfd.readouterr().err) is other
+            assert refused(run_dir) is other

@@ -199,3 +199,15 @@ def test_tensorboard_events_wait_while_the_disk_is_full(
     logger.finalize("success")
     assert [event.step for event in events(tmp_path).Scalars("loss")] == list(range(6))
     assert logger.failure is None
+
+
+def test_a_damaged_byte_that_looks_like_a_quote_costs_no_other_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    rows = [f"{step},0.0,{step}.5" for step in range(20_000)]
+    rows[3] = '3,0.0,"3.5'
+    path.write_text("\n".join(["step,time/secs,loss", *rows]) + "\n")
+    logger = RunCSVLogger(path, keep_rows=20_000)
+    logger.log_metrics({"loss": 1.0}, step=20_000)
+    logger.finalize("success")
+    assert len(path.read_text().splitlines()) == 20_002
+    assert logger.rows == 20_001

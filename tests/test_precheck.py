@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 
 from savepoint import compose, precheck
 from savepoint.checkpoint.callback import CheckpointCallback
-from savepoint.errors import ConfigError
+from savepoint.errors import ConfigError, RunExistsError
 
 
 @pytest.fixture
@@ -134,3 +134,35 @@ def test_the_check_imports_neither_torch_nor_lightning() -> None:
         "print(sorted({'torch', 'lightning', 'numpy', 'jsonargparse'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--model.lrr 1", "Unknown key: --model.lrr. Did you mean model.lr?"),
+        ("--data.rot x", "Unknown key: --data.rot. Did you mean data.root?"),
+        ("--modle.lr 1", "Unknown flag: --modle.lr. Did you mean --model.lr?"),
+        ("--epochs 3", "Unknown flag: --epochs. Did you mean --trainer.max_epochs?"),
+        ("--lr 3", "Unknown flag: --lr. Did you mean --model.lr?"),
+        ("--batch_size 3", "Unknown flag: --batch_size. Did you mean --data.batch_size?"),
+    ],
+)
+def test_a_mistyped_key_of_the_projects_own_classes_is_told_from_their_source(argv: str, message: str) -> None:
+    assert refusal(*argv.split()) == message
+
+
+def test_a_class_whose_source_does_not_say_what_it_takes_is_left_to_the_imports(tmp_path: Path) -> None:
+    source = tmp_path / "classes.py"
+    source.write_text("class A(B): ...\nclass C:\n    def __init__(self, x, **kwargs): ...\n")
+    assert precheck._parameters(source, "A") is None
+    assert precheck._parameters(source, "C") is None
+    assert precheck._parameters(Path(inspect.getfile(CheckpointCallback)), "CheckpointCallback") is not None
+
+
+def test_a_name_that_is_taken_is_told_before_the_imports(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    argv = ["--output_dir", str(tmp_path), "--run_name", "there"]
+    with pytest.raises(RunExistsError, match="The run name is taken"):
+        precheck.check(argv)
+    precheck.check([*argv, "--resume", "auto"])
+    precheck.check([*argv, "--print_config"])

@@ -113,7 +113,7 @@ def test_a_training_without_room_for_its_checkpoints_makes_no_step(
 
 def test_the_state_that_an_optimizer_will_have_is_thought_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(CheckpointStore, "preflight", lambda self, *sizes: seen.append(sizes) or "")
+    monkeypatch.setattr(CheckpointStore, "preflight", lambda self, *sizes, alone: seen.append(sizes) or "")
     trainer = fit(tmp_path / "fresh", max_epochs=1)
     fit(tmp_path / "resumed", max_epochs=2, ckpt_path=tmp_path / "fresh" / "checkpoints" / "last.ckpt")
     (least, likely), (resumed, resumed_likely) = seen

@@ -17,13 +17,14 @@ from small import rows
 
 import project
 from savepoint import choose, cli, resume
-from savepoint.checkpoint import store
+from savepoint.checkpoint import format, store
 from savepoint.errors import (
     CheckpointCorruptError,
     CheckpointForeignError,
     CheckpointNotFoundError,
     ConfigError,
     ConfigMismatchError,
+    RunDirectoryError,
     RunLockedError,
     SavepointError,
 )
@@ -412,3 +413,61 @@ def test_a_foreign_file_needs_a_config(tmp_path: Path) -> None:
 def test_a_command_line_that_cannot_be_meant_is_refused(argv: list[str]) -> None:
     with pytest.raises(ConfigError):
         choose.request(argv)
+
+
+class TestWhatABreakerFound:
+    def test_a_fork_that_was_killed_before_its_first_save_is_begun_again_by_the_same_command(
+        self, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        command = [str(run_dir), "--fork", "again", "--trainer.max_epochs", "4", "--output_dir", str(run_dir.parent)]
+        with monkeypatch.context() as patch:
+            patch.setattr(project.ImageClassifier, "training_step", lambda *_: sys.exit(9))
+            with pytest.raises(SystemExit):
+                go(*command)
+        fork = run_dir.parent / "again"
+        assert (fork / "run.json").exists()
+        assert go(*command) == 0
+        assert steps(fork) == [16]
+        with pytest.raises(SavepointError, match="The run name is taken"):
+            go(*command)
+
+    def test_a_rewind_that_is_refused_for_lack_of_room_moves_nothing(
+        self, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: Any, **__: Any) -> str:
+            raise RunDirectoryError("Too little room for checkpoints.")
+
+        before = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+        monkeypatch.setattr(store.CheckpointStore, "preflight", refuse)
+        with pytest.raises(RunDirectoryError, match="Too little room"):
+            go(str(run_dir / "checkpoints" / "step-00000004.ckpt"), "--rewind")
+        assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == before
+        assert not (run_dir / "rewound").exists()
+
+    def test_a_run_may_be_called_checkpoints(self, run_dir: Path) -> None:
+        named = run_dir.rename(run_dir.with_name("checkpoints"))
+        assert choose.request([str(named)]).run_dir == named
+        assert choose.request([str(named / "checkpoints")]).run_dir == named
+
+    def test_a_checkpoint_of_another_run_is_named_in_the_plan(
+        self, run_dir: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        record = json.loads((run_dir / "run.json").read_text())
+        (run_dir / "run.json").write_text(json.dumps(record | {"id": "another"}))
+        assert go(str(run_dir), "--trainer.max_epochs", "4", "--plan") == 0
+        assert "made by another run" in capsys.readouterr().out
+
+    def test_a_plan_from_an_older_file_says_what_it_needs(
+        self, run_dir: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert go(str(run_dir / "checkpoints" / "step-00000004.ckpt"), "--plan") == 0
+        assert (
+            "not the newest of its run, which is at 12: it goes on with --fork or --rewind only"
+            in capsys.readouterr().out
+        )
+
+    def test_the_file_is_read_once(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        read, decode = [], format.decode
+        monkeypatch.setattr(format, "decode", lambda path, *rest, **more: (read.append(path.name), decode(path))[1])
+        assert go(str(run_dir), "--trainer.max_epochs", "4") == 0
+        assert len(read) == 2, "one for the resume, and the best for the test"

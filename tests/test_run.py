@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from savepoint.errors import ConfigError, RunDirectoryError, RunExistsError, RunLockedError
-from savepoint.run import Run
+from savepoint.run import Run, resume_command
 
 
 @pytest.fixture(autouse=True)
@@ -126,3 +126,31 @@ def test_temporary_files_of_a_dead_process_are_swept_by_the_next_holder_of_the_l
     (tmp_path / ".metrics.csv.99999.tmp").touch()
     Run.open(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ['{"id": "x", "name": "r", "created": "2026", "starts": null}', "[" * 100_000],
+    ids=["no starts", "too deep to read"],
+)
+def test_a_record_of_another_shape_is_damaged_too(damaged: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(damaged)
+    run = Run(tmp_path)
+    run.record_start(run.record, "")
+    assert len(run.record["starts"]) == 1
+    assert (tmp_path / "run.json.corrupt").read_text() == damaged
+
+
+def test_a_record_that_is_a_directory_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "run.json").mkdir()
+    assert Run(tmp_path).record["starts"] == []
+    assert (tmp_path / "run.json.corrupt").is_dir()
+
+
+def test_a_command_can_be_said_where_the_working_directory_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert resume_command(tmp_path / "run").endswith(f"resume.py {tmp_path / 'run'}")

@@ -449,3 +449,59 @@ def test_a_directory_named_by_a_url_is_refused() -> None:
     for url in ("s3://bucket/run", "gs://bucket/run"):
         with pytest.raises(CheckpointNotFoundError, match="URL"):
             CheckpointStore(url)
+
+
+def test_the_holder_of_a_lock_sweeps_what_others_left_whoever_they_were(kept: CheckpointStore) -> None:
+    """A container has another host name at each start, and its pids begin anew."""
+    left = {temp("other", 1), temp(files._HOST, os.getppid())}
+    for name in left:
+        (kept.directory / name).write_bytes(b"x")
+    with files.replacing(kept.path(50)) as file:
+        format.encode(small_state(), facts(50), file)
+        assert {path.name for path in kept.sweep(alone=True)} == left
+
+
+def test_files_are_set_aside_on_another_disk_too(
+    kept: CheckpointStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, replace = kept.latest().path.read_bytes(), os.replace
+
+    def on_one_disk_only(source: Any, target: Any) -> None:
+        if Path(source).parent != Path(target).parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", on_one_disk_only)
+    newest = kept.latest().step
+    (moved,) = kept.set_aside_after(newest - 1, tmp_path / "elsewhere")
+    assert moved.read_bytes() == before
+    assert kept.latest().step < newest
+    assert names(tmp_path / "elsewhere") == [moved.name]
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_chosen_gives_way_to_a_newer_one(
+    kept: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newest, verify = kept.latest(), manifest.verify
+
+    def trains_on(path: Path) -> dict[str, Any]:
+        if path == newest.path:
+            kept.write(small_state(), facts(newest.step + 10))
+            newest.path.unlink()
+        return verify(path)
+
+    monkeypatch.setattr(manifest, "verify", trains_on)
+    chosen, state, said = kept.load_latest(lock_holder=False)
+    assert (chosen.step, said) == (newest.step + 10, [])
+    assert state.keys() == small_state().keys()
+
+
+def test_a_damaged_copy_of_a_pointer_is_replaced_at_the_next_commit(kept: CheckpointStore) -> None:
+    """As `cp -r` leaves them: files of their own."""
+    for name in ("last.ckpt", "best.ckpt"):
+        whole = (kept.directory / name).read_bytes()
+        (kept.directory / name).unlink()
+        (kept.directory / name).write_bytes(whole)
+        damage(kept.directory / name)
+    kept.mend()
+    assert [manifest.diagnose(kept.directory / name) for name in ("last.ckpt", "best.ckpt")] == ["", ""]

@@ -156,7 +156,8 @@ def _find(asked: Request, target: str) -> None:
         ) from None
     if is_directory:
         path = path.absolute()
-        asked.run_dir = path.parent if path.name == "checkpoints" else path
+        is_run = path.name != "checkpoints" or (path / "checkpoints").is_dir()  # a run may be called so
+        asked.run_dir = path if is_run else path.parent
         if not _step_files(asked.run_dir):
             raise CheckpointNotFoundError(
                 f"No checkpoint in this directory: {show(path)}. Expected a run directory with checkpoints/step-*.ckpt in it. "
@@ -192,7 +193,7 @@ def _last_start(run_dir: Path) -> str:
     try:
         record: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
         return str([record["created"], *(start["time"] for start in record["starts"])][-1])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return ""
 
 

@@ -163,9 +163,11 @@ class RunCSVLogger(Logger):
         first, kept = not self._columns, list[dict[str, str]]()
         if self.path.exists():
             with self.path.open(newline="", errors="replace") as file:
-                reader = csv.DictReader(file)
+                names = next(csv.reader([file.readline()]), [])
+                # A row holds numbers alone: where a quote stands, a byte is damaged. It ends no more than its own row.
+                reader = csv.DictReader(file, names, quoting=csv.QUOTE_NONE)
                 kept = [{k: v for k, v in row.items() if k is not None} for row in reader]
-                columns = list(dict.fromkeys([*(reader.fieldnames or []), *columns]))
+                columns = list(dict.fromkeys([*names, *columns]))
         if first:
             kept = kept[: self._keep]
             if lost := self._keep - len(kept):

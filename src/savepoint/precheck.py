@@ -83,7 +83,7 @@ def _check_arguments(composed: compose.Composed, group: str) -> None:
     if not isinstance(chosen, dict) or (known := _own_arguments(chosen.get("class_path"))) is None:
         return
     flags = (key.rstrip("+").split(".") for key, _ in composed.flags)
-    for name in [*(chosen.get("init_args") or {}), *(name for first, name, *_ in flags if first == group)]:
+    for name in [*(chosen.get("init_args") or {}), *(parts[1] for parts in flags if parts[0] == group and parts[1:])]:
         if name not in known and name not in compose.CLASS_KEYS:
             hint = f" It takes {', '.join(sorted(known)) or 'no arguments'}."
             near = compose.nearest(str(name), known, prefix=f"{group}.") or hint
@@ -99,9 +99,8 @@ def _check_flag(key: str) -> None:
     if group in compose.MERGED and rest:
         near = compose.nearest(rest[0], members(group) or (), prefix=f"--{group}.")
         raise ConfigError(f"Unknown flag: --{key}.{near or f' See --{group}.help.'}")
-    near = compose.nearest(group, [*compose.KEYS, *([] if rest else ["config", "print_config", "help"])], prefix="--")
-    if near and rest:
-        near = near.replace("?", f".{'.'.join(rest)}?")
+    known = [*compose.SCALARS, "config", "print_config", "help", *(".".join([name, *rest]) for name in compose.GROUPS)]
+    near = compose.nearest(key, known, prefix="--")
     raise ConfigError(f"Unknown flag: --{key}.{near or _by_last_name(key)}")
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Checkpoint
 
 from savepoint import cli, compose, foreign_start, training
-from savepoint.checkpoint import store
+from savepoint.checkpoint import files, store
 from savepoint.checkpoint.state import environment
 from savepoint.choose import Request
 from savepoint.errors import CheckpointNotFoundError, ConfigError, ConfigMismatchError
@@ -42,6 +42,15 @@ class Source:
     path: Path
     state: Mapping[str, Any]
     manifest: Mapping[str, Any]
+    newest_step: int = 0  # of its run, where a file was named
+
+    @property
+    def size_bytes(self) -> int | None:
+        """None where a run that trains on has deleted the file meanwhile."""
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError:
+            return None
 
 
 def start(argv: Sequence[str]) -> int:
@@ -128,13 +137,15 @@ def _go_on(request: Request, config: Any, run: Run | None) -> int:
         changed=changed,
         callbacks=[
             ApplyOverrides(source.state, source.manifest, changed, request.allow),
-            *([_Rewind(run, source.manifest["step"])] if run and request.rewind else []),
         ],
+        begun=[_Rewind(run, source.manifest["step"])] if run and request.rewind else [],
+        state=(source.path, source.state),
     )
     run, path = run or _new_run(request, source), source.path
-    del source  # as large as the model, and not needed while it trains
     try:
-        return training.execute(training.build(config, run, begin), checkpoint=path)
+        made = training.build(config, run, begin)
+        begin.state = source = None  # type: ignore[assignment]  # as large as the model: the training takes it and lets it go
+        return training.execute(made, checkpoint=path)
     except BaseException:
         run.discard()
         raise
@@ -163,12 +174,13 @@ def choose(request: Request, *, may_rename: bool) -> Source:
         source = Source(chosen.path, state, chosen.manifest)
     else:
         source = Source(request.file, *store.load(request.file))
-        latest = checkpoints.latest()
-        if latest and latest.step > source.manifest["step"] and request.fork is None and not request.rewind:
+        source.newest_step = latest.step if (latest := checkpoints.latest()) else 0
+        meant = request.fork is not None or request.rewind or request.plan
+        if source.newest_step > source.manifest["step"] and not meant:
             here = show(request.file.absolute())
             raise ConfigMismatchError(
                 f"Not the newest checkpoint of its run: {here} is of step {source.manifest['step']}, the run is at "
-                f"{latest.step}. Expected one of two ways.\n"
+                f"{source.newest_step}. Expected one of two ways.\n"
                 f"  a new run from there:                 {resume_command(request.file)} --fork NAME\n"
                 f"  the same run, later files set aside:  {resume_command(request.file)} --rewind"
             )
@@ -250,11 +262,11 @@ def plan(request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]
     verb = "Fork" if request.fork is not None else "Rewind" if request.rewind else "Resume"
     lines = [
         f"{verb} {show((request.run_dir or source.path).absolute())} from {source.path.name}: step {manifest['step']}, "
-        f"epoch {manifest['epoch']}, verified, {source.path.stat().st_size / 1e6:.2f} MB",
+        f"epoch {manifest['epoch']}, verified, {(source.size_bytes or 0) / 1e6:.2f} MB",
         f"  restored    {_restored(source)}",
     ]
     lines += [f"  overridden  {key}: {was} -> {now}" for key, (was, now) in changed.items()]
-    lines += [f"  note        {note}" for note in _notes(source, changed, config)]
+    lines += [f"  note        {note}" for note in _notes(request, source, changed, config)]
     if request.plan:
         lines.append(
             f"  then        the data set is compared ({manifest['dataset']['name']} is expected), and the model's outputs"
@@ -274,16 +286,22 @@ def _restored(source: Source) -> str:
     return ", ".join(parts) + ("" if source.manifest["exact"] else " (not exact: as Lightning resumes)")
 
 
-def _notes(source: Source, changed: Mapping[str, tuple[Any, Any]], config: Any) -> list[str]:
+def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]], config: Any) -> list[str]:
     import torch
 
-    manifest, notes = source.manifest, []
+    manifest, notes = source.manifest, list[str]()
+    if source.newest_step > manifest["step"] and request.fork is None and not request.rewind:
+        notes.append(
+            f"not the newest of its run, which is at {source.newest_step}: it goes on with --fork or --rewind only"
+        )
     now = environment(torch.device("cpu"))
     for key in ("versions", "threads"):
         if manifest.get(key) != now[key]:
             notes.append(f"{key} {manifest.get(key)} -> {now[key]}: not bit-equal to a run that was never stopped")
     loop = source.state["loops"]["fit_loop"]
     inside = not loop["epoch_loop.batch_progress"]["is_last_batch"]
+    if request.run_dir and request.fork is None and Run(request.run_dir).record["id"] != manifest.get("run_id"):
+        notes.append("this checkpoint was made by another run: somebody put it here")
     if manifest.get("ended") in ("max_steps", "max_time") and inside:
         notes.append("it ended inside an epoch, which counts as done: not what a longer run without the stop would be")
     if source.state["at"] == "validation" and 0 <= config.trainer.max_steps <= manifest["step"]:
@@ -345,11 +363,27 @@ def _summarised(run: Run) -> int | None:
 def _new_run(request: Request, source: Source) -> Run:
     origin = source.state["run"].get("name") or source.path.stem
     suffix = "-fork" if request.fork is not None else ""
+    if request.fork and _is_begun(fork := Path(request.output_dir) / request.fork, source):
+        return Run.open(fork)
     return Run.create(request.output_dir, request.fork or None, f"{origin}{suffix}")
 
 
-class _Rewind(Callback):
-    """Once all fits and training begins, later checkpoints and the log rows go under rewound/: nothing is deleted."""
+def _is_begun(fork: Path, source: Source) -> bool:
+    """Whether this very fork was begun and killed before its first save: then the same command begins it again."""
+    if any((fork / "checkpoints").glob("step-*.ckpt")):
+        return False
+    try:
+        record = json.loads((fork / "run.json").read_text())
+        return bool(record["starts"][-1]["parent"]["id"] == source.state["run"]["id"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+class _Rewind(Checkpoint):
+    """Once all fits and training begins, later checkpoints and the log rows go under rewound/: nothing is deleted.
+
+    A Checkpoint by name, as Lightning calls those last: after the preflight, which may still refuse.
+    """
 
     def __init__(self, run: Run, step: int) -> None:
         self.run, self.step = run, step
@@ -360,8 +394,9 @@ class _Rewind(Callback):
         if not trainer.is_global_zero or later is None or later.step <= self.step:
             return
         aside = self.run.directory / "rewound" / f"{time.strftime('%Y%m%d-%H%M%S')}-from-step-{later.step}"
-        aside.mkdir(parents=True)
-        if (self.run.directory / "metrics.csv").exists():
-            shutil.copy2(self.run.directory / "metrics.csv", aside)
+        with files.saving(aside):
+            files.make_directory(aside)
+            if (self.run.directory / "metrics.csv").exists():
+                shutil.copy2(self.run.directory / "metrics.csv", aside)
         moved = checkpoints.set_aside_after(self.step, aside)
         print(f"Set aside in {show(aside)}: {', '.join(path.name for path in moved)}, metrics.csv", flush=True)

@@ -123,8 +123,8 @@ class Run:
         return run
 
     def discard(self) -> None:
-        """Removes a directory that this process made and in which no training began: then it has no record."""
-        if self._created and not (self.directory / "run.json").exists():
+        """Removes a directory that this process made and in which no training began."""
+        if self._created:
             shutil.rmtree(self.directory, ignore_errors=True)
             os.environ.pop(ENVIRONMENT_KEY, None)
 
@@ -163,7 +163,7 @@ class Run:
         except OSError as error:
             os.close(descriptor)
             raise _unwritable(self.directory, error) from error
-        self._lock = descriptor
+        self._lock, self._place = descriptor, self.directory.stat()
         _locked.add(_identity(os.fstat(descriptor)))
         if said.strip():
             print(f"Taking over the lock of {_holder(said)}, which is no longer running.")
@@ -175,6 +175,30 @@ class Run:
             _locked.discard(_identity(os.fstat(self._lock)))
             os.close(self._lock)
             self._lock = None
+
+    def check(self) -> None:
+        """Before each save: this is still the directory that was locked.
+
+        Raises:
+            RunDirectoryError: it was moved, deleted or taken over. What was saved now would be in nobody's run.
+        """
+        if self._lock is None or self._is_there("lock", os.fstat(self._lock)):
+            return
+        if not (self.directory / "lock").exists() and self._is_there("", self._place):
+            self.unlock()  # somebody took a lock that is held for a stale one
+            with contextlib.suppress(RunLockedError):
+                self.lock()
+                return
+        raise RunDirectoryError(
+            f"Not the run directory that this process began in any more: {self.directory} (moved, deleted or taken over). "
+            "Expected it in its place. Move it back: until then nothing is saved."
+        )
+
+    def _is_there(self, name: str, was: os.stat_result) -> bool:
+        try:
+            return _identity((self.directory / name).stat()) == _identity(was)
+        except OSError:
+            return False
 
     def holder(self) -> str | None:
         """The process that trains here: `pid 5 on host`; None where none does.
@@ -244,9 +268,11 @@ class Run:
             found = json.loads(path.read_text())
             if not isinstance(found, dict) or not new.keys() <= found.keys():
                 raise ValueError("not a record of a run")
+            if not isinstance(found["starts"], list):
+                raise ValueError("its starts are no list")
         except FileNotFoundError:
             return new
-        except ValueError as error:  # the checkpoints hold all that a resume needs
+        except (ValueError, RecursionError, IsADirectoryError) as error:  # the checkpoints hold all that a resume needs
             if rank() == 0:
                 os.replace(path, path.with_name("run.json.corrupt"))
                 print(f"Damaged, set aside as run.json.corrupt: {path} ({error}). A new record begins.")
@@ -255,6 +281,7 @@ class Run:
 
     def record_start(self, record: Mapping[str, Any], config: str, **facts: Any) -> None:
         """Adds an entry to `record` and writes it, with the config of this start."""
+        self._created = False  # from here on it is never removed, whatever becomes of its files
         entry = {"time": _now(), "argv": sys.argv, "git": _git(), "versions": _versions(), "host": socket.gethostname()}
         entry |= {"hardware": f"{platform.machine()}, {os.cpu_count()} cores"} | facts
         self._write("run.json", json.dumps({**record, "starts": [*record["starts"], entry]}, indent=2) + "\n")
@@ -287,14 +314,16 @@ class Run:
 
 def show(directory: Path) -> str:
     """The directory as a person would type it here."""
-    return os.path.relpath(directory) if directory.is_relative_to(Path.cwd()) else str(directory)
+    with contextlib.suppress(FileNotFoundError):  # the working directory may be deleted while a run trains
+        return os.path.relpath(directory) if directory.is_relative_to(Path.cwd()) else str(directory)
+    return str(directory)
 
 
 def python() -> str:
     """The interpreter of this process as a person would type it here: `.venv/bin/python` after a `make train`."""
     executable = Path(sys.executable)
-    if executable.is_relative_to(Path.cwd()):
-        return os.path.relpath(executable)
+    if (shown := show(executable)) != str(executable):
+        return shown
     found = shutil.which("python")  # which may be another one
     return "python" if found and Path(found).parent == executable.parent else str(executable)
 

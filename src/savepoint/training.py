@@ -38,6 +38,8 @@ class Start:
     purge_step: int | None = None
     changed: Mapping[str, tuple[Any, Any]] | None = None  # config key -> (was, is)
     callbacks: Sequence[Callback] = ()
+    begun: Sequence[Callback] = ()  # called last, once it is sure that the training begins
+    state: tuple[Path, Any] | None = None  # the checkpoint as it was read and verified
 
 
 @dataclass
@@ -92,12 +94,13 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
     model, data, trainer = cli.instantiate(
         config, callbacks=callbacks, logger=loggers, default_root_dir=str(run.directory), **shown
     )
-    trainer.callbacks.append(_Recorder(run, record, text, start))  # type: ignore[attr-defined]
+    trainer.callbacks += [*start.begun, _Recorder(run, record, text, start)]  # type: ignore[attr-defined]
     for logger in trainer.loggers:
         if hasattr(logger, "join"):
             logger.join(record["id"], run.directory)
     checkpointing = next(c for c in trainer.callbacks if isinstance(c, CheckpointCallback))  # type: ignore[attr-defined]
     checkpointing.use(run.directory / "checkpoints")
+    checkpointing.alone, checkpointing.before_save, checkpointing.preloaded = True, run.check, start.state
     checkpointing.provenance = Provenance(
         config=cli.dump(portable(config)),
         parent=start.digest,

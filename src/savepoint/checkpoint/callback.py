@@ -10,7 +10,7 @@ there resumes one of them short. What is due there waits for the next point.
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -83,6 +83,9 @@ class CheckpointCallback(Checkpoint):
         self.async_save, self.on_nan = async_save, on_nan
         self._watch = FiniteWatch(on_nan)
         self.provenance = Provenance()
+        self.before_save: Callable[[], None] = lambda: None  # raises OSError where nothing must be saved
+        self.alone = False  # whether a lock keeps all others out of the directory
+        self.preloaded: tuple[Path, Any] | None = None  # what `fit(ckpt_path=)` need not read again
         self.failure: Exception | None = None  # of the newest save; None once a later one succeeded
         self.scores = Scores(monitor, mode)
         self._enabled = False
@@ -105,6 +108,7 @@ class CheckpointCallback(Checkpoint):
         if not isinstance(trainer.strategy.checkpoint_io, CheckpointIO):
             trainer.strategy.checkpoint_io = CheckpointIO(async_save=self.async_save)
         trainer.strategy.checkpoint_io.store = self.store
+        trainer.strategy.checkpoint_io.preloaded, self.preloaded = self.preloaded, None
         self._pending = None
         self._enabled = not trainer.fast_dev_run  # type: ignore[attr-defined]
 
@@ -173,7 +177,7 @@ class CheckpointCallback(Checkpoint):
         parameters = format.size_bytes([p for p in trainer.lightning_module.parameters() if p.requires_grad])
         # Before its first step an optimizer has no state. Most keep two numbers for each of the model's.
         fresh = not any(optimizer["state"] for optimizer in checkpoint["optimizer_states"])
-        warning = self.store.preflight(least, least + 2 * parameters * fresh)
+        warning = self.store.preflight(least, least + 2 * parameters * fresh, alone=self.alone)
         if warning:
             print(warning, file=sys.stderr, flush=True)
 
@@ -275,7 +279,7 @@ class CheckpointCallback(Checkpoint):
         since = time.monotonic() - self._saved_at
         now = self.save_every_secs is not None and since >= self.save_every_secs
         now = now or (self.failure is not None and since >= RETRY_SECS)
-        now = now or preemption.requests.save or self._save_now.exists()
+        now = now or preemption.requests.save or self._save_now.is_file()
         stop = preemption.requests.stop
         if trainer.world_size > 1:
             flags = torch.tensor([stop, int(now)], device=trainer.strategy.root_device)
@@ -331,8 +335,10 @@ class CheckpointCallback(Checkpoint):
 
         A crash between the two leaves rows too many, which a resume cuts, never a gap.
         """
+        self.before_save()
         try:
-            self._save_now.unlink(missing_ok=True)
+            if self._save_now.is_file():
+                self._save_now.unlink(missing_ok=True)
             for logger in trainer.loggers:
                 if hasattr(logger, "sync"):
                     logger.sync()

@@ -81,10 +81,16 @@ def _temp_for(path: Path) -> Iterator[Path]:
         _temps_in_use.discard(temp.name)
 
 
-def is_stale_temp(path: Path) -> bool:
-    """Whether `path` is what a process that is dead was writing here."""
+def is_stale_temp(path: Path, *, alone: bool) -> bool:
+    """Whether `path` is what a process that is dead was writing here.
+
+    Args:
+        alone: Nobody but this process writes here. Without a lock that says so, the host and pid in the name must do.
+    """
     if not (match := _TEMP_NAME.fullmatch(path.name)):
         return False
+    if alone:
+        return path.name not in _temps_in_use
     if match["host"] != _HOST:  # a container's name changes at each start; a writer that lives wrote within the hour
         return time.time() - path.stat().st_mtime > 3600
     if int(match["pid"]) == os.getpid():
@@ -100,10 +106,13 @@ def is_stale_temp(path: Path) -> bool:
 
 def point(pointer: Path, target: Path) -> None:
     """Make `pointer` another name of `target`, in one step: there is no moment without it."""
-    if _is_same(pointer, target):
+    if pointer.exists() and pointer.samefile(target):
         return
     with _temp_for(pointer) as temp:
-        _name(target, temp)
+        if not _link(target, temp):
+            if _is_copy(pointer, target):
+                return
+            _copy(target, temp)
         # A crash before this line costs a pointer to an earlier checkpoint, which still exists: deletions come later,
         # and the next commit points again.
         os.replace(temp, pointer)
@@ -124,18 +133,19 @@ def try_out(directory: Path) -> None:
         finally:
             os.close(descriptor)
         os.replace(first, second)
-        _name(second, first)
+        if not _link(second, first):
+            _copy(second, first)
         sync_directory(directory)
 
 
-def _name(target: Path, name: Path) -> None:
-    """Make `name`, which is free, show `target`: a link, where links fail a symlink, where those fail a copy."""
+def _link(target: Path, name: Path) -> bool:
+    """Make `name`, which is free, show `target`: a link, where links fail a symlink. False where both fail."""
     makers: list[Callable[[Path, Path], None]] = [os.link, _symlink]
     for make in makers:
         with contextlib.suppress(OSError):
             make(target, name)
-            return
-    _copy(target, name)
+            return True
+    return False
 
 
 def _symlink(target: Path, link: Path) -> None:
@@ -149,10 +159,9 @@ def _copy(source: Path, copy: Path) -> None:
         os.fsync(writer.fileno())
 
 
-def _is_same(pointer: Path, target: Path) -> bool:
-    """Whether `pointer` shows `target`: a link to it, or a copy of it."""
+def _is_copy(pointer: Path, target: Path) -> bool:
     try:
-        return pointer.samefile(target) or manifest.read(pointer) == manifest.read(target)
+        return manifest.read(pointer) == manifest.read(target)
     except (CheckpointError, OSError):
         return False
 
@@ -165,7 +174,15 @@ def move(path: Path, target: Path) -> Path:
             break
         free = target.with_name(f"{target.stem}.{number}{target.suffix}")
     with saving(path):
-        os.replace(path, free)
+        try:
+            os.replace(path, free)
+        except OSError as error:
+            if error.errno != errno.EXDEV:  # the directory may be a link to another disk
+                raise
+            # A crash in here leaves the file where it was, and perhaps a whole copy.
+            with replacing(free) as copy, path.open("rb") as source:
+                shutil.copyfileobj(source, copy)
+            path.unlink()
     return free
 
 

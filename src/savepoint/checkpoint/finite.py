@@ -70,6 +70,7 @@ class FiniteWatch:
 
 
 def _message(what: str, store: CheckpointStore) -> str:
-    latest = store.latest()
-    where = f"The last checkpoint is from before it: {latest.path}" if latest else "There is no checkpoint yet"
+    if (latest := store.latest()) is None:
+        return f"{what} Expected numbers. There is no checkpoint yet. Start again with a lower learning rate."
+    where = f"The last checkpoint is from before it: {latest.path}"
     return f"{what} Expected numbers. {where}. Go on from there with a lower learning rate (--allow model.lr)."

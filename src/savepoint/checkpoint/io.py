@@ -28,11 +28,13 @@ class CheckpointIO(LightningCheckpointIO):
 
     Attributes:
         store: set by the callback: a save under one of its names makes room on a full disk by its retention.
+        preloaded: path and state of a checkpoint that was read and verified already; the next load of that path takes it.
     """
 
     def __init__(self, async_save: bool = False) -> None:
         self.async_save = async_save
         self.store: CheckpointStore | None = None
+        self.preloaded: tuple[Path, dict[str, Any]] | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._save: Future[None] | None = None
         self._queued: list[Future[None]] = []
@@ -68,6 +70,9 @@ class CheckpointIO(LightningCheckpointIO):
         if self._queued:
             wait(self._queued)
         location = "cpu" if map_location is None else map_location
+        preloaded, self.preloaded = self.preloaded, None
+        if preloaded and preloaded[0] == Path(path) and location == "cpu":
+            return preloaded[1]
         try:
             return store.load(path, map_location=location)[0]
         except CheckpointForeignError:

@@ -169,12 +169,13 @@ class CheckpointStore:
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
-    def preflight(self, least_bytes: int, likely_bytes: int) -> str:
+    def preflight(self, least_bytes: int, likely_bytes: int, *, alone: bool = False) -> str:
         """Before the first step: sweep the directory, try it as a save will, look for room for all that retention keeps.
 
         Args:
             least_bytes: what a checkpoint takes in any case.
             likely_bytes: what it probably takes, once the optimizer has its state.
+            alone: see `sweep`.
 
         Returns:
             A warning, where the room may be too small; else "".
@@ -183,7 +184,7 @@ class CheckpointStore:
             RunDirectoryError: the directory cannot be written, or has less room than is certainly needed.
         """
         try:
-            self.sweep()
+            self.sweep(alone=alone)
             files.try_out(self.directory)
             disk, listed = os.statvfs(self.directory), self.checkpoints()
             superfluous = self._superfluous(listed)
@@ -277,23 +278,38 @@ class CheckpointStore:
         """
         from savepoint.checkpoint import format  # torch, a second: those who only list do not wait for it
 
+        for _ in range(20):
+            try:
+                chosen, said = self._choose(lock_holder)
+                state = format.decode(chosen.path) if chosen else {}
+            except CheckpointNotFoundError:  # a run that trains has deleted what was just chosen: there is a newer one
+                continue
+            if chosen is None:
+                found = f"{len(said)} found: {'; '.join(text for text, _ in said)}" if said else "none found"
+                raise CheckpointNotFoundError(
+                    f"No checkpoint that verifies: {self.directory} ({found}). "
+                    "At least one was expected. Start the run again, or name a checkpoint elsewhere.",
+                    self.directory,
+                )
+            cost = [(text, step - chosen.step) for text, step in said]
+            lines = [f"{text}. Going on from step {chosen.step} costs {steps} steps." for text, steps in cost]
+            return chosen, state, lines
+        raise CheckpointNotFoundError(
+            f"Each checkpoint that was chosen was deleted before it was read: {self.directory}. Expected one that stays. "
+            "Let the run keep more of them (checkpoint.keep_last), or wait until it has ended.",
+            self.directory,
+        )
+
+    def _choose(self, lock_holder: bool) -> tuple[Checkpoint | None, list[tuple[str, int]]]:
+        """The newest that verifies, and (what to say, step) of each newer one that does not."""
         chosen, failed = self._first_whole()
         renamed = self._set_aside_corrupt(failed) if lock_holder else {}
         if renamed:
             chosen, _ = self._first_whole()  # perhaps a copy of what was damaged
-        said = [f"{path.name} does not verify: {_reason(error)}{renamed.get(path, '')}" for path, _, error in failed]
-        if chosen is None:
-            found = f"{len(said)} found: {'; '.join(said)}" if said else "none found"
-            raise CheckpointNotFoundError(
-                f"No checkpoint that verifies: {self.directory} ({found}). "
-                "At least one was expected. Start the run again, or name a checkpoint elsewhere.",
-                self.directory,
-            )
-        lines = [
-            f"{text}. Going on from step {chosen.step} costs {step - chosen.step} steps."
-            for text, (_, step, _) in zip(said, failed, strict=True)
+        return chosen, [
+            (f"{path.name} does not verify: {_reason(error)}{renamed.get(path, '')}", step)
+            for path, step, error in failed
         ]
-        return chosen, format.decode(chosen.path), lines
 
     def _first_whole(self) -> tuple[Checkpoint | None, list[tuple[Path, int, Exception]]]:
         """The newest that verifies, and (path, step, error) of those newer ones that do not."""
@@ -303,7 +319,7 @@ class CheckpointStore:
         for path, step in sorted(steps.items(), key=lambda item: item[1], reverse=True):
             try:
                 return Checkpoint(path, manifest.verify(path)), failed
-            except CheckpointVersionError:
+            except (CheckpointVersionError, CheckpointNotFoundError):
                 raise
             except _UNREADABLE as error:
                 failed.append((path, step, error))
@@ -353,15 +369,22 @@ class CheckpointStore:
                     pointer.unlink(missing_ok=True)
 
     def mend(self) -> None:
-        """After a kill between a write and its commit: no temps, and `last` and `best` show what they should."""
-        self.sweep()
+        """After a kill between a write and its commit: no temps, and `last` and `best` show what they should.
+
+        For the holder of the run's lock.
+        """
+        self.sweep(alone=True)
         self._point(self.checkpoints())
 
-    def sweep(self) -> list[Path]:
-        """Delete what dead processes were writing when they died. For the holder of the run's lock, at its start."""
+    def sweep(self, *, alone: bool = False) -> list[Path]:
+        """Delete what dead processes were writing when they died. At a start.
+
+        Args:
+            alone: the run's lock keeps all others out. Without one, what another host wrote within the hour stays.
+        """
         swept = []
         for path in sorted(self.directory.iterdir()) if self.directory.is_dir() else []:
-            if files.is_stale_temp(path):
+            if files.is_stale_temp(path, alone=alone):
                 with files.saving(path):
                     path.unlink(missing_ok=True)
                 swept.append(path)

@@ -194,7 +194,11 @@ def _pointers(run: RunDir) -> Iterator[Finding]:
         if target is None:
             continue
         try:
-            found = manifest.read(run.checkpoints / name)["digest"]
+            pointer = run.checkpoints / name
+            look = (
+                manifest.read if pointer.samefile(target.path) else manifest.verify
+            )  # a link was looked at whole already
+            found = look(pointer)["digest"]
         except (CheckpointError, OSError):
             found = None
         if found != target.manifest["digest"]:
@@ -203,7 +207,7 @@ def _pointers(run: RunDir) -> Iterator[Finding]:
 
 
 def _left_over(run: RunDir) -> Iterator[Finding]:
-    temps = [path for path in run.checkpoints.iterdir() if files.is_stale_temp(path)]
+    temps = [path for path in run.checkpoints.iterdir() if files.is_stale_temp(path, alone=True)]
     if temps := [*temps, *run.path.glob(".*.tmp")]:
         size = output.megabytes(sum(path.lstat().st_size for path in temps))
         what = f"{plural(len(temps), 'file')} that a process was writing when it died, {size}."

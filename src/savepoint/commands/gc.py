@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         damaged = [row for row in rows if row["damage"]]
         if not damaged and not arguments.dry_run:
             store.commit()
-            store.sweep()
+            store.sweep(alone=True)
     if arguments.json:
         output.put_json({"run_dir": directory.path, "dry_run": arguments.dry_run, "files": rows})
     else:
@@ -105,7 +105,7 @@ def _plan(store: CheckpointStore) -> list[dict[str, Any]]:
     rows += [_row(path, why=["does not verify, never deleted"]) for path, _ in store.rejected()]
     known = {row["file"] for row in rows} | {"last.ckpt", "best.ckpt"}
     for path in sorted(path for path in store.directory.iterdir() if path.name not in known):
-        if files.is_stale_temp(path):
+        if files.is_stale_temp(path, alone=True):
             rows.append(_row(path, goes=True, why=["left by a process that died"]))
         else:
             rows.append(_row(path, why=["set aside" if path.name.endswith(".corrupt") else "not a checkpoint"]))

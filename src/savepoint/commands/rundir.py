@@ -52,7 +52,7 @@ class RunDir:
         """What stands in run.json or summary.json; nothing where it is missing or damaged."""
         try:
             found = json.loads((self.path / name).read_text())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -106,7 +106,8 @@ def find(argument: str | None) -> RunDir:
     path = manifest.local_path(argument)
     if not path.is_dir():
         raise missing(path)
-    run = RunDir(path.absolute().parent if path.absolute().name == "checkpoints" else path)
+    is_run = path.absolute().name != "checkpoints" or (path / "checkpoints").is_dir()  # a run may be called so
+    run = RunDir(path if is_run else path.absolute().parent)
     if not run.is_begun() and not manifest.step_files(path):
         held = [show(one.path.absolute()) for one in runs_in(path)]
         hint = f"It holds runs: {', '.join(held[:3])}. Name one of them." if held else "Check the path."
