@@ -63,6 +63,12 @@ def step_files(directory: Path) -> list[Path]:
     return [directory / entry.name for entry in step_entries(directory)]
 
 
+def step_in_name(name: str) -> int | None:
+    """Also of what was set aside: `step-00000430.ckpt.corrupt`."""
+    match = STEP_NAME.match(name)
+    return int(match[1]) if match else None
+
+
 def read(path: Path | str) -> dict[str, Any]:
     """The manifest of `path`, vouched for by the seal. One small read: damage to tensors is `verify`'s to find.
 
@@ -97,11 +103,10 @@ def append(file: BinaryIO, facts: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a fact that is not JSON; NaN is none, pass it as a string.
     """
-    with zipfile.ZipFile(file) as archive:
-        records, end = archive.infolist(), archive.start_dir
-    sealed = {"format_version": FORMAT_VERSION, **facts, "digest": _digest(records), "body": _body(file, records, end)}
-    text = json.dumps(sealed, allow_nan=False).encode()
     with zipfile.ZipFile(file, "a") as archive:
+        records, end = list(archive.infolist()), archive.start_dir
+        found = {"digest": _digest(records), "body": _body(file, records, end)}
+        text = json.dumps({"format_version": FORMAT_VERSION, **facts, **found}, allow_nan=False).encode()
         # A fixed date, so that equal states and facts give equal files.
         archive.writestr(zipfile.ZipInfo(RECORD), text)
         offset = archive.getinfo(RECORD).header_offset

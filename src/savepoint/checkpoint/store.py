@@ -314,7 +314,7 @@ class CheckpointStore:
     def _first_whole(self) -> tuple[Checkpoint | None, list[tuple[Path, int, Exception]]]:
         """The newest that verifies, and (path, step, error) of those newer ones that do not."""
         good, bad = self._scan()
-        steps = {one.path: one.step for one in good} | {path: _step_in_name(path) for path, _ in bad}
+        steps = {one.path: one.step for one in good} | {path: manifest.step_in_name(path.name) or 0 for path, _ in bad}
         failed: list[tuple[Path, int, Exception]] = []
         for path, step in sorted(steps.items(), key=lambda item: item[1], reverse=True):
             try:
@@ -399,8 +399,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, CheckpointCorruptError):
         return error.reason
     return f"cannot be read: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
-
-
-def _step_in_name(path: Path) -> int:
-    match = manifest.STEP_NAME.fullmatch(path.name)
-    return int(match[1]) if match else 0

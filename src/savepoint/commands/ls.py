@@ -49,7 +49,8 @@ def listing(directory: rundir.RunDir) -> list[dict[str, Any]]:
 
 def _row(path: Path, size: int | None, reason: str | None = None, set_aside: bool = False) -> dict[str, Any]:
     row: dict[str, Any] = {"file": path.name, "bytes": size}
-    row |= dict.fromkeys(("step", "epoch", "monitor", "score", "created")) | {"latest": False, "best": False}
+    row |= dict.fromkeys(("epoch", "monitor", "score", "created")) | {"step": manifest.step_in_name(path.name)}
+    row |= {"latest": False, "best": False}
     return row | {"verifies": reason is None, "reason": reason, "set_aside": set_aside}
 
 

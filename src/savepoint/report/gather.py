@@ -199,7 +199,7 @@ def _in_the_run(run: RunDir, rules: Mapping[str, int] | None) -> list[File]:
 def _damaged(run: RunDir) -> list[File]:
     found = [(path, f"does not verify: {_wrong(path, reason)}") for path, reason in run.store.rejected()]
     found += [(path, f"was set aside: {_wrong(path, 'it verifies now')}") for path in run.corrupt()]
-    return [File(path.name, "damaged", fate, _step_in_name(path.name), _size(path)) for path, fate in found]
+    return [File(path.name, "damaged", fate, manifest.step_in_name(path.name), _size(path)) for path, fate in found]
 
 
 def _wrong(path: Path, otherwise: str) -> str:
@@ -241,11 +241,6 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except FileNotFoundError:
         return None
-
-
-def _step_in_name(file: str) -> int | None:
-    match = re.match(r"step-(\d+)\.", file)
-    return int(match[1]) if match else None
 
 
 def _rules(config: str) -> Mapping[str, int] | None:
