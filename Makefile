@@ -10,10 +10,10 @@ RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup extras train resume eval predict export report runs sweep test lint tensorboard prove drill bench new template-diff template-update clean
+.PHONY: help setup extras train resume eval predict export report runs sweep test lint tensorboard prove drill new template-diff template-update clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' Makefile | expand -t 25
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 25
 	@echo '  variables: CONFIG=configs/x.yaml  CKPT=file or run directory  RUN=run directory  ARGS="--model.lr 0.01"'
 
 setup: $(VENV)/ready ## the environment in .venv, once; the other targets call it
@@ -76,8 +76,7 @@ template-diff: ## in a copy: what is new in the template
 template-update: ## in a copy: merge what is new in the template
 	@$(TEMPLATE) update
 
-bench: setup ## speed against what people use today, one table; FULL=1 adds what is slow; needs DATA_ROOT
-	$(VENV)/bin/python benchmarks/bench.py $(ARGS)
+-include benchmarks/bench.mk  # of the template alone
 
 clean: ## remove caches; .venv and the runs in outputs/ stay
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov build src/*.egg-info

@@ -34,6 +34,7 @@ def test_in_mlflow_each_start_of_a_run_is_the_same_run(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")  # of wandb's own
 def test_in_wandb_each_start_of_a_run_is_the_same_run(tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb", reason="needs the extra: pip install -e '.[wandb]'")
+    wandb.finish()  # what another test left open would be taken for this run
     for _ in range(2):
         logger = RunWandbLogger(offline=True)
         logger.join("one", tmp_path)
