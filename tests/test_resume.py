@@ -16,7 +16,7 @@ import torch
 from small import rows
 
 import project
-from savepoint import choose, cli, resume
+from savepoint import choose, cli, progress, resume
 from savepoint.checkpoint import format, store
 from savepoint.errors import (
     CheckpointCorruptError,
@@ -471,3 +471,22 @@ class TestWhatABreakerFound:
         monkeypatch.setattr(format, "decode", lambda path, *rest, **more: (read.append(path.name), decode(path))[1])
         assert go(str(run_dir), "--trainer.max_epochs", "4") == 0
         assert len(read) == 2, "one for the resume, and the best for the test"
+
+    def test_a_directory_called_save_now_is_no_request_and_stops_no_save(self, at_epoch_2: Path) -> None:
+        (at_epoch_2 / "save-now").mkdir()
+        assert go(str(at_epoch_2)) == 0
+        assert steps(at_epoch_2) == [4, 8, 12]
+
+
+class TestWhatANewcomerMissed:
+    def test_while_an_epoch_is_long_lines_say_that_the_training_lives(
+        self, at_epoch_2: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(progress, "QUIET_SECS", 0.0)
+        assert go(str(at_epoch_2)) == 0
+        assert "step 10: batch 2 of 4 in epoch 3, " in capsys.readouterr().out
+
+    def test_a_test_on_a_part_of_the_data_says_so(self, at_epoch_2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert go(str(at_epoch_2)) == 0
+        assert "a part of the test data: trainer.limit_test_batches 1" in capsys.readouterr().out
+        assert json.loads((at_epoch_2 / "summary.json").read_text())["limit_test_batches"] == 1

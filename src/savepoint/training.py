@@ -191,8 +191,9 @@ def summarise(training: Training, steps: int, epochs: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     if is_overridden("test_step", training.model) and is_overridden("test_dataloader", training.data):
         results = dict(trainer.test(training.model, datamodule=training.data, verbose=False)[0])
-        if trainer.limit_test_batches != 1.0:
-            results["limit_test_batches"] = trainer.limit_test_batches
+        limit = trainer.limit_test_batches
+        if isinstance(limit, int) or limit != 1.0:  # 1 is a single batch, 1.0 all of them
+            results["limit_test_batches"] = limit
     return {
         **results,
         checkpointing.scores.key: best_score,
