@@ -16,9 +16,8 @@ import sys
 import tempfile
 from itertools import count
 from pathlib import Path
-from statistics import median
 
-from report import ROOT, machine, ratio, require_mnist, table
+from report import ROOT, in_turns, machine, ratio, require_mnist, table
 
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 OFTEN = ["--checkpoint.save_every_steps", "20"]
@@ -41,15 +40,10 @@ def rate(output_dir: Path, name: str, flags: list[str]) -> float:
 
 def measure(rounds: int) -> dict[str, float]:
     """Images/s of each kind."""
-    found: dict[str, list[float]] = {name: [] for name in KINDS}
     with tempfile.TemporaryDirectory(prefix="processes-") as folder:
         names = (f"run-{i}" for i in count())
-        for i in range(rounds + 1):
-            for name, flags in KINDS.items():
-                found[name].append(rate(Path(folder), next(names), flags))
-            said = ", ".join(f"{name} {values[-1]:.0f}" for name, values in found.items())
-            print(f"  {f'round {i}' if i else 'warm-up'}: {said}", flush=True)
-    return {name: median(values[1:]) for name, values in found.items()}
+        kinds = {name: lambda f=flags: rate(Path(folder), next(names), f) for name, flags in KINDS.items()}
+        return in_turns(kinds, rounds)
 
 
 def main() -> int:

@@ -3,8 +3,9 @@
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,6 +30,17 @@ def machine() -> str:
         models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         name = models[0].partition(":")[2].strip() if models else name
     return f"{os.cpu_count()} cores of {name}, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f} at the start"
+
+
+def in_turns(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """The median of what each side returns, one after the other in each round; the first round is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(rounds + 1):
+        for name, side in sides.items():
+            found[name].append(side())
+        said = ", ".join(f"{name} {values[-1]:,.5g}" for name, values in found.items())
+        print(f"  {f'round {i}' if i else 'warm-up'}: {said}", flush=True)
+    return {name: median(values[1:]) for name, values in found.items()}
 
 
 def ratio(value: float) -> str:

@@ -18,12 +18,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from report import ROOT, machine, ratio, require_mnist, table
+from report import ROOT, in_turns, machine, ratio, require_mnist, table
 
 TOY = ["--model", "toy.Toy", "--data", "toy.Numbers", "--checkpoint.monitor", "null", "--trainer.accelerator", "cpu"]
 
@@ -39,17 +38,6 @@ def timed(command: Sequence[str], *, code: int = 0, steps: int | None = None, ma
     if done.returncode != code:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return ended - begun
-
-
-def in_turns(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median seconds of each side."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for i in range(rounds + 1):
-        for name, side in sides.items():
-            found[name].append(side())
-        said = ", ".join(f"{name} {values[-1]:.2f}" for name, values in found.items())
-        print(f"  {f'round {i}' if i else 'warm-up'}: {said}", flush=True)
-    return {name: median(values[1:]) for name, values in found.items()}
 
 
 def small(rounds: int, work: Path) -> dict[str, float]:

@@ -24,14 +24,13 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from report import ROOT, machine, ratio, require_mnist, table
+from report import ROOT, in_turns, machine, ratio, require_mnist, table
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -137,17 +136,6 @@ def pass_rate(one_pass: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> float:
     begun = time.perf_counter()
     images_seen = sum(len(images) for images, _ in one_pass())
     return images_seen / (time.perf_counter() - begun)
-
-
-def in_turns(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median rate of each side."""
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    for i in range(rounds + 1):
-        for name, side in sides.items():
-            rates[name].append(side())
-        said = ", ".join(f"{name} {found[-1]:.0f}" for name, found in rates.items())
-        print(f"  {'warm-up' if i == 0 else f'round {i}'}: {said}", flush=True)
-    return {name: median(found[1:]) for name, found in rates.items()}
 
 
 def measure_fit(epochs: int, rounds: int) -> dict[str, float]:

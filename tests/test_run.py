@@ -154,3 +154,22 @@ def test_a_command_can_be_said_where_the_working_directory_is_gone(
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     assert resume_command(tmp_path / "run").endswith(f"resume.py {tmp_path / 'run'}")
+
+
+def test_a_lock_that_could_not_be_taken_anew_is_asked_for_at_each_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    run = Run.open(tmp_path)
+    run.check()
+    (tmp_path / "lock").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        for _ in range(2):
+            with pytest.raises(RunDirectoryError):
+                run.check()
+    run.check()
+    assert Run(tmp_path).holder() == "this very process"
+    run.unlock()

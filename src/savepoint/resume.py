@@ -44,14 +44,6 @@ class Source:
     manifest: Mapping[str, Any]
     newest_step: int = 0  # of its run, where a file was named
 
-    @property
-    def size_bytes(self) -> int | None:
-        """None where a run that trains on has deleted the file meanwhile."""
-        try:
-            return self.path.stat().st_size
-        except FileNotFoundError:
-            return None
-
 
 def start(argv: Sequence[str]) -> int:
     """`python train.py`: a new run, or with `--resume auto | must` and in a requeued job the run of that name."""
@@ -262,7 +254,7 @@ def plan(request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]
     verb = "Fork" if request.fork is not None else "Rewind" if request.rewind else "Resume"
     lines = [
         f"{verb} {show((request.run_dir or source.path).absolute())} from {source.path.name}: step {manifest['step']}, "
-        f"epoch {manifest['epoch']}, verified, {(source.size_bytes or 0) / 1e6:.2f} MB",
+        f"epoch {manifest['epoch']}, verified{_size(source.path)}",
         f"  restored    {_restored(source)}",
     ]
     lines += [f"  overridden  {key}: {was} -> {now}" for key, (was, now) in changed.items()]
@@ -273,6 +265,13 @@ def plan(request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]
         )
     lines.append(f"  left        {_left(state, manifest, config)}")
     return "\n".join(lines)
+
+
+def _size(path: Path) -> str:
+    try:
+        return f", {path.stat().st_size / 1e6:.2f} MB"
+    except FileNotFoundError:  # it is in memory; a run that trains on has deleted it
+        return ""
 
 
 def _restored(source: Source) -> str:

@@ -76,6 +76,7 @@ class Run:
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()
         self._lock: int | None = None
+        self._place: os.stat_result | None = None  # of the directory, as it was locked
         self._created = False
 
     # -- making one --------------------------------------------------------------------------------------------------
@@ -182,10 +183,11 @@ class Run:
         Raises:
             RunDirectoryError: it was moved, deleted or taken over. What was saved now would be in nobody's run.
         """
-        if self._lock is None or self._is_there("lock", os.fstat(self._lock)):
+        if self._place is None or (self._lock is not None and self._is_there("lock", os.fstat(self._lock))):
             return
-        if not (self.directory / "lock").exists() and self._is_there("", self._place):
-            self.unlock()  # somebody took a lock that is held for a stale one
+        lost = self._lock is None or not (self.directory / "lock").exists()
+        if lost and self._is_there("", self._place):
+            self.unlock()  # somebody took a lock that is held for a stale one; where this fails, the next save asks again
             with contextlib.suppress(RunLockedError):
                 self.lock()
                 return
