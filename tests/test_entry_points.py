@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -91,6 +92,10 @@ def test_a_stopped_run_that_is_resumed_equals_the_straight_one(
         == []
     )
     assert rows(straight) == rows(tmp_path / "stopped")
+    resumed = json.loads((tmp_path / "stopped" / "run.json").read_text())["starts"][-1]
+    assert resumed["took_over"] == (
+        f"pid {process.pid} on {socket.gethostname()}" if signum == signal.SIGKILL else None
+    )
 
 
 def test_a_signal_to_save_saves_and_the_run_goes_on(straight: Path, tmp_path: Path) -> None:

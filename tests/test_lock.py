@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -262,6 +263,23 @@ def test_of_a_run_that_is_moved_while_it_trains_nothing_is_lost_and_nothing_is_m
     monkeypatch.undo()
     assert call("resume.py", str(moved)) == 0
     assert latest(moved).step == 12
+    assert json.loads((moved / "run.json").read_text())["starts"][-1]["reached"] == (7 if signum else 11)
+
+
+def test_a_run_in_whose_place_another_lies_writes_nothing_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, there = tmp_path / "run", dict[Path, bytes]()
+
+    def replace(_: object) -> None:
+        run_dir.rename(tmp_path / "moved")
+        shutil.copytree(tmp_path / "moved", run_dir, ignore=shutil.ignore_patterns("lock"))
+        there.update({file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()})
+
+    send_in(monkeypatch, ImageClassifier, "training_step", nth=8, signum=0, before=replace)
+    assert call("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "run") == 1
+    assert "Not tested: Not the run directory" in capfd.readouterr().err
+    assert {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()} == there
 
 
 def test_a_run_whose_record_is_deleted_keeps_its_checkpoints_when_it_is_stopped(

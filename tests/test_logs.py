@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from savepoint.logs import RunCSVLogger, RunTensorBoardLogger
+from savepoint.logs import RunCSVLogger, RunTensorBoardLogger, last_step
 
 
 class Disk:
@@ -70,6 +70,18 @@ def test_what_was_logged_after_the_checkpoint_is_cut_and_the_header_kept(tmp_pat
     second.finalize("success")
     assert [row["loss"] for row in read(tmp_path / "metrics.csv")] == ["0.0", "1.0", "2.0", "30.0"]
     assert second.rows == 4
+
+
+def test_the_last_step_of_a_log_is_known_without_reading_it_all(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.csv"
+    assert last_step(log) is None
+    log.write_text("loss,step,epoch\n")
+    assert last_step(log) is None
+    with log.open("a") as file:
+        file.writelines(f"0.25,{step},0\n" for step in range(20_000))
+    assert last_step(log) == 19_999
+    log.write_text("loss,step\n0.5,torn")
+    assert last_step(log) is None
 
 
 def test_nothing_is_touched_before_the_first_row(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,30 @@ def test_resumes_and_faults_are_marked_on_every_chart(seen: Seen) -> None:
     assert charts == 3
     assert len(seen.all("line", **{"class": "mark resume"})) == charts
     assert len(seen.all("line", **{"class": "mark fault"})) == 2 * charts
+
+
+def test_what_happened_is_told_in_the_order_of_time(run_dir: Path) -> None:
+    record = json.loads((run_dir / "run.json").read_text())
+    record["starts"] = [
+        began(None, 0),
+        began("step-00000020.ckpt", 20, time="2026-11-21T15:00:00+00:00", took_over="pid 7 on here", reached=34),
+        began("step-00000035.ckpt", 35, time="2026-11-21T16:00:00+00:00", reached=34),
+    ]
+    (run_dir / "run.json").write_text(json.dumps(record))
+    for name, hour in (("checkpoints/step-00000030.ckpt.corrupt", 14), ("rewound/20261121-1455-from-step-50", 17)):
+        when = datetime(2026, 11, 21, hour, tzinfo=UTC).timestamp()
+        os.utime(run_dir / name, (when, when))
+    told = report(run_dir).words.split("What happened ")[1]
+    expected = (
+        "1 step 30 step-00000030.ckpt.corrupt was set aside: ",
+        "2 step 34 Start 1 was killed at step 34 or later",
+        "3 step 20 Start 2 resumed from step-00000020.ckpt: 14 steps or more trained again",
+        "4 step 35 Start 3 resumed from step-00000035.ckpt",
+        "5 step 50 The run was at step 50 and was rewound",
+    )
+    places = [told.find(text) for text in expected]
+    assert places == sorted(places)
+    assert places[0] == 0
 
 
 def test_train_and_val_of_a_quantity_stand_in_one_chart_and_that_of_the_monitor_comes_first(seen: Seen) -> None:

@@ -24,6 +24,9 @@ from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
 from savepoint.checkpoint import files
 
+TAIL = 1 << 16
+"""Bytes at the end of metrics.csv in which its last row surely begins."""
+
 
 class Appender:
     """A file that only grows, through the times when it cannot be written.
@@ -191,6 +194,19 @@ class RunCSVLogger(Logger):
         finally:
             temporary.unlink(missing_ok=True)
         self._columns = columns
+
+
+def last_step(path: Path) -> int | None:
+    """The step of the last row of a metrics.csv; None where there is none that can be read."""
+    try:
+        with path.open("rb") as file:
+            column = file.readline().decode(errors="replace").rstrip("\n").split(",").index("step")
+            begin = file.tell()
+            file.seek(max(begin, file.seek(0, os.SEEK_END) - TAIL))
+            row = file.read().decode(errors="replace").rstrip("\n").rsplit("\n", 1)[-1]
+        return int(row.split(",")[column])
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 class RunTensorBoardLogger(TensorBoardLogger):

@@ -78,6 +78,7 @@ class Run:
         self._lock: int | None = None
         self._place: os.stat_result | None = None  # of the directory, as it was locked
         self._created = False
+        self.took_over: str | None = None  # whoever was killed while it held the lock
 
     # -- making one --------------------------------------------------------------------------------------------------
 
@@ -167,7 +168,8 @@ class Run:
         self._lock, self._place = descriptor, self.directory.stat()
         _locked.add(_identity(os.fstat(descriptor)))
         if said.strip():
-            print(f"Taking over the lock of {_holder(said)}, which is no longer running.")
+            self.took_over = _holder(said)
+            print(f"Taking over the lock of {self.took_over}, which is no longer running.")
 
     def unlock(self) -> None:
         if self._lock is not None:

@@ -21,7 +21,7 @@ from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.checkpoint.facts import Provenance
 from savepoint.errors import RunDirectoryError
-from savepoint.logs import RunCSVLogger, RunTensorBoardLogger
+from savepoint.logs import RunCSVLogger, RunTensorBoardLogger, last_step
 from savepoint.preemption import Preempted
 from savepoint.progress import Meter, display
 from savepoint.run import Run, plural, python, rank, resume_command, show
@@ -62,6 +62,9 @@ class _Recorder(Checkpoint):
 
     def __init__(self, run: Run, record: Mapping[str, Any], config: str, start: Start) -> None:
         self.run, self.record, self.config, self.start = run, record, config, start
+        self.reached = last_step(
+            run.directory / "metrics.csv"
+        )  # as the log stood: what comes after the checkpoint is cut
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -73,6 +76,8 @@ class _Recorder(Checkpoint):
                 parent=dict(self.start.run) if self.start.run else None,
                 changed={key: list(pair) for key, pair in (self.start.changed or {}).items()},
                 world_size=trainer.world_size,
+                took_over=self.run.took_over,
+                reached=self.reached,
             )
 
 
@@ -169,6 +174,7 @@ def _finish(training: Training, step: int, epoch: int) -> int:
     if failure is not None:  # said before the test, which a full disk may end
         print(f"The newest state of this run is not saved. {failure}", file=sys.stderr, flush=True)
     try:
+        training.run.check()  # or the test would look at, and write to, whatever lies there now
         summary = summarise(training, step, epoch)
         if training.trainer.is_global_zero:
             print(table(training, summary), flush=True)

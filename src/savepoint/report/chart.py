@@ -172,7 +172,7 @@ def _grid(steps: Axis, values: Axis, unit: str) -> list[Markup]:
 def _flags(marks: Sequence[Mark], steps: Axis) -> list[Markup]:
     """A line a mark; its number above, those of neighbours together, as they would run into each other."""
     parts, flags = [], list[list[Mark]]()
-    for mark in marks:
+    for mark in sorted(marks, key=lambda mark: mark.step):
         x = steps.across(mark.step)
         parts.append(element("line", x1=x, x2=x, y1="-4", y2=HEIGHT, class_=f"mark {mark.kind}"))
         if flags and steps.share(mark.step) - steps.share(flags[-1][0].step) < 0.05:
@@ -180,12 +180,18 @@ def _flags(marks: Sequence[Mark], steps: Axis) -> list[Markup]:
         else:
             flags.append([mark])
     for together in flags:
-        first, last = together[0], together[-1]
-        label = str(first.number) if first is last else f"{first.number}-{last.number}"
+        first, label = together[0], _numbers(sorted(mark.number for mark in together))
         kind = "fault" if any(mark.kind == "fault" for mark in together) else "resume"
         title = element("title", "\n".join(f"{mark.number}: {mark.text}" for mark in together))
         parts.append(element("text", label, title, x=steps.across(first.step), y="-8", class_=f"flag middle {kind}"))
     return parts
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    """`3-5`; `2,4` where others stand elsewhere."""
+    if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{numbers[0]}-{numbers[-1]}"
+    return ",".join(map(str, numbers[:3])) + ("…" if len(numbers) > 3 else "")
 
 
 def _path(points: Sequence[tuple[float, float | None]], steps: Axis, values: Axis) -> str:

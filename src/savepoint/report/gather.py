@@ -5,6 +5,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ from savepoint.report import curves, pictures
 from savepoint.report.chart import Mark
 from savepoint.report.curves import Curves
 from savepoint.report.pictures import Picture
+from savepoint.run import plural
 
 RULES = ("keep_last", "keep_best", "keep_every_n_epochs", "keep_every_n_steps")
 
@@ -28,6 +30,8 @@ class Start(NamedTuple):
     argv: Sequence[str]
     step: int | None
     checkpoint: str | None
+    took_over: str | None
+    reached: int | None
     changed: Mapping[str, Any]
     host: str
     hardware: str
@@ -43,6 +47,7 @@ class File:
 
     Attributes:
         place: Its line in the picture.
+        changed: When it last changed, in whole seconds since 1970; of a rewound file, when that was moved.
         saved: When, and the reason that its manifest gives.
         fate: Why retention keeps it, or what happened to it.
     """
@@ -52,6 +57,7 @@ class File:
     fate: str
     step: int | None
     size_bytes: int | None
+    changed: float
     epoch: int | None = None
     score: float | None = None
     saved: str = ""
@@ -150,6 +156,8 @@ def _start(number: int, entry: Mapping[str, Any]) -> Start:
         [str(word) for word in of("argv", list) or []],
         of("step", int),
         of("checkpoint", str),
+        of("took_over", str),
+        of("reached", int),
         of("changed", dict) or {},
         of("host", str) or "",
         of("hardware", str) or "",
@@ -160,22 +168,52 @@ def _start(number: int, entry: Mapping[str, Any]) -> Start:
     )
 
 
+class _Event(NamedTuple):
+    """In the order in which it is told: a fault before the resume of the same second, which it caused."""
+
+    when: float
+    order: int
+    step: float
+    kind: Literal["resume", "fault"]
+    text: str
+
+
 def _marks(starts: Sequence[Start], files: Sequence[File]) -> list[Mark]:
-    """What happened, by step; the start of a new run is no event."""
-    found: list[tuple[float, Literal["resume", "fault"], str]] = []
-    for start in starts:
-        if start.step is not None and start.checkpoint:
-            what = "resumed" if start.number > 1 else "began"
-            found.append((start.step, "resume", f"Start {start.number} {what} from {start.checkpoint}"))
+    """What happened, by time; the start of a new run is no event."""
+    found = [event for start in starts for event in _of_start(start)]
     found += [
-        (file.step, "fault", f"{file.name} {file.fate}")
+        _Event(file.changed, 0, file.step, "fault", f"{file.name} {file.fate}")
         for file in files
         if file.place == "damaged" and file.step is not None
     ]
-    # Of each rewind, the last.
-    rewound = {file.fate: file.step for file in files if file.place == "rewound" and file.step}
-    found += [(step, "fault", f"The run was at step {step:,} and was {fate}") for fate, step in rewound.items()]
-    return [Mark(number, *one) for number, one in enumerate(sorted(found), 1)]
+    rewound = {file.fate: file for file in files if file.place == "rewound" and file.step}  # of each rewind, the last
+    found += [
+        _Event(file.changed, 0, file.step or 0, "fault", f"The run was at step {file.step:,} and was {fate}")
+        for fate, file in rewound.items()
+    ]
+    return [Mark(number, one.step, one.kind, one.text) for number, one in enumerate(sorted(found), 1)]
+
+
+def _of_start(start: Start) -> list[_Event]:
+    when, found = _seconds(start.time), list[_Event]()
+    reached = start.reached if start.reached is not None else start.step or 0
+    if start.took_over and start.number > 1:
+        found.append(
+            _Event(when, 1, reached, "fault", f"Start {start.number - 1} was killed at step {reached:,} or later")
+        )
+    if start.step is None or not start.checkpoint:
+        return found
+    again = reached - start.step if start.number > 1 else 0
+    lost = f": {plural(again, 'step')} or more trained again" if again > 0 else ""
+    what = "resumed" if start.number > 1 else "began"
+    return [*found, _Event(when, 2, start.step, "resume", f"Start {start.number} {what} from {start.checkpoint}{lost}")]
+
+
+def _seconds(time: str) -> float:
+    try:
+        return datetime.fromisoformat(time).timestamp()
+    except (ValueError, OverflowError):
+        return 0
 
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
@@ -199,7 +237,7 @@ def _in_the_run(run: RunDir, rules: Mapping[str, int] | None) -> list[File]:
 def _damaged(run: RunDir) -> list[File]:
     found = [(path, f"does not verify: {_wrong(path, reason)}") for path, reason in run.store.rejected()]
     found += [(path, f"was set aside: {_wrong(path, 'it verifies now')}") for path in run.corrupt()]
-    return [File(path.name, "damaged", fate, manifest.step_in_name(path.name), _size(path)) for path, fate in found]
+    return [File(path.name, "damaged", fate, manifest.step_in_name(path.name), *_size(path)) for path, fate in found]
 
 
 def _wrong(path: Path, otherwise: str) -> str:
@@ -211,7 +249,7 @@ def _wrong(path: Path, otherwise: str) -> str:
 
 def _rewound(directory: Path) -> list[File]:
     return [
-        _file(one, "rewound", f"rewound: set aside in rewound/{path.name}")
+        replace(_file(one, "rewound", f"rewound: set aside in rewound/{path.name}"), changed=_size(path)[1])
         for path in sorted((directory / "rewound").glob("*"))
         if path.is_dir()
         for one in CheckpointStore(path).checkpoints()
@@ -220,7 +258,7 @@ def _rewound(directory: Path) -> list[File]:
 
 def _file(one: Checkpoint, place: Literal["in the run", "rewound"], fate: str) -> File:
     saved = " · ".join(str(one.manifest[key]) for key in ("created", "reason") if one.manifest.get(key))
-    return File(one.path.name, place, fate, one.step, _size(one.path), one.epoch, one.score, saved)
+    return File(one.path.name, place, fate, one.step, *_size(one.path), one.epoch, one.score, saved)
 
 
 def _stays(why: Sequence[str]) -> str:
@@ -235,12 +273,13 @@ def _placed(match: re.Match[str]) -> str:
     return f"the {kind}" if place == 1 else f"{place}{ending} {kind}"
 
 
-def _size(path: Path) -> int | None:
-    """None where the run has deleted it since the listing."""
+def _size(path: Path) -> tuple[int | None, int]:
+    """Bytes, and the second of its last change; None and 0 where the run has deleted it since the listing."""
     try:
-        return path.stat().st_size
+        found = path.stat()
     except FileNotFoundError:
-        return None
+        return None, 0
+    return found.st_size, int(found.st_mtime)
 
 
 def _rules(config: str) -> Mapping[str, int] | None:
