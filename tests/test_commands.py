@@ -248,7 +248,7 @@ def test_runs_shows_config_best_and_test_of_the_newest_state_alone(tmp_path: Pat
     assert code == 0
     assert rows["first"] == ["fast", "val/loss", "10.0000", "50.00", "%", "30", "finished"]
     assert rows["second"][-3:] == ["-", "40", "stopped"]
-    assert rows["third"][0] == "(fork)"
+    assert rows["third"][:3] == ["fork", "of", "first"]
 
 
 def test_runs_asks_for_the_lock_without_taking_dropping_or_making_it(run_dir: Path, capsys: Capture) -> None:

@@ -1,6 +1,7 @@
 """Sweeps: trials are runs, finished ones are not run again, one that was cut off goes on. Real trials need the extra."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from test_entry_points import ROOT
 
-from savepoint import sweep
+from savepoint import sweep, sweep_file
 from savepoint.errors import ConfigError
 
 SMALL = {
@@ -23,7 +24,7 @@ SMALL = {
 
 
 def written(path: Path, **changed: Any) -> Path:
-    content = {"config": "configs/data/run.yaml", "parameters": {"model.lr": {"choices": [0.001, 0.02]}}} | changed
+    content = {"config": "configs/mnist.yaml", "parameters": {"model.lr": {"choices": [0.001, 0.02]}}} | changed
     path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not ...}))
     return path
 
@@ -38,14 +39,39 @@ def written(path: Path, **changed: Any) -> Path:
         ({"parameters": {"model.lr": 0.1}}, "parameters.model.lr is 0.1"),
         ({"parameters": {"model.lr": {"low": 0.1}}}, "low: 0.001, high: 0.1"),
         ({"sampler": "grid", "parameters": {"model.lr": {"low": 0.1, "high": 1.0}}}, "a grid has choices"),
+        ({"parameters": ["model.lr"]}, "parameters is .* a value of type dict"),
+        ({"parameters": {}}, "a config key or more"),
+        ({"parameters": {"model.lr": {"low": 1.0, "high": 0.1}}}, "low below high"),
+        ({"parameters": {"model.lr": {"low": "a", "high": "b"}}}, "parameters.model.lr is"),
+        ({"parameters": {"model.lr": {"low": 0, "high": 1, "log": True}}}, "parameters.model.lr is"),
+        ({"parameters": {"model.lr": {"low": 1, "high": 8, "log": True, "step": 2}}}, "parameters.model.lr is"),
+        ({"parameters": {"model.lr": {"choices": []}}}, "parameters.model.lr is"),
+        ({"trials": "many"}, "trials is many. Expected a value of type int"),
+        ({"trials": 0}, "trials is 0. Expected 1 or more"),
+        ({"overrides": [1]}, "overrides is .* type dict"),
     ],
 )
 def test_what_is_wrong_with_a_sweep_file_is_said_before_anything_runs(
     tmp_path: Path, changed: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said) as raised:
-        sweep.read(written(tmp_path / "wrong.yaml", **changed))
+        sweep_file.read(written(tmp_path / "wrong.yaml", **changed))
     assert "wrong.yaml" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"config": "configs/none.yaml"}, r"No such config file: .*none\.yaml"),
+        ({"parameters": {"model.lrr": {"choices": [1]}}}, r"model\.lrr.*Did you mean model\.lr"),
+        ({"overrides": {"trainer.max_epoch": 1}}, r"trainer\.max_epoch.*Did you mean .*max_epochs"),
+    ],
+)
+def test_what_is_wrong_with_the_config_of_a_sweep_costs_no_trial(
+    tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        sweep_file.read(written(tmp_path / "wrong.yaml", **changed))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
@@ -53,7 +79,7 @@ def test_every_sweep_of_the_project_reads_and_its_values_fit_its_config(path: Pa
     import project  # noqa: F401
     from savepoint import cli, compose
 
-    asked = sweep.read(path)
+    asked = sweep_file.read(path)
     for edge in (0, -1):
         values = {
             key: space["choices"][edge] if "choices" in space else space["low" if edge == 0 else "high"]
@@ -81,10 +107,103 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "DATA_ROOT": "/nowhere"}
 
 
+def swept(file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    asked = [*command(file, file.parent), *arguments]
+    return subprocess.run(asked, cwd=ROOT, env=environment(), capture_output=True, text=True)
+
+
+def states(file: Path) -> list[str]:
+    with (file.parent / file.stem / "trials.csv").open(newline="") as table:
+        return [row["state"] for row in csv.DictReader(table)]
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     pytest.importorskip("optuna", reason="needs the extra: pip install -e '.[sweep]'")
-    return written(tmp_path / "tiny.yaml", config="configs/mnist.yaml", sampler="grid", overrides=SMALL)
+    return written(tmp_path / "tiny.yaml", sampler="grid", overrides=SMALL)
+
+
+def test_a_sweep_tells_a_script_each_trial_and_the_best_of_them(file: Path) -> None:
+    spaces = {"model.lr": {"low": 0.005, "high": 0.05, "log": True}, "data.batch_size": {"choices": [32, 64]}}
+    done = swept(written(file, sampler="tpe", trials=2, overrides=SMALL, parameters=spaces), "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [one["state"] for one in told["trials"]] == ["complete", "complete"]
+    best, other = told["trials"]
+    assert best["value"] >= other["value"] > 0
+    assert 0.005 <= best["parameters"]["model.lr"] <= 0.05
+    record = json.loads((Path(best["run_dir"]) / "summary.json").read_text())
+    assert record["best_accuracy"] == best["value"]
+    assert Path(told["plot"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_trial_that_is_refused_or_measures_another_metric_stops_the_sweep_and_stays_open(file: Path) -> None:
+    small = SMALL | {"trainer.max_epochs": 1}
+    done = swept(written(file, sampler="grid", overrides=small, parameters={"model.lr": {"choices": ["much", 0.02]}}))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "trial-000 was refused: " in done.stderr
+    assert "much" in done.stderr
+    other = written(file.with_name("other.yaml"), monitor="val/acuracy", overrides=small)
+    done = swept(other)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "trial-000 measured no `val/acuracy`" in done.stderr
+    assert "val/accuracy" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_trial_that_failed_is_told_and_tried_again(file: Path) -> None:
+    first = written(file, sampler="grid", overrides=SMALL | {"trainer.max_epochs": 1})
+    taken = file.parent / "tiny" / "trial-000.log"
+    process = subprocess.Popen(
+        command(first, file.parent), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    while not (taken.exists() and "training from" in taken.read_text()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    subprocess.run(["pkill", "-KILL", "-f", f"--output_dir {file.parent / 'tiny'} --run_name trial-000"], check=True)
+    said = process.communicate()[0]
+    assert process.returncode == 1, said
+    assert "1 trial failed" in said
+    assert sorted(states(file)) == ["complete", "fail"]
+    again = swept(first)
+    assert again.returncode == 0, again.stderr
+    assert sorted(states(file)) == ["complete", "complete", "fail"]
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_says_who_still_trains_and_then_goes_on(file: Path) -> None:
+    process = subprocess.Popen(command(file, file.parent), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    lock = file.parent / "tiny" / "trial-000" / "run.json"
+    while not lock.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    refused = swept(file)
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1), refused.stderr
+    assert "Another process trains" in refused.stderr
+    until = time.monotonic() + 240
+    while (done := swept(file)).returncode == 2:
+        assert time.monotonic() < until
+    assert done.returncode == 0, done.stderr
+    assert states(file) == ["complete", "complete"]
+
+
+@pytest.mark.slow
+def test_a_trial_that_falls_behind_is_stopped_shown_and_not_run_again(file: Path) -> None:
+    values = [0.02, 0.03, 0.015, 0.025, 1e-7]
+    overrides = SMALL | {"trainer.max_epochs": 6}
+    pruning = written(file, sampler="grid", parameters={"model.lr": {"choices": values}}, overrides=overrides)
+    done = swept(pruning)
+    assert done.returncode == 0, done.stderr
+    assert sorted(states(file)) == ["complete"] * 4 + ["pruned"]
+    behind = next(line for line in done.stdout.splitlines() if line.endswith(": pruned"))
+    assert "1e-07" in behind
+    stopped = file.parent / "tiny" / behind.split(":")[0]
+    assert (stopped / "RESUME.txt").exists()
+    before = (stopped / "run.json").read_bytes()
+    assert "5 trials, 5 done" in swept(pruning).stdout
+    assert (stopped / "run.json").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -113,24 +232,3 @@ def test_a_sweep_that_is_cut_off_goes_on_with_the_same_trial_and_repeats_none(fi
     assert (tmp_path / "tiny" / "trials.png").read_bytes().startswith(b"\x89PNG")
     again = subprocess.run(command(file, tmp_path), cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert "2 trials, 2 done" in again.stdout
-
-
-@pytest.mark.slow
-def test_a_trial_that_falls_behind_is_stopped_and_can_be_gone_on_with(tmp_path: Path) -> None:
-    optuna = pytest.importorskip("optuna", reason="needs the extra: pip install -e '.[sweep]'")
-
-    class Behind:
-        number, reported = 0, []
-
-        def report(self, value: float, step: int) -> None:
-            self.reported.append(value)
-
-        def should_prune(self) -> bool:
-            return True
-
-    asked = sweep.read(written(tmp_path / "tiny.yaml", config="configs/mnist.yaml"))
-    pruned, code = sweep._train(Behind(), SMALL | {"trainer.max_epochs": 200}, asked, tmp_path / "trial-000")
-    assert (pruned, code) == (True, 143)
-    assert Behind.reported
-    assert (tmp_path / "trial-000" / "RESUME.txt").exists()
-    assert optuna.__version__

@@ -24,6 +24,7 @@ from torch import Tensor
 from project.pictures import SIDE, SUFFIXES, Picture, Pixels, read
 from savepoint import entry, rebuild
 from savepoint.checkpoint.files import replacing
+from savepoint.commands import Parser
 from savepoint.commands.best import file_or_best
 from savepoint.errors import ConfigError
 from savepoint.rebuild import Rebuilt
@@ -52,8 +53,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m project.predict", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("ckpt", metavar="CKPT", help="a checkpoint, or a run directory: its best")
+    parser = Parser("python -m project.predict", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "ckpt", metavar="CKPT", nargs="?", help="a checkpoint, or a run directory: its best; default: the newest run"
+    )
     parser.add_argument("input", metavar="INPUT", type=Path, help="an image, a folder of images, or a .npy file")
     parser.add_argument("-o", dest="output", metavar="FILE", type=Path, help=".csv or .json; without it CSV is printed")
     parser.add_argument(
@@ -63,7 +66,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--allow", choices=["canary"], action="append", default=[], help="though the model's code has changed"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if arguments.output is not None and arguments.output.suffix not in (".csv", ".json"):
         raise ConfigError(f"Neither CSV nor JSON: {arguments.output}. Expected a name that ends in .csv or .json.")
     return arguments

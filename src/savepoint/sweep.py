@@ -6,87 +6,36 @@ outputs/<sweep>/trials.csv, .png  the table and the plot
 """
 
 import csv
-import itertools
+import io
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from savepoint import compose
-from savepoint.checkpoint.retention import Mode
+from savepoint import compose, sweep_file
+from savepoint.checkpoint.files import replacing
 from savepoint.errors import ConfigError, RunExistsError
 from savepoint.preemption import Preempted
-from savepoint.run import plural, show
+from savepoint.run import Run, plural, show
+from savepoint.sweep_file import Sweep
 
 _POLL_SECS = 0.2
-_SHAPES = "{low: 0.001, high: 0.1, log: true}, {low: 1, high: 8, step: 1} or {choices: [64, 128]}"
+_DONE = ("COMPLETE", "PRUNED")
 
 
-@dataclass
-class Sweep:
-    """The file of a sweep.
-
-    Attributes:
-        config: The config that every trial starts from; relative to the working directory.
-        parameters: Config key -> {low, high, log, step} or {choices}.
-        monitor: The metric to better, by its best value over the validations of a trial.
-        mode: Whether a smaller or a larger value is better.
-        trials: How many in all; a grid has its own number.
-        sampler: tpe learns from the trials before, random does not, grid takes every combination of `choices`.
-        prune: Whether a trial that is worse than the median of those before it at the same validation is stopped.
-        seed: Of the sampler.
-        overrides: Config key -> value, the same in every trial.
-    """
-
-    config: str
-    parameters: Mapping[str, Mapping[str, Any]]
-    monitor: str = "val/accuracy"
-    mode: Mode = "max"
-    trials: int = 20
-    sampler: Literal["tpe", "random", "grid"] = "tpe"
-    prune: bool = True
-    seed: int = 0
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-
-
-def read(path: Path) -> Sweep:
-    """Raises ConfigError: what is wrong with the file, and where."""
-    content = compose.read(path, "sweep file")
-    known = [one.name for one in fields(Sweep)]
-    if not isinstance(content, dict) or not {"config", "parameters"} <= content.keys():
-        raise ConfigError(f"Not a sweep: {path}. Expected the keys `config` and `parameters`. See configs/sweep/.")
-    for name in content:
-        if name not in known:
-            near = compose.nearest(str(name), known) or f" Expected one of {', '.join(known)}."
-            raise ConfigError(f"Unknown key in {path}: {name}.{near}")
-    sweep = Sweep(**content)
-    for name, wanted in (("sampler", ("tpe", "random", "grid")), ("mode", ("min", "max"))):
-        if getattr(sweep, name) not in wanted:
-            raise ConfigError(
-                f"Wrong value in {path}: {name} is {getattr(sweep, name)}. Expected {' or '.join(wanted)}."
-            )
-    for key, space in sweep.parameters.items():
-        fits = isinstance(space, dict) and ("choices" in space or {"low", "high"} <= space.keys())
-        if not fits or (sweep.sampler == "grid" and "choices" not in space):
-            raise ConfigError(
-                f"Wrong value in {path}: parameters.{key} is {space}. Expected {_SHAPES}; a grid has choices."
-            )
-    return sweep
-
-
-def run(path: Path, output_dir: str = "outputs") -> int:
-    """All trials of a sweep file that are not done, then the table. Returns the exit code.
+def run(path: Path, output_dir: str = "outputs", say: Callable[[str], None] = print) -> dict[str, Any]:
+    """All trials of a sweep file that are not done, one after the other; then the table of them, best first.
 
     Raises:
-        ConfigError: the file, or a missing package.
+        ConfigError: the file, a missing package, or a trial that refused its values.
         RunExistsError: the study was begun with another file.
+        RunLockedError: a trial of it is still being trained.
     """
     optuna = _optuna()
-    sweep, directory = read(path), Path(output_dir) / path.stem
+    sweep, directory = sweep_file.read(path), Path(output_dir) / path.stem
     directory.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(
@@ -100,52 +49,75 @@ def run(path: Path, output_dir: str = "outputs") -> int:
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4) if sweep.prune else optuna.pruners.NopPruner(),
     )
     _refuse_another(study, sweep, path, directory)
+    begun = [trial for trial in study.trials if trial.state.name == "RUNNING"]
+    for trial in begun:  # of a sweep that was killed, or that runs beside this one
+        Run(_run_dir(directory, trial)).refuse_if_held()
     number = sweep.trials
     if sweep.sampler == "grid":
-        number = len(_grid(sweep))
-        for values in _grid(sweep):
+        number = len(sweep.grid())
+        for values in sweep.grid():
             study.enqueue_trial(values, skip_if_exists=True)
-    done = _number_finished(study)
-    print(f"sweep {show(directory.absolute())}: {plural(number, 'trial')}, {done} done", flush=True)
+    for values in _to_try_again(study):
+        study.enqueue_trial(values)
+    todo = number - sum(trial.state.name in _DONE for trial in study.trials)
+    say(f"sweep {show(directory.absolute())}: {plural(number, 'trial')}, {number - todo} done")
     # A trial that was cut off is still open: it is gone on with before new ones begin.
-    for cut in [trial for trial in study.trials if trial.state.name == "RUNNING"]:
-        _run_trial(optuna, study, optuna.trial.Trial(study, cut._trial_id), sweep, directory)
-    while _number_finished(study) < number:
-        _run_trial(optuna, study, study.ask(), sweep, directory)
-    return _tell(study, sweep, directory)
+    cut = [optuna.trial.Trial(study, trial._trial_id) for trial in begun]
+    for place in range(todo):
+        say(_run_trial(optuna, study, cut[place] if place < len(cut) else study.ask(), sweep, directory))
+    return _told(study, sweep, directory)
 
 
-def _number_finished(study: Any) -> int:
-    return sum(trial.state.is_finished() for trial in study.trials)
+def _run_dir(directory: Path, trial: Any) -> Path:
+    return directory / f"trial-{trial.number:03d}"
 
 
-def _run_trial(optuna: Any, study: Any, trial: Any, sweep: Sweep, directory: Path) -> None:
+def _to_try_again(study: Any) -> list[dict[str, Any]]:
+    """The values of trials that failed, of which no other trial has come or may come to an end."""
+    failed = [trial.params for trial in study.trials if trial.state.name == "FAIL"]
+    others = [
+        {**trial.params, **trial.system_attrs.get("fixed_params", {})}
+        for trial in study.trials
+        if trial.state.name != "FAIL"
+    ]
+    return [values for place, values in enumerate(failed) if values not in [*others, *failed[:place]]]
+
+
+def _run_trial(optuna: Any, study: Any, trial: Any, sweep: Sweep, directory: Path) -> str:
+    """Runs a trial to its end; what came of it."""
     values = {key: _suggest(trial, key, space) for key, space in sweep.parameters.items()}
-    run_dir = directory / f"trial-{trial.number:03d}"
-    pruned, code = _train(trial, {**sweep.overrides, **values}, sweep, run_dir)
-    scores = _scores(run_dir, sweep.monitor)
+    run_dir = _run_dir(directory, trial)
+    pruned, code = _train(trial, values, sweep, run_dir)
+    scores, log = _scores(run_dir, sweep.monitor), show(run_dir.absolute()) + ".log"
+    # Where the trial itself is refused it stays open: once the sweep is put right, it is the first to go on.
+    if code == 2:
+        raise ConfigError(
+            f"{run_dir.name} was refused: {_last_line(run_dir)} Expected values that train.py takes. See {log}"
+        )
+    if code == 0 and not scores:
+        raise ConfigError(
+            f"{run_dir.name} measured no `{sweep.monitor}`. Expected a column of its metrics.csv: "
+            f"{', '.join(_columns(run_dir)) or 'it has none'}. Name one as `monitor`."
+        )
     if pruned:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         result = "pruned"
-    elif code or not scores:
+    elif code:
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        result = f"failed, see {show(run_dir.absolute())}.log"
+        result = f"failed ({_last_line(run_dir) or f'exit code {code}'}), see {log}"
     else:
         best = max(scores) if sweep.mode == "max" else min(scores)
         study.tell(trial, best)
         result = f"{sweep.monitor} {best:.4f}"
-    print(
-        f"{run_dir.name}: {', '.join(f'{key} {_short(value)}' for key, value in values.items())}: {result}", flush=True
-    )
+    return f"{run_dir.name}: {', '.join(f'{key} {short(value)}' for key, value in values.items())}: {result}"
 
 
 def _train(trial: Any, values: Mapping[str, Any], sweep: Sweep, run_dir: Path) -> tuple[bool, int]:
     """One trial as a process: (whether it was pruned, its exit code)."""
-    flags = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
-    command = [sys.executable, "train.py", "--config", sweep.config, *flags, "--output_dir", str(run_dir.parent)]
+    command = [sys.executable, "train.py", *sweep.arguments(values), "--output_dir", str(run_dir.parent.absolute())]
     # --resume auto: what a trial had reached when the sweep was cut off is not trained again.
     command += ["--run_name", run_dir.name, "--resume", "auto"]
-    told, pruned = 0, False
+    told, pruned = len(trial.study.trials[trial.number].intermediate_values), False
     with run_dir.with_suffix(".log").open("ab") as log:
         process = subprocess.Popen(command, cwd=compose.ROOT, stdout=log, stderr=log)
     try:
@@ -154,8 +126,8 @@ def _train(trial: Any, values: Mapping[str, Any], sweep: Sweep, run_dir: Path) -
             scores = _scores(run_dir, sweep.monitor)
             for step in range(told, len(scores)):
                 trial.report(scores[step], step)
-            told = len(scores)
-            if not pruned and told and trial.should_prune():
+            told = max(told, len(scores))
+            if not pruned and scores and trial.should_prune():
                 pruned = True
                 process.terminate()  # it saves, and could be gone on with by hand
     except BaseException:
@@ -178,18 +150,26 @@ def _scores(run_dir: Path, monitor: str) -> list[float]:
         return []
 
 
+def _columns(run_dir: Path) -> list[str]:
+    try:
+        with (run_dir / "metrics.csv").open(newline="", errors="replace") as file:
+            return next(csv.reader(file), [])
+    except FileNotFoundError:
+        return []
+
+
+def _last_line(run_dir: Path) -> str:
+    lines = run_dir.with_suffix(".log").read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
+
+
 def _suggest(trial: Any, key: str, space: Mapping[str, Any]) -> Any:
     if "choices" in space:
         return trial.suggest_categorical(key, space["choices"])
     low, high, log, step = space["low"], space["high"], bool(space.get("log")), space.get("step")
-    if isinstance(low, int) and isinstance(high, int):
+    if all(isinstance(one, int) for one in (low, high, step or 1)):
         return trial.suggest_int(key, low, high, log=log, step=step or 1)
     return trial.suggest_float(key, low, high, log=log, step=step)
-
-
-def _grid(sweep: Sweep) -> list[dict[str, Any]]:
-    return [dict(zip(sweep.parameters, values, strict=True))
-            for values in itertools.product(*(space["choices"] for space in sweep.parameters.values()))]  # fmt: skip
 
 
 def _refuse_another(study: Any, sweep: Sweep, path: Path, directory: Path) -> None:
@@ -204,31 +184,29 @@ def _refuse_another(study: Any, sweep: Sweep, path: Path, directory: Path) -> No
     study.set_user_attr("asked", asked)
 
 
-def _tell(study: Any, sweep: Sweep, directory: Path) -> int:
-    keys = list(sweep.parameters)
-    finished = [trial for trial in study.trials if trial.value is not None and trial.state.name == "COMPLETE"]
-    finished.sort(key=lambda trial: trial.value or 0.0, reverse=sweep.mode == "max")
-    rest = [trial for trial in study.trials if trial not in finished]
-    rows = [
-        [f"trial-{trial.number:03d}", *(_short(trial.params.get(key)) for key in keys),
-         "" if trial not in finished else f"{trial.value:.4f}", trial.state.name.lower()]
+def _told(study: Any, sweep: Sweep, directory: Path) -> dict[str, Any]:
+    """Each trial with its values and result, the best first; as trials.csv and as a plot too."""
+    finished = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    finished.sort(key=lambda trial: trial.value, reverse=sweep.mode == "max")
+    rest = [trial for trial in study.trials if trial.state.name != "COMPLETE"]
+    trials = [
+        {"trial": f"trial-{trial.number:03d}", "state": trial.state.name.lower(), "value": trial.value,
+         "parameters": {key: trial.params.get(key) for key in sweep.parameters},
+         "run_dir": _run_dir(directory, trial).absolute()}
         for trial in [*finished, *rest]
     ]  # fmt: skip
-    header = ["trial", *keys, sweep.monitor, "state"]
-    with (directory / "trials.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in [header, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    if not finished:
-        print(f"No trial came to an end: see the logs in {show(directory.absolute())}.", file=sys.stderr)
-        return 1
-    _plot(study, keys, sweep.monitor, directory / "trials.png")
-    best = finished[0]
-    flags = " ".join(f"--{key} {_short(value)}" for key, value in best.params.items())
-    print(f"best: trial-{best.number:03d}, {sweep.monitor} {best.value:.4f}: {flags}")
-    print(f"plot: {show((directory / 'trials.png').absolute())}")
-    return 0
+    text = io.StringIO()
+    header = ["trial", *sweep.parameters, sweep.monitor, "state"]
+    rows = [[one["trial"], *one["parameters"].values(), one["value"], one["state"]] for one in trials]
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    with replacing(directory / "trials.csv") as file:
+        file.write(text.getvalue().encode())
+    plot = directory / "trials.png"
+    if finished:
+        _plot(study, list(sweep.parameters), sweep.monitor, plot)
+
+    return {"directory": directory.absolute(), "monitor": sweep.monitor, "trials": trials, "failed": len(_to_try_again(study)),
+            "plot": plot.absolute() if finished else None}  # fmt: skip
 
 
 def _plot(study: Any, keys: Sequence[str], monitor: str, path: Path) -> None:
@@ -254,11 +232,12 @@ def _plot(study: Any, keys: Sequence[str], monitor: str, path: Path) -> None:
         panel.set_xlabel(key)
         panel.grid(alpha=0.25)
     panels[0].set_ylabel(monitor)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _optuna() -> Any:

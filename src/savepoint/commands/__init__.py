@@ -66,13 +66,15 @@ def _execute(name: str, *words: str) -> int:
     return code
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without its usage."""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message[0].upper()}{message[1:]}. See: {self.prog} --help")
 
 
 def _parse(name: str, module: ModuleType, words: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog=f"savepoint {name}", description=f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}.", allow_abbrev=False
     )
     module.add_arguments(parser)

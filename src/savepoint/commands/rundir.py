@@ -161,6 +161,8 @@ def missing(path: Path, expected: str = "a run directory") -> CheckpointNotFound
             path,
         )
     known = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, known, n=2)
-    hint = f"Did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else "Check the path."
+    near = [path.parent / name for name in difflib.get_close_matches(path.name, known, n=2)]
+    if (run := Path("outputs", path)).exists():
+        near = [run]
+    hint = f"Did you mean {' or '.join(map(str, near))}?" if near else "Check the path."
     return CheckpointNotFoundError(f"Nothing there: {path}. {expected.capitalize()} was expected. {hint}", path)

@@ -59,13 +59,16 @@ def _facts(one: rundir.RunDir) -> dict[str, Any]:
 
 
 def _config(one: rundir.RunDir) -> str | None:
-    """The name of the config file of the first start; of a fork, which has none, the word."""
+    """The name of the config file of the first start; a fork has none, but a parent."""
     from savepoint.compose import config_name
 
     first = next(iter(one.starts()), None)
     if first is None:
         return None
-    return "(fork)" if first.get("checkpoint") else config_name([str(word) for word in first["argv"]])
+    if not first.get("checkpoint"):
+        return config_name([str(word) for word in first["argv"]])
+    parent = first.get("parent")
+    return f"fork of {parent['name']}" if isinstance(parent, dict) and parent.get("name") else "a fork"
 
 
 def _text(rows: Sequence[dict[str, Any]]) -> str:

@@ -1,9 +1,13 @@
-"""`savepoint sweep FILE`: exit code 1 if no trial came to an end."""
+"""`savepoint sweep FILE`: exit code 1 if a trial failed; the same command tries that one again."""
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Any
 
 from savepoint import preemption, sweep
+from savepoint.commands import output
+from savepoint.run import plural, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,4 +17,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     preemption.install()
-    return sweep.run(arguments.file, arguments.output_dir)
+    progress = sys.stderr if arguments.json else sys.stdout
+    told = sweep.run(arguments.file, arguments.output_dir, lambda line: print(line, file=progress, flush=True))
+    if arguments.json:
+        output.put_json(told)
+    else:
+        output.put(_text(told))
+    return 1 if told["failed"] else 0
+
+
+def _text(told: dict[str, Any]) -> str:
+    keys = list(told["trials"][0]["parameters"])
+    rows = [
+        (one["trial"], *map(sweep.short, one["parameters"].values()), output.number(one["value"]), one["state"])
+        for one in told["trials"]
+    ]
+    lines = [output.table(("trial", *keys, told["monitor"], "state"), rows)]
+    best = told["trials"][0]
+    if best["state"] == "complete":
+        flags = " ".join(f"--{key} {sweep.short(value)}" for key, value in best["parameters"].items())
+        lines.append(f"best: {best['trial']}, {told['monitor']} {output.number(best['value'])}: {flags}")
+        lines.append(f"plot: {show(told['plot'])}")
+    if told["failed"]:
+        logs = f"{show(told['directory'])}/trial-*.log"
+        lines.append(f"{plural(told['failed'], 'trial')} failed: see {logs}. The same command tries again.")
+    return "\n".join(lines)

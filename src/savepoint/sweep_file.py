@@ -1,0 +1,116 @@
+"""The file of a sweep, checked before anything runs."""
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from savepoint import compose, precheck
+from savepoint.checkpoint.retention import Mode
+from savepoint.errors import ConfigError
+
+SHAPES = "{low: 0.001, high: 0.1, log: true}, {low: 1, high: 8, step: 1} or {choices: [64, 128]}"
+KINDS = {
+    "config": str,
+    "parameters": dict,
+    "monitor": str,
+    "trials": int,
+    "prune": bool,
+    "seed": int,
+    "overrides": dict,
+}
+WORDS = {"sampler": ("tpe", "random", "grid"), "mode": ("min", "max")}
+SPACE = ("choices", "low", "high", "log", "step")
+
+
+@dataclass
+class Sweep:
+    """The file of a sweep.
+
+    Attributes:
+        config: The config that every trial starts from; relative to the project.
+        parameters: Config key -> {low, high, log, step} or {choices}.
+        monitor: The metric to better, by its best value over the validations of a trial.
+        mode: Whether a smaller or a larger value is better.
+        trials: How many in all; a grid has its own number.
+        sampler: tpe learns from the trials before, random does not, grid takes every combination of `choices`.
+        prune: Whether a trial that is worse than the median of those before it at the same validation is stopped.
+        seed: Of the sampler.
+        overrides: Config key -> value, the same in every trial.
+    """
+
+    config: str
+    parameters: Mapping[str, Mapping[str, Any]]
+    monitor: str = "val/accuracy"
+    mode: Mode = "max"
+    trials: int = 20
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    prune: bool = True
+    seed: int = 0
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def grid(self) -> list[dict[str, Any]]:
+        values = itertools.product(*(space["choices"] for space in self.parameters.values()))
+        return [dict(zip(self.parameters, one, strict=True)) for one in values]
+
+    def arguments(self, values: Mapping[str, Any]) -> list[str]:
+        """What train.py is given for a trial."""
+        given = {**self.overrides, **values}
+        flags = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
+        return ["--config", str(compose.ROOT / self.config), *flags]
+
+
+def read(path: Path) -> Sweep:
+    """Raises ConfigError: what is wrong with the file, or with the config that it names, and where."""
+    content = compose.read(path, "sweep file")
+    known = [one.name for one in fields(Sweep)]
+    if not isinstance(content, dict) or not {"config", "parameters"} <= content.keys():
+        raise ConfigError(f"Not a sweep: {path}. Expected the keys `config` and `parameters`. See configs/sweep/.")
+    for name in content:
+        if name not in known:
+            near = compose.nearest(str(name), known) or f" Expected one of {', '.join(known)}."
+            raise ConfigError(f"Unknown key in {path}: {name}.{near}")
+    sweep = Sweep(**content)
+    for name, kind in KINDS.items():
+        if not _is(getattr(sweep, name), kind):
+            _refuse(path, name, getattr(sweep, name), f"a value of type {kind.__name__}")
+    for name, words in WORDS.items():
+        if getattr(sweep, name) not in words:
+            _refuse(path, name, getattr(sweep, name), " or ".join(words))
+    if sweep.trials < 1:
+        _refuse(path, "trials", sweep.trials, "1 or more")
+    if not sweep.parameters:
+        _refuse(path, "parameters", sweep.parameters, "a config key or more to try values of")
+    for key, space in sweep.parameters.items():
+        if not _is_space(space) or (sweep.sampler == "grid" and "choices" not in space):
+            _refuse(path, f"parameters.{key}", space, f"{SHAPES}, low below high; a grid has choices")
+    for end in (0, -1):
+        values = {key: (space.get("choices") or [space.get("low"), space.get("high")])[end]
+                  for key, space in sweep.parameters.items()}  # fmt: skip
+        precheck.check_keys(compose.compose(sweep.arguments(values)))
+    return sweep
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and (kind is not int or not isinstance(value, bool))
+
+
+def _is_space(space: Any) -> bool:
+    if not isinstance(space, dict) or not space.keys() <= set(SPACE):
+        return False
+    if "choices" in space:
+        return isinstance(space["choices"], list) and bool(space["choices"]) and len(space) == 1
+    low, high, log, step = (space.get(name) for name in ("low", "high", "log", "step"))
+    if any(not _is(one, int) and not isinstance(one, float) for one in (low, high)) or not low < high:  # type: ignore[operator]
+        return False
+    if log is not None and not isinstance(log, bool):
+        return False
+    if step is not None:  # Optuna takes no steps on a logarithmic scale
+        return not log and (_is(step, int) or isinstance(step, float)) and step > 0
+    return not log or low > 0  # type: ignore[operator]
+
+
+def _refuse(path: Path, name: str, value: Any, expected: str) -> None:
+    raise ConfigError(f"Wrong value in {path}: {name} is {value}. Expected {expected}.")
