@@ -5,6 +5,8 @@ RUN    ?=
 INPUT  ?=
 ARGS   ?=
 VENV   := .venv
+# a value as one word of the shell, whatever is in it; nothing where it is empty
+quoted = $(if $(1),'$(subst ','\'',$(1))')
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 # the first Python that is recent enough; the newest wheels of torch may be missing for a Python that is younger still
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
@@ -27,28 +29,28 @@ extras: setup ## what is optional, too: Optuna, ONNX, Weights & Biases, MLflow
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[sweep,onnx,wandb,mlflow]'
 
 train: setup ## train and test: CONFIG, ARGS
-	$(VENV)/bin/python train.py --config $(CONFIG) $(ARGS)
+	$(VENV)/bin/python train.py --config $(call quoted,$(CONFIG)) $(ARGS)
 
 resume: setup ## continue a run: CKPT (the newest run if not given), ARGS
-	$(VENV)/bin/python resume.py $(CKPT) $(ARGS)
+	$(VENV)/bin/python resume.py $(call quoted,$(CKPT)) $(ARGS)
 
 eval: setup ## test a checkpoint: CKPT (the best of the newest run if not given), ARGS
-	$(VENV)/bin/python -m savepoint eval $(CKPT) $(ARGS)
+	$(VENV)/bin/python -m savepoint eval $(call quoted,$(CKPT)) $(ARGS)
 
-predict: setup ## name the class of images: CKPT, INPUT=image, folder or .npy
-	$(VENV)/bin/python -m project.predict $(CKPT) $(INPUT) $(ARGS)
+predict: setup ## name the class of images: CKPT (the best of the newest run if not given), INPUT=image, folder or .npy
+	$(VENV)/bin/python -m project.predict $(call quoted,$(CKPT)) $(call quoted,$(INPUT)) $(ARGS)
 
 export: setup ## the model in another format: CKPT, ARGS="--format safetensors -o FILE"
-	$(VENV)/bin/python -m savepoint export $(CKPT) $(ARGS)
+	$(VENV)/bin/python -m savepoint export $(call quoted,$(CKPT)) $(ARGS)
 
 report: setup ## one HTML file that shows a run: RUN (the newest if not given), ARGS="-o FILE"
-	$(VENV)/bin/python -m savepoint report $(RUN) $(ARGS)
+	$(VENV)/bin/python -m savepoint report $(call quoted,$(RUN)) $(ARGS)
 
 runs: setup ## a table of all runs in outputs/
 	$(VENV)/bin/python -m savepoint runs $(ARGS)
 
 sweep: setup ## try values of config keys: CONFIG=configs/sweep/lr.yaml
-	$(VENV)/bin/python -m savepoint sweep $(CONFIG) $(ARGS)
+	$(VENV)/bin/python -m savepoint sweep $(call quoted,$(CONFIG)) $(ARGS)
 
 test: setup ## the tests; ARGS="-k name", ARGS="-n 0 -m slow -s"
 	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
@@ -68,7 +70,7 @@ drill: setup ## kills, rot, a full disk, signals: this and Lightning's ModelChec
 	$(VENV)/bin/python benchmarks/drill.py $(ARGS)
 
 new: ## the start of your own project, a copy of this: NAME=cats DEST=../cats
-	@$(TEMPLATE) new -- '$(NAME)' '$(DEST)'
+	@$(TEMPLATE) new -- $(or $(call quoted,$(NAME)),'') $(or $(call quoted,$(DEST)),'')
 
 template-diff: ## in a copy: what is new in the template
 	@$(TEMPLATE) diff

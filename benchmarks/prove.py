@@ -5,7 +5,7 @@
 
 Both run side by side with one thread each, on the default config. At the end the two final checkpoints are compared
 whole (weights, optimizer, schedule, counters, random states, metric states), and every value in metrics.csv that is not
-derived from the clock. What is left out of the comparison is named in `MAY_DIFFER`.
+derived from the clock. What is left out of the comparison is what `savepoint diff` leaves out.
 """
 
 import argparse
@@ -20,7 +20,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MAY_DIFFER = ("manifest", "callbacks", "run")  # the clock, the path, the number of starts
 
 
 def start(script: str, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
@@ -68,12 +67,12 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 def digest(run: Path) -> tuple[str, str]:
     from savepoint.checkpoint import format, store
+    from savepoint.commands import diff
 
     latest = store.CheckpointStore(run / "checkpoints").latest()
     assert latest is not None, f"no checkpoint in {run}"
     state, _ = store.load(latest.path)
-    kept = {key: value for key, value in state.items() if key not in MAY_DIFFER}
-    return format.fingerprint(kept), format.fingerprint(rows(run))
+    return format.fingerprint(diff.comparable(state)), format.fingerprint(rows(run))
 
 
 def main() -> int:

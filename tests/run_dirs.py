@@ -53,7 +53,8 @@ def fork(parent: Path, name: str, step: int) -> Path:
     origin = next(one for one in store(parent).checkpoints() if one.step == step)
     made = make_run(parent.parent, name, steps=(step + 1, step + 2), parent=origin.manifest["digest"])
     record = json.loads((made / "run.json").read_text())
-    record["starts"][0] |= {"checkpoint": origin.path.name, "step": step, "changed": {"model.lr": [0.1, 0.2]}}
+    changed = {"checkpoint": origin.path.name, "step": step, "changed": {"model.lr": [0.1, 0.2]}}
+    record["starts"][0] |= changed | {"parent": {"id": None, "name": parent.name}}
     (made / "run.json").write_text(json.dumps(record))
     return made
 

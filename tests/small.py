@@ -18,11 +18,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
+from savepoint.commands.diff import comparable
 from savepoint.loader import Batches, resumable
 from savepoint.logs import RunCSVLogger
-
-# What may differ between a straight and a resumed run: the clock, the path, how often it was started.
-MAY_DIFFER = ("manifest", "callbacks", "run")
 
 
 class SmallModel(LightningModule):
@@ -165,7 +163,7 @@ def final_state(directory: Path) -> dict[str, Any]:
     latest = store.CheckpointStore(directory / "checkpoints").latest()
     assert latest is not None
     state, _ = store.load(latest.path)
-    return {key: value for key, value in state.items() if key not in MAY_DIFFER}
+    return comparable(state)
 
 
 def difference(one: Any, other: Any, path: str = "") -> Iterator[str]:

@@ -135,7 +135,7 @@ def test_what_the_file_system_refuses_is_said_in_words(run_dir: Path, capsys: Ca
     (run_dir / "run.json").mkdir()
     code, _, err = say(capsys, "lineage", run_dir)
     assert (code, len(err.splitlines())) == (2, 1)
-    assert f"Cannot be read: {run_dir / 'run.json'} (Is a directory)" in err
+    assert f"No access: {run_dir / 'run.json'} (Is a directory)" in err
 
 
 def test_a_reader_that_goes_away_ends_a_command_silently(run_dir: Path) -> None:
@@ -360,3 +360,21 @@ def test_a_copy_of_a_run_is_not_its_fork(run_dir: Path, capsys: Capture) -> None
     subprocess.run(["cp", "-r", run_dir, run_dir.with_name("copy")], check=True)
     found = json.loads(say(capsys, "lineage", run_dir, "--json")[1])
     assert (found["ancestors"], found["forks"]) == ([], [])
+
+
+@pytest.mark.parametrize("command", ["ls", "show", "verify", "doctor", "lineage", "gc", "report", "export"])
+def test_an_empty_path_is_not_the_working_directory(
+    command: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(run_dir)
+    more = ["--format", "npz"] if command == "export" else []
+    code, out, err = say(capsys, command, "", *more)
+    assert (code, out) == (2, "")
+    assert "An empty path" in err
+
+
+def test_a_name_does_nothing_to_a_terminal_in_a_message_either(tmp_path: Path, capsys: Capture) -> None:
+    code, _, err = say(capsys, "ls", tmp_path / "\x1b[2J")
+    assert code == 2
+    assert "\\x1b[2J" in err
+    assert "\x1b" not in err

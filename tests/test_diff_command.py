@@ -40,7 +40,7 @@ def test_states_that_say_only_when_and_where_they_were_made_differently_are_equa
     made = {"run": {"name": "b"}, "callbacks": {"Meter": {"fit_secs": 3.0}}}
     code, out, _ = say(capsys, "diff", *pair(tmp_path, small_state() | made, created="2026-01-01T00:00:00+00:00"))
     assert code == 0
-    assert out.splitlines()[-1] == "Equal: every value and every bit, but for manifest, run and callbacks."
+    assert out.splitlines()[-1] == "Equal: every value and every bit, but for manifest, run and the clock."
 
 
 @pytest.mark.parametrize(

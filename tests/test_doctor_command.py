@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,6 +194,19 @@ def test_each_kind_of_file_gets_advice_of_its_own(
     assert said.startswith("It does not verify: ")
     assert what in said
     assert do in advice
+
+
+def test_files_that_torch_wrote_get_advice_of_their_own(tmp_path: Path, capsys: Capture) -> None:
+    model = torch.nn.Linear(2, 2)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    ((said, advice),) = findings(capsys, tmp_path / "weights.pt").items()
+    assert "torch.save" in said
+    assert "train.py --init_from" in advice
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:  # as torch.jit.save lays it out
+        archive.writestr("script/code/__torch__.py", "")
+        archive.writestr("script/constants.pkl", "")
+    ((said, advice),) = findings(capsys, tmp_path / "script.pt").items()
+    assert "TorchScript" in said
 
 
 def test_a_truncated_copy_is_copied_again_and_one_in_a_run_is_gone_around(run_dir: Path, capsys: Capture) -> None:

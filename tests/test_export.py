@@ -259,6 +259,7 @@ def test_where_onnx_is_not_installed_the_extra_is_named(
         (["RUN", "--format", "tflite"], "tflite"),
         (["RUN/none", "--format", "npz"], "Nothing there: RUN/none"),
         (["RUN", "--format", "npz", "-o", "RUN"], "A directory, not a file: RUN"),
+        (["RUN", "--format", "npz", "-o", "/proc/x/a.npz"], "/proc/x"),
         (["RUN/run.json", "--format", "npz"], "Not a checkpoint of Savepoint: RUN/run.json"),
     ],
 )

@@ -32,10 +32,12 @@ def test_the_rules_of_the_config_decide_and_each_file_is_told_with_its_reason(ru
     assert lines[0] == ["keep_last", "1,", "keep_best", "1"]
     assert [(line[0], line[3:]) for line in lines[2:-1]] == [
         ("step-00000010.ckpt", ["stays", "best-1"]),
-        ("step-00000020.ckpt", ["goes"]),
-        ("step-00000030.ckpt", ["goes"]),
-        ("step-00000040.ckpt", ["goes"]),
+        ("step-00000020.ckpt", ["goes", "no", "rule,", "last-4,", "best-2"]),
+        ("step-00000030.ckpt", ["goes", "no", "rule,", "last-3,", "best-3"]),
+        ("step-00000040.ckpt", ["goes", "no", "rule,", "last-2,", "best-4"]),
         ("step-00000050.ckpt", ["stays", "last-1"]),
+        ("last.ckpt", ["stays", "the", "name", "of", "the", "newest"]),
+        ("best.ckpt", ["stays", "the", "name", "of", "the", "best"]),
     ]
     assert out.splitlines()[-1] == "Deleted 3 files, 0.03 MB."
 
@@ -53,7 +55,7 @@ def test_a_dry_run_says_what_a_real_one_then_does(flags: str, kept: list[int], r
     before = names(run_dir / "checkpoints")
     code, out, _ = say(capsys, "gc", run_dir, "--dry-run", "--json", *flags.split())
     assert code == 0
-    assert [row["step"] for row in json.loads(out)["files"] if not row["goes"]] == kept
+    assert [row["step"] for row in json.loads(out)["files"] if row["step"] and not row["goes"]] == kept
     assert names(run_dir / "checkpoints") == before
     assert "lock" not in names(run_dir)
     say(capsys, "gc", run_dir, *flags.split())
@@ -92,7 +94,7 @@ def test_the_lock_is_given_back_and_json_stays_json_where_a_holder_died(run_dir:
     (run_dir / "lock").write_text('{"host": "gone", "pid": 1, "boot_id": ""}')
     code, out, err = say(capsys, "gc", run_dir, "--json")
     assert code == 0
-    assert len(json.loads(out)["files"]) == len(STEPS)
+    assert len([row for row in json.loads(out)["files"] if row["step"]]) == len(STEPS)
     assert "Taking over the lock of pid 1 on gone" in err
     assert (run_dir / "lock").read_text() == ""
 

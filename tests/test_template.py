@@ -147,6 +147,10 @@ def test_a_copy_is_what_is_committed_under_a_name_of_its_own(template: Path) -> 
         "source": str(template), "commit": git(template, "rev-parse", "HEAD"), "name": "black-cats",
         "version": of_template["version"],
     }  # fmt: skip
+    name = [sys.executable, "-c", "from savepoint.run import default_name; print(default_name('mnist'))"]
+    at_copy = os.environ | {"PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    made = subprocess.run(name, env=at_copy, capture_output=True, text=True)
+    assert re.fullmatch(r"black-cats-mnist-\d{8}-\d{6}\n", made.stdout)
     assert git(copy, "status", "--porcelain", "--ignored") == ""
     assert git(copy, "log", "--format=%s %D") == f"black-cats, from Savepoint {of_template['version']} " + (
         f"({git(template, 'rev-parse', 'HEAD')[:7]}) HEAD -> main"
@@ -543,8 +547,13 @@ def end(process: subprocess.Popen[str]) -> str:
     return said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("project", "score"), [(WAVES, "best_accuracy"), (sums(), "best_loss")], ids=["waves", "sums"])
+@pytest.mark.parametrize(
+    ("project", "score"),
+    [
+        pytest.param(WAVES, "best_accuracy", marks=pytest.mark.slow, id="waves"),
+        pytest.param(sums(), "best_loss", id="sums"),
+    ],
+)
 def test_another_model_and_other_data_train_are_killed_and_resume_exactly_in_a_copy(
     copy: Path, project: dict[str, str], score: str
 ) -> None:

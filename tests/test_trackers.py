@@ -1,8 +1,13 @@
 """However often a run is started, it is one run in its tracker. With the trackers themselves: they need the extras."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from test_readme import LITTLE, ROOT
 
 from savepoint.errors import ConfigError
 from savepoint.trackers import RunMLFlowLogger, RunWandbLogger
@@ -42,3 +47,30 @@ def test_in_wandb_each_start_of_a_run_is_the_same_run(tmp_path: Path) -> None:
         assert logger.experiment.id == "one"
         wandb.finish()
     assert list((tmp_path / "wandb").glob("offline-run-*-one"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_a_resume_by_the_config_goes_on_with_the_run_of_the_tracker(name: str, tmp_path: Path) -> None:
+    module = pytest.importorskip(name, reason=f"needs the extra: pip install -e '.[{name}]'")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    configs = ["--config", "configs/fast.yaml", "--config", f"configs/logger/{name}.yaml"]
+    quiet = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {"OMP_NUM_THREADS": "1"}
+    for script, *words in (
+        ("train.py", *configs, "--run_name", "run", *LITTLE),
+        ("resume.py", "outputs/run", "--trainer.max_epochs", "2"),
+    ):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *words], cwd=tmp_path, env=quiet, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    run_id = json.loads((tmp_path / "outputs/run/run.json").read_text())["id"]
+    if name == "wandb":
+        started = list((tmp_path / "outputs/run/wandb").glob("offline-run-*"))
+        assert len(started) == 2
+        assert {path.name.split("-")[-1] for path in started} == {run_id}
+        return
+    client = module.MlflowClient(f"sqlite:///{tmp_path / 'outputs/mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("savepoint").experiment_id])
+    assert run.data.tags["savepoint.run"] == run_id
+    assert [one.step for one in client.get_metric_history(run.info.run_id, "train/loss_step")] == [0, 1, 2, 3]

@@ -26,7 +26,7 @@ from savepoint import entry, rebuild
 from savepoint.checkpoint.files import replacing
 from savepoint.commands import Parser
 from savepoint.commands.best import file_or_best
-from savepoint.errors import ConfigError
+from savepoint.errors import CheckpointSaveError, ConfigError
 from savepoint.rebuild import Rebuilt
 from savepoint.run import plural
 
@@ -46,8 +46,11 @@ def main(argv: Sequence[str]) -> int:
     if arguments.output is None:
         print(text, end="")
     else:
-        with replacing(arguments.output) as file:  # a crash leaves what was there
-            file.write(text.encode())
+        try:
+            with replacing(arguments.output) as file:  # a crash leaves what was there
+                file.write(text.encode())
+        except CheckpointSaveError as error:
+            raise ConfigError(str(error)) from error
         print(f"written: {arguments.output}", file=sys.stderr)
     return 0
 

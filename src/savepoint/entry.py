@@ -33,7 +33,7 @@ def run(main: Callable[[Sequence[str]], int], script: str) -> None:
             print(f"Stopped by {preempted.name}.", file=sys.stderr)
         raise
     except SavepointError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         code = error.exit_code
     sys.exit(code)
 
@@ -59,6 +59,15 @@ def tolerant(stream: TextIO) -> TextIO:
     return io.TextIOWrapper(
         output, stream.encoding, stream.errors, line_buffering=stream.line_buffering, write_through=stream.write_through
     )
+
+
+def printable(text: str) -> str:
+    """What is no printable character (in a file's name, say) escaped, so that nothing acts on a terminal."""
+    return "\n".join(line if line.isprintable() else "".join(map(_escaped, line)) for line in text.split("\n"))
+
+
+def _escaped(letter: str) -> str:
+    return letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
 
 
 def refuse_foreign_install(script: Path) -> None:

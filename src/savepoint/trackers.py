@@ -38,7 +38,7 @@ class RunMLFlowLogger(MLFlowLogger):
 
     Args:
         experiment_name: Where the run is listed.
-        tracking_uri: A server, or a local database or folder such as sqlite:///outputs/mlflow.db or file:outputs/mlruns.
+        tracking_uri: A server, or a local database such as sqlite:///outputs/mlflow.db.
     """
 
     def __init__(self, experiment_name: str = "savepoint", tracking_uri: str = "sqlite:///outputs/mlflow.db") -> None:

@@ -20,6 +20,7 @@ from savepoint import cli, compose, weights
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.checkpoint.facts import Provenance
+from savepoint.checkpoint.manifest import step_in_name
 from savepoint.errors import RunDirectoryError
 from savepoint.logs import RunCSVLogger, RunTensorBoardLogger, last_step
 from savepoint.preemption import Preempted
@@ -240,6 +241,11 @@ def table(training: Training, summary: Mapping[str, Any]) -> str:
         )
     scores = training.checkpointing.scores
     starts = " over all starts" if training.meter.goes_on else ""
+    tested = summary["tested_checkpoint"]
+    if (
+        tested and scores.best_step is not None and step_in_name(tested) != scores.best_step
+    ):  # in a fork, its parent has it
+        rows.append(("tested", f"{tested}: the best that is in this run"))
     if scores.best is not None:
         rows.append((f"best {scores.monitor}", f"{scores.best:.4f} at step {scores.best_step}"))
     rows += [

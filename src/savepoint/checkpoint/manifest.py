@@ -137,6 +137,8 @@ def diagnose(path: Path | str) -> str:
 
 def local_path(path: Path | str) -> Path:
     """`path` as a Path; a URL is refused (a Path made of one has lost a slash, so one slash is enough)."""
+    if path == "":  # of a variable that is not set; pathlib would take it for the working directory
+        raise CheckpointNotFoundError("An empty path. That of a file or a directory was expected. Name one.", path)
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
         raise CheckpointNotFoundError(
             f"No checkpoint is loaded from a URL: {path}. A path on this machine was expected. "

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from savepoint import entry
-from savepoint.errors import ConfigError, SavepointError
+from savepoint.errors import CheckpointSaveError, ConfigError, SavepointError
 
 COMMANDS = {
     "ls": "list the checkpoints of a run",
@@ -44,10 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _execute(*words)
         sys.stdout.flush()
+    except CheckpointSaveError as error:  # no run that could not be saved: a place that was named
+        return _refuse(words[0], str(error), 2)
     except SavepointError as error:
         return _refuse(words[0], str(error), error.exit_code)
     except OSError as error:
-        what = f"Cannot be read: {error.filename} ({error.strerror}). Expected a file or directory that this user may read."
+        what = f"No access: {error.filename} ({error.strerror}). Expected a file or directory that this user may read and use."
         return _refuse(words[0], what, 2)
     except KeyboardInterrupt:
         return 130
@@ -97,5 +99,5 @@ def _nearest(name: str, known: Sequence[str] | dict[str, str]) -> str:
 
 
 def _refuse(name: str, message: str, code: int) -> int:
-    print(f"savepoint {name}: {message}", file=sys.stderr)
+    print(entry.printable(f"savepoint {name}: {message}"), file=sys.stderr)
     return code

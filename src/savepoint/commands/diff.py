@@ -1,7 +1,7 @@
 """`savepoint diff A B`: exit code 0 if the two are equal, 1 if they differ, 2 if one cannot be read, like diff(1).
 
-Equal means: every plain value and every bit of every tensor, but for what says when, where and in how many starts a
-checkpoint was made (the manifest, `run`, the state of callbacks).
+Equal means: every plain value and every bit of every tensor, but for what says when and where a checkpoint was made (the
+manifest, `run`) and how long it took (the callback `Meter`).
 """
 
 import argparse
@@ -14,7 +14,8 @@ from savepoint.commands.show import norm
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAY_DIFFER = ("manifest", "run", "callbacks")
+MAY_DIFFER = ("manifest", "run")
+CLOCK = "Meter"
 FACTS = ("step", "epoch", "exact", "dataset", "world_size", "versions", "threads", "device")
 
 
@@ -44,13 +45,21 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     from savepoint.checkpoint.format import fingerprint
     from savepoint.compose import flatten
 
-    keys = [key for key in {**a, **b} if key not in MAY_DIFFER]
+    a, b = comparable(a), comparable(b)
+    keys = list({**a, **b})
     parts = [key for key in keys if key not in a or key not in b or fingerprint(a[key]) != fingerprint(b[key])]
     old, new = flatten(a.get("config") or "{}"), flatten(b.get("config") or "{}")
     config = {k: [old.get(k), new.get(k)] for k in {**old, **new} if k not in old or k not in new or old[k] != new[k]}
     weights = _weights(a.get("state_dict", {}), b.get("state_dict", {}))
     optimizers = _optimizers(a.get("optimizer_states", []), b.get("optimizer_states", []))
     return {"parts": parts, "config": config, "weights": weights, "optimizers": optimizers}
+
+
+def comparable(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What is the same in the checkpoints of equal runs, however often they were killed and resumed."""
+    kept = {key: value for key, value in state.items() if key not in MAY_DIFFER}
+    callbacks = {key: value for key, value in state.get("callbacks", {}).items() if key != CLOCK}
+    return kept | {"callbacks": callbacks}
 
 
 def _metrics(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,7 +116,7 @@ def _optimizer(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _text(found: Mapping[str, Any]) -> str:
     if found["equal"]:
-        same = f"Equal: every value and every bit, but for {', '.join(MAY_DIFFER[:-1])} and {MAY_DIFFER[-1]}."
+        same = f"Equal: every value and every bit, but for {', '.join(MAY_DIFFER)} and the clock."
     else:
         same = f"Different in: {', '.join(found['parts'])}"
     sections = [

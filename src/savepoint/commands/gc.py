@@ -98,12 +98,25 @@ def _configs(directory: rundir.RunDir) -> Iterator[str]:
 
 def _plan(store: CheckpointStore) -> list[dict[str, Any]]:
     """Each file of the directory with why it stays; `goes` where nothing keeps it."""
-    kept = store.reasons()
-    rows = [_row(one.path, one.step, goes=one.step not in kept, why=kept.get(one.step)) for one in store.checkpoints()]
+    kept, listed = store.reasons(), store.checkpoints()
+    everything = Retention(keep_last=len(listed), keep_best=len(listed))
+    places = CheckpointStore(store.directory, retention=everything, monitor=store.monitor, mode=store.mode).reasons()
+    rows = [
+        _row(one.path, one.step, why=kept[one.step])
+        if one.step in kept
+        else _row(one.path, one.step, goes=True, why=["no rule", *places.get(one.step, [])])
+        for one in listed
+    ]
     for row in rows:
         row["damage"] = None if row["goes"] else _damage(store.directory / row["file"])
     rows += [_row(path, why=["does not verify, never deleted"]) for path, _ in store.rejected()]
-    known = {row["file"] for row in rows} | {"last.ckpt", "best.ckpt"}
+    names = {"last.ckpt": "the newest", "best.ckpt": "the best"}
+    known = {row["file"] for row in rows} | names.keys()
+    rows += [
+        _row(path, why=[f"the name of {what}"])
+        for name, what in names.items()
+        if (path := store.directory / name).exists()
+    ]
     for path in sorted(path for path in store.directory.iterdir() if path.name not in known):
         if files.is_stale_temp(path, alone=True):
             rows.append(_row(path, goes=True, why=["left by a process that died"]))

@@ -9,18 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from savepoint.entry import printable
+
 _NUMBER = re.compile(r"[-+]?(\d.*|inf|nan)")
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 
 
 def put(text: str) -> None:
-    """Print `text`; what is no printable character (in a file's name, say) is escaped, so that nothing acts on a terminal."""
-    for line in text.split("\n"):
-        sys.stdout.write((line if line.isprintable() else "".join(map(_escaped, line))) + "\n")
-
-
-def _escaped(letter: str) -> str:
-    return letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
+    sys.stdout.write(printable(text) + "\n")
 
 
 def put_json(data: Any) -> None:

@@ -1,0 +1,95 @@
+"""Each command of the README's table, typed as it stands there, in a clone: the front door for real."""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_readme import LITTLE
+from test_template import committed  # noqa: F401  (a fixture)
+
+from savepoint.commands import main
+
+ROOT = Path(__file__).resolve().parents[1]
+SWEEP = """config: configs/fast.yaml
+sampler: grid
+parameters: {model.lr: {choices: [0.02]}}
+overrides: {data.dataset: digits, trainer.limit_train_batches: 2, trainer.log_every_n_steps: 1}
+"""
+# What takes minutes, is this very test, or ends only when it is stopped (test_tensorboard.py starts that).
+NOT_HERE = ["make prove", "make drill", "make bench", "make test", "make lint", "make tensorboard"]
+WORDS = {
+    "make train": ["CONFIG=configs/fast.yaml", f"ARGS=--run_name first {shlex.join(LITTLE)}"],
+    "make resume": ["CKPT=outputs/first", "ARGS=--trainer.max_epochs 2"],
+    "make predict": ["CKPT=outputs/first", "INPUT=a picture.png"],
+    "make export": ["CKPT=outputs/first/checkpoints/best.ckpt", "ARGS=--format npz"],
+    "make report": ["RUN=outputs/first"],
+    "make sweep": ["CONFIG=one.yaml"],
+    "python train.py": ["--run_name", "second", *LITTLE, "--trainer.max_epochs", "1"],
+    "python resume.py": ["outputs/second", "--trainer.max_epochs", "2"],
+    "python -m savepoint diff": ["outputs/first/checkpoints/best.ckpt", "outputs/second/checkpoints/best.ckpt"],
+    "python -m savepoint verify": ["--deep", "outputs/first"],
+    "python -m savepoint gc": ["outputs/first", "--dry-run"],
+    "python -m savepoint export": ["outputs/first", "--format", "safetensors"],
+    "python -m project.predict": ["a picture.png"],
+    "python -m savepoint sweep": ["one.yaml"],
+    "make new": ["NAME=cats", "DEST=../cats"],
+}
+
+
+def rows() -> list[str]:
+    table = (ROOT / "README.md").read_text().split("\n## Commands")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    found = [code for cell in cells for code in re.findall("`([^`]+)`", cell)]
+    return [re.match(r"make \S+|python -m savepoint \S+|python \S+ ?\S*", code)[0].strip() for code in found]  # type: ignore[index]
+
+
+def wrap(program: Path, command: str) -> None:
+    program.parent.mkdir(exist_ok=True, parents=True)
+    program.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    program.chmod(0o755)
+
+
+def test_each_command_of_the_table_runs_as_it_is_written_there(committed: Path) -> None:  # noqa: F811
+    wrap(committed / ".venv/bin/python", shlex.quote(sys.executable))
+    (committed / ".venv/ready").touch()
+    (committed / "one.yaml").write_text(SWEEP)
+    Image.new("L", (28, 28)).save(committed / "a picture.png")
+    environment = os.environ | {"PYTHONPATH": str(committed / "src"), "OMP_NUM_THREADS": "1"}
+    for row in rows():
+        words = shlex.split(row)
+        row = " ".join(words[:3] if words[1] == "-m" and words[2] == "project.predict" else words)
+        if row in NOT_HERE or ("sweep" in row and importlib.util.find_spec("optuna") is None):
+            continue
+        program = [".venv/bin/python", *words[1:]] if words[0] == "python" else words
+        at = committed.parent / "cats" if row.startswith("make template-") else committed
+        done = subprocess.run(
+            [*program, *WORDS.get(row, [])], cwd=at, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, (row, done.stdout, done.stderr)
+        assert done.stdout.strip(), row
+
+
+def test_the_console_script_is_the_same_program() -> None:
+    (script,) = metadata.entry_points(group="console_scripts", name="savepoint")
+    assert script.load() is main
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [
+    ["make", "prove", "ARGS=--config configs/fast.yaml --epochs 1 --kills 1 --data.dataset digits"],
+    ["make", "drill", "ARGS=--help"],
+    ["make", "bench", "ARGS=--help"],
+], ids=lambda words: words[1])  # fmt: skip
+def test_what_takes_minutes_starts(committed: Path, words: list[str]) -> None:  # noqa: F811
+    wrap(committed / ".venv/bin/python", shlex.quote(sys.executable))
+    (committed / ".venv/ready").touch()
+    environment = os.environ | {"PYTHONPATH": str(committed / "src")}
+    done = subprocess.run(words, cwd=committed, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
