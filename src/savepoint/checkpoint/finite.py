@@ -1,6 +1,7 @@
 """Nothing numeric is silent: the first loss that is NaN or infinite is told, and such a state is never saved."""
 
 import sys
+from collections import defaultdict
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from savepoint.checkpoint.store import CheckpointStore
 from savepoint.errors import CheckpointSaveError, NonFiniteLossError
 
 NEVER = 2**62  # the step of the first non-finite loss, while there is none
+_SMALL = (torch.float16, torch.bfloat16)  # whose sums would overflow, or be those of few values
 
 
 class FiniteWatch:
@@ -56,10 +58,7 @@ class FiniteWatch:
             NonFiniteLossError: with `on_nan: stop`.
         """
         first = self.check_loss(trainer, store)
-        module = trainer.lightning_module
-        # Of buffers NaN only: a mask may well be infinite.
-        bad = [~torch.isfinite(p).all() for p in module.parameters()] + [torch.isnan(b).any() for b in module.buffers()]
-        if not any(bad):
+        if _all_finite(trainer.lightning_module):
             self._first_bad.fill_(NEVER)  # at most a bad batch, left out by a gradient scaler
             return None
         began = f" (the training loss: first at step {first})" if first is not None else ""
@@ -67,6 +66,26 @@ class FiniteWatch:
         if self.on_nan == "stop":
             raise NonFiniteLossError(message)
         return CheckpointSaveError(message, store.directory)
+
+
+def _all_finite(module: torch.nn.Module) -> bool:
+    """Whether all weights are finite and no buffer holds a NaN: a mask may well be infinite.
+
+    A sum is finite only if all that is summed is. It takes no memory, and a device is waited for once, for all of them.
+    """
+    tensors = [tensor.detach() for tensor in (*module.parameters(), *module.buffers()) if tensor.numel()]
+    sums = [tensor.sum(dtype=torch.float32 if tensor.dtype in _SMALL else None) for tensor in tensors]
+    on_each = defaultdict(list)
+    for one in sums:
+        on_each[one.device].append(one.abs().float())
+    if all(bool(torch.stack(some).isfinite().all()) for some in on_each.values()):
+        return True
+    # A sum may also overflow, and that of a buffer is infinite where a value is.
+    return all(map(_finite, module.parameters())) and not any(bool(torch.isnan(b).any()) for b in module.buffers())
+
+
+def _finite(weights: Tensor) -> bool:
+    return all(bool(torch.isfinite(part).all()) for part in torch.split(weights.detach().reshape(-1), 1 << 22))
 
 
 def _message(what: str, store: CheckpointStore) -> str:
