@@ -92,6 +92,9 @@ def saves_rows() -> Iterator[Row]:
             return Row(question, secs(w[name]), other, secs(w[other]), value, aim, at_least)
 
         yield over("ours", "Lightning + fsync", 1.0 if megabytes < 10 else 3.0, True)
+        if megabytes < 10:
+            raw = waits["raw write + fsync"]
+            yield over("ours", "raw write + fsync", (raw + 0.005) / raw, False)
         if megabytes >= 10:
             yield over("ours", "raw write + fsync", 0.8, True)
             yield over("ours", "torch.save + fsync", 1.0, True)
@@ -117,11 +120,13 @@ def starts_rows() -> Iterator[Row]:
         base, fresh = found["import lightning"], found["a fresh start"]
         for name, against, other, aim in (
             ("a wrong key", "import lightning", base, 0.5 / base),
+            ("savepoint ls", "import lightning", base, 0.2 / base),
+            ("savepoint verify", "import lightning", base, 0.2 / base),
             ("a fresh start", "import lightning", base, (base + 0.3) / base),
             ("a resume", "a fresh start", fresh, (fresh + 0.3) / fresh),
         ):
-            yield Row(f"{name}, to its end" if "key" in name else f"{name}, to step 1", secs(found[name]), against,
-                      secs(other), found[name] / other, aim, False)  # fmt: skip
+            question = f"{name}, to step 1" if name.startswith(("a fresh", "a resume")) else f"{name}, to its end"
+            yield Row(question, secs(found[name]), against, secs(other), found[name] / other, aim, False)
         if FULL:
             found = starts.large(2, 1000.0, Path(folder))
             ours, theirs = found["a resume"], found["Lightning's resume"]

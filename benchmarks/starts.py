@@ -4,7 +4,8 @@
     DATA_ROOT=/path/to/data python benchmarks/starts.py --rounds 9 --megabytes 100
 
 Small: the run of configs/mnist.yaml: `train.py`, and `resume.py` from the end of its first epoch. Beside it what every
-such program pays, `python -c "import lightning"`, and what a user waits for who asks for help or mistypes a key.
+such program pays, `python -c "import lightning"`, and what a user waits for who asks for help, mistypes a key or looks at
+the checkpoints.
 Large: toy.py with a state of 1 GB: `train.py`, `resume.py`, which looks at every byte before it loads, and Lightning's
 `Trainer.fit(ckpt_path=...)` from its own file of the same state. Its fresh start has no checkpoint either.
 
@@ -53,6 +54,8 @@ def small(rounds: int, work: Path) -> dict[str, float]:
         {
             "import lightning": lambda: timed(["-c", "import lightning"]),
             "--help": lambda: timed(["train.py", "--help"]),
+            "savepoint ls": lambda: timed(["-m", "savepoint", "ls", str(run)]),
+            "savepoint verify": lambda: timed(["-m", "savepoint", "verify", str(run)]),
             "a wrong key": lambda: timed(["train.py", "--model.learning_rate", "0.1"], code=2),
             "a fresh start": fresh,
             "a resume": lambda: timed(["resume.py", str(run)], steps=1, mark=mark),
