@@ -15,6 +15,7 @@ A real training of toy.py with AdamW is saved after every step, by each of these
 
 `waits` is how long the call takes; for the asynchronous ones `on disk` is when the write is done. `memory` is the most that
 the process held beyond what it held before, over the size of the state. A process a size; the first round is not counted.
+Each writes new files and then lets the old ones go, as who must not lose the old ones while the new ones are half there.
 The files land in TMPDIR: it should be a disk. Writes go through the page cache and then, by fsync, to the disk.
 
 Last: the steps of a small convolution network, alone and while 300 MB are written by a thread.
@@ -122,15 +123,25 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
                 trainer.callbacks, trainer.strategy.checkpoint_io = callbacks, ours
 
             def torch_save() -> None:
-                torch.save(plain, folder / "torch.pt")
-                synced(folder / "torch.pt")
+                torch.save(plain, folder / "torch.new")
+                synced(folder / "torch.new")
+                os.replace(folder / "torch.new", folder / "torch.pt")
 
             def raw() -> None:
-                with (folder / "raw").open("wb", buffering=0) as file:
+                with (folder / "raw.new").open("wb", buffering=0) as file:
                     for tensor in tensors:
                         file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
                     file.truncate(sizes["file"])
-                synced(folder / "raw")
+                synced(folder / "raw.new")
+                os.replace(folder / "raw.new", folder / "raw")
+
+            def dcp_save() -> None:
+                dcp.save(plain, checkpoint_id=folder / f"dcp-{trainer.global_step}")
+                shutil.rmtree(folder / f"dcp-{trainer.global_step - 1}", ignore_errors=True)
+
+            def dcp_finish(future: Any) -> None:
+                future.result()
+                shutil.rmtree(folder / f"later-{trainer.global_step - 1}", ignore_errors=True)
 
             def memcpy() -> None:
                 with torch.no_grad():
@@ -144,8 +155,12 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
                 ("ours, async", by(self.later), lambda _: self.later.wait()),
                 ("Lightning + fsync", lightning),
                 ("torch.save + fsync", torch_save),
-                ("DCP", lambda: dcp.save(plain, checkpoint_id=folder / "dcp")),
-                ("DCP async", lambda: dcp.async_save(plain, checkpoint_id=folder / "later"), lambda f: f.result()),
+                ("DCP", dcp_save),
+                (
+                    "DCP async",
+                    lambda: dcp.async_save(plain, checkpoint_id=folder / f"later-{trainer.global_step}"),
+                    dcp_finish,
+                ),
                 ("raw write + fsync", raw),
                 ("memcpy", memcpy),
             ]

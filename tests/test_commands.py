@@ -378,3 +378,15 @@ def test_a_name_does_nothing_to_a_terminal_in_a_message_either(tmp_path: Path, c
     assert code == 2
     assert "\\x1b[2J" in err
     assert "\x1b" not in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("command", ["ls", "show"])
+def test_a_full_disk_behind_the_output_is_no_success(command: str, run_dir: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "savepoint", command, run_dir], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert "The output could not be written: No space left on device" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

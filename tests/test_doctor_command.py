@@ -221,6 +221,27 @@ def test_a_truncated_copy_is_copied_again_and_one_in_a_run_is_gone_around(run_di
     )
 
 
+def test_a_whole_copy_of_a_damaged_checkpoint_is_what_a_resume_goes_on_from(run_dir: Path, capsys: Capture) -> None:
+    newest = run_dir / "checkpoints" / "step-00000030.ckpt"
+    copy = run_dir / "checkpoints" / "last.ckpt"
+    copy.unlink()
+    shutil.copy(newest, copy)  # a run that was copied without its links
+    flip(newest)
+    assert any(do.startswith("Go on from step 30: ") for do in findings(capsys, run_dir).values())
+    planned, _, said = store(run_dir).load_latest(lock_holder=False)
+    assert (planned.step, len(said)) == (30, 1)
+    chosen, _, said = store(run_dir).load_latest(lock_holder=True)
+    assert (chosen.step, chosen.path, len(said)) == (30, newest, 1)
+
+
+def test_a_record_of_another_shape_is_damaged(run_dir: Path, capsys: Capture) -> None:
+    (run_dir / "run.json").write_text('{"id": 3, "starts": [{"argv": 7}]}')
+    (run_dir / "summary.json").write_text('{"test": [1]}')
+    said = " ".join(findings(capsys, run_dir))
+    assert "run.json is damaged" in said
+    assert "summary.json is damaged" in said
+
+
 def test_a_pointer_that_is_a_damaged_copy_is_named(run_dir: Path, capsys: Capture) -> None:
     last = run_dir / "checkpoints" / "last.ckpt"
     whole = last.read_bytes()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Trainer
 
-from savepoint import compose, precheck
+from savepoint import choose, compose, precheck
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.errors import ConfigError, RunExistsError
 
@@ -166,3 +166,16 @@ def test_a_name_that_is_taken_is_told_before_the_imports(tmp_path: Path) -> None
         precheck.check(argv)
     precheck.check([*argv, "--resume", "auto"])
     precheck.check([*argv, "--print_config"])
+
+
+@pytest.mark.parametrize("name", [".", "..", "../x", "a/b", ".hidden", "x" * 300])
+def test_a_name_that_is_none_of_a_directory_is_refused_first(name: str) -> None:
+    with pytest.raises(ConfigError, match="Not a run name"):
+        precheck.check(["--run_name", name])
+    with pytest.raises(ConfigError, match="Not a run name"):
+        choose.request(["somewhere", "--fork", name])
+
+
+def test_a_config_with_a_name_that_is_too_long_is_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"No such config file: x{200}"):
+        precheck.check(["--config", "x" * 300])

@@ -463,6 +463,17 @@ def test_a_place_that_cannot_be_written_exits_with_2(
     assert sorted(run_dir.iterdir()) == before
 
 
+def test_only_a_report_is_ever_replaced_by_one(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report(run_dir)
+    assert main(["report", str(run_dir)]) == 0
+    for other in (run_dir / "run.json", run_dir / "checkpoints" / "last.ckpt", Path(os.devnull)):
+        before = other.read_bytes()
+        assert main(["report", str(run_dir), "-o", str(other)]) == 2
+        assert f"There already, and no report: {other}" in capsys.readouterr().err
+        assert other.read_bytes() == before
+    assert not Path(os.devnull).is_file()
+
+
 def test_what_is_no_run_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("savepoint report: Not a run directory")

@@ -150,6 +150,40 @@ def test_a_trial_that_is_refused_or_measures_another_metric_stops_the_sweep_and_
     assert "val/accuracy" in done.stderr
 
 
+def test_a_record_that_is_damaged_and_a_sweep_that_runs_are_refused(file: Path) -> None:
+    directory = file.parent / "tiny"
+    directory.mkdir()
+    (directory / "study.db").write_text("garbage")
+    done = swept(file)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "Not the record of a sweep: " in done.stderr
+    with sweep._alone(directory):
+        done = swept(file)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert f"Another process runs this sweep: {directory}, held by pid {os.getpid()} on" in done.stderr
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_sweep_that_is_cut_off_goes_on_with_the_values_that_it_would_have_had(sampler: str, tmp_path: Path) -> None:
+    optuna = pytest.importorskip("optuna", reason="needs the extra: pip install -e '.[sweep]'")
+    asked = sweep_file.read(
+        written(tmp_path / "a.yaml", sampler=sampler, parameters={"model.lr": {"low": 0.001, "high": 0.1}})
+    )
+    drawn: dict[str, list[float]] = {}
+    for name, parts in (("whole", [4]), ("cut off", [1, 2, 1])):
+        (tmp_path / name).mkdir()
+        for part in parts:
+            study = sweep._open(optuna, asked, tmp_path / "a.yaml", tmp_path / name)
+            for _ in range(part):
+                trial = study.ask()
+                study.sampler = sweep._sampler(optuna, asked, trial.number)
+                value = sweep._suggest(trial, "model.lr", asked.parameters["model.lr"])
+                study.tell(trial, value)
+                drawn.setdefault(name, []).append(value)
+    assert drawn["whole"] == drawn["cut off"]
+    assert len(set(drawn["whole"])) == 4
+
+
 @pytest.mark.slow
 def test_a_trial_that_failed_is_told_and_tried_again(file: Path) -> None:
     first = written(file, sampler="grid", overrides=SMALL | {"trainer.max_epochs": 1})

@@ -424,6 +424,17 @@ def test_an_update_that_cannot_be_is_refused_and_changes_nothing(copy: Path, sai
     assert files(copy) == before
 
 
+def test_an_update_does_not_take_the_place_of_a_file_that_git_ignores(copy: Path) -> None:
+    (copy / ".gitignore").write_text("src/savepoint/brand_new.py\n")
+    commit(copy)
+    (copy / "src/savepoint/brand_new.py").write_text("precious")
+    done = call(copy, "update")
+    assert done.returncode == 2, done.stdout
+    assert "Not updated: src/savepoint/brand_new.py. " in done.stderr
+    assert (copy / "src/savepoint/brand_new.py").read_text() == "precious"
+    assert git(copy, "status", "--porcelain") == ""
+
+
 def test_a_source_that_is_no_template_is_refused(template: Path) -> None:
     copy = make(template, template.parent / "cats")
     git(template, "rm", "--quiet", "src/savepoint/template.toml")

@@ -68,7 +68,7 @@ def read_array(path: Path, invert: Invert = "auto") -> list[Picture]:
         images = images[:, 0]
     if images.ndim != 3 or images.shape[1:] != (SIDE, SIDE) or not len(images):
         raise DataError(
-            f"An array of the wrong shape: {path} is {shape}. Expected (28, 28), (N, 28, 28) or (N, 1, 28, 28)."
+            f"An array of the wrong shape: {path} is {shape}. Expected (28, 28), (N, 28, 28) or (N, 1, 28, 28), N of 1 or more."
         )
     if images.dtype != np.uint8:
         is_float = np.issubdtype(images.dtype, np.floating)

@@ -45,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
     text = _json(made, rows) if as_json else _csv(rows, names if arguments.all else [])
     if arguments.output is None:
         print(text, end="")
+        entry.require_whole_output()
     else:
         try:
             with replacing(arguments.output) as file:  # a crash leaves what was there

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from savepoint import compose, precheck
 from savepoint.checkpoint import manifest
 from savepoint.errors import CheckpointForeignError, CheckpointNotFoundError, ConfigError
-from savepoint.run import Run, requeued, show
+from savepoint.run import Run, check_name, requeued, show
 
 USAGE = """\
 usage: python resume.py [CKPT | RUN_DIR] [--KEY VALUE]...
@@ -128,7 +129,7 @@ def _parse(argv: list[str]) -> tuple[Request | None, str | None]:
             asked.output_dir = take()
             asked.overrides += ["--output_dir", asked.output_dir]
         elif flag == "--fork":
-            named = equals or (argv and not argv[0].startswith("--") and not Path(argv[0]).exists())
+            named = equals or (argv and not argv[0].startswith("--") and not os.path.exists(argv[0]))
             asked.fork = take() if named else ""
         elif word.startswith("-"):
             if flag.removeprefix("--").split(".")[0] not in compose.KEYS and (near := compose.nearest(flag, FLAGS)):
@@ -140,6 +141,8 @@ def _parse(argv: list[str]) -> tuple[Request | None, str | None]:
             raise ConfigError(f"Two checkpoints: {target} and {word}. Expected one. Name one of them.")
         else:
             target = word
+    if asked.fork:
+        check_name(asked.fork)
     if asked.rewind and asked.fork is not None:
         raise ConfigError("Both --fork and --rewind. Expected one: a new run, or the same run from an earlier step.")
     return asked, target

@@ -17,6 +17,7 @@ said about the class that stood there.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -88,10 +89,10 @@ def compose(argv: Sequence[str], *, base: str | None = None) -> Composed:
 
 def read(path: Path, what: str = "config file") -> Any:
     """The content of a YAML file; ConfigError with line and column where it is malformed."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"Not a {what} but a folder: {path}. {_files_in(path)}")
-    if not path.exists():
-        raise ConfigError(f"No such {what}: {path}. {_files_in(_where(path), near=path.name)}")
+    if not os.path.exists(path):  # as pathlib, but False for a name that is too long
+        raise ConfigError(f"No such {what}: {str(path)[:200]}. {_files_in(_where(path), near=path.name)}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -316,7 +317,7 @@ def _where(path: Path) -> Path:
 
 def _files_in(folder: Path, near: str = "") -> str:
     if not folder.is_dir():
-        return f"The folder {folder} does not exist either." if near else f"There is no folder {folder}."
+        return f"The folder {folder.absolute()} does not exist either." if near else f"There is no folder {folder}."
     names = sorted(p.name for p in folder.glob("*.y*ml"))
     if not names:
         return f"The folder {folder} holds no YAML file."

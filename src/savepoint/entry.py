@@ -6,6 +6,7 @@
 128 + n    stopped by signal n, after a save
 """
 
+import errno
 import io
 import sys
 from collections.abc import Callable, Sequence
@@ -42,11 +43,13 @@ class _Output(io.FileIO):
     """Standard output or error. Its reader may be gone (`| head`, a closed terminal) or its disk full: there is nobody
     to tell then, and a training does not end for it."""
 
+    lost: OSError | None = None  # the first thing that could not be written
+
     def write(self, data: Any) -> int:
         try:
             written = super().write(data)
-        except OSError:
-            written = None
+        except OSError as error:
+            written, self.lost = None, self.lost or error
         return len(data) if written is None else written
 
 
@@ -59,6 +62,20 @@ def tolerant(stream: TextIO) -> TextIO:
     return io.TextIOWrapper(
         output, stream.encoding, stream.errors, line_buffering=stream.line_buffering, write_through=stream.write_through
     )
+
+
+def require_whole_output() -> None:
+    """At the end of a command whose output is its result; a reader that left early has what it wanted.
+
+    Raises:
+        ConfigError: the disk that it goes to is full, say.
+    """
+    sys.stdout.flush()
+    lost = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", None)
+    if lost is not None and lost.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise ConfigError(
+            f"The output could not be written: {lost.strerror}. Expected room for it. Make some, and call again."
+        )
 
 
 def printable(text: str) -> str:

@@ -13,7 +13,7 @@ import yaml
 
 from savepoint import compose
 from savepoint.errors import ConfigError
-from savepoint.run import Run, rank, requeued
+from savepoint.run import Run, check_name, rank, requeued
 
 USAGE = """\
 usage: python train.py [--config FILE]... [--KEY VALUE]...
@@ -51,6 +51,7 @@ def _check_name(composed: compose.Composed) -> None:
     said = composed.config | {key: yaml.safe_load(value) for key, value in composed.flags if key in compose.SCALARS}
     if rank() or not isinstance(name := said.get("run_name"), str) or composed.wants_config or composed.class_help:
         return
+    check_name(name)
     directory = Path(str(said.get("output_dir") or "outputs")) / name
     if os.path.lexists(directory) and (said.get("resume") or "never") == "never" and not requeued():
         raise Run(directory).taken(directory)

@@ -62,6 +62,13 @@ def default_name(config_name: str) -> str:
     return f"{_project()}{config_name}-{job or datetime.now().strftime('%Y%m%d-%H%M%S')}"
 
 
+def check_name(name: str) -> None:
+    """Raises ConfigError where it cannot be that of a directory beside others."""
+    if Path(name).name != name or name.startswith(".") or "\0" in name or len(os.fsencode(name)) > 200:
+        shown = repr(name if len(name) < 80 else f"{name[:80]}...")
+        raise ConfigError(f"Not a run name: {shown}. Expected a plain file name, 200 bytes at most. Give another one.")
+
+
 def _project() -> str:
     """`cats-` in a copy of that name, as `make new` stamped it; empty in the template."""
     try:
@@ -88,8 +95,7 @@ class Run:
         if rank() and (inherited := os.environ.get(ENVIRONMENT_KEY)):
             return cls(Path(inherited))
         name = run_name or default_name(config_name)
-        if Path(name).name != name or name.startswith("."):
-            raise ConfigError(f"Not a run name: {name!r}. Expected a plain file name. Give --run_name another one.")
+        check_name(name)
         directory = Path(output_dir) / name
         run = cls(directory)
         if rank():
@@ -344,7 +350,7 @@ def plural(number: int, word: str) -> str:
 def _unwritable(path: Path, error: OSError) -> RunDirectoryError:
     return RunDirectoryError(
         f"Cannot write the run directory: {path} ({error.strerror}). Expected a directory that this user may write, "
-        "with room in it. Give another one: --output_dir DIR"
+        "with room in it. Make it so, or begin a run in another one: --output_dir DIR"
     )
 
 

@@ -5,19 +5,20 @@ outputs/<sweep>/trial-000/        a run directory like any other; a trial that w
 outputs/<sweep>/trials.csv, .png  the table and the plot
 """
 
+import contextlib
 import csv
 import io
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from savepoint import compose, sweep_file
 from savepoint.checkpoint.files import replacing
-from savepoint.errors import ConfigError, RunExistsError
+from savepoint.errors import ConfigError, RunExistsError, RunLockedError
 from savepoint.preemption import Preempted
 from savepoint.run import Run, plural, show
 from savepoint.sweep_file import Sweep
@@ -32,25 +33,19 @@ def run(path: Path, output_dir: str = "outputs", say: Callable[[str], None] = pr
     Raises:
         ConfigError: the file, a missing package, or a trial that refused its values.
         RunExistsError: the study was begun with another file.
-        RunLockedError: a trial of it is still being trained.
+        RunLockedError: it runs in another process, or a trial of it is still being trained.
     """
     optuna = _optuna()
     sweep, directory = sweep_file.read(path), Path(output_dir) / path.stem
-    directory.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name=path.stem,
-        storage=f"sqlite:///{directory / 'study.db'}",
-        load_if_exists=True,
-        direction="maximize" if sweep.mode == "max" else "minimize",
-        sampler=(optuna.samplers.TPESampler if sweep.sampler == "tpe" else optuna.samplers.RandomSampler)(
-            seed=sweep.seed
-        ),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=4) if sweep.prune else optuna.pruners.NopPruner(),
-    )
+    with _alone(directory):
+        return _run(optuna, sweep, path, directory, say)
+
+
+def _run(optuna: Any, sweep: Sweep, path: Path, directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    study = _open(optuna, sweep, path, directory)
     _refuse_another(study, sweep, path, directory)
     begun = [trial for trial in study.trials if trial.state.name == "RUNNING"]
-    for trial in begun:  # of a sweep that was killed, or that runs beside this one
+    for trial in begun:  # a process that a killed sweep has left
         Run(_run_dir(directory, trial)).refuse_if_held()
     number = sweep.trials
     if sweep.sampler == "grid":
@@ -66,6 +61,50 @@ def run(path: Path, output_dir: str = "outputs", say: Callable[[str], None] = pr
     for place in range(todo):
         say(_run_trial(optuna, study, cut[place] if place < len(cut) else study.ask(), sweep, directory))
     return _told(study, sweep, directory)
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """The lock of a run, in a directory of its own: the sweep's is no run."""
+    lock = Run(directory / ".sweep")
+    lock.directory.mkdir(parents=True, exist_ok=True)
+    if holder := lock.holder():
+        raise RunLockedError(
+            f"Another process runs this sweep: {directory}, held by {holder}. Expected it free. Wait for it or stop it."
+        )
+    with contextlib.redirect_stdout(sys.stderr):  # what it says of a holder that died
+        lock.lock()
+    try:
+        yield
+    finally:
+        lock.unlock()
+
+
+def _open(optuna: Any, sweep: Sweep, path: Path, directory: Path) -> Any:
+    from sqlalchemy.exc import SQLAlchemyError
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    database = directory / "study.db"
+    try:
+        return optuna.create_study(
+            study_name=path.stem,
+            storage=f"sqlite:///{database}",
+            load_if_exists=True,
+            direction="maximize" if sweep.mode == "max" else "minimize",
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=4) if sweep.prune else optuna.pruners.NopPruner(),
+        )
+    except (optuna.exceptions.OptunaError, SQLAlchemyError) as error:
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        raise ConfigError(
+            f"Not the record of a sweep: {database} ({reason}). Expected a study of Optuna. Move it away: the sweep begins "
+            "anew, and what is there of each trial is gone on with."
+        ) from None
+
+
+def _sampler(optuna: Any, sweep: Sweep, number: int) -> Any:
+    """Of one trial: so a sweep that is cut off goes on with the values that it would have had."""
+    kind = optuna.samplers.TPESampler if sweep.sampler == "tpe" else optuna.samplers.RandomSampler
+    return kind(seed=(10_007 * sweep.seed + number) % 2**32)
 
 
 def _run_dir(directory: Path, trial: Any) -> Path:
@@ -85,15 +124,16 @@ def _to_try_again(study: Any) -> list[dict[str, Any]]:
 
 def _run_trial(optuna: Any, study: Any, trial: Any, sweep: Sweep, directory: Path) -> str:
     """Runs a trial to its end; what came of it."""
+    study.sampler = _sampler(optuna, sweep, trial.number)
     values = {key: _suggest(trial, key, space) for key, space in sweep.parameters.items()}
     run_dir = _run_dir(directory, trial)
+    known = run_dir.with_suffix(".log").stat().st_size if run_dir.with_suffix(".log").exists() else 0
     pruned, code = _train(trial, values, sweep, run_dir)
+    last = _last_line(run_dir, known)
     scores, log = _scores(run_dir, sweep.monitor), show(run_dir.absolute()) + ".log"
     # Where the trial itself is refused it stays open: once the sweep is put right, it is the first to go on.
     if code == 2:
-        raise ConfigError(
-            f"{run_dir.name} was refused: {_last_line(run_dir)} Expected values that train.py takes. See {log}"
-        )
+        raise ConfigError(f"{run_dir.name} was refused: {last} Expected values that train.py takes. See {log}")
     if code == 0 and not scores:
         raise ConfigError(
             f"{run_dir.name} measured no `{sweep.monitor}`. Expected a column of its metrics.csv: "
@@ -104,7 +144,7 @@ def _run_trial(optuna: Any, study: Any, trial: Any, sweep: Sweep, directory: Pat
         result = "pruned"
     elif code:
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        result = f"failed ({_last_line(run_dir) or f'exit code {code}'}), see {log}"
+        result = f"failed ({last or f'exit code {code}'}), see {log}"
     else:
         best = max(scores) if sweep.mode == "max" else min(scores)
         study.tell(trial, best)
@@ -158,8 +198,9 @@ def _columns(run_dir: Path) -> list[str]:
         return []
 
 
-def _last_line(run_dir: Path) -> str:
-    lines = run_dir.with_suffix(".log").read_text(errors="replace").strip().splitlines()
+def _last_line(run_dir: Path, known: int) -> str:
+    """Of what came to the log after its first `known` bytes."""
+    lines = run_dir.with_suffix(".log").read_bytes()[known:].decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else ""
 
 

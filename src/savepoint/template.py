@@ -107,14 +107,13 @@ def update() -> int:
             print(f"Nothing new: the template is at {stamp}, as this copy is.")
             return 0
         git("fetch", "--quiet", "--no-tags", str(repository), "HEAD")
+        _refuse_in_the_way()
         # A crash in here leaves a part of the update in a tree that was clean: `git reset --hard` takes it back.
         picked = ask("cherry-pick", "--no-commit", "FETCH_HEAD")
     conflicts = git("diff", "--name-only", "--diff-filter=U").splitlines()
     if picked.returncode and not conflicts:
-        in_the_way = [line.strip() for line in picked.stderr.splitlines() if line.startswith("\t")]
         raise ConfigError(
-            f"Not updated: {', '.join(in_the_way) or last_line(picked)}. Expected no untracked file where the template has "
-            "a new one. Move it away or commit it."
+            f"Not updated: {last_line(picked)}. Expected a tree that git can merge into. Look at: git status"
         )
     print(f"Savepoint {stamp} -> {newest}: merged, not committed. Take it back: git reset --hard")
     if conflicts:
@@ -122,6 +121,17 @@ def update() -> int:
         return 1
     print("Look at it: git diff --cached    Keep it: git commit")
     return 0
+
+
+def _refuse_in_the_way() -> None:
+    """Git would not overwrite a file that it does not know, but one that it was told to ignore."""
+    new = git("diff", "--no-renames", "--diff-filter=A", "--name-only", "-z", "FETCH_HEAD~1", "FETCH_HEAD").split("\0")
+    known = set(git("ls-files", "-z").split("\0"))
+    if in_the_way := [name for name in new if name and name not in known and os.path.lexists(ROOT / name)]:
+        raise ConfigError(
+            f"Not updated: {', '.join(in_the_way)}. Expected no file that git does not know where the template has a new one. "
+            "Move it away or commit it."
+        )
 
 
 @contextmanager
@@ -253,6 +263,11 @@ def check_repository() -> None:
     """The project's root has to be the root of a repository: a folder inside another one would be taken for that one."""
     top = ask("rev-parse", "--show-toplevel")
     if top.returncode or Path(top.stdout.strip()).resolve() != ROOT:
+        if "safe.directory" in top.stderr:
+            trust = shlex.join(["git", "config", "--global", "--add", "safe.directory", str(ROOT)])
+            raise ConfigError(
+                f"Another user's repository: {ROOT}. Expected one that git trusts. If you trust it: {trust}"
+            )
         reason = last_line(top) if top.returncode else f"it lies in that of {top.stdout.strip()}"
         raise ConfigError(f"Not a git repository: {ROOT} ({reason}). Expected one. Clone it with git.")
     if ask("rev-parse", "--verify", "HEAD").returncode:

@@ -29,6 +29,7 @@ class RunWandbLogger(WandbLogger):
 
     def join(self, run_id: str, directory: Path) -> None:
         """Every start of one run is one run there too."""
+        self._wandb_init.pop("anonymous", None)  # Weights & Biases warns of it at each start
         self._wandb_init |= {"id": run_id, "name": directory.name, "dir": str(directory), "resume": "allow"}
         self._id, self._name, self._save_dir = run_id, directory.name, str(directory)
 

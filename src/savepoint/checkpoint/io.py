@@ -151,7 +151,7 @@ class _Snapshot:
         # deepcopy takes what its memo holds as copied already: our tensors. It copies the rest, shared parts once.
         memo = {id(leaf): self._copy(leaf, used) for _, leaf in format.leaves(state) if isinstance(leaf, Tensor)}
         copied = copy.deepcopy(state, memo)
-        if torch.cuda.is_available():
+        if any(device.type == "cuda" for device, *_ in used):
             torch.cuda.synchronize()  # the copies from the GPU were only started
         self._buffers = list(used.values())
         return copied

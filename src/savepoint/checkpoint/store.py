@@ -10,6 +10,7 @@ Invariants: a file under a final name was complete and on disk before it got tha
 replaces it is; files with other names are never touched.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -304,12 +305,25 @@ class CheckpointStore:
         """The newest that verifies, and (what to say, step) of each newer one that does not."""
         chosen, failed = self._first_whole()
         renamed = self._set_aside_corrupt(failed) if lock_holder else {}
-        if renamed:
-            chosen, _ = self._first_whole()  # perhaps a copy of what was damaged
+        if failed:  # perhaps there is a copy of what is damaged, which the holder of the lock has given its name by now
+            chosen = self._first_whole()[0] if renamed else self._or_a_copy(chosen)
         return chosen, [
             (f"{path.name} does not verify: {_reason(error)}{renamed.get(path, '')}", step)
             for path, step, error in failed
         ]
+
+    def newest_whole(self) -> Checkpoint | None:
+        """What a resume would go on from, after a look at every byte; nothing is renamed."""
+        chosen, failed = self._first_whole()
+        return self._or_a_copy(chosen) if failed else chosen
+
+    def _or_a_copy(self, chosen: Checkpoint | None) -> Checkpoint | None:
+        """`chosen`, or what `last` or `best` shows: whole files of their own where links fail, or in a copied run."""
+        for pointer in (self.directory / LAST, self.directory / BEST):
+            with contextlib.suppress(*_UNREADABLE):
+                copy = Checkpoint(pointer, manifest.verify(pointer))
+                chosen = copy if chosen is None or copy.step > chosen.step else chosen
+        return chosen
 
     def _first_whole(self) -> tuple[Checkpoint | None, list[tuple[Path, int, Exception]]]:
         """The newest that verifies, and (path, step, error) of those newer ones that do not."""

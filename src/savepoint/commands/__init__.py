@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         code = _execute(*words)
-        sys.stdout.flush()
+        entry.require_whole_output()
     except CheckpointSaveError as error:  # no run that could not be saved: a place that was named
         return _refuse(words[0], str(error), 2)
     except SavepointError as error:

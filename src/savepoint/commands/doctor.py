@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from savepoint.checkpoint import files, manifest
-from savepoint.checkpoint.store import BEST, LAST, Checkpoint
+from savepoint.checkpoint.store import BEST, LAST
 from savepoint.commands import output, rundir, verify
 from savepoint.commands.rundir import RunDir
 from savepoint.errors import (
@@ -106,13 +106,9 @@ def _advice(path: Path) -> str:
     run = rundir.run_of(path)
     if run is None:
         return "Copy it again from where it came from; here it cannot be mended."
-    if whole := _newest_whole(run):
+    if whole := run.store.newest_whole():
         return f"Go on from step {whole.step}: {run.command('resume.py')}"
     return f"No checkpoint of its run verifies. {_start_again(run)}"
-
-
-def _newest_whole(run: RunDir) -> Checkpoint | None:
-    return next((one for one in reversed(run.store.checkpoints()) if not _damage(one.path)), None)
 
 
 def _damage(path: Path) -> str | None:
@@ -215,10 +211,10 @@ def _left_over(run: RunDir) -> Iterator[Finding]:
 
 
 def _records(run: RunDir) -> Iterator[Finding]:
-    if not run.facts("run.json"):
+    if not run.starts():
         do = "Nothing to do: the next resume begins a new one; the checkpoints hold all that it needs."
         yield Finding(True, f"run.json is {_lack(run, 'run.json')}: the record of the starts is lost.", do)
-    if not run.facts("summary.json") and (run.path / "summary.json").exists():
+    if run.is_summary_damaged():
         yield Finding(True, "summary.json is damaged.", f"Write it again: {run.command('resume.py')}")
     if not _reads_as_config(run.path / "config.yaml"):
         do = f"{run.command('-m', 'savepoint', 'show', '--only', 'config')} > {_quoted(run.path / 'config.yaml')}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from savepoint.commands import best, output
-from savepoint.errors import ConfigError
+from savepoint.errors import ConfigError, RunDirectoryError
 from savepoint.run import show
 
 
@@ -34,7 +34,15 @@ def run(arguments: argparse.Namespace) -> int:
     made = rebuild.rebuild(path, overrides, allow=arguments.allow)
     name = f"eval-{made.manifest['step']:08d}" if path.parent.name == "checkpoints" else f"eval-{path.stem}"
     directory = arguments.directory or best.beside(path, name if arguments.split == "test" else f"{name}-val")
-    facts, texts = evaluate.evaluate(made, arguments.split, directory, overrides=overrides, allow=arguments.allow)
+    try:
+        facts, texts = evaluate.evaluate(made, arguments.split, directory, overrides=overrides, allow=arguments.allow)
+    except OSError as error:
+        if not str(error.filename).startswith(str(directory)):
+            raise
+        raise RunDirectoryError(
+            f"Cannot write there: {directory} ({error.strerror}). Expected a directory that this user may write. "
+            "Name another one: -o DIR"
+        ) from error
     if arguments.json:
         output.put_json(facts | {"directory": directory})
         return 0

@@ -26,7 +26,7 @@ def put_json(data: Any) -> None:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as they need; those of numbers to the right. Without a header where it is empty."""
-    lines = [header, *rows] if header else list(rows)
+    lines = [[printable(cell).replace("\n", "\\n") for cell in row] for row in ([header, *rows] if header else rows)]
     columns = []
     for place, cells in enumerate(zip(*lines, strict=True)):
         width = max(map(len, cells))

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from savepoint.commands import output, rundir
-from savepoint.errors import RunDirectoryError
+from savepoint.errors import ConfigError, RunDirectoryError
 from savepoint.report import gather, page
 from savepoint.run import show
 
@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     directory = rundir.find(arguments.run_dir)
     path = Path(arguments.output or directory.path / "report.html")
+    _refuse_other_file(path)
     report = gather.gather(directory)
     size = _write(path, page.page(report))
     if arguments.json:
@@ -28,6 +29,15 @@ def run(arguments: argparse.Namespace) -> int:
             "\n".join([*report.missing, *report.curves.missing, f"{show(path.absolute())}: {size / 1e3:.0f} kB"])
         )
     return 0
+
+
+def _refuse_other_file(path: Path) -> None:
+    """A report is written anew at each call; nothing else is ever replaced by one."""
+    if not path.exists() or (path.is_file() and page.GENERATOR.encode() in path.read_bytes()[:1000]):
+        return
+    raise ConfigError(
+        f"There already, and no report: {path}. Expected a new file, or a report. Give another one: -o FILE"
+    )
 
 
 def _write(path: Path, text: str) -> int:

@@ -64,6 +64,9 @@ class RunDir:
         """Whether summary.json speaks of the newest checkpoint, not of an earlier end of this run."""
         return self.latest is not None and self.facts("summary.json").get("steps") == self.latest.step
 
+    def is_summary_damaged(self) -> bool:
+        return (self.path / "summary.json").exists() and not isinstance(self.facts("summary.json").get("steps"), int)
+
     def state(self) -> State:
         if self.holder():
             return "running"
@@ -164,5 +167,6 @@ def missing(path: Path, expected: str = "a run directory") -> CheckpointNotFound
     near = [path.parent / name for name in difflib.get_close_matches(path.name, known, n=2)]
     if (run := Path("outputs", path)).exists():
         near = [run]
+    near = [one for one in near if one != path]  # a link that leads nowhere has the very name
     hint = f"Did you mean {' or '.join(map(str, near))}?" if near else "Check the path."
     return CheckpointNotFoundError(f"Nothing there: {path}. {expected.capitalize()} was expected. {hint}", path)

@@ -18,7 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     preemption.install()
     progress = sys.stderr if arguments.json else sys.stdout
-    told = sweep.run(arguments.file, arguments.output_dir, lambda line: print(line, file=progress, flush=True))
+    try:
+        told = sweep.run(arguments.file, arguments.output_dir, lambda line: print(line, file=progress, flush=True))
+    except preemption.Preempted as stopped:
+        print(f"Stopped by {stopped.name}. The same command goes on.", file=sys.stderr)
+        raise
     if arguments.json:
         output.put_json(told)
     else:

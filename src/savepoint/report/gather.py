@@ -30,6 +30,7 @@ class Start(NamedTuple):
     argv: Sequence[str]
     step: int | None
     checkpoint: str | None
+    parent: str | None
     took_over: str | None
     reached: int | None
     changed: Mapping[str, Any]
@@ -115,7 +116,11 @@ def gather(run: RunDir) -> Report:
         missing.append("run.json is missing or damaged: how and where the run was started is not known.")
     if config is None:
         missing.append("config.yaml is missing.")
-    if (run.path / "summary.json").exists() and not run.is_summarised():
+    elif not isinstance(_parsed(config), dict):
+        missing.append("config.yaml is damaged.")
+    if run.is_summary_damaged():
+        missing.append("summary.json is damaged: the results are not known.")
+    elif (run.path / "summary.json").exists() and not run.is_summarised():
         missing.append("summary.json tells of an earlier end of this run: its results are left out.")
     state, rules = run.state(), _rules(config or "")
     files = [*_in_the_run(run, rules), *_damaged(run), *_rewound(run.path)]
@@ -156,6 +161,7 @@ def _start(number: int, entry: Mapping[str, Any]) -> Start:
         [str(word) for word in of("argv", list) or []],
         of("step", int),
         of("checkpoint", str),
+        (of("parent", dict) or {}).get("name"),
         of("took_over", str),
         of("reached", int),
         of("changed", dict) or {},
@@ -206,7 +212,9 @@ def _of_start(start: Start) -> list[_Event]:
     again = reached - start.step if start.number > 1 else 0
     lost = f": {plural(again, 'step')} or more trained again" if again > 0 else ""
     what = "resumed" if start.number > 1 else "began"
-    return [*found, _Event(when, 2, start.step, "resume", f"Start {start.number} {what} from {start.checkpoint}{lost}")]
+    origin = f" of {start.parent}" if start.number == 1 and start.parent else ""
+    text = f"Start {start.number} {what} from {start.checkpoint}{origin}{lost}"
+    return [*found, _Event(when, 2, start.step, "resume", text)]
 
 
 def _seconds(time: str) -> float:
@@ -284,15 +292,21 @@ def _size(path: Path) -> tuple[int | None, int]:
 
 def _rules(config: str) -> Mapping[str, int] | None:
     """What the config says of retention, with the defaults of a training; None where it is not readable."""
-    from savepoint.compose import parse_yaml
-
-    with contextlib.suppress(ValueError, TypeError, RecursionError):  # damaged, or edited by hand
-        found = parse_yaml(config, "config.yaml")
+    with contextlib.suppress(ValueError, TypeError):  # edited by hand
+        found = _parsed(config)
         group = found.get("checkpoint") if isinstance(found, dict) else None
         if isinstance(group, dict):
             given = {rule: group[rule] for rule in RULES if group.get(rule) is not None}
             Retention(**given)  # a ConfigError where a number is out of range
             return given
+    return None
+
+
+def _parsed(config: str) -> Any:
+    from savepoint.compose import parse_yaml
+
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        return parse_yaml(config, "config.yaml")
     return None
 
 

@@ -16,6 +16,8 @@ from savepoint.report.markup import Markup, command, element, facts, folded, sec
 from savepoint.report.pictures import Picture
 from savepoint.run import plural
 
+GENERATOR = "savepoint report"
+"""By which a report is known again."""
 AT_ONCE = 12
 """Charts that are shown before the rest is folded away."""
 
@@ -28,6 +30,7 @@ def page(report: Report) -> str:
     head = element(
         "head",
         element("meta", charset="utf-8"),
+        element("meta", name="generator", content=GENERATOR),
         element("meta", http_equiv="Content-Security-Policy", content=policy),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("title", f"{report.name}: {report.state}"),
