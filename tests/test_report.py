@@ -451,7 +451,7 @@ def test_json_tells_the_same(run_dir: Path, capsys: pytest.CaptureFixture[str]) 
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("output", ["none/x.html", "checkpoints"])
+@pytest.mark.parametrize("output", ["none/x.html", "checkpoints/step-00000020.ckpt/x.html"])
 def test_a_place_that_cannot_be_written_exits_with_2(
     run_dir: Path, output: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

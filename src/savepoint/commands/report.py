@@ -1,6 +1,7 @@
 """`savepoint report [RUN_DIR] [-o FILE]`: exit code 0 once the file is written, whatever the state of the run."""
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def _write(path: Path, text: str) -> int:
         temporary.write_bytes(data)
         os.replace(temporary, path)  # a crash before this line leaves the report that was there
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise RunDirectoryError(
             f"Cannot write the report: {path} ({error.strerror}). Expected a file that this user may write, with room for "
             f"{len(data) / 1e3:.0f} kB. Name another one: -o FILE"
