@@ -2,7 +2,7 @@
 
     DATA_ROOT=/path/to/data python benchmarks/processes.py
 
-`train.py --config configs/fast.yaml`, one epoch, with one and with two processes (each takes every second image, so that
+One epoch of configs/mnist.yaml, with one and with two processes (each takes every second image, so that
 a step sees twice as many), saved at its end alone and every 20 steps. Images/s are those of summary.json, validation
 included. Only the first process writes; the other waits for it at the end of a save, as it would at the next step.
 Whole processes in turns; the first round is not counted; medians.
@@ -30,7 +30,7 @@ KINDS = {
 
 
 def rate(output_dir: Path, name: str, flags: list[str]) -> float:
-    command = [sys.executable, "train.py", "--config", "configs/fast.yaml", "--trainer.max_epochs", "1", *flags]
+    command = [sys.executable, "train.py", "--config", "configs/mnist.yaml", "--trainer.max_epochs", "1", *flags]
     command += ["--trainer.accelerator", "cpu", "--output_dir", str(output_dir), "--run_name", name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:

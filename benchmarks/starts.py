@@ -122,7 +122,7 @@ def main() -> int:
         rows = [[name, f"{secs:.2f} s", f"{secs - base:+.2f} s", ratio(secs / base)] for name, secs in found.items()]
         print(table(["small, from the start of the process", "time", "over the import", "ratio"], rows) + "\n")
         if asked.megabytes:
-            found = large(max(1, asked.rounds // 2), asked.megabytes, Path(folder))
+            found = large(max(2, asked.rounds // 2), asked.megabytes, Path(folder))
             base = found["a fresh start"]
             rows = [
                 [name, f"{secs:.2f} s", f"{secs - base:+.2f} s", ratio(secs / base)] for name, secs in found.items()

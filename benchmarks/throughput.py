@@ -3,7 +3,7 @@
     DATA_ROOT=/path/to/data python benchmarks/throughput.py
     DATA_ROOT=/path/to/data python benchmarks/throughput.py --rounds 7 --epochs 1
 
-First table: the run of configs/fast.yaml, `--epochs` epochs. Both sides train the same network on the same batches, shifts
+First table: the run of configs/mnist.yaml, `--epochs` epochs. Both sides train the same network on the same batches, shifts
 included, with the same optimizer, schedule, loss and metric updates, and validate after each epoch. `ours` is
 what train.py builds: progress lines, metrics.csv, TensorBoard, a durable save at the end of each epoch; then the same with a
 save every 50 steps. `stock Trainer` is Lightning's with its own CSV and TensorBoard loggers, and no checkpoint at all. Timed is
@@ -140,7 +140,7 @@ def pass_rate(one_pass: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> float:
 
 def measure_fit(epochs: int, rounds: int) -> dict[str, float]:
     """Images/s of each way to train."""
-    config = cli.parse(["--config", str(ROOT / "configs/fast.yaml"), f"--trainer.max_epochs={epochs}"])
+    config = cli.parse(["--config", str(ROOT / "configs/mnist.yaml"), f"--trainer.max_epochs={epochs}"])
     often = config.clone()
     often.checkpoint.save_every_steps = 50
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
