@@ -7,6 +7,7 @@ Calls the other programs here, one after the other, with few rounds; each says h
 better ours is, or, where a cost is asked for, ours over theirs, as the aim beside it reads: `>=` or `<=`.
 """
 
+import argparse
 import os
 import sys
 import tempfile
@@ -159,6 +160,7 @@ PARTS: tuple[Callable[[], Iterator[Row]], ...] = (classic_rows, throughput_rows,
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     require_mnist()
     print(f"On {machine()}", flush=True)
     rows, begun = [], time.monotonic()
