@@ -3,6 +3,7 @@
 outputs/<sweep>/study.db          every trial and its result (SQLite): the same command goes on where it stopped
 outputs/<sweep>/trial-000/        a run directory like any other; a trial that was cut off resumes exactly
 outputs/<sweep>/trials.csv, .png  the table and the plot
+outputs/<sweep>/.sweep/lock       held while a process runs it
 """
 
 import contextlib
