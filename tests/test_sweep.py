@@ -157,7 +157,7 @@ def test_a_record_that_is_damaged_and_a_sweep_that_runs_are_refused(file: Path) 
     done = swept(file)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert "Not the record of a sweep: " in done.stderr
-    with sweep._alone(directory):
+    with sweep._lock(directory).locked():
         done = swept(file)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert f"Another process runs this sweep: {directory}, held by pid {os.getpid()} on" in done.stderr

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -184,6 +184,16 @@ class Run:
             _locked.discard(_identity(os.fstat(self._lock)))
             os.close(self._lock)
             self._lock = None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """The lock, for a command; what is said of a holder that died goes to stderr, as its output may be JSON."""
+        with contextlib.redirect_stdout(sys.stderr):
+            self.lock()
+        try:
+            yield
+        finally:
+            self.unlock()
 
     def check(self) -> None:
         """Before each save: this is still the directory that was locked.

@@ -6,14 +6,13 @@ outputs/<sweep>/trials.csv, .png  the table and the plot
 outputs/<sweep>/.sweep/lock       held while a process runs it
 """
 
-import contextlib
 import csv
 import io
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def run(path: Path, output_dir: str = "outputs", say: Callable[[str], None] = pr
     """
     optuna = _optuna()
     sweep, directory = sweep_file.read(path), Path(output_dir) / path.stem
-    with _alone(directory):
+    with _lock(directory).locked():
         return _run(optuna, sweep, path, directory, say)
 
 
@@ -64,8 +63,7 @@ def _run(optuna: Any, sweep: Sweep, path: Path, directory: Path, say: Callable[[
     return _told(study, sweep, directory)
 
 
-@contextlib.contextmanager
-def _alone(directory: Path) -> Iterator[None]:
+def _lock(directory: Path) -> Run:
     """The lock of a run, in a directory of its own: the sweep's is no run."""
     lock = Run(directory / ".sweep")
     lock.directory.mkdir(parents=True, exist_ok=True)
@@ -73,12 +71,7 @@ def _alone(directory: Path) -> Iterator[None]:
         raise RunLockedError(
             f"Another process runs this sweep: {directory}, held by {holder}. Expected it free. Wait for it or stop it."
         )
-    with contextlib.redirect_stdout(sys.stderr):  # what it says of a holder that died
-        lock.lock()
-    try:
-        yield
-    finally:
-        lock.unlock()
+    return lock
 
 
 def _open(optuna: Any, sweep: Sweep, path: Path, directory: Path) -> Any:

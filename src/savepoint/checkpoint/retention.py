@@ -6,7 +6,7 @@ The rules are joined by OR: a checkpoint that any rule keeps stays. Whatever the
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 from savepoint.errors import ConfigError
@@ -51,6 +51,9 @@ class Retention:
                     f"{name} is out of range: {value}. {least} or more was expected. To keep every checkpoint, "
                     "set keep_every_n_steps to 1."
                 )
+
+
+RULES = tuple(rule.name for rule in fields(Retention))
 
 
 def reasons(

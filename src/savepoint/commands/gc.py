@@ -6,19 +6,16 @@ does not verify: then nothing is deleted, as what would go may be needed.
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from savepoint.checkpoint import files, manifest
-from savepoint.checkpoint.retention import Retention
+from savepoint.checkpoint.retention import RULES, Retention
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.commands import output, rundir
 from savepoint.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from savepoint.run import Run, plural
-
-RULES = ("keep_last", "keep_best", "keep_every_n_epochs", "keep_every_n_steps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     store = CheckpointStore(
         directory.checkpoints, retention=retention, monitor=config.get("monitor"), mode=config["mode"]
     )
-    with contextlib.nullcontext() if arguments.dry_run else _locked(directory.path):
+    with contextlib.nullcontext() if arguments.dry_run else Run(directory.path).locked():
         rows = _plan(store)
         damaged = [row for row in rows if row["damage"]]
         if not damaged and not arguments.dry_run:
@@ -50,17 +47,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         output.put(_text(rows, retention, dry_run=arguments.dry_run))
     return 1 if damaged else 0
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    run = Run(directory)
-    with contextlib.redirect_stdout(sys.stderr):  # what it says of a holder that died
-        run.lock()
-    try:
-        yield
-    finally:
-        run.unlock()
 
 
 def _checkpoint_group(directory: rundir.RunDir) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from savepoint.checkpoint import manifest
-from savepoint.checkpoint.retention import Retention
+from savepoint.checkpoint.retention import RULES, Retention
 from savepoint.checkpoint.store import Checkpoint, CheckpointStore
 from savepoint.commands.rundir import RunDir
 from savepoint.report import curves, pictures
@@ -18,8 +18,6 @@ from savepoint.report.chart import Mark
 from savepoint.report.curves import Curves
 from savepoint.report.pictures import Picture
 from savepoint.run import plural
-
-RULES = ("keep_last", "keep_best", "keep_every_n_epochs", "keep_every_n_steps")
 
 
 class Start(NamedTuple):
