@@ -390,3 +390,10 @@ def test_a_full_disk_behind_the_output_is_no_success(command: str, run_dir: Path
     assert done.returncode == 2
     assert "The output could not be written: No space left on device" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_name_that_has_to_be_escaped_moves_no_column(tmp_path: Path, capsys: Capture) -> None:
+    make_run(tmp_path, "plain")
+    make_run(tmp_path, "\x1b[31mred")
+    header, *lines = say(capsys, "runs", tmp_path)[1].splitlines()
+    assert {line[header.index("config") :].split()[0] for line in lines[:2]} == {"fast"}

@@ -221,6 +221,25 @@ def test_what_happened_is_told_in_the_order_of_time(run_dir: Path) -> None:
     assert places[0] == 0
 
 
+def test_a_fork_names_the_run_that_it_began_from(run_dir: Path) -> None:
+    record = json.loads((run_dir / "run.json").read_text())
+    record["starts"] = [began("step-00000020.ckpt", 20, parent={"id": "1", "name": "origin"})]
+    (run_dir / "run.json").write_text(json.dumps(record))
+    assert "Start 1 began from step-00000020.ckpt of origin" in report(run_dir).words
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("summary.json", b"{", "summary.json is damaged: the results are not known."),
+    ("config.yaml", b"\xff\xfe: [", "config.yaml is damaged."),
+])  # fmt: skip
+def test_a_damaged_record_is_told_apart_from_one_that_is_old_or_missing(
+    run_dir: Path, name: str, content: bytes, said: str
+) -> None:
+    assert said not in report(run_dir).words
+    (run_dir / name).write_bytes(content)
+    assert said in report(run_dir).words
+
+
 def test_train_and_val_of_a_quantity_stand_in_one_chart_and_that_of_the_monitor_comes_first(seen: Seen) -> None:
     charts = seen.charts()
     assert list(charts) == ["accuracy", "loss", "lr"]
@@ -472,6 +491,8 @@ def test_only_a_report_is_ever_replaced_by_one(run_dir: Path, capsys: pytest.Cap
         assert f"There already, and no report: {other}" in capsys.readouterr().err
         assert other.read_bytes() == before
     assert not Path(os.devnull).is_file()
+    assert main(["report", str(run_dir), "-o", str(run_dir / "checkpoints")]) == 2
+    assert f"There already, and no report: {run_dir / 'checkpoints'}" in capsys.readouterr().err
 
 
 def test_what_is_no_run_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
