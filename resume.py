@@ -16,8 +16,9 @@ def main(argv: Sequence[str]) -> int:
     if request is None:
         return 0
 
-    import project  # noqa: F401  (its classes can be named shortly in a config)
-    from savepoint.resume import resume
+    with entry.importing():
+        import project  # noqa: F401  (its classes can be named shortly in a config)
+        from savepoint.resume import resume
 
     return resume(request)
 

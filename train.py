@@ -14,8 +14,9 @@ def main(argv: Sequence[str]) -> int:
 
     precheck.check(argv)  # answers --help; says what is wrong with flags and files before the slow imports
 
-    import project  # noqa: F401  (its classes can be named shortly in a config)
-    from savepoint.resume import start
+    with entry.importing():
+        import project  # noqa: F401  (its classes can be named shortly in a config)
+        from savepoint.resume import start
 
     return start(argv)
 

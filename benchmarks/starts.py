@@ -69,7 +69,7 @@ def large(rounds: int, megabytes: float, work: Path) -> dict[str, float]:
     ours = ["train.py", *TOY, "--model.megabytes", str(megabytes), "--trainer.callbacks", "mark.Mark"]
     ours += ["--output_dir", str(work), "--checkpoint.save_every_steps", "1", "--trainer.max_epochs", "9"]
     timed([*ours, "--run_name", run.name], steps=2, mark=mark)  # leaves after its first save
-    theirs = [__file__, "--lightning", str(work / "lightning.ckpt"), "--megabytes", str(megabytes)]
+    theirs = [__file__, "--megabytes", str(megabytes), "--lightning", str(work / "lightning.ckpt")]
     timed(theirs, steps=2, mark=mark)
 
     def fresh() -> float:
@@ -80,6 +80,7 @@ def large(rounds: int, megabytes: float, work: Path) -> dict[str, float]:
         {
             "a fresh start": fresh,
             "a resume": lambda: timed(["resume.py", str(run)], steps=1, mark=mark),
+            "Lightning's fresh start": lambda: timed([*theirs[:-1], str(work / "none.ckpt")], steps=1, mark=mark),
             "Lightning's resume": lambda: timed(theirs, steps=1, mark=mark),
         },
         rounds,
@@ -100,7 +101,7 @@ def lightning(checkpoint: Path, megabytes: float) -> None:
 
     trainer = Trainer(
         accelerator="cpu", max_epochs=9, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[ModelCheckpoint(checkpoint.parent), Save(), Mark()], default_root_dir=checkpoint.parent,
+        callbacks=[ModelCheckpoint(checkpoint.parent), Mark(), Save()], default_root_dir=checkpoint.parent,
     )  # fmt: skip
     trainer.fit(Toy(megabytes), datamodule=Numbers(), ckpt_path=checkpoint if checkpoint.exists() else None)
 

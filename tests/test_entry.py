@@ -54,6 +54,24 @@ def test_an_error_is_its_message_and_its_exit_code(body: str, code: int, said: s
     assert (done.returncode, done.stderr) == (code, f"{said}\n")
 
 
+def test_after_the_imports_garbage_is_collected_again_and_their_objects_are_left_alone() -> None:
+    body = """
+import gc, os
+from savepoint import entry
+try:
+    with entry.importing():
+        import lightning
+        assert not gc.isenabled()
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    print(gc.isenabled(), gc.get_freeze_count() > 500_000)
+with entry.importing():
+    print(gc.isenabled())
+"""
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("True True\nTrue\n", "")
+
+
 def test_a_signal_whose_exception_python_drops_ends_the_process_all_the_same() -> None:
     """Where a handler runs within the callback of a weak reference, as in an import, nothing that it raises goes on."""
     done = subprocess.run(command("dropped"), capture_output=True, text=True, timeout=60)

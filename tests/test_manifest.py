@@ -183,6 +183,20 @@ def test_what_was_damaged_is_said(path: Path) -> None:
     assert manifest.diagnose(path) == ""
 
 
+def test_each_flipped_bit_of_a_large_file_is_found_and_its_record_named(tmp_path: Path) -> None:
+    """Several threads look at it."""
+    path = tmp_path / "large.ckpt"
+    store.write(path, {"weights": [torch.zeros(3_000_000, dtype=torch.uint8) for _ in range(7)]}, facts(1))
+    for number, middle in enumerate(range(1_500_000, 21_000_000, 3_000_000)):
+        with path.open("r+b") as file:
+            for byte in (1, 0):
+                file.seek(middle)
+                file.write(bytes([byte]))
+                file.flush()
+                said = f"one or more damaged bytes in record archive/data/{number}" if byte else ""
+                assert manifest.diagnose(path) == said
+
+
 def test_facts_that_are_no_json_are_refused_before_the_seal(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         store.write(tmp_path / "a.ckpt", small_state(), facts(1, float("nan")))

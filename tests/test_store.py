@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -304,6 +304,20 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_taken(
     assert not kept.path(40).exists()
     assert manifest.verify(kept.directory / "last.ckpt")["step"] == 30
     assert manifest.verify(kept.directory / "best.ckpt")["step"] == 20
+
+
+def test_every_byte_is_looked_at_once_and_of_the_chosen_file_alone(
+    kept: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at, look = [], manifest._damaged_records
+
+    def seen(file: BinaryIO, tail: Any) -> list[str]:
+        looked_at.append(Path(file.name).name)
+        return look(file, tail)
+
+    monkeypatch.setattr(manifest, "_damaged_records", seen)
+    kept.load_latest(lock_holder=True)
+    assert looked_at == ["step-00000040.ckpt"]
 
 
 def test_who_does_not_hold_the_lock_renames_nothing(kept: CheckpointStore) -> None:

@@ -6,10 +6,13 @@
 128 + n    stopped by signal n, after a save
 """
 
+import atexit
+import contextlib
 import errno
+import gc
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -37,6 +40,22 @@ def run(main: Callable[[Sequence[str]], int], script: str) -> None:
         print(printable(str(error)), file=sys.stderr)
         code = error.exit_code
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Around the slow imports. They make a million objects that all stay: looking through these for garbage, again and
+    again, is a sixth of a start, and some of every collection later."""
+    if "lightning" in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+        atexit.register(gc.unfreeze)  # or the bindings of Triton call what is still there at the end a leak
 
 
 class _Output(io.FileIO):

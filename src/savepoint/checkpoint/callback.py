@@ -8,6 +8,7 @@ At Lightning's other hooks a log row, a plateau step or a validation of the same
 there resumes one of them short. What is due there waits for the next point.
 """
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -231,7 +232,8 @@ class CheckpointCallback(Checkpoint):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._enabled and not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
             self._arrived(pl_module, "validation")
-            self._at_validation = self._capture(trainer) | {"fit_loop": trainer.fit_loop.state_dict()}
+            # A copy: the validation that begins here changes it.
+            self._at_validation = copy.deepcopy(self._capture(trainer)) | {"fit_loop": trainer.fit_loop.state_dict()}
             self._before_validation = dict(trainer._logger_connector._callback_metrics)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -320,7 +322,7 @@ class CheckpointCallback(Checkpoint):
             if trainer.is_global_zero:
                 self._sync_logs(trainer, path)
             with state.isolated_rng(trainer.lightning_module.device):
-                trainer.save_checkpoint(path)
+                trainer.save_checkpoint(path, weights_only=False)  # as by default, without Lightning's line about it
             if trainer.is_global_zero:
                 self._writer(trainer).submit(lambda: self._commit(path, said, started))
         except (OSError, CheckpointContentError) as error:

@@ -4,7 +4,6 @@ Everything here is plain types and tensors, so that `weights_only=True` reads it
 an exact resume needs stand here and in `callback.py`, nowhere else.
 """
 
-import copy
 import platform
 import random
 from collections.abc import Iterator, Mapping
@@ -33,7 +32,7 @@ def capture_rng(device: torch.device) -> dict[str, Any]:
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         # One tensor: as 625 numbers they would take longer to pickle than all the rest of a small checkpoint.
-        "python": [version, torch.tensor(words), gauss],
+        "python": [version, torch.from_numpy(np.array(words)), gauss],
         # Seen as int32: torch.save takes uint32, but plain pickle, with which ranks exchange this, does not.
         "numpy": [name, torch.from_numpy(np.array(keys).view(np.int32)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
@@ -67,7 +66,7 @@ def _metrics(module: LightningModule) -> dict[str, Metric]:
 
 
 def capture(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
-    """The state of this process that Lightning leaves out. A copy: training may go on."""
+    """The state of this process that Lightning leaves out: with the tensors themselves, for use before training goes on."""
     logged = [
         {
             "log": {name: getattr(result.meta, name) for name in _LOG_ARGUMENTS}
@@ -89,7 +88,7 @@ def capture(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         "logged": logged,
         "callback_metrics": dict(trainer._logger_connector._callback_metrics),
     }
-    return copy.deepcopy(_detached(state))
+    return _detached(state)
 
 
 def restore_metric_states(module: LightningModule, state: Mapping[str, Any]) -> None:

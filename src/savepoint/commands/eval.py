@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from savepoint import entry
 from savepoint.commands import best, output
 from savepoint.errors import ConfigError, RunDirectoryError
 from savepoint.run import show
@@ -29,7 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     target, overrides = _sorted_out(arguments.words)
     path, said = best.file_or_best(target)
 
-    from savepoint import evaluate, rebuild  # torch and Lightning
+    with entry.importing():
+        from savepoint import evaluate, rebuild
 
     made = rebuild.rebuild(path, overrides, allow=arguments.allow)
     name = f"eval-{made.manifest['step']:08d}" if path.parent.name == "checkpoints" else f"eval-{path.stem}"

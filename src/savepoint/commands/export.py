@@ -8,6 +8,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from savepoint import entry
 from savepoint.commands import best, output
 from savepoint.errors import ConfigError
 from savepoint.run import show
@@ -36,7 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     target: Path = arguments.file or best.beside(path, path.stem + SUFFIXES[arguments.format])
     _check(target, arguments.format, force=arguments.force)
 
-    from savepoint import export, rebuild  # torch and Lightning
+    with entry.importing():
+        from savepoint import export, rebuild
 
     made = rebuild.rebuild(path, allow=[arguments.allow])
     parity = export.export(made, target, arguments.format)
