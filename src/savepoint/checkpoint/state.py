@@ -88,7 +88,8 @@ def capture(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         "logged": logged,
         "callback_metrics": dict(trainer._logger_connector._callback_metrics),
     }
-    return _detached(state)
+    detached: dict[str, Any] = _detached(state)
+    return detached
 
 
 def restore_metric_states(module: LightningModule, state: Mapping[str, Any]) -> None:
