@@ -7,7 +7,7 @@ Small: the run of configs/mnist.yaml: `train.py`, and `resume.py` from the end o
 such program pays, `python -c "import lightning"`, and what a user waits for who asks for help, mistypes a key or looks at
 the checkpoints.
 Large: toy.py with a state of 1 GB: `train.py`, `resume.py`, which looks at every byte before it loads, and Lightning's
-`Trainer.fit(ckpt_path=...)` from its own file of the same state. Its fresh start has no checkpoint either.
+`Trainer.fit(ckpt_path=...)` from its own file of the same state; for each, its fresh start without a checkpoint.
 
 Real processes, in turns. One round goes before and is not counted, so the files are in the page cache; medians.
 """
