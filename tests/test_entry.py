@@ -72,6 +72,37 @@ with entry.importing():
     assert (done.stdout, done.stderr) == ("True True\nTrue\n", "")
 
 
+@pytest.mark.parametrize(
+    ("end", "code", "last"),
+    [
+        ("return 0", 0, ""),
+        ("raise errors.ConfigError('Wrong.')", 2, "Wrong."),
+        ("raise preemption.Preempted(15)", 143, "Stopped by SIGTERM."),
+        ("raise RuntimeError('a mistake')", 1, "RuntimeError: a mistake"),
+        ("os.kill(os.getpid(), 15)", 143, "Stopped by SIGTERM."),
+    ],
+)
+def test_the_end_waits_for_threads_and_exit_handlers_and_loses_no_output(end: str, code: int, last: str) -> None:
+    body = f"""
+import atexit, os, threading, time
+from savepoint import entry, errors, preemption
+
+def main(argv):
+    with entry.importing():
+        pass
+    atexit.register(print, "handler")
+    threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
+    print("main")
+    {end}
+
+entry.run(main, {str(ROOT / "train.py")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split()) == (code, ["main", "thread", "handler"])
+    assert done.stderr.strip().endswith(last)
+    assert ("Traceback" in done.stderr) == (code == 1)
+
+
 def test_a_signal_whose_exception_python_drops_ends_the_process_all_the_same() -> None:
     """Where a handler runs within the callback of a weak reference, as in an import, nothing that it raises goes on."""
     done = subprocess.run(command("dropped"), capture_output=True, text=True, timeout=60)

@@ -217,6 +217,12 @@ def test_bad_input_is_one_to_five_lines_and_leaves_nothing(
     assert not list(run_dir.glob("eval-*"))
 
 
+def test_a_place_that_cannot_be_written_is_named(run_dir: Path, capsys: Capture) -> None:
+    code, out, err = say(capsys, "eval", str(run_dir), "-o", f"{run_dir}/run.json/x")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"savepoint eval: Cannot write there: {run_dir}/run.json/x (Not a directory). Expected")
+
+
 def test_a_damaged_checkpoint_is_named(run_dir: Path, capsys: Capture) -> None:
     data = bytearray(best(run_dir).read_bytes())
     data[len(data) // 2] ^= 1

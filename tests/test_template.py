@@ -284,6 +284,14 @@ def test_a_template_without_a_repository_of_its_own_is_refused(template: Path) -
     assert not (template.parent / "cats").exists()
 
 
+@pytest.mark.root
+def test_a_repository_that_git_does_not_trust_is_refused_with_the_command_that_trusts_it(template: Path) -> None:
+    for path in (template, *template.rglob("*")):
+        os.chown(path, 65534, 65534, follow_symlinks=False)
+    said = f"Another user's repository: {template}. Expected one that git trusts. If you trust it: git config --global"
+    refused(call(template, "new", "cats", "../cats"), said)
+
+
 def test_a_machine_without_git_is_told_so(committed: Path) -> None:
     refused(call(committed, "new", "cats", "../cats", PATH=str(committed)), "No git on this machine")
 
