@@ -75,7 +75,7 @@ def throughput_rows() -> Iterator[Row]:
 def saves_rows() -> Iterator[Row]:
     import saves
 
-    for megabytes, rounds in ((0.3, 30), (100.0, 5), *([(1000.0, 3)] if FULL else [])):
+    for megabytes, rounds in ((0.3, 30), (100.0, 7), *([(1000.0, 5)] if FULL else [])):
         found = saves.child("--megabytes", str(megabytes), "--rounds", str(rounds))
         size = found["sizes"]["state"] / 1e6
         waits = {name: median(row["waits"]) for name, row in found["found"].items()}
