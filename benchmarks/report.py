@@ -33,11 +33,16 @@ def machine() -> str:
 
 
 def in_turns(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of what each side returns, one after the other in each round; the first round is not counted."""
+    """The median of what each side returns, one after the other in each round; the first round is not counted.
+
+    Each round begins with another side: what one leaves behind is not always the same one's to bear.
+    """
     found: dict[str, list[float]] = {name: [] for name in sides}
+    names = list(sides)
     for i in range(rounds + 1):
-        for name, side in sides.items():
-            found[name].append(side())
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            found[name].append(sides[name]())
         said = ", ".join(f"{name} {values[-1]:,.5g}" for name, values in found.items())
         print(f"  {f'round {i}' if i else 'warm-up'}: {said}", flush=True)
     return {name: median(values[1:]) for name, values in found.items()}

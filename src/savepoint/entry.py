@@ -77,7 +77,8 @@ def _end() -> None:
         gc.unfreeze()  # or the bindings of Triton call what is still there a leak
         return
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.flush()
+        with contextlib.suppress(ValueError):  # closed by somebody
+            stream.flush()
     os._exit(_code)
 
 
