@@ -82,7 +82,9 @@ with entry.importing():
         ("os.kill(os.getpid(), 15)", 143, "Stopped by SIGTERM."),
     ],
 )
-def test_the_end_waits_for_threads_and_exit_handlers_and_loses_no_output(end: str, code: int, last: str) -> None:
+def test_the_end_waits_for_threads_and_exit_handlers_and_loses_no_output(
+    tmp_path: Path, end: str, code: int, last: str
+) -> None:
     body = f"""
 import atexit, os, threading, time
 from savepoint import entry, errors, preemption
@@ -90,6 +92,9 @@ from savepoint import entry, errors, preemption
 def main(argv):
     with entry.importing():
         pass
+    global never_closed
+    never_closed = open({str(tmp_path / "file")!r}, "w")
+    never_closed.write("a user's")
     atexit.register(print, "handler")
     threading.Thread(target=lambda: (time.sleep(0.3), print("thread"))).start()
     print("main")
@@ -99,6 +104,7 @@ entry.run(main, {str(ROOT / "train.py")!r})
 """
     done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.split()) == (code, ["main", "thread", "handler"])
+    assert (tmp_path / "file").read_text() == "a user's"
     assert done.stderr.strip().endswith(last)
     assert ("Traceback" in done.stderr) == (code == 1)
 

@@ -360,6 +360,16 @@ def test_a_copy_of_the_newest_takes_the_place_of_a_damaged_one(kept: CheckpointS
     assert manifest.verify(kept.directory / "last.ckpt")["step"] == 40
 
 
+def test_a_copy_is_taken_where_a_foreign_file_has_its_name_and_the_others_are_damaged(kept: CheckpointStore) -> None:
+    shutil.copy(kept.path(40), kept.directory / "copy")
+    os.replace(kept.directory / "copy", kept.directory / "last.ckpt")
+    kept.path(40).unlink()
+    torch.save({"x": 1}, kept.path(40))
+    for step in (10, 20, 30):
+        damage(kept.path(step))
+    assert kept.load_latest(lock_holder=True)[0].step == 40
+
+
 def test_a_foreign_file_in_the_way_is_passed_by_and_left(kept: CheckpointStore) -> None:
     torch.save({"x": 1}, kept.path(50))
     checkpoint, _, lines = kept.load_latest(lock_holder=True)

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import gc
 import io
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,47 +38,23 @@ def run(main: Callable[[Sequence[str]], int], script: str) -> None:
     except SavepointError as error:
         print(printable(str(error)), file=sys.stderr)
         code = error.exit_code
-    sys.exit(ends(code))
+    sys.exit(code)
 
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
     """Around the slow imports. They make a million objects that all stay: looking through these for garbage, again and
-    again, is a sixth of a start, and some of every collection later; freeing them at the end takes two seconds."""
+    again, is a sixth of a start, and some of every collection later."""
     if "lightning" in sys.modules:
         yield
         return
-    atexit.register(_end)  # before what is imported registers its own: the last comes first
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
         gc.enable()
-
-
-_code: int | None = None  # with which this process ends; None after a traceback, and before all is done
-
-
-def ends(code: int) -> int:
-    """Notes the code with which this process is about to end, and returns it."""
-    global _code
-    _code = code
-    return code
-
-
-def _end() -> None:
-    """When all threads have ended and all other exit handlers are done: leave the freeing to the system.
-
-    Not after a traceback, and not where a GPU was used, whose libraries have ends of their own.
-    """
-    if _code is None or ("torch.cuda" in sys.modules and sys.modules["torch.cuda"].is_initialized()):
-        gc.unfreeze()  # or the bindings of Triton call what is still there a leak
-        return
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        with contextlib.suppress(ValueError):  # closed by somebody
-            stream.flush()
-    os._exit(_code)
+        atexit.register(gc.unfreeze)  # or the bindings of Triton call what is still there at the end a leak
 
 
 class _Output(io.FileIO):

@@ -266,18 +266,23 @@ def _damaged_records(file: BinaryIO, tail: _Tail) -> list[str]:
 
 
 def _crcs(file: BinaryIO, records: Sequence[zipfile.ZipInfo]) -> list[int]:
-    places = [(file.fileno(), _data_start(file, record), record.compress_size) for record in records]
-    if sum(size for *_, size in places) < _LARGE_BYTES:
+    stop: list[bool] = []
+    places = [(file.fileno(), _data_start(file, record), record.compress_size, stop) for record in records]
+    if sum(record.compress_size for record in records) < _LARGE_BYTES:
         return [_crc(*place) for place in places]
     from concurrent.futures import ThreadPoolExecutor  # not for those who only list
 
     with ThreadPoolExecutor(_THREADS) as threads:  # they read and sum without Python's lock
-        return list(threads.map(_crc, *zip(*places, strict=True)))
+        try:
+            return list(threads.map(_crc, *zip(*places, strict=True)))
+        except BaseException:  # a signal, or a disk that fails: the other threads are not to read on for minutes
+            stop.append(True)
+            raise
 
 
-def _crc(descriptor: int, start: int, size: int) -> int:
+def _crc(descriptor: int, start: int, size: int, stop: list[bool]) -> int:
     value, end = 0, start + size
-    while start < end and (chunk := os.pread(descriptor, min(_CHUNK_BYTES, end - start), start)):
+    while not stop and start < end and (chunk := os.pread(descriptor, min(_CHUNK_BYTES, end - start), start)):
         value = zlib.crc32(chunk, value)
         start += len(chunk)
     return value

@@ -306,7 +306,7 @@ class CheckpointStore:
         chosen, failed = self._first_whole()
         renamed = self._set_aside_corrupt(failed) if lock_holder else {}
         if failed:  # perhaps there is a copy of what is damaged, which the holder of the lock has given its name by now
-            chosen = self._first_whole()[0] if renamed else self._or_a_copy(chosen)
+            chosen = self._or_a_copy(self._first_whole()[0] if renamed else chosen)
         return chosen, [
             (f"{path.name} does not verify: {_reason(error)}{renamed.get(path, '')}", step)
             for path, step, error in failed

@@ -33,8 +33,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # a process of our own; `| head` must not hide what the exit code says
         sys.stdout, sys.stderr = entry.tolerant(sys.stdout), entry.tolerant(sys.stderr)
-        return entry.ends(main(sys.argv[1:]))
-    words = list(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
