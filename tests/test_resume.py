@@ -392,6 +392,13 @@ def test_a_wrong_file_is_named_with_its_cause_and_never_run(name: str, flags: li
     assert {p.name for p in tmp_path.iterdir()} == {"bad.ckpt"}
 
 
+def test_fewer_epochs_than_are_trained_already_are_refused(at_epoch_2: Path) -> None:
+    before = sorted(at_epoch_2.rglob("*"))
+    with pytest.raises(ConfigError, match=r"is of epoch 2, and trainer\.max_epochs is 1\. Expected 2 or more"):
+        go(str(at_epoch_2), "--trainer.max_epochs", "1")
+    assert sorted(at_epoch_2.rglob("*")) == before
+
+
 def test_a_missing_file_is_said_with_the_nearest_ones(run_dir: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"Nearest: .*first"):
         choose.request([str(run_dir.parent / "frist"), "--output_dir", str(run_dir.parent)])

@@ -113,6 +113,7 @@ def _go_on(request: Request, config: Any, run: Run | None) -> int:
     if ended := finished(source, changed, request):
         print(ended, flush=True)
         return _complete(run, source, config) if run else 0
+    _refuse_past(source, config)
     if rank() == 0:
         print(plan(request, source, changed, config), flush=True)
     if request.plan:
@@ -316,6 +317,15 @@ def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, An
     if any(key.startswith("data.") for key in changed):
         notes.append("batches come from the data set as it is now; the place in the epoch is kept")
     return notes
+
+
+def _refuse_past(source: Source, config: Any) -> None:
+    limit, epoch = config.trainer.max_epochs, source.manifest["epoch"]
+    if limit is not None and 0 <= limit < epoch:
+        raise ConfigError(
+            f"Past that already: {show(source.path)} is of epoch {epoch}, and trainer.max_epochs is {limit}. "
+            f"Expected {epoch} or more. Give a larger one, or fork from an earlier checkpoint: --fork NAME"
+        )
 
 
 def _left(state: Mapping[str, Any], manifest: Mapping[str, Any], config: Any) -> str:
