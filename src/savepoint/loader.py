@@ -1,55 +1,173 @@
 """Batches whose order is a function of (seed, epoch) and whose position is state.
 
-Two loaders keep the same four promises, `Batches` (tensors held whole) and `ResumableLoader` (a DataLoader with workers):
+Two loaders keep the same promises, `Batches` (tensors held whole) and `ResumableLoader` (a DataLoader with workers):
 
 - Nothing happens before the first `next()`. Lightning calls `iter()` before `set_epoch()` and not again on a resume, so
   an order fixed in `iter()` would replay epoch 0.
-- `at_boundary()` is called when the next batch is asked for: there the last one is complete, and a checkpoint is exact.
 - `state_dict()` is the epoch and the number of batches handed out; `load_state_dict()` goes on behind them.
-- No draw from the global random state, so that building an iterator anew after a resume shifts nothing.
+- No draw from a generator of the training, so that building an iterator anew after a resume shifts nothing. What a
+  sampler, a sample or a collate function draws comes from generators that are seeded from (seed, epoch), (seed, epoch,
+  index) and (seed, epoch, first index of the batch): the global ones, and those that they own.
 
-`len()` is that of the whole epoch, also after a resume: without it Lightning prefetches, and the boundary comes a batch early.
+`len()` is that of the whole epoch, also after a resume.
 """
 
 import copy
 import math
+import os
 import random
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch import Tensor, nn
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+    default_convert,
+)
 
+from savepoint.checkpoint.pack import (
+    generator_state,
+    is_generator,
+    restore_generator,
+    seed_generator,
+)
 from savepoint.errors import ConfigError
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
+_PLAIN_COLLATE = (default_collate, default_convert)
+# Their order is a function of what they were given and of the generator. Any other sampler may go by more than that.
+_DERIVED = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 
 
 def derive(*numbers: int) -> int:
     """One 63-bit seed from several numbers, such as (seed, epoch, index): neighbours give unrelated streams."""
-    return int(np.random.SeedSequence([n % 2**64 for n in numbers]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    entropy = [number % 2**64 for number in numbers]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _nothing() -> None: ...
+def generators_of(value: Any) -> list[Any]:
+    """Every random generator that an object owns, in attributes, containers and objects below it, always in one order."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    waiting = [value]
+    while waiting and len(seen) < 10_000:
+        one = waiting.pop()
+        if id(one) in seen or isinstance(one, Tensor | np.ndarray | type | nn.Module | str | bytes):
+            continue
+        seen.add(id(one))
+        if is_generator(one):
+            found.append(one)
+        elif isinstance(one, dict):
+            waiting += list(one.values())[:1000]
+        elif isinstance(one, list | tuple | set):
+            waiting += list(one)[:1000]
+        else:
+            waiting += list(getattr(one, "__dict__", {}).values())
+            cells = getattr(one, "__closure__", None) or ()
+            waiting += [cell.cell_contents for cell in cells]
+            waiting += [getattr(one, name) for name in ("__self__", "func", "args") if hasattr(one, name)]
+    return found
+
+
+class _Randomness:
+    """The global generators and some owned ones, exchanged for seeded ones and back.
+
+    Without workers these are the generators of the training: dropout must not notice the reading of a sample.
+    """
+
+    def __init__(self, owned: Sequence[Any] = ()) -> None:
+        self._owned = owned
+        self._private: Any = None
+
+    def _now(self) -> Any:
+        own = [generator_state(generator) for generator in self._owned]
+        return random.getstate(), np.random.get_state(), torch.get_rng_state(), own
+
+    def _put(self, states: Any) -> None:
+        python, numpy, torch_state, own = states
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_state)
+        for generator, state in zip(self._owned, own, strict=True):
+            restore_generator(generator, state)
+
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        before = self._now()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        for number, generator in enumerate(self._owned):
+            seed_generator(generator, derive(seed, number))
+        try:
+            yield
+        finally:
+            self._private = self._now() if self._keeps else None
+            self._put(before)
+
+    _keeps = False
+
+    @contextmanager
+    def gone_on(self) -> Iterator[None]:
+        """Goes on where the last block of this object left the generators."""
+        before = self._now()
+        self._put(self._private)
+        try:
+            yield
+        finally:
+            self._private = self._now()
+            self._put(before)
+
+
+class _LastingRandomness(_Randomness):
+    _keeps = True
 
 
 class _Resumable:
     """The position in an epoch, and what Lightning and the checkpoint callback call on a loader."""
 
     batch_sampler = None  # Lightning asks whether it shuffles
+    num_workers = 0
+    persistent_workers = False
 
-    def __init__(self, samples: int, *, batch_size: int, seed: int, shuffle: bool, rank: int, world_size: int) -> None:
-        if samples < world_size:
-            raise ConfigError(
-                f"Too few samples to share: {samples} for {world_size} processes. Expected one for each at least. "
-                "Start fewer processes or give more data."
-            )
-        self.samples, self.batch_size, self.seed, self.shuffle = samples, batch_size, seed, shuffle
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, *, seed: int | None, shuffle: bool, rank: int | None, world_size: int | None) -> None:
+        self.shuffle = shuffle
+        self._seed, self._given = seed, seed is not None
+        self._rank, self._world_size = rank, world_size
         self.epoch = self.position = self._start = 0
-        self.at_boundary: Callable[[], None] = _nothing
+
+    @property
+    def seed(self) -> int:
+        """By default the one that `seed_everything` set, as it is when the first batch is asked for."""
+        if self._seed is None:
+            self._seed = _common_seed() if self.world_size > 1 else torch.initial_seed()
+        return self._seed
+
+    @property
+    def rank(self) -> int:
+        if self._rank is not None:
+            return self._rank
+        return torch.distributed.get_rank() if _distributed() else 0
+
+    @property
+    def world_size(self) -> int:
+        if self._world_size is not None:
+            return self._world_size
+        return torch.distributed.get_world_size() if _distributed() else 1
 
     @property
     def sampler(self) -> "_Resumable | _InOrder":
@@ -60,38 +178,50 @@ class _Resumable:
         if epoch != self.epoch:
             self.epoch, self.position, self._start = epoch, 0, 0
 
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
+    def state_dict(self) -> dict[str, Any]:
+        own = {} if self._given or self._seed is None else {"seed": self._seed}
+        return {"epoch": self.epoch, "position": self.position, **own}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.position, self._start = state["epoch"], state["position"], state["position"]
+        if not self._given:
+            self._seed = state.get("seed", self._seed)
 
-    def __len__(self) -> int:
-        # Every rank gets the same number of samples (the remainder of at most world_size - 1 is left out of this epoch):
-        # with one batch more on one rank, the others would wait for it for ever.
-        return math.ceil(self.samples // self.world_size / self.batch_size)
+    def user_parts(self) -> dict[str, Any]:
+        """What the user gave, for the look at what changes in a training."""
+        return {}
 
-    def order(self) -> Tensor:
-        """The samples of this epoch and rank, in order: int64."""
-        if self.shuffle:
-            order = torch.randperm(self.samples, generator=torch.Generator().manual_seed(derive(self.seed, self.epoch)))
-        else:
-            order = torch.arange(self.samples)
-        return order[self.rank : self.samples - self.samples % self.world_size : self.world_size]
+    def _share(self, samples: int) -> int:
+        """How many of `samples` each rank gets: the same number, so the remainder is left out of this epoch.
 
-    def steps(self) -> Iterator[int]:
-        """The numbers of the batches that are left, with the boundary called before each."""
-        start, self._start = self._start, 0
-        for i in range(start, len(self)):
-            self.position = i
-            self.at_boundary()
-            self.position = i + 1
-            yield i
+        With one batch more on one rank, the others would wait for it for ever.
+        """
+        if samples < self.world_size:
+            raise ConfigError(
+                f"Too few samples to share: {samples} for {self.world_size} processes. Expected one for each at least. "
+                "Start fewer processes or give more data."
+            )
+        return samples // self.world_size
+
+    def _shuffled(self, samples: int) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(samples)
+        generator = torch.Generator().manual_seed(derive(self.seed, self.epoch))
+        return torch.randperm(samples, generator=generator)
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _common_seed() -> int:
+    """Of all ranks: unseeded, each of them has another one of its own, and they would not share one order."""
+    return int(os.environ.get("PL_GLOBAL_SEED") or 0)
 
 
 class _InOrder(SequentialSampler):
     def __init__(self, loader: _Resumable) -> None:
-        super().__init__(range(loader.samples))
+        super().__init__(range(len(loader)))  # type: ignore[arg-type]
         self.set_epoch = loader.set_epoch
 
 
@@ -101,7 +231,8 @@ class Batches(_Resumable):
     Args:
         tensors: Of equal first dimension; a batch is a tuple of one slice of each.
         augment: Applied to the first tensor's batch, with a CPU generator seeded from (seed, epoch, batch, rank).
-        rank: Of this process. Lightning shards DataLoaders only, so this loader takes every `world_size`-th sample itself.
+        rank: Of this process, and `world_size`: by default those of the process group. Lightning shards DataLoaders only,
+            so this loader takes every `world_size`-th sample itself.
     """
 
     def __init__(
@@ -111,19 +242,30 @@ class Batches(_Resumable):
         seed: int,
         shuffle: bool = True,
         augment: Augment | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
     ) -> None:
-        super().__init__(
-            len(tensors[0]), batch_size=batch_size, seed=seed, shuffle=shuffle, rank=rank, world_size=world_size
-        )
+        super().__init__(seed=seed, shuffle=shuffle, rank=rank, world_size=world_size)
         self.tensors, self.augment = tensors, augment
+        self.samples, self.batch_size = len(tensors[0]), batch_size
+        self._share(self.samples)
+
+    def __len__(self) -> int:
+        return math.ceil(self._share(self.samples) / self.batch_size)
+
+    def order(self) -> Tensor:
+        """The samples of this epoch and rank, in order: int64."""
+        share = self._share(self.samples)
+        return self._shuffled(self.samples)[self.rank : share * self.world_size : self.world_size]
+
+    def user_parts(self) -> dict[str, Any]:
+        return {"augment": self.augment}
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        order: Tensor | None = None
-        for i in self.steps():
-            if order is None:
-                order = self.order().to(self.tensors[0].device)
+        start, self._start = self._start, 0
+        order = self.order().to(self.tensors[0].device)
+        for i in range(start, len(self)):
+            self.position = i + 1
             pick = order[i * self.batch_size : (i + 1) * self.batch_size]
             first, *rest = (tensor[pick] for tensor in self.tensors)
             if self.augment is not None:
@@ -133,93 +275,261 @@ class Batches(_Resumable):
 
 
 class _SeededByIndex(Dataset[Any]):
-    """Reads sample `index` with every global generator seeded from (seed, epoch, index): any worker gives the same sample."""
+    """Reads sample `index` with every generator seeded from (seed, epoch, index): any worker gives the same sample.
 
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    Args:
+        keyed: Give (key, sample), for a collate function that is seeded by the first of its batch.
+    """
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
+    def __init__(self, dataset: Dataset[Any], seed: int, keyed: bool) -> None:
+        self.dataset, self.seed, self.keyed = dataset, seed, keyed
+        self._randomness: _Randomness | None = None  # once a process: a worker has a copy of the data set
+
+    def __getitem__(self, key: tuple[int, Any]) -> Any:
         epoch, index = key
-        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        seed = derive(self.seed, epoch, index)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.default_generator.manual_seed(seed)
-        try:
-            return self.dataset[index]
-        finally:
-            # Without workers these are the generators of the training process: dropout must not notice the reading.
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-            torch.set_rng_state(before[2])
+        if self._randomness is None:
+            self._randomness = _Randomness(generators_of(self.dataset))
+        with self._randomness.seeded(derive(self.seed, epoch, _number(index))):
+            sample = self.dataset[index]
+        return (key, sample) if self.keyed else sample
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_randomness": None}
+
+
+class _SeededCollate:
+    """Collates with every generator seeded from (seed, epoch, first index of the batch): MixUp and its like."""
+
+    def __init__(self, collate: Callable[[Any], Any], seed: int, batched: bool) -> None:
+        self.collate, self.seed, self.batched = collate, seed, batched
+
+    def __call__(self, keyed: Any) -> Any:
+        if not self.batched:
+            (epoch, index), samples = keyed
+        else:
+            (epoch, index), _ = keyed[0]
+            samples = [sample for _, sample in keyed]
+        seed = derive(self.seed, epoch, _number(index), len(samples) if self.batched else 0, 1)
+        with _Randomness(generators_of(self.collate)).seeded(seed):
+            return self.collate(samples)
+
+
+def _number(index: Any) -> int:
+    """An index may be anything that the data set understands."""
+    return index if isinstance(index, int) else zlib.crc32(repr(index).encode())
+
+
+class _Keys:
+    """The batch sampler of the inner DataLoader: what is to be read in this pass."""
+
+    def __init__(self) -> None:
+        self.batches: Iterable[Any] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
 
 
 class ResumableLoader(_Resumable):
     """A map-style DataLoader whose order derives from (seed, epoch) and whose samples derive from (seed, epoch, index).
 
     0 and 2 workers give the same batches. A resume in the middle of an epoch reads no sample twice: the inner
-    DataLoader gets only the batches that are left. Make one with `resumable`.
+    DataLoader gets only the batches that are left. Make one with `resumable`; the attributes of the DataLoader that it
+    was made from are attributes of this one too.
     """
 
-    def __init__(
-        self, loader: DataLoader[Any], *, seed: int, shuffle: bool, rank: int = 0, world_size: int = 1
-    ) -> None:
-        if loader.batch_size is None or isinstance(loader.dataset, torch.utils.data.IterableDataset):
+    def __init__(self, loader: DataLoader[Any], *, seed: int | None, rank: int | None, world_size: int | None) -> None:
+        if isinstance(loader.dataset, IterableDataset):
             raise ConfigError(
-                f"This DataLoader cannot be resumed: {type(loader.dataset).__name__}. Expected a map-style data set and a "
-                "batch_size. An iterable data set must keep its own position (state_dict / load_state_dict)."
+                f"This DataLoader cannot be resumed: {type(loader.dataset).__name__}. Expected a map-style data set, as "
+                "nobody but an iterable one itself knows its place. Give the loader a state_dict() and a load_state_dict()."
             )
-        samples = len(loader.dataset)  # type: ignore[arg-type]
-        super().__init__(
-            samples, batch_size=loader.batch_size, seed=seed, shuffle=shuffle, rank=rank, world_size=world_size
-        )
-        self.loader, self.drop_last = loader, loader.drop_last
+        own = loader.batch_sampler
+        self.loader = loader
+        self._own_batches = own if own is not None and type(own) is not BatchSampler else None
+        self._indices = loader.sampler if self._own_batches is None else None
+        shuffle = not isinstance(self._indices, SequentialSampler)
+        super().__init__(seed=seed, shuffle=shuffle, rank=rank, world_size=world_size)
+        if self._own_batches is None and isinstance(own, BatchSampler):
+            self._indices = own.sampler
+        self.num_workers, self.persistent_workers = loader.num_workers, loader.persistent_workers
+        self._order: list[Any] | None = None  # of this epoch and rank; None until it begins
+        self._keys = _Keys()
+        self._inner: DataLoader[Any] | None = None
+        if _length(self._source) is not None:
+            len(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "loader":
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_inner": None, "_order": None}
+
+    @property
+    def _source(self) -> Any:
+        return self._own_batches if self._own_batches is not None else self._indices
+
+    def _ranks(self) -> tuple[int, int]:
+        sharded = isinstance(self._source, DistributedSampler)  # already, by the user
+        return (0, 1) if sharded else (self.rank, self.world_size)
 
     def __len__(self) -> int:
-        return self.samples // self.world_size // self.batch_size if self.drop_last else super().__len__()
+        number = _length(self._source)
+        if number is None:
+            raise TypeError(f"{type(self._source).__name__} has no length")
+        _, world_size = self._ranks()
+        share = self._share(number) if world_size > 1 else number
+        if self._own_batches is not None or self.loader.batch_size is None:
+            return share
+        if self.loader.drop_last:
+            return share // self.loader.batch_size
+        return math.ceil(share / self.loader.batch_size)
+
+    def user_parts(self) -> dict[str, Any]:
+        return {
+            "dataset": self.loader.dataset,
+            "sampler": self._source,
+            "collate_fn": self.loader.collate_fn,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self._order is not None and not self._is_derived():
+            # A sampler of the user's own may go by anything: what it has said counts.
+            state["order"] = self._order
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._order = state.get("order")
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self._order = None
+        super().set_epoch(epoch)
+
+    def _is_derived(self) -> bool:
+        return type(self._source) in _DERIVED or _length(self._source) is None
 
     def __iter__(self) -> Iterator[Any]:
-        batches: Iterator[Any] | None = None
-        for i in self.steps():
-            if batches is None:
-                batches = iter(self._inner(first=i))
-            yield next(batches)
+        start, self._start = self._start, 0
+        self.position = start
+        for batch in self._read(start):
+            self.position += 1
+            yield batch
 
-    def _inner(self, first: int) -> DataLoader[Any]:
-        keys = [(self.epoch, index) for index in self.order().tolist()]
-        cuts = range(first * self.batch_size, len(self) * self.batch_size, self.batch_size)
+    def _read(self, start: int) -> Iterator[Any]:
+        batches = islice(self._batches(), start, None)
+        if self.loader.batch_size is None and self._own_batches is None:
+            keys: Iterator[Any] = ((self.epoch, index) for index in batches)
+        else:
+            keys = ([(self.epoch, index) for index in batch] for batch in batches)
+        self._keys.batches = keys
+        if self._inner is None or not self.persistent_workers:
+            self._inner = self._make_inner()
+        return iter(self._inner)
+
+    def _batches(self) -> Iterator[Any]:
+        """The batches of this epoch and rank, each a list of indices; single indices where the loader makes no batches."""
+        if _length(self._source) is None:
+            return self._cut(self._endless())
+        if self._order is None:
+            self._order = self._whole_order()
+        return self._cut(iter(self._order))
+
+    def _whole_order(self) -> list[Any]:
+        rank, world_size = self._ranks()
+        if (not self.shuffle and self._own_batches is None) or self._is_plain_shuffle():
+            order: list[Any] = self._shuffled(_length(self._source) or 0).tolist()
+        else:
+            with _Randomness(generators_of(self._source)).seeded(derive(self.seed, self.epoch)):
+                order = list(self._begun())
+        if world_size == 1:
+            return order
+        return order[rank : self._share(len(order)) * world_size : world_size]
+
+    def _is_plain_shuffle(self) -> bool:
+        source = self._source
+        if type(source) is not RandomSampler or source.replacement:
+            return False
+        return source.num_samples == len(source.data_source)
+
+    def _begun(self) -> Iterator[Any]:
+        if hasattr(self._source, "set_epoch"):
+            self._source.set_epoch(self.epoch)
+        return iter(self._source)
+
+    def _endless(self) -> Iterator[Any]:
+        rank, world_size = self._ranks()
+        randomness = _LastingRandomness(generators_of(self._source))
+        with randomness.seeded(derive(self.seed, self.epoch)):
+            source = self._begun()
+        number = 0
+        while True:
+            with randomness.gone_on():
+                try:
+                    index = next(source)
+                except StopIteration:
+                    return
+            if number % world_size == rank:
+                yield index
+            number += 1
+
+    def _cut(self, order: Iterator[Any]) -> Iterator[Any]:
+        size = self.loader.batch_size
+        if self._own_batches is not None or size is None:
+            yield from order
+            return
+        while True:
+            batch = list(islice(order, size))
+            if not batch or (len(batch) < size and self.loader.drop_last):
+                return
+            yield batch
+
+    def _make_inner(self) -> DataLoader[Any]:
         like = self.loader
+        batched = like.batch_size is not None or self._own_batches is not None
+        keyed = like.collate_fn not in _PLAIN_COLLATE
+        collate = like.collate_fn
+        if keyed:
+            collate = _SeededCollate(like.collate_fn, self.seed, batched)
+        keys = {"batch_sampler": self._keys} if batched else {"sampler": self._keys, "batch_size": None}
         return DataLoader(
-            _SeededByIndex(like.dataset, self.seed),
-            batch_sampler=[keys[cut : cut + self.batch_size] for cut in cuts],
+            _SeededByIndex(like.dataset, self.seed, keyed),
+            **keys,
             num_workers=like.num_workers,
-            collate_fn=like.collate_fn,
+            collate_fn=collate,
             pin_memory=like.pin_memory,
             timeout=like.timeout,
             worker_init_fn=like.worker_init_fn,
             multiprocessing_context=like.multiprocessing_context,
             prefetch_factor=like.prefetch_factor if like.num_workers else None,
+            persistent_workers=like.persistent_workers,
             # Without a generator of its own, every iterator draws a base seed from the global one.
             generator=torch.Generator().manual_seed(derive(self.seed, self.epoch)),
         )
 
 
+def _length(source: Any) -> int | None:
+    try:
+        return len(source)
+    except (TypeError, NotImplementedError):
+        return None
+
+
 def resumable(
-    loader: DataLoader[Any], *, seed: int | None = None, rank: int = 0, world_size: int = 1
+    loader: DataLoader[Any], *, seed: int | None = None, rank: int | None = None, world_size: int | None = None
 ) -> ResumableLoader:
     """Gives a user's own map-style DataLoader an order that is derived and a position that is state.
 
     Args:
-        loader: Whether it shuffles is read from its sampler; a sampler other than torch's random and sequential one is
-            refused, since its order could not be derived.
+        loader: Its sampler, or batch sampler, runs under a seed that derives from (seed, epoch), whatever it draws from.
+            One that is no class of torch may go by more than that: its order of the running epoch is saved.
         seed: Of the order and of every sample's randomness; by default the one `seed_everything` set.
+        rank: Of this process, and `world_size`: by default those of the process group.
+
+    Raises:
+        ConfigError: an iterable data set.
     """
-    samplers = {RandomSampler: True, SequentialSampler: False}
-    shuffle = samplers.get(type(loader.sampler))
-    if shuffle is None:
-        raise ConfigError(
-            f"This DataLoader cannot be resumed: its sampler is a {type(loader.sampler).__name__}. Expected shuffle=True "
-            "or shuffle=False, whose order derives from the seed and the epoch. Put the order into the data set."
-        )
-    seed = torch.initial_seed() if seed is None else seed
-    return ResumableLoader(copy.copy(loader), seed=seed, shuffle=shuffle, rank=rank, world_size=world_size)
+    return ResumableLoader(copy.copy(loader), seed=seed, rank=rank, world_size=world_size)

@@ -77,13 +77,11 @@ class LearningRateFinder(LightningLearningRateFinder):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.found = state_dict["found"]
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.found is not None and self._update_attr:  # after a resume: optimizer and schedule have theirs already
-            name = self._attr_name or ("lr" if lightning_hasattr(pl_module, "lr") else "learning_rate")
-            lightning_setattr(pl_module, name, self.found)
-
     def lr_find(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.ckpt_path:
+        if trainer.ckpt_path:  # a resume: optimizer and schedule have what was found already
+            if self.found is not None and self._update_attr:
+                name = self._attr_name or ("lr" if lightning_hasattr(pl_module, "lr") else "learning_rate")
+                lightning_setattr(pl_module, name, self.found)
             return
         super().lr_find(trainer, pl_module)
         found = self.optimal_lr.suggestion() if self.optimal_lr else None

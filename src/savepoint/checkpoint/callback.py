@@ -1,11 +1,11 @@
 """When to save: at the three points of a training where nothing is half done, and how a resume goes on from there.
 
-    batch        the train loader is asked for its next batch
-    epoch        an epoch begins, or the last one has ended
+    batch        the train loader is about to be asked for its next batch
+    epoch        an epoch is about to begin, or the last one has ended
     validation   inside a validation (signals, saves on demand): the state is that of its start, and a resume runs it again
 
-At Lightning's other hooks a log row, a plateau step or a validation of the same step is still to come, so a file made
-there resumes one of them short. What is due there waits for the next point.
+At Lightning's own hooks a log row, a plateau step or a validation of the same step is still to come, or the hooks of
+other callbacks have half run, so a file made there resumes short of them. What is due there waits for the next point.
 """
 
 import copy
@@ -18,7 +18,6 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from savepoint.checkpoint import facts, format, state
 from savepoint.checkpoint.facts import Provenance
 from savepoint.checkpoint.finite import FiniteWatch
 from savepoint.checkpoint.io import CheckpointIO
+from savepoint.checkpoint.look import Baseline, Look, changed_since
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.scores import Scores
 from savepoint.checkpoint.store import CheckpointStore
@@ -84,7 +84,7 @@ class CheckpointCallback(Checkpoint):
         self.async_save, self.on_nan = async_save, on_nan
         self._watch = FiniteWatch(on_nan)
         self.provenance = Provenance()
-        self.before_save: Callable[[], None] = lambda: None  # raises OSError where nothing must be saved
+        self.before_save: Callable[[], None] | None = None  # raises OSError where nothing must be saved
         self.alone = False  # whether a lock keeps all others out of the directory
         self.preloaded: tuple[Path, Any] | None = None  # what `fit(ckpt_path=)` need not read again
         self.failure: Exception | None = None  # of the newest save; None once a later one succeeded
@@ -93,11 +93,20 @@ class CheckpointCallback(Checkpoint):
         self._saved: tuple[int, Point] | None = None
         self._saved_step = 0
         self._at: Point | None = None
-        self._facts: dict[str, Any] = {}
+        self._why: dict[str, Any] = {}  # of the save that is being made: reason, and how the training ended
         self._pending: dict[str, Any] | None = None
-        self._at_validation: dict[str, Any] | None = None
+        self._captured: dict[str, Any] | None = None  # at the start of a validation, or at the end of the training
         self._last_weights: dict[str, Tensor] | None = None
         self._before_validation: dict[str, Tensor] = {}
+        self._points: state.Points | None = None
+        self._baseline: Baseline | None = None
+        self._settings: dict[str, Any] = {}
+        self._versions: dict[str, Any] = {}
+        self._before: dict[str, Any] = {}  # what a save inside a validation takes from its start
+        self._held: dict[Any, Any] = {}  # what the running epoch goes by
+        self._loader_states: list[Any] | None = None  # before the batch that was fetched in advance
+        self._said_inexact: set[str] = set()
+        self._best_elsewhere = ""
 
     # -- setting up --------------------------------------------------------------------------------------------------
 
@@ -112,6 +121,7 @@ class CheckpointCallback(Checkpoint):
         trainer.strategy.checkpoint_io.preloaded, self.preloaded = self.preloaded, None
         self._pending = None
         self._enabled = not trainer.fast_dev_run  # type: ignore[attr-defined]
+        self._baseline = Baseline(state.look(trainer))
 
     def use(self, directory: Path) -> None:
         """Keeps the checkpoints in `directory`; `setup` does it with the Trainer's."""
@@ -121,7 +131,12 @@ class CheckpointCallback(Checkpoint):
     def best_model_path(self) -> str:
         """Where `Trainer.fit(ckpt_path="best")` looks."""
         best = self.store.best() if hasattr(self, "store") else None
-        return str(best.path) if best else ""
+        return str(best.path) if best else self._best_elsewhere
+
+    @best_model_path.setter
+    def best_model_path(self, path: str) -> None:
+        """Lightning brings it back from the processes that `ddp_spawn` and `ddp_notebook` have trained in."""
+        self._best_elsewhere = path
 
     @property
     def state_key(self) -> str:
@@ -141,6 +156,10 @@ class CheckpointCallback(Checkpoint):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         preemption.install()
+        if self._enabled:
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            self._see(trainer)
+            state.seed_validation(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         preemption.install()
@@ -148,24 +167,49 @@ class CheckpointCallback(Checkpoint):
     # -- going on from a checkpoint ----------------------------------------------------------------------------------
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        state.load_in_precision(trainer, pl_module, checkpoint)
         if not checkpoint.get("at"):
             return
         rank, others = trainer.global_rank, checkpoint.get("other_ranks", [])
-        if len(others) + 1 == trainer.world_size:
-            self._pending = checkpoint | (others[rank - 1] if rank else {})
+        if len(others) + 1 != trainer.world_size:
+            return
+        self._pending = checkpoint | (others[rank - 1] if rank else {})
+        if self._pending.get("loaders") is not None:  # each rank has its own
+            checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self._pending["loaders"]
+        state.skip_finders(trainer, self._pending.get("found", {}))
+        # Up to the point of the checkpoint, whatever is logged stands in the log of the start before.
+        self._mute(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._enabled:
+            return
+        if self._pending:
+            state.prepare(trainer, self._pending)
+        state.wake_finders(trainer)
+        assert self._baseline is not None
+        self._baseline.begin(state.look(trainer))
+        self._versions = state.versions(pl_module)
+        self._settings = state.settings(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
             return
         preemption.arm()
-        self._attach(trainer)
-        if not self._exact and trainer.is_global_zero:
-            print(state.why_not_exact(trainer), flush=True)
         self._began, self._saved_at = trainer.global_step, time.monotonic()
         self._watch.begin(pl_module.device)
         self._preflight(trainer)
+        self._points = state.Points(
+            trainer,
+            epoch=lambda: self._on_epoch(trainer),
+            batch=lambda: self._on_batch(trainer),
+            validation=lambda: self._on_validation(trainer),
+            end=lambda: self._on_end(trainer),
+        )
         if self._pending:
-            state.reenter(trainer, pl_module, self._pending)
+            state.load_waiting_states(trainer)
+        state.run_in_order(trainer)
+        self._accepted = False
+        self._say_inexact(trainer, state.inexact(trainer, "batch"))
 
     def _preflight(self, trainer: Trainer) -> None:
         """What would make the first save fail is told before the first step."""
@@ -182,62 +226,116 @@ class CheckpointCallback(Checkpoint):
         if warning:
             print(warning, file=sys.stderr, flush=True)
 
-    def _attach(self, trainer: Trainer) -> None:
-        loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
-        self._exact = state.why_not_exact(trainer) is None
-        if len(loaders) == 1 and hasattr(loaders[0], "at_boundary"):
-            loaders[0].at_boundary = lambda: self._boundary(trainer)
+    def _see(self, trainer: Trainer) -> Look:
+        """Looks; what is seen for the first time is as it was at the start."""
+        now = state.look(trainer)
+        assert self._baseline is not None
+        self._baseline.meet(now)
+        return now
 
-    def _arrived(self, module: LightningModule, at: Point) -> bool:
-        """Whether this is the very point of the checkpoint. Random states come last: nothing may draw after them."""
+    def _accept(self, trainer: Trainer) -> None:
+        """All hooks that run before the first batch have run: what they have made, a resumed process makes too."""
+        if self._accepted:
+            return
+        self._accepted = True
+        now = self._see(trainer)
+        assert self._baseline is not None
+        self._baseline.accept(now)
+
+    def _arrived(self, trainer: Trainer, at: Point) -> bool:
+        """Whether this is the very point of the checkpoint; then everything is put back."""
         if not self._pending or self._pending["at"] != at:
             return False
-        state.restore_rng(self._pending["rng"], module.device)
-        self._pending = None
+        saved, self._pending = self._pending, None
+        assert self._baseline is not None
+        state.set_up_validation(trainer)
+        failed = state.reenter(trainer, saved, self._baseline, self._see(trainer))
+        self._unmute(trainer)
+        if failed and trainer.is_global_zero:
+            print(
+                f"Not restored: {', '.join(failed)}. The code that made the checkpoint kept another kind of value there.",
+                file=sys.stderr,
+                flush=True,
+            )
         return True
+
+    def _mute(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            vars(logger)["log_metrics"] = _log_nothing
+
+    def _unmute(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            vars(logger).pop("log_metrics", None)
 
     # -- the safe points ---------------------------------------------------------------------------------------------
 
-    def _boundary(self, trainer: Trainer) -> None:
+    def _on_epoch(self, trainer: Trainer) -> None:
+        self._accept(trainer)
+        if not self._arrived(trainer, "epoch") and trainer.global_step > self._began:
+            self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
+            self._poll(trainer, "epoch")
+
+    def _on_batch(self, trainer: Trainer) -> bool:
+        """False where the batch is left out, as the validation before it is to be run again."""
+        if self._arrived(trainer, "validation"):
+            return False
         loop = trainer.fit_loop.epoch_loop
         # While gradients are pending there is no safe point: they are not in the file.
         first, pending_gradients = not loop.batch_progress.current.ready, loop._should_accumulate()
         self._raise_pending(trainer)
-        if not self._arrived(trainer.lightning_module, "batch") and not first and not pending_gradients:
+        arrived = self._arrived(trainer, "batch")
+        if first or arrived:
+            self._held = state.held(trainer, self._held)
+        if not arrived and not first and not pending_gradients:
             self._poll(trainer, "batch")
+        self._loader_states = state.states_before_prefetching(trainer)
+        return True
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._enabled:
-            return
-        self._attach(trainer)  # Lightning may have made the loader anew (reload_dataloaders_every_n_epochs)
-        if not self._arrived(pl_module, "epoch") and trainer.global_step > self._began:
-            self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
-            self._poll(trainer, "epoch")
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Before our on_train_end, weight averaging overwrites these for good: training longer would not be exact.
-        self._last_weights = state.copied_weights(pl_module) if state.averaging(trainer) else None
+    def _on_end(self, trainer: Trainer) -> None:
+        # Before the hooks of others at the end of the training: one that goes on longer never had them here.
+        self._captured = copy.deepcopy(self._capture(trainer, "epoch"))
+        # And before weight averaging overwrites these for good.
+        self._last_weights = state.copied_weights(trainer.lightning_module) if state.averaging(trainer) else None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
             return
         self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
         self._save(trainer, "epoch", reason="end", ended=facts.why_ended(trainer))
+        self._captured = None
+        self._release(trainer)
         self._finish_writing(trainer)
         preemption.disarm()
         if stop := self._agree(trainer)[0]:
             self._leave(trainer, stop)
         self.scores.require_monitor()
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._enabled and not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
-            self._arrived(pl_module, "validation")
-            # A copy: the validation that begins here changes it.
-            self._at_validation = copy.deepcopy(self._capture(trainer)) | {"fit_loop": trainer.fit_loop.state_dict()}
-            self._before_validation = dict(trainer._logger_connector._callback_metrics)
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._release(trainer)
+
+    def _release(self, trainer: Trainer) -> None:
+        if self._points:
+            self._points.remove()
+        self._points = self._baseline = None
+        self._unmute(trainer)
+
+    def _on_validation(self, trainer: Trainer) -> None:
+        if trainer.sanity_checking:
+            return
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        state.seed_validation(trainer)
+        # A copy: the validation that begins here changes it.
+        self._captured = copy.deepcopy(self._capture(trainer, "validation"))
+        self._before = state.before_validation(trainer)
+        if self._loader_states is not None:
+            self._before["fit_loop"]["state_dict"]["combined_loader"] = self._loader_states
+        self._before_validation = dict(trainer._logger_connector._callback_metrics)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if self._at_validation is None or trainer.fit_loop.epoch_loop._should_accumulate():
+        if self._captured is None or trainer.fit_loop.epoch_loop._should_accumulate():
             return
         stop, save = self._agree(trainer)
         if stop or save:
@@ -247,9 +345,9 @@ class CheckpointCallback(Checkpoint):
             self._leave(trainer, stop)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._at_validation is None:
+        if self._captured is None:
             return
-        self._at_validation = None
+        self._captured = None
         before, now = self._before_validation, trainer._logger_connector._callback_metrics
         # Whatever the number of loaders: what is another object now was measured by this validation.
         metrics = {name: value for name, value in now.items() if value is not before.get(name)}
@@ -258,7 +356,8 @@ class CheckpointCallback(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        # A training_step may return nothing, a dict without a loss or, under manual optimization, anything.
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self._enabled and isinstance(loss, Tensor):
             self._watch.see(loss, trainer.global_step)
 
@@ -314,7 +413,7 @@ class CheckpointCallback(Checkpoint):
             self._fail(unsound)
             return
         self._saved, self._saved_step = (step, at), step
-        self._at, self._facts = at, self._make_facts(trainer, at, reason, ended)
+        self._at, self._why = at, {"reason": reason, "ended": ended}
         said, started = self._when(trainer, at) + self.scores.sentence(step), time.perf_counter()
         path = self.store.path(step)
         preemption.requests.save = False
@@ -329,7 +428,7 @@ class CheckpointCallback(Checkpoint):
             self._fail(error)
             trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
         finally:
-            self._at, self._facts = None, {}
+            self._at, self._why = None, {}
         self._saved_at = time.monotonic()
 
     def _sync_logs(self, trainer: Trainer, path: Path) -> None:
@@ -337,7 +436,8 @@ class CheckpointCallback(Checkpoint):
 
         A crash between the two leaves rows too many, which a resume cuts, never a gap.
         """
-        self.before_save()
+        if self.before_save:
+            self.before_save()
         try:
             if self._save_now.is_file():
                 self._save_now.unlink(missing_ok=True)
@@ -385,43 +485,80 @@ class CheckpointCallback(Checkpoint):
             preempted.code = 0  # or the launcher would take this rank for a crashed one, and kill the one that saves
         raise preempted
 
-    def _capture(self, trainer: Trainer) -> dict[str, Any]:
+    def _capture(self, trainer: Trainer, at: Point | None) -> dict[str, Any]:
         rows = [logger.rows for logger in trainer.loggers if hasattr(logger, "rows")]
-        return state.capture(trainer, trainer.lightning_module) | {
-            "logged_rows": rows[0] if rows and trainer.is_global_zero else None
-        }
+        own = state.capture(trainer, trainer.lightning_module)
+        own["logged_rows"] = rows[0] if rows and trainer.is_global_zero else None
+        own["unsaved"] = state.inexact(trainer, at)
+        own["attributes"], own["settings"] = [], {}
+        if self._baseline is not None:
+            now = self._see(trainer)
+            own["attributes"], named = self._baseline.changes(now)
+            own["unsaved"] += [*named, *changed_since(self._held, now)]
+            before = self._settings
+            own["settings"] = {k: v for k, v in state.settings(trainer).items() if v != before[k]}
+        if trainer.world_size > 1:
+            ahead = at != "epoch" and self._loader_states is not None
+            own["loaders"] = self._loader_states if ahead else state.loader_states(trainer)
+        own["found"] = state.found(trainer)
+        return own
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self._enabled:
             return
-        own = self._capture(trainer)
+        ended, loops = self._why.get("ended"), checkpoint["loops"]["fit_loop"]
+        if self._captured is not None and (self._at == "validation" or ended):
+            own = {**self._captured, "unsaved": list(self._captured["unsaved"])}
+        else:
+            own = self._capture(trainer, self._at)
         if self._at == "validation":
-            own = dict(self._at_validation or {})
-            checkpoint["loops"]["fit_loop"] = own.pop("fit_loop")
-        if self._at == "epoch":
-            # At an epoch's start Lightning counts it as begun: the resume would leave out its first hooks.
-            for progress in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
-                progress["ready"] = progress["completed"]
-        if self._facts.get("ended") and self._last_weights is not None:
+            own["unsaved"] += state.as_before_validation(trainer, checkpoint, self._before)
+        elif self._at == "batch" and self._loader_states is not None:
+            loops["state_dict"]["combined_loader"] = self._loader_states
+        if ended and not state.at_end_of_epoch(trainer):
+            own["unsaved"].append(f"ended by {ended} inside an epoch, which counts as done")
+        if ended and self._last_weights is not None:
             checkpoint["current_model_state"] = self._last_weights
-        checkpoint.update(own)
+        ranks = [own]
         if trainer.world_size > 1:
-            gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, own)
-            checkpoint.update(gathered[0])
-            checkpoint["other_ranks"] = gathered[1:]
+            ranks = [{} for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(ranks, own)
+            checkpoint["other_ranks"] = ranks[1:]
+        unsaved = list(dict.fromkeys(reason for rank in ranks for reason in rank.pop("unsaved")))
+        checkpoint.update(ranks[0])
         checkpoint["at"] = self._at
         # Lightning logs every step while it is set. Of a run that has ended it is no state: it may be asked to go on.
-        checkpoint["should_stop"] = trainer.should_stop and not self._facts.get("ended")
+        checkpoint["should_stop"] = trainer.should_stop and not ended
         checkpoint["config"], checkpoint["run"] = self.provenance.config, dict(self.provenance.run)
         checkpoint["optimizer"] = next(iter(checkpoint["optimizer_states"]), None)
         checkpoint[self.scores.key] = self.scores.best
         checkpoint["canary"] = state.canary(pl_module, checkpoint["state_dict"])
-        checkpoint["manifest"] = self._facts or self._make_facts(trainer, None, "user", None)
+        checkpoint["manifest"] = self._make_facts(trainer, unsaved)
+        self._writer(trainer).finish = lambda whole: self._finish(trainer, whole)
 
-    def _make_facts(self, trainer: Trainer, at: Point | None, reason: str, ended: str | None) -> dict[str, Any]:
-        own = {"at": at, "exact": at is not None and self._exact, "reason": reason, "ended": ended}
-        return facts.gather(trainer, self.provenance) | own | self.scores.facts(trainer.global_step)
+    def _finish(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Once the module's own on_save_checkpoint has had its word, which comes after that of callbacks."""
+        facts = checkpoint["manifest"]
+        facts["unsaved"] += state.left_out(trainer.lightning_module, checkpoint["state_dict"], self._versions)
+        facts["exact"] = not facts["unsaved"]
+        if facts["at"] is not None:
+            self._say_inexact(trainer, facts["unsaved"])
+
+    def _make_facts(self, trainer: Trainer, unsaved: list[str]) -> dict[str, Any]:
+        why = self._why or {"reason": "user", "ended": None}
+        own = {"at": self._at, "exact": not unsaved, "unsaved": unsaved[:20]}
+        return facts.gather(trainer, self.provenance) | own | why | self.scores.facts(trainer.global_step)
+
+    def _say_inexact(self, trainer: Trainer, reasons: list[str]) -> None:
+        """Each reason once a run."""
+        new = [reason for reason in reasons if reason not in self._said_inexact]
+        self._said_inexact |= set(new)
+        if new and trainer.is_global_zero:
+            print(f"A resume will not be exact: {'; '.join(new[:5])}.", flush=True)
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """In a logger's place until a resume has reached the point of its checkpoint."""
 
 
 def refuse_last(trainer: Trainer) -> None:

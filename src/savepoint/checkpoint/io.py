@@ -32,6 +32,7 @@ class CheckpointIO(LightningCheckpointIO):
 
     Attributes:
         store: set by the callback: a save under one of its names makes room on a full disk by its retention.
+        finish: called once, with the next checkpoint as it is to be written.
         preloaded: path and state of a checkpoint that was read and verified already; the next load of that path takes it.
     """
 
@@ -39,6 +40,7 @@ class CheckpointIO(LightningCheckpointIO):
         self.async_save = async_save
         self.store: CheckpointStore | None = None
         self.preloaded: tuple[Path, dict[str, Any]] | None = None
+        self.finish: Callable[[dict[str, Any]], None] | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._save: Future[None] | None = None
         self._queued: list[Future[None]] = []
@@ -50,6 +52,9 @@ class CheckpointIO(LightningCheckpointIO):
                 f"`Trainer.save_checkpoint(..., storage_options=...)` is not supported by {type(self).__name__}: "
                 f"{storage_options}. None was expected. Save to a local path."
             )
+        finish, self.finish = self.finish, None
+        if finish and "manifest" in checkpoint:
+            finish(checkpoint)
         facts = checkpoint.get("manifest") or _facts(checkpoint)
         state = {key: value for key, value in checkpoint.items() if key != "manifest"}
         if not self.async_save:

@@ -1,24 +1,51 @@
-"""What is saved beyond Lightning's own: random states, metric states, logged sums. Capture and restore, no files.
+"""What is saved beyond Lightning's own: captured where nothing is half done, and put back there. No files.
 
 Everything here is plain types and tensors, so that `weights_only=True` reads it. The private names of Lightning 2.6 that
 an exact resume needs stand here and in `callback.py`, nowhere else.
+
+captured   random states, metric states, logged sums, gradients that are pending, and whatever `look` sees to change
+derived    the order of batches and what samples draw: `loader`
+named      what has changed and is no plain value: `inexact`
 """
 
+import copy
 import platform
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import lightning
 import numpy as np
 import torch
+from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    Checkpoint,
+    DeviceStatsMonitor,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelSummary,
+    ProgressBar,
+    StochasticWeightAveraging,
+    ThroughputMonitor,
+    Timer,
+    WeightAveraging,
+)
+from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
 from torch import Tensor
-from torchmetrics import Metric
+from torch.utils.data import DataLoader
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.wrappers import MetricTracker
 
 import savepoint
+from savepoint.checkpoint.look import Baseline, Look
+from savepoint.loader import derive
 
 # What `self.log(...)` was called with, apart from the value: enough to make the same entry again.
 _LOG_ARGUMENTS = (
@@ -65,31 +92,316 @@ def _metrics(module: LightningModule) -> dict[str, Metric]:
     return {name: part for name, part in module.named_modules() if isinstance(part, Metric)}
 
 
+# -- the three points ------------------------------------------------------------------------------
+
+
+class Points:
+    """Calls back at the points of a training where nothing is half done, before any hook of anybody runs there.
+
+    Lightning has no hooks at these places: `on_train_epoch_start` comes after those of other callbacks, which a resume
+    would run twice. So three functions of this one Trainer's loops are called through ours, until `remove`.
+
+    Args:
+        epoch: An epoch is about to begin.
+        batch: The next batch is about to be asked for. False leaves the batch out: a validation is to be run again.
+        validation: A validation is about to begin.
+        end: The last epoch has ended.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        epoch: Callable[[], None],
+        batch: Callable[[], bool],
+        validation: Callable[[], None],
+        end: Callable[[], None],
+    ) -> None:
+        self._fit = trainer.fit_loop
+        self._epoch_loop = self._fit.epoch_loop
+        self._batch = batch
+        self.remove()
+        self._before(self._fit, "on_advance_start", epoch)
+        self._before(self._epoch_loop.val_loop, "run", validation)
+        self._before(self._fit, "on_run_end", end)
+        advance = self._epoch_loop.advance
+
+        def called_through_ours(fetcher: Any) -> None:
+            self._advance(advance, fetcher)
+
+        setattr(self._epoch_loop, "advance", called_through_ours)  # noqa: B010 - an instance's own, as above
+
+    def _before(self, loop: Any, name: str, call: Callable[[], None]) -> None:
+        original = getattr(loop, name)
+
+        def called_before() -> Any:
+            call()
+            return original()
+
+        setattr(loop, name, called_before)
+
+    def _advance(self, advance: Callable[[Any], None], fetcher: Any) -> None:
+        begins = not self._epoch_loop.batch_progress.current.ready
+        if not self._batch():
+            return
+        try:
+            advance(fetcher)
+        except StopIteration:
+            if not begins or self._epoch_loop.batch_progress.current.ready or fetcher.fetched:
+                raise
+            # A loader that was put back to the end of its epoch has nothing more: a new pass begins.
+            iter(fetcher)
+            advance(fetcher)
+
+    def remove(self) -> None:
+        for loop, name in (
+            (self._fit, "on_advance_start"),
+            (self._fit, "on_run_end"),
+            (self._epoch_loop, "advance"),
+            (self._epoch_loop.val_loop, "run"),
+        ):
+            vars(loop).pop(name, None)
+
+
+# -- what is looked at -----------------------------------------------------------------------------
+
+_NOT_LOOKED_AT = (
+    ProgressBar, ModelSummary, Checkpoint, LearningRateMonitor, DeviceStatsMonitor, Timer, ThroughputMonitor,
+    LearningRateFinder, BatchSizeFinder,
+)  # fmt: skip
+_LOADER_PARTS = ("dataset", "sampler", "batch_sampler", "collate_fn", "generator")
+# Of the Trainer, what callbacks change in mid-training.
+_SETTINGS = (
+    "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "limit_val_batches",
+    "check_val_every_n_epoch", "val_check_interval", "val_check_batch", "log_every_n_steps",
+)  # fmt: skip
+
+
+def _parts(name: str, loader: Any) -> dict[str, Any]:
+    """Of a loader, what the user made. A loader with a state_dict answers for itself."""
+    if hasattr(loader, "user_parts"):
+        return {f"{name}.{part}": value for part, value in loader.user_parts().items()}
+    if isinstance(loader, _Stateful):
+        return {}
+    if not isinstance(loader, DataLoader):
+        return {name: loader}
+    own = getattr(loader, "_savepoint_generator", None)
+    parts = {part: getattr(loader, part, None) for part in _LOADER_PARTS}
+    return {f"{name}.{part}": value for part, value in parts.items() if value is not own}
+
+
+def look(trainer: Trainer) -> Look:
+    """At everything of this training that its state_dicts may leave out."""
+    module = trainer.lightning_module
+    roots: dict[str, Any] = {"model": module}
+    if trainer.datamodule is not None:  # type: ignore[attr-defined]
+        roots["data"] = trainer.datamodule  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, _NOT_LOOKED_AT):
+            continue
+        name = type(callback).__name__
+        number = sum(one.startswith(name) for one in roots)
+        roots[f"{name}{number + 1 if number else ''}"] = callback
+    for number, loader in enumerate(train_loaders(trainer)):
+        roots |= _parts(f"training loader {number}", loader)
+    for number, loader in enumerate(_validation_loaders(trainer)):
+        roots |= _parts(f"validation loader {number}", loader)
+    known: dict[int, str] = {id(trainer): "the trainer", id(trainer.strategy): "the strategy"}
+    known |= {id(logger): "a logger" for logger in trainer.loggers}
+    optimizers = [*trainer.optimizers, *trainer.strategy._lightning_optimizers]
+    known |= {id(optimizer): f"optimizer {i}" for i, optimizer in enumerate(optimizers)}
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    known |= {id(scheduler): f"schedule {i}" for i, scheduler in enumerate(schedulers)}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, _NOT_LOOKED_AT):
+            known[id(callback)] = type(callback).__name__
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            known[id(callback._average_model)] = "the averaged weights"
+    if trainer.model is not module:
+        known[id(trainer.model)] = "the wrapped model"
+    return Look(roots, known, module.state_dict().keys())
+
+
+def settings(trainer: Trainer) -> dict[str, Any]:
+    return {name: getattr(trainer, name, None) for name in _SETTINGS}
+
+
+def train_loaders(trainer: Trainer) -> list[Any]:
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
+
+
+def _validation_loaders(trainer: Trainer) -> list[Any]:
+    combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
+
+
+# -- capture ---------------------------------------------------------------------------------------
+
+
 def capture(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
     """The state of this process that Lightning leaves out: with the tensors themselves, for use before training goes on."""
+    connector, fit = trainer._logger_connector, trainer.fit_loop
     logged = [
         {
             "log": {name: getattr(result.meta, name) for name in _LOG_ARGUMENTS}
-            | {"reduce_fx": result.meta.reduce_fx.__name__, "sync_dist": result.meta.sync.should},
+            | {
+                "reduce_fx": result.meta.reduce_fx.__name__,
+                "sync_dist": result.meta.sync.should,
+                "rank_zero_only": result.meta.sync.rank_zero_only,
+            },
             "dataloader_idx": result.meta.dataloader_idx,
             "last": result._forward_cache,
             "value": result.value if result.is_tensor else None,
             "size": result.cumulated_batch_size if result.is_tensor and result.meta.is_mean_reduction else None,
         }
-        for result in trainer.fit_loop.epoch_loop._results.values()
+        for result in fit.epoch_loop._results.values()
         if result.meta.on_epoch and not result.has_reset
     ]
+    for part in module.modules():
+        if isinstance(part, MetricCollection) and part._groups_checked:
+            part._compute_groups_create_state_ref()  # of a group, one metric alone is kept up to date
+    fetcher, combined = fit._data_fetcher, fit._combined_loader
+    iterator = combined._iterator if combined else None
     state = {
         "rng": capture_rng(module.device),
         "metric_states": {
             name: {"updates": metric._update_count} | {key: getattr(metric, key) for key in metric._defaults}
             for name, metric in _metrics(module).items()
         },
+        "trackers": {
+            name: len(part) for name, part in module.named_modules() if isinstance(part, MetricTracker)
+        },
         "logged": logged,
-        "callback_metrics": dict(trainer._logger_connector._callback_metrics),
-    }
+        "callback_metrics": dict(connector._callback_metrics),
+        "logged_metrics": dict(connector._logged_metrics),
+        "progress_bar_metrics": dict(connector._progress_bar_metrics),
+        "gradients": _pending_gradients(module),
+        "fetching": {
+            "first": connector._first_loop_iter,
+            "fetched": fetcher.fetched if fetcher else 0,
+            "index": iterator._idx if iterator else 0,
+            "consumed": list(getattr(iterator, "_consumed", [])),
+            "reloaded": _reloaded(trainer),
+        },
+    }  # fmt: skip
     detached: dict[str, Any] = _detached(state)
     return detached
+
+
+def _reloaded(trainer: Trainer) -> list[int | None]:
+    """The epochs in which the loaders were made anew, where they are; None for one that never was."""
+    if not trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        return []
+    loop = trainer.fit_loop
+    last = (loop._last_train_dl_reload_epoch, loop.epoch_loop.val_loop._last_val_dl_reload_epoch)
+    return [None if epoch == float("-inf") else int(epoch) for epoch in last]
+
+
+def _pending_gradients(module: LightningModule) -> dict[str, Tensor]:
+    """Gradients that the next step may add to: Lightning's own zero_grad comes before any it computes."""
+    own = ("optimizer_zero_grad", "optimizer_step", "backward", "on_before_zero_grad")
+    if module.automatic_optimization and not any(is_overridden(name, module) for name in own):
+        return {}
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+# -- put back --------------------------------------------------------------------------------------
+
+
+def prepare(trainer: Trainer, saved: dict[str, Any]) -> None:
+    """Before the loops run, on a resume: what decides whether they run at all."""
+    loop = trainer.fit_loop.epoch_loop
+    saved["max_steps"] = loop.max_steps
+    if saved["at"] == "validation" and 0 <= loop.max_steps <= saved["global_step"]:
+        # The last step is done, the validation after it is not: Lightning would take the training for done.
+        loop.max_steps = saved["global_step"] + 1
+
+
+def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now: Look) -> list[str]:
+    """Puts everything where it was when the checkpoint was made, at the very same point. Random states come last.
+
+    Without any one of these lines some resume goes wrong: tests/test_exact_resume.py takes each away.
+
+    Returns:
+        Words for what has changed in the training that made the checkpoint, and has no place in this one.
+    """
+    module, fit = trainer.lightning_module, trainer.fit_loop
+    epoch, connector = fit.epoch_loop, trainer._logger_connector
+    _restore_counters(trainer, saved)
+    fetching = saved.get("fetching")
+    if fetching:
+        if fetching["reloaded"]:
+            last = [float("-inf") if number is None else number for number in fetching["reloaded"]]
+            fit._last_train_dl_reload_epoch, epoch.val_loop._last_val_dl_reload_epoch = last
+        connector._first_loop_iter = fetching["first"]
+    else:
+        connector._first_loop_iter = True  # of an older file
+    for name, length in saved.get("trackers", {}).items():
+        tracker: Any = module.get_submodule(name)
+        while len(tracker) < length:
+            tracker.increment()
+    restore_metric_states(module, saved)
+    epoch._results.clear()
+    if saved["at"] == "epoch":
+        _restore_loaders(trainer, saved)
+    else:
+        restore_logged(trainer, module, saved)
+        _restore_fetching(trainer, fetching)
+    restore_metrics(trainer, saved)
+    _restore_gradients(module, saved.get("gradients", {}))
+    failed = baseline.restore(now, saved.get("attributes", []), module.device)
+    for name, value in saved.get("settings", {}).items():
+        setattr(trainer, name, value)
+    trainer.should_stop = saved["should_stop"]
+    restore_rng(saved["rng"], module.device)
+    return failed
+
+
+def _restore_counters(trainer: Trainer, saved: Mapping[str, Any]) -> None:
+    """Lightning has counted on from the file; here its loops stand as if they had never been left."""
+    fit = trainer.fit_loop
+    epoch = fit.epoch_loop
+    fit.load_state_dict(saved["loops"]["fit_loop"])
+    fit._combined_loader_states_to_load = []
+    for loop in (fit, epoch, epoch.val_loop, epoch.automatic_optimization, epoch.manual_optimization):
+        loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
+        loop.reset_restart_stage()
+    epoch.max_steps = saved["max_steps"]
+
+
+def _restore_loaders(trainer: Trainer, saved: Mapping[str, Any]) -> None:
+    """Where an epoch begins Lightning leaves the loaders' states alone; the one of a stream goes on all the same."""
+    states = saved["loops"]["fit_loop"]["state_dict"].get("combined_loader")
+    if states:
+        trainer.fit_loop._combined_loader._load_state_dicts(states)  # type: ignore[union-attr]
+
+
+def load_waiting_states(trainer: Trainer) -> None:
+    """A schedule that asks for `estimated_stepping_batches` made Lightning set up the loader before it had these."""
+    fit = trainer.fit_loop
+    if fit._combined_loader_states_to_load and fit.restarting:
+        fit._combined_loader._load_state_dicts(fit._combined_loader_states_to_load)  # type: ignore[union-attr]
+        fit._combined_loader_states_to_load = []
+        iter(fit._data_fetcher)  # type: ignore[arg-type]
+
+
+def _restore_fetching(trainer: Trainer, fetching: Mapping[str, Any] | None) -> None:
+    fetcher, combined = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
+    if not fetching or fetcher is None or combined is None or combined._iterator is None:
+        return
+    ahead = combined._iterator._idx  # what was fetched in advance, of a loader without a length
+    combined._iterator._idx = fetching["index"]
+    if hasattr(combined._iterator, "_consumed"):
+        combined._iterator._consumed = list(fetching["consumed"])
+    if not ahead:
+        fetcher.fetched = fetching["fetched"]
+
+
+def _restore_gradients(module: LightningModule, gradients: Mapping[str, Tensor]) -> None:
+    parameters = dict(module.named_parameters())
+    for name, gradient in gradients.items():
+        parameters[name].grad = gradient.to(parameters[name].device, copy=True)
 
 
 def restore_metric_states(module: LightningModule, state: Mapping[str, Any]) -> None:
@@ -118,42 +430,14 @@ def restore_logged(trainer: Trainer, module: LightningModule, state: Mapping[str
         if row["size"] is not None:
             result.cumulated_batch_size = row["size"]
     results.dataloader_idx = None
-    # Otherwise the first self.log takes what was just put back for the last epoch's, and resets it.
-    trainer._logger_connector._first_loop_iter = True
 
 
-def reenter(trainer: Trainer, module: LightningModule, saved: Mapping[str, Any]) -> None:
-    """Puts Lightning's loops, from `on_train_start`, where the checkpoint was made.
-
-    Without any one of these lines some resume goes wrong: tests/test_exact_resume.py takes each away.
-    """
-    fit = trainer.fit_loop
-    epoch = fit.epoch_loop
-    validation = epoch.val_loop
-    if fit._combined_loader_states_to_load:
-        # A schedule that asks for `estimated_stepping_batches` made Lightning set up the loader before it had these.
-        fit._combined_loader._load_state_dicts(fit._combined_loader_states_to_load)  # type: ignore[union-attr]
-    # A restarting fit loop leaves out the plateau step at the end of its first epoch.
-    fit._restarting = False
-    if saved["at"] == "epoch":
-        # With max_steps, Lightning takes every resume for one in mid-epoch, and would first run an empty epoch.
-        epoch._restarting = validation._restarting = False
-    else:
-        restore_logged(trainer, module, saved)
-    restore_metric_states(module, saved)
-    trainer.should_stop = saved["should_stop"]
-    if saved["at"] == "batch" and epoch._should_check_val_fx(fit._data_fetcher):  # type: ignore[arg-type]
-        # To leave out the validation that is done, Lightning ends the last step once more, and counts it twice.
-        epoch._batches_that_stepped -= 1
-    if saved["at"] == "validation":
-        validation._restarting, validation._restart_stage = False, "restarted_mid_evaluation"
-    restore_callback_metrics(trainer, saved)
-
-
-def restore_callback_metrics(trainer: Trainer, state: Mapping[str, Any]) -> None:
-    """What plateau schedules and early stopping read."""
-    device = trainer.strategy.root_device
-    trainer._logger_connector._callback_metrics.update(_moved(state["callback_metrics"], device))
+def restore_metrics(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """What plateau schedules, early stopping and progress bars read."""
+    connector, device = trainer._logger_connector, trainer.strategy.root_device
+    connector._callback_metrics = _moved(state["callback_metrics"], device)
+    connector._logged_metrics = _moved(state.get("logged_metrics", {}), device)
+    connector._progress_bar_metrics = _moved(state.get("progress_bar_metrics", {}), device)
 
 
 def canary(
@@ -179,22 +463,216 @@ def canary(
     return {"input": example.cpu(), "output": output.float().cpu()} if isinstance(output, Tensor) else None
 
 
-def why_not_exact(trainer: Trainer) -> str | None:
-    """The sentence for a training whose resume is as exact as Lightning's own; None where it is exact."""
-    loaders = trainer.fit_loop._combined_loader.flattened  # type: ignore[union-attr]
-    if len(loaders) != 1:
-        return f"{len(loaders)} training data loaders: checkpoints at epoch ends only, and a resume is not exact."
-    if not hasattr(loaders[0], "at_boundary"):
-        return (
-            "The training data loader keeps no position: checkpoints at epoch ends only, and a resume is not exact. "
-            "Wrap it: savepoint.loader.resumable(loader)."
-        )
-    inexact = (
-        StochasticWeightAveraging,
-        GradientAccumulationScheduler,
-    )  # they keep what they changed outside any state
-    names = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, inexact)]  # type: ignore[attr-defined]
-    return f"With {', '.join(names)} a resume is not exact: it does not save all it changes." if names else None
+# -- one start ---------------------------------------------------------------------------------------
+
+
+def load_in_precision(trainer: Trainer, module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Weights of `64-true` or `bf16-true`: Lightning loads them before the module has that type."""
+    if not isinstance(trainer.precision_plugin, DoublePrecision | HalfPrecision):
+        return
+    trainer.precision_plugin.convert_module(module)
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+
+
+def found(trainer: Trainer) -> dict[str, Any]:
+    """What Lightning's finders have set before the training: a resume does not search again."""
+    module = trainer.lightning_module
+    values: dict[str, Any] = {}
+    for name in _finders(trainer):
+        if name and lightning_hasattr(module, name):
+            values[name] = lightning_getattr(module, name)
+    return values
+
+
+def _finders(trainer: Trainer) -> dict[str, Callback]:
+    """The finders by the attribute that each sets."""
+    finders: dict[str, Callback] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if type(callback).__module__.startswith("savepoint."):
+            continue
+        if isinstance(callback, BatchSizeFinder):
+            finders[callback._batch_arg_name] = callback
+        if isinstance(callback, LearningRateFinder):
+            has_lr = lightning_hasattr(trainer.lightning_module, "lr")
+            default = "lr" if has_lr else "learning_rate"
+            finders[callback._attr_name or default] = callback
+    return finders
+
+
+def skip_finders(trainer: Trainer, values: Mapping[str, Any]) -> None:
+    """Until `wake_finders`: a search would start from the weights of a training in progress, and end it."""
+    for name, callback in _finders(trainer).items():
+        search = "lr_find" if isinstance(callback, LearningRateFinder) else "scale_batch_size"
+        vars(callback)[search] = _search_nothing
+        if name in values and lightning_hasattr(trainer.lightning_module, name):
+            lightning_setattr(trainer.lightning_module, name, values[name])
+
+
+def wake_finders(trainer: Trainer) -> None:
+    for callback in _finders(trainer).values():
+        for search in ("lr_find", "scale_batch_size"):
+            vars(callback).pop(search, None)
+
+
+def _search_nothing(*args: Any, **kwargs: Any) -> None: ...
+
+
+def run_in_order(trainer: Trainer) -> None:
+    """Lightning overfits on the same batches by a sequential sampler, which it knows how to give a DataLoader only."""
+    for loader in train_loaders(trainer):
+        if trainer.overfit_batches and hasattr(loader, "shuffle"):  # type: ignore[attr-defined]
+            loader.shuffle = False
+
+
+def set_up_validation(trainer: Trainer) -> None:
+    """The validation's loaders, for a resume to put their state back before the first validation."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    if loop._combined_loader is not None or not trainer.enable_validation:
+        return
+    trainer.validating = True
+    loop.setup_data()
+    trainer.training = True
+
+
+# -- around the loaders ------------------------------------------------------------------------------
+
+
+def held(trainer: Trainer, before: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Marks of what the running epoch goes by: its sampler, and data sets of which workers hold a copy.
+
+    Args:
+        before: The marks of the epoch before: workers that persist hold the copy that they began with.
+    """
+    marks: dict[Any, Any] = {}
+    now: Look | None = None
+    for loader in train_loaders(trainer):
+        parts = loader.user_parts() if hasattr(loader, "user_parts") else {}
+        if not parts.get("sampler"):
+            continue
+        now = now or look(trainer)
+        marks |= now.marks_below(parts["sampler"])
+        if loader.num_workers:
+            copies = now.marks_below(parts["dataset"])
+            kept = {path: before[path] for path in copies if path in before}
+            marks |= copies | (kept if loader.persistent_workers else {})
+    return marks
+
+
+def states_before_prefetching(trainer: Trainer) -> list[Any] | None:
+    """Of loaders without a length Lightning fetches one batch in advance: their states before they give the next one.
+
+    None where nothing is fetched in advance.
+    """
+    fetcher, combined = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
+    if not isinstance(fetcher, _PrefetchDataFetcher) or fetcher.length is not None or not combined:
+        return None
+    return copy.deepcopy(combined._state_dicts())
+
+
+def loader_states(trainer: Trainer) -> list[Any]:
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else combined._state_dicts()
+
+
+# -- around a validation -----------------------------------------------------------------------------
+
+_MOST_BUFFER_BYTES = 64 * 2**20
+
+
+def before_validation(trainer: Trainer) -> dict[str, Any]:
+    """What a file made inside the validation takes from its start: counters, and buffers that its hooks may change."""
+    module = trainer.lightning_module
+    buffers = {name: buffer for name, buffer in module.named_buffers() if not buffer.is_sparse}
+    if sum(buffer.nbytes for buffer in buffers.values()) > _MOST_BUFFER_BYTES:
+        buffers = {}
+    return {
+        "fit_loop": trainer.fit_loop.state_dict(),
+        "buffers": {name: buffer.detach().clone() for name, buffer in buffers.items()},
+        "versions": versions(module),
+    }
+
+
+def as_before_validation(trainer: Trainer, checkpoint: dict[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """Puts into `checkpoint` what `before_validation` gave; returns words for weights that the validation has changed."""
+    checkpoint["loops"]["fit_loop"] = before["fit_loop"]
+    weights: dict[str, Any] = checkpoint["state_dict"]
+    weights |= {name: value for name, value in before["buffers"].items() if name in weights}
+    if averaging(trainer):  # it exchanges the weights for the validation, and back for this file
+        return []
+    now = versions(trainer.lightning_module)
+    changed = [name for name in now if now[name] != before["versions"].get(name)]
+    return [f"model.{name} (changed inside a validation)" for name in changed if name not in before["buffers"]]
+
+
+def versions(module: LightningModule) -> dict[str, tuple[int, int]]:
+    """Of each weight and buffer what changes when it is written to, without a look at its values."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {name: (id(tensor), tensor._version) for name, tensor in tensors if not tensor.is_inference()}
+
+
+def left_out(module: LightningModule, weights: Mapping[str, Any], at_start: Mapping[str, Any]) -> list[str]:
+    """Words for weights that have changed and that the user's own code has taken out of the file."""
+    now = versions(module)
+    persisted = {*dict(module.named_parameters()), *module.state_dict()}
+    gone = [name for name in now if name in persisted and name not in weights]
+    return [f"model.{name} (left out of the file)" for name in gone if now[name] != at_start.get(name)]
+
+
+def at_end_of_epoch(trainer: Trainer) -> bool:
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+
+
+# -- what cannot be exact --------------------------------------------------------------------------
+
+
+def inexact(trainer: Trainer, at: str | None) -> list[str]:
+    """Why a resume from this point would not equal the straight run, as far as no look is needed to know."""
+    if at is None:
+        return ["saved elsewhere than at a safe point"]
+    reasons = [_without_position(loader, at, trainer) for loader in train_loaders(trainer)]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging):
+            reasons.append(f"{type(callback).__name__} does not save all it changes")
+    for loader in _validation_loaders(trainer):
+        if isinstance(loader, DataLoader) and loader.num_workers and loader.persistent_workers:
+            reasons.append(
+                "the validation loader keeps its workers, and what they have drawn with them; "
+                "wrap it: savepoint.loader.resumable(loader)"
+            )
+    return [reason for reason in dict.fromkeys(reasons) if reason]
+
+
+def _without_position(loader: Any, at: str, trainer: Trainer) -> str:
+    if isinstance(loader, _Stateful):
+        limited = trainer.num_training_batches < (_length(loader) or 0)
+        if at == "epoch" and limited and not hasattr(loader, "user_parts"):
+            return "the training loader is left in the middle of its own epoch"
+        return ""
+    if at != "epoch":
+        return "the training loader keeps no position; wrap it: savepoint.loader.resumable(loader)"
+    if isinstance(loader, DataLoader) and loader.num_workers and loader.persistent_workers:
+        return "the training loader keeps its workers, and what they have drawn with them"
+    return ""
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def seed_validation(trainer: Trainer) -> None:
+    """What the workers of a validation draw is a function of (seed, step, loader), and shifts no generator of the training.
+
+    A stock loader would draw the seed of its workers from the global generator, as often as it is iterated: after a
+    resume once more, where its workers stay.
+    """
+    for number, loader in enumerate(_validation_loaders(trainer)):
+        own = getattr(loader, "_savepoint_generator", None)
+        if isinstance(loader, DataLoader) and loader.generator is own:
+            seed = derive(torch.initial_seed(), trainer.global_step, number)
+            loader.generator = loader._savepoint_generator = torch.Generator().manual_seed(seed)
 
 
 def averaging(trainer: Trainer) -> list[WeightAveraging]:

@@ -1,0 +1,697 @@
+"""What a training changes beside its state_dicts, found by looking at its objects: saved where it is plain, else named.
+
+A `Look` walks from a few roots (the model, the callbacks, the data) over attributes, containers and helper objects. Of
+each place it keeps a mark that is equal as long as nothing there has changed. Two looks give the difference: what a
+checkpoint must hold, and what it cannot. Only differences are saved, so that what a config overrides and a training
+never changes is taken from the config.
+
+An attribute counts unless a base class of a framework assigns it: those names are read from the classes' byte code.
+"""
+
+import collections
+import contextlib
+import dis
+import functools
+import inspect
+import io
+import logging
+import sys
+import sysconfig
+import threading
+import types
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+from savepoint.checkpoint.pack import Packer, Unpackable, is_generator, mark, unpack
+
+# How to go on from an object: ("attr", name), ("item", key), ("nth", place), ("cell", place),
+# ("module", name), ("buffer", name), ("parameter", name), ("requires_grad", name), ("state", "").
+Step = tuple[str, Any]
+Path = tuple[Step, ...]
+
+_SMALL_VALUES, _SMALL_BYTES = 1_000, 64 * 1024  # of what the first look keeps a copy
+_THIRD_PARTY_VALUES = 500  # how far an object of a library is entered
+
+# What these assign is saved by other means, or is no state.
+_FRAMEWORK = ("lightning.", "lightning_fabric.", "pytorch_lightning.", "savepoint.")
+_FRAMEWORK_CLASSES = (nn.Module, Metric, Optimizer, DataLoader, object)
+_OPEN = "lightning.pytorch.callbacks."  # its concrete classes keep state that no state_dict has
+_CALLBACK = "lightning.pytorch.callbacks.callback"
+
+# Caches, hooks, and what metric states bring along by themselves.
+_NO_STATE = frozenset({
+    "_computed", "_cache", "_is_synced", "_update_called", "_update_count", "_forward_cache", "_groups",
+    "_groups_checked", "_state_is_copy", "_compute_groups_create_state_ref", "_orig_mod", "training",
+    "_compiled_call_impl", "update", "compute", "_update_signature", "_flat_weight_refs", "_flat_weights",
+    "__orig_class__", "savepoint_skip",
+})  # fmt: skip
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_IGNORED = (
+    weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType, logging.Logger, threading.Thread,
+    type(threading.Lock()), type(threading.RLock()), threading.local, threading.Event, threading.Condition,
+)  # fmt: skip
+_ITSELF = (type, types.ModuleType, types.BuiltinFunctionType, types.MethodWrapperType)
+_SEQUENCES = (list, tuple, collections.deque)
+_SCALARS = (type(None), bool, int, float, complex, str, bytes)
+
+
+@dataclass(slots=True)
+class _Place:
+    """What stands at a path.
+
+    Attributes:
+        mark: Equal to that of an earlier look if nothing has changed.
+        packed: What a checkpoint would hold; meaningless where `what` is given.
+        what: Words for a value that no checkpoint can hold, else "".
+        weight: Number of values in it.
+    """
+
+    mark: Any
+    packed: Any = None
+    what: str = ""
+    small: bool = False
+
+
+class Look:
+    """One walk over everything that is reachable from the roots.
+
+    Args:
+        roots: Name and object, in an order that stays: the first path to an object names it.
+        known: What is never entered, such as the Trainer and its optimizers: id and a name.
+        persisted: Names in the model's state_dict: those weights are saved by Lightning.
+    """
+
+    def __init__(self, roots: Mapping[str, Any], known: Mapping[int, str], persisted: Iterable[str]) -> None:
+        self.roots, self._known, self._persisted = roots, known, frozenset(persisted)
+        self.places: dict[Path, _Place] = {}
+        self.objects: dict[Path, type] = {}
+        self.visited: set[Path] = set()
+        self._first: dict[int, Path] = {}
+        self._alive: list[Any] = []  # so that no id is given to a second object while marks hold it
+        self._library_values = 0
+        self._classes: set[type] = set()
+        self._codes: list[types.FunctionType] = []
+        self._registered: set[int] = set()
+        for name, root in roots.items():
+            if isinstance(root, nn.Module):
+                self._register((("root", name),), root)
+                self._registered |= set(map(id, root.modules()))
+        for name, root in roots.items():
+            self._root((("root", name),), root)
+        self._look_at_classes()
+
+    def marks_below(self, value: Any) -> dict[Path, Any]:
+        """The marks of everything that `value` holds."""
+        top = self._first.get(id(value))
+        if top is None:
+            return {}
+        length = len(top)
+        return {path: place.mark for path, place in self.places.items() if path[:length] == top}
+
+    # -- modules -----------------------------------------------------------------------------------
+
+    def _register(self, path: Path, module: nn.Module) -> None:
+        """The places of a registered module and its weights, before any attribute that also holds them."""
+        if id(module) in self._first:
+            return
+        self._first[id(module)] = path
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                self._first.setdefault(id(parameter), (*path, ("parameter", name)))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                self._first.setdefault(id(buffer), (*path, ("buffer", name)))
+        for name, child in module._modules.items():
+            if child is not None:
+                self._register(_below(path, name), child)
+
+    def _root(self, path: Path, root: Any) -> None:
+        if isinstance(root, nn.Module):
+            self._module(path, root, prefix="", persisted=self._persisted)
+        elif id(root) not in self._first:
+            self._visit(path, root)
+
+    def _module(self, path: Path, module: nn.Module, prefix: str, persisted: frozenset[str]) -> None:
+        """A module, its weights as far as they are in no state_dict, and its sub-modules."""
+        self.objects[path] = type(module)
+        self._alive.append(module)
+        compiled = "_orig_mod" in module._modules
+        if not compiled:
+            self._put((*path, ("attr", "training")), module.training)
+            hooks = sum(len(getattr(module, name)) for name in _HOOKS)
+            self.places[(*path, ("hooks", ""))] = _Place(hooks, what="other hooks than at the start")
+            for name, parameter in module._parameters.items():
+                self._weight((*path, ("parameter", name)), parameter, prefix + name in persisted)
+            for name, buffer in module._buffers.items():
+                self._weight((*path, ("buffer", name)), buffer, prefix + name in persisted)
+            self._attributes(path, module)
+        for name, child in module._modules.items():
+            if child is None:
+                continue
+            at = _below(path, name)
+            if self._first.get(id(child), at) == at:
+                self._first[id(child)] = at
+                self._module(at, child, f"{prefix}{name}.", persisted)
+
+    def _weight(self, path: Path, tensor: Tensor | None, persisted: bool) -> None:
+        if tensor is None:
+            return
+        if path[-1][0] == "parameter":
+            self._put((*path[:-1], ("requires_grad", path[-1][1])), tensor.requires_grad)
+        if not persisted and not is_lazy(tensor):
+            self._first.setdefault(id(tensor), path)
+            self._packed(path, tensor.detach())
+
+    # -- everything else ---------------------------------------------------------------------------
+
+    def _visit(self, path: Path, value: Any) -> None:
+        self.visited.add(path)
+        if type(value) in _SCALARS:
+            self._put(path, value)
+            return
+        if isinstance(value, _IGNORED):
+            return
+        first = self._first.get(id(value))
+        if first is not None and first != path:
+            packed = {"!": "same", "of": packed_path(first)}
+            self.places[path] = _Place(("same", first), packed, small=True)
+            return
+        self._alive.append(value)
+        if id(value) in self._known:
+            self.places[path] = _Place(self._known[id(value)], what=self._known[id(value)])
+            return
+        if not isinstance(value, _ITSELF):
+            self._first[id(value)] = path
+        if isinstance(value, Tensor | np.ndarray | np.generic) or is_generator(value):
+            self._packed(path, value)
+        elif isinstance(value, list | tuple | collections.deque | set | frozenset | dict):
+            self._container(path, value)
+        elif isinstance(value, nn.Module):
+            self._register(path, value)
+            self._module(path, value, "", frozenset())
+        elif isinstance(value, Optimizer | LRScheduler):
+            self._packed((*path, ("state", "")), value.state_dict())
+        elif isinstance(value, types.FunctionType | types.MethodType | functools.partial):
+            self._function(path, value)
+        elif isinstance(value, _ITSELF):
+            self._opaque(path, value, "another object than at the start")
+        elif isinstance(value, io.IOBase):
+            self._file(path, value)
+        elif hasattr(type(value), "__next__"):
+            # How far it has come cannot be seen, and asking it would move it.
+            self._opaque(path, value, f"an iterator ({type(value).__name__})", always=True)
+        else:
+            self._object(path, value)
+
+    def _put(self, path: Path, value: Any) -> None:
+        try:
+            packed = Packer().pack(value)
+        except Unpackable as error:
+            self._opaque(path, value, _words(error.args[0]))
+            return
+        self.places[path] = _Place(mark(packed), packed, small=True)
+
+    def _packed(self, path: Path, value: Any) -> None:
+        packer = Packer()
+        try:
+            packed = packer.pack(value)
+        except Unpackable as error:
+            self._opaque(path, value, _words(error.args[0]))
+            return
+        small = packer.values <= _SMALL_VALUES and packer.bytes <= _SMALL_BYTES
+        self.places[path] = _Place(mark(packed), packed, small=small)
+
+    def _opaque(self, path: Path, value: Any, what: str, always: bool = False) -> None:
+        self.places[path] = _Place(object() if always else id(value), what=what)
+
+    def _container(self, path: Path, value: Any) -> None:
+        packer = Packer()
+        try:
+            packed = packer.pack(value)
+        except Unpackable as error:
+            if isinstance(error.args[0], str):
+                self._opaque_size(path, value, error.args[0])
+            else:
+                self._items(path, value)
+        else:
+            small = packer.values <= _SMALL_VALUES and packer.bytes <= _SMALL_BYTES
+            self.places[path] = _Place(mark(packed), packed, small=small)
+        if hasattr(value, "__dict__"):
+            self._attributes_of(path, value, vars(value))
+
+    def _opaque_size(self, path: Path, value: Any, what: str) -> None:
+        """Too much to compare: its length and a sample of its values."""
+        items = list(value.items()) if isinstance(value, dict) else list(value)
+        sample = items[:: max(1, len(items) // 500)]
+        try:
+            seen = mark(Packer().pack(sample))
+        except Unpackable:
+            seen = id(value)
+        self.places[path] = _Place((len(items), seen), what=what)
+
+    def _items(self, path: Path, value: Any) -> None:
+        """Item by item, where objects stand among the values."""
+        if isinstance(value, set | frozenset):
+            self.places[path] = _Place((id(value), len(value)), what="a set of objects")
+            return
+        if isinstance(value, dict):
+            for place, (key, item) in enumerate(list(value.items())):
+                plain = type(key) in (str, int, bool, float, type(None))
+                self._visit((*path, ("item", key) if plain else ("nth", place)), item)
+            return
+        self.places[path] = _Place((type(value).__name__, len(value)), what=f"a {type(value).__name__} of objects")
+        for place, item in enumerate(value):
+            self._visit((*path, ("item", place)), item)
+
+    def _function(self, path: Path, value: Any) -> None:
+        """A function is itself; what it carries along (closure, bound object, arguments) may change."""
+        if isinstance(value, types.MethodType):
+            self.places[path] = _Place(id(value.__func__), what="another function than at the start")
+            self._first.pop(id(value), None)  # a bound method is made anew each time it is asked for
+            self._visit((*path, ("attr", "__self__")), value.__self__)
+            return
+        self._opaque(path, value, "another function than at the start")
+        if isinstance(value, functools.partial):
+            self._visit((*path, ("attr", "func")), value.func)
+            self._visit((*path, ("attr", "args")), value.args)
+            self._visit((*path, ("attr", "keywords")), value.keywords)
+            return
+        if _is_library(value.__module__):
+            return
+        self._codes.append(value)
+        for place, cell in enumerate(value.__closure__ or ()):
+            with contextlib.suppress(ValueError):  # an empty cell
+                self._visit((*path, ("cell", place)), cell.cell_contents)
+
+    def _file(self, path: Path, value: Any) -> None:
+        try:
+            where: Any = value.tell()
+        except (OSError, ValueError):
+            where = None
+        self.places[path] = _Place((id(value), where), what="a file handle")
+
+    def _object(self, path: Path, value: Any) -> None:
+        self.objects[path] = type(value)
+        library = _is_library(type(value).__module__)
+        if library:
+            if self._library_values > _THIRD_PARTY_VALUES:
+                return
+            self._library_values += 1
+        self._attributes(path, value)
+        if library:
+            self._forgive(path)
+
+    def _forgive(self, path: Path) -> None:
+        """A library's own unsavable parts (windows, sockets, caches) do not make a training inexact."""
+        for at in [at for at in self.places if at[: len(path)] == path]:
+            place = self.places[at]
+            if place.what and "iterator" not in place.what:
+                del self.places[at]
+        for at in [at for at in self.objects if at[: len(path)] == path]:
+            del self.objects[at]
+
+    def _attributes(self, path: Path, value: Any) -> None:
+        self._classes.add(type(value))
+        own = dict(getattr(value, "__dict__", {}))
+        for base in type(value).__mro__:
+            for name in _slots(base):
+                with contextlib.suppress(AttributeError):
+                    own[name] = getattr(value, name)
+        self._attributes_of(path, value, own)
+
+    def _attributes_of(self, path: Path, value: Any, own: Mapping[str, Any]) -> None:
+        kind: Any = type(value)
+        left_out = assigned_by_frameworks(kind)
+        skipped = getattr(type(value), "savepoint_skip", ())
+        left_out = left_out.union(skipped, _NO_STATE) - {"_hparams"}
+        if isinstance(value, Metric):
+            if id(value) in self._registered:  # its states are always saved, whatever they are
+                left_out |= set(value._defaults)
+            else:
+                self._visit((*path, ("attr", "_update_count")), value._update_count)
+        for name in list(own):
+            if name not in left_out:
+                self._visit((*path, ("attr", name)), own[name])
+
+    # -- classes and modules, seen but never put back -----------------------------------------------
+
+    def _look_at_classes(self) -> None:
+        bases = {base for kind in self._classes for base in kind.__mro__}
+        for kind in sorted(bases, key=lambda base: (base.__module__, base.__qualname__)):
+            if not _is_library(kind.__module__):
+                self._class(kind)
+                self._codes += _functions(kind)
+        for function in self._codes:
+            self._globals(function)
+
+    def _class(self, kind: type) -> None:
+        for name, value in list(vars(kind).items()):
+            if name.startswith("__") or name in _NO_STATE:
+                continue
+            self._shared((("class", f"{kind.__module__}.{kind.__qualname__}"), ("attr", name)), value)
+
+    def _globals(self, function: types.FunctionType) -> None:
+        for name in _names(function.__code__):
+            if name not in function.__globals__:
+                continue
+            value = function.__globals__[name]
+            if isinstance(value, type) and not _is_library(value.__module__):
+                self._class(value)
+            elif not isinstance(value, _ITSELF):
+                self._shared((("module", function.__module__), ("attr", name)), value)
+
+    def _shared(self, path: Path, value: Any) -> None:
+        """Of a class or a module: others may share it, so a change is named, and nobody's else is put back."""
+        if path in self.places or isinstance(value, types.FunctionType | property):
+            return
+        if id(value) in self._first:
+            return
+        try:
+            packed = Packer().pack(value)
+        except Unpackable:
+            if hasattr(type(value), "__next__"):
+                self._opaque(path, value, "an iterator", always=True)
+            return
+        self.places[path] = _Place(mark(packed), what="shared by all that use it")
+
+
+class Baseline:
+    """How everything looked before the first step of this process, and what has changed since.
+
+    Only what a fresh start of the same code would not come to by itself is saved.
+    """
+
+    def __init__(self, first: Look) -> None:
+        self.places: dict[Path, _Place] = {}
+        self.objects: dict[Path, type] = {}
+        self._roots: set[str] = set()
+        self._alive: list[Any] = []
+        self.meet(first)
+
+    def begin(self, look: Look) -> None:
+        """After the hooks that set up: what they have made is as it was at the start.
+
+        What they have changed counts as changed, if it is small: a resume may set up other values (a finder, say).
+        """
+        for path, place in look.places.items():
+            before = self.places.get(path)
+            if before is None or not (before.small and place.small):
+                self.places[path] = _without_large(place)
+        for path in [path for path in self.places if path not in look.places]:
+            del self.places[path]
+        self.objects = dict(look.objects)
+        self._roots = set(look.roots)
+        self._alive += look._alive
+
+    def meet(self, look: Look) -> None:
+        """Roots that were not there before, such as a loader that has just been made, are as they were at the start."""
+        new = set(look.roots) - self._roots
+        if not new:
+            return
+        self._roots |= new
+        for path, place in look.places.items():
+            if path[0][1] in new or path[0][0] != "root":
+                self.places.setdefault(path, _without_large(place))
+        self.objects |= {path: kind for path, kind in look.objects.items() if path[0][1] in new}
+        self._alive += look._alive
+
+    def accept(self, look: Look) -> None:
+        """Objects that the hooks before the first batch have made: a resumed process makes them too."""
+        self.objects |= look.objects
+        self._alive += look._alive
+        for path, place in look.places.items():
+            if place.what and path not in self.places:
+                self.places[path] = _without_large(place)
+
+    def changes(self, look: Look) -> tuple[list[Any], list[str]]:
+        """What has changed: [packed path, packed value] of each place, and words for what is no value."""
+        saved, named = [], []
+        for path, place in look.places.items():
+            before = self.places.get(path)
+            if before is not None and before.mark == place.mark:
+                continue
+            if not place.what:
+                saved.append([packed_path(path), place.packed])
+            elif before is not None or path[-1][0] != "hooks":
+                named.append(f"{in_words(path)} ({place.what})")
+        for path in self.places:
+            gone = path[-1][0] == "attr" and path not in look.visited and path[:-1] in look.objects
+            if gone and path not in look.places:
+                saved.append([packed_path(path), {"!": "gone"}])
+        for path, kind in look.objects.items():
+            if self.objects.get(path) is not kind and path[-1][0] != "root":
+                named.append(f"{in_words(path)} (a new {kind.__name__})")
+        return saved, named
+
+    def restore(self, look: Look, saved: Iterable[Any], device: torch.device) -> list[str]:
+        """Puts every place where it was when `saved` was made; returns words for what has no place here.
+
+        Args:
+            look: At the objects as they are now: what the hooks of this start have changed is taken back too.
+        """
+        failed = []
+        meant = {path_of(packed): value for packed, value in saved}
+        for path, place in look.places.items():
+            before = self.places.get(path)
+            if path in meant or before is None or before.mark == place.mark or place.what:
+                continue
+            if before.small:
+                meant[path] = before.packed
+        for path, packed in meant.items():
+            try:
+                _put_back(look.roots, path, packed, device)
+            except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, Unpackable):
+                failed.append(in_words(path))
+        return failed
+
+
+def changed_since(marks: Mapping[Path, Any], look: Look) -> list[str]:
+    """Words for what is another one than when `marks` were taken: the running epoch goes by what they were."""
+    now = {path: look.places[path].mark for path in marks if path in look.places}
+    changed = [path for path, mark in marks.items() if now.get(path) != mark]
+    return [f"{in_words(path)} (changed while the epoch goes by what it was)" for path in changed]
+
+
+def _without_large(place: _Place) -> _Place:
+    if place.small:
+        return _Place(place.mark, _copied(place.packed), place.what, small=True)
+    return _Place(place.mark, None, place.what)
+
+
+def _copied(packed: Any) -> Any:
+    if isinstance(packed, Tensor):
+        return packed.detach().clone()
+    if isinstance(packed, list):
+        return [_copied(item) for item in packed]
+    if isinstance(packed, dict):
+        return {key: _copied(item) for key, item in packed.items()}
+    return packed
+
+
+# -- paths -----------------------------------------------------------------------------------------
+
+
+def packed_path(path: Path) -> list[Any]:
+    return [list(step) for step in path]
+
+
+def path_of(packed: Iterable[Any]) -> Path:
+    return tuple((kind, key) for kind, key in packed)
+
+
+def in_words(path: Path) -> str:
+    """`model.net.history[3]`."""
+    words = str(path[0][1])
+    for kind, key in path[1:]:
+        if kind in ("item", "nth", "cell"):
+            words += f"[{key!r}]"
+        elif key:
+            words += f".{key}"
+    return words
+
+
+def _below(path: Path, name: str) -> Path:
+    """Of a sub-module. That of a compiled one has the place of what was compiled: compiling is no change."""
+    return path if name == "_orig_mod" else (*path, ("module", name))
+
+
+def _get(owner: Any, step: Step) -> Any:
+    kind, key = step
+    if kind == "attr":
+        return getattr(owner, key)
+    if kind == "item":
+        return owner[key]
+    if kind == "nth":
+        return list(owner.values())[key]
+    if kind == "cell":
+        return owner.__closure__[key].cell_contents
+    if kind == "state":
+        return owner
+    if kind == "requires_grad":
+        return owner._parameters[key].requires_grad
+    members = {"module": "_modules", "buffer": "_buffers", "parameter": "_parameters"}[kind]
+    while key not in getattr(owner, members) and "_orig_mod" in owner._modules:
+        owner = owner._modules["_orig_mod"]
+    return getattr(owner, members)[key]
+
+
+def _resolve(roots: Mapping[str, Any], path: Path) -> Any:
+    value = roots[path[0][1]]
+    for step in path[1:]:
+        if isinstance(value, nn.Module) and "_orig_mod" in value._modules:
+            value = value._modules["_orig_mod"]
+        value = _get(value, step)
+    return value
+
+
+def _put_back(roots: Mapping[str, Any], path: Path, packed: Any, device: torch.device) -> None:
+    if any(type(key) is str and key.startswith("__") and key != "__self__" for _, key in path):
+        raise ValueError(f"no place for a checkpoint to change: {in_words(path)}")
+    owner, step = _resolve(roots, path[:-1]), path[-1]
+    if isinstance(owner, nn.Module) and "_orig_mod" in owner._modules:
+        owner = owner._modules["_orig_mod"]
+    if isinstance(packed, dict) and packed["!"] == "gone":
+        _remove(owner, step)
+        return
+    live = None
+    with contextlib.suppress(LookupError, AttributeError, ValueError):
+        live = _get(owner, step)
+    if isinstance(packed, dict) and packed["!"] == "same":
+        value = _resolve(roots, path_of(packed["of"]))
+    else:
+        value = unpack(packed, live, device)
+    if value is not live:
+        _refuse_another_kind(live, value)
+        _set(roots, path, owner, value)
+
+
+def _refuse_another_kind(live: Any, value: Any) -> None:
+    """A list that the code of today calls a set: neither would be what the code expects."""
+    containers = (list, tuple, dict, set, collections.deque, Tensor, np.ndarray)
+    if not isinstance(live, containers) or not isinstance(value, containers):
+        return
+    if not isinstance(value, type(live)) and not isinstance(live, type(value)):
+        raise TypeError(f"{type(live).__name__} now, {type(value).__name__} in the checkpoint")
+
+
+def _remove(owner: Any, step: Step) -> None:
+    with contextlib.suppress(AttributeError, KeyError):
+        if step[0] == "attr":
+            delattr(owner, step[1])
+        elif isinstance(owner, dict):
+            del owner[step[1]]
+
+
+def _set(roots: Mapping[str, Any], path: Path, owner: Any, value: Any) -> None:
+    kind, key = path[-1]
+    if kind == "attr":
+        try:
+            setattr(owner, key, value)
+        except (AttributeError, TypeError):  # a frozen dataclass, say, that its own code has changed
+            object.__setattr__(owner, key, value)
+    elif kind in ("item", "nth") and isinstance(owner, tuple):
+        items = [value if place == key else item for place, item in enumerate(owner)]
+        whole = type(owner)(*items) if hasattr(owner, "_fields") else tuple(items)
+        _set(roots, path[:-1], _resolve(roots, path[:-2]), whole)
+    elif kind == "item":
+        owner[key] = value
+    elif kind == "nth":
+        owner[list(owner)[key]] = value
+    elif kind == "cell":
+        owner.__closure__[key].cell_contents = value
+    elif kind == "buffer":
+        owner._buffers[key] = value
+    elif kind == "parameter":
+        owner._parameters[key].data = value
+    elif kind == "requires_grad":
+        owner._parameters[key].requires_grad_(value)
+    elif kind == "state":
+        owner.load_state_dict(value)
+
+
+# -- what a class is -------------------------------------------------------------------------------
+
+
+@functools.cache
+def assigned_by_frameworks(kind: type) -> frozenset[str]:
+    """The names of attributes that the frameworks' classes among its bases assign anywhere in their code."""
+    names: set[str] = set()
+    for base in kind.__mro__:
+        framework = base.__module__.startswith(_FRAMEWORK) or base in _FRAMEWORK_CLASSES
+        if framework and (not base.__module__.startswith(_OPEN) or base.__module__ == _CALLBACK):
+            names |= set(inspect.get_annotations(base))
+            for function in _functions(base):
+                names |= set(_assigned(function.__code__))
+    return frozenset(names)
+
+
+def _functions(kind: type) -> list[types.FunctionType]:
+    found = []
+    for member in vars(kind).values():
+        for part in (member, *(getattr(member, name, None) for name in ("fget", "fset", "__func__"))):
+            while hasattr(part, "__wrapped__"):
+                part = part.__wrapped__
+            if isinstance(part, types.FunctionType):
+                found.append(part)
+    return found
+
+
+def _assigned(code: types.CodeType) -> Iterator[str]:
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "STORE_ATTR":
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _assigned(constant)
+
+
+@functools.cache
+def _names(code: types.CodeType) -> frozenset[str]:
+    """The global names that a function's code mentions, inner functions included."""
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return frozenset(code.co_names).union(*inner)
+
+
+@functools.cache
+def _slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+@functools.cache
+def _is_library(module: str | None) -> bool:
+    """Installed code, as against the user's own."""
+    if module is None or module == "builtins":
+        return True
+    if module == "savepoint" or module.startswith("savepoint."):
+        return True
+    found = sys.modules.get(module)
+    file = getattr(found, "__file__", None)
+    if module == "__main__":
+        return False
+    if file is None:
+        return found is not None
+    paths = sysconfig.get_paths()
+    installed = (paths["stdlib"], paths["purelib"], paths["platlib"])
+    return str(file).startswith(installed)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, io.IOBase):
+        return "a file handle"
+    kind = type(value)
+    return f"a {kind.__name__}" if kind.__module__ == "builtins" else f"a {kind.__module__}.{kind.__name__}"

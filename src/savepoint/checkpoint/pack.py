@@ -1,0 +1,387 @@
+"""Plain values as a checkpoint can hold them, and back into the objects that are there. Torch and NumPy, no Lightning.
+
+A packed value is made of tensors and plain values only (`weights_only=True` reads it). What JSON-like values cannot say
+stands in a dict with the key "!" (its kind), so every dict of a user is packed as one of these too:
+
+    {"!": "dict", "keys": [...], "values": [...]}     {"!": "array", "dtype": "<f4", "shape": [3], "bytes": tensor}
+
+Long lists of one kind are packed as a whole: the look at a data set's list of files must not hold up a save.
+"""
+
+import collections
+import enum
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MOST_VALUES = 100_000  # in one attribute: above it, packing would hold up the training
+MOST_BYTES = 256 * 2**20
+_LONG = 64  # values of one kind, from which on they are packed as a whole
+_WHOLE_BYTES = 2**20  # up to here every byte of a tensor is compared, above it its version and a sample
+
+SCALARS = (type(None), bool, int, float, complex, str, bytes)
+_AS_IT_IS = (type(None), bool, float, complex, str)
+_SEQUENCES = (list, tuple, set, frozenset, collections.deque)
+
+
+class Unpackable(Exception):
+    """Carries the value that no checkpoint can hold, or why there are too many."""
+
+
+class Packer:
+    """Packs one attribute; counts what it has met."""
+
+    def __init__(self) -> None:
+        self.values = self.bytes = 0
+
+    def pack(self, value: Any) -> Any:
+        """`value` with its tensors themselves: a copy is the caller's business.
+
+        Raises:
+            Unpackable: something in it is no plain value, or there is too much of it.
+        """
+        self._count(1, 0)
+        kind = type(value)
+        if kind in _AS_IT_IS or (kind is int and value.bit_length() < 64):
+            return value
+        if kind is int:
+            return {"!": "int", "text": str(value)}
+        if kind is bytes:
+            return {"!": "bytes", "of": _bytes(value)}
+        if isinstance(value, Tensor):
+            return self._tensor(value)
+        if isinstance(value, np.ndarray | np.generic):
+            return self._array(value)
+        if kind in _SEQUENCES or isinstance(value, tuple | list):
+            return self._sequence(value)
+        if isinstance(value, dict):
+            return {"!": "dict", "keys": self.pack(list(value)), "values": self.pack(list(value.values()))}
+        if kind in (torch.device, torch.dtype, torch.Size):
+            return value
+        if isinstance(value, enum.Enum):
+            return {"!": "enum", "name": value.name}
+        if isinstance(value, PurePath):
+            return {"!": "path", "text": str(value)}
+        if is_generator(value):
+            return _packed_generator(value)
+        raise Unpackable(value)
+
+    def _count(self, values: int, size: int) -> None:
+        self.values += values
+        self.bytes += size
+        if self.values > MOST_VALUES or self.bytes > MOST_BYTES:
+            raise Unpackable(f"more than {MOST_VALUES} values or {MOST_BYTES >> 20} MB")
+
+    def _tensor(self, value: Tensor) -> Any:
+        if value.grad_fn is not None:
+            raise Unpackable("a tensor with a gradient's history")
+        self._count(0, value.nbytes if value.layout is torch.strided else 0)
+        plain = value.detach()
+        if plain.device.type == "cpu":
+            return plain
+        return {"!": "on the device", "of": plain}
+
+    def _array(self, value: Any) -> Any:
+        if value.dtype.hasobject:
+            raise Unpackable(value)
+        self._count(0, value.nbytes)
+        array = np.ascontiguousarray(value)
+        kind = "array" if isinstance(value, np.ndarray) else "number"
+        data = _bytes(array.tobytes())
+        return {"!": kind, "dtype": array.dtype.str, "shape": list(value.shape), "bytes": data}
+
+    def _sequence(self, value: Any) -> Any:
+        kind = type(value)
+        items = list(value)
+        if issubclass(kind, tuple) and kind is not tuple and not hasattr(kind, "_fields"):
+            raise Unpackable(value)
+        name = kind.__name__ if kind in _SEQUENCES else "list"
+        if hasattr(kind, "_fields"):
+            name = "tuple"
+        packed = self._stacked(items)
+        if packed is None:
+            packed = [self.pack(item) for item in items]
+        if name == "list" and isinstance(packed, list):
+            return packed
+        more = {"maxlen": value.maxlen} if kind is collections.deque else {}
+        return {"!": name, "of": packed} | more
+
+    def _numbers_or_texts(self, items: Sequence[Any]) -> Any:
+        if len(items) > MOST_VALUES:
+            self._count(len(items), 0)
+        kinds = set(map(type, items))
+        if kinds == {str}:
+            self._count(len(items), sum(map(len, items)))
+            return {"!": "texts", "of": list(items)}
+        if kinds not in ({int}, {float}):
+            return None
+        try:
+            numbers = np.array(items, np.int64 if kinds == {int} else np.float64)
+        except OverflowError:
+            return None
+        self._count(len(items), numbers.nbytes)
+        return {"!": "numbers", "of": torch.from_numpy(numbers)}
+
+    def _stacked(self, items: Sequence[Any]) -> Any:
+        """Many values alike as one, many tuples alike as columns: a replay buffer is no ten thousand records."""
+        if len(items) < 16:
+            return None
+        first = items[0]
+        if len(items) >= _LONG and type(first) in (int, float, str):
+            return self._numbers_or_texts(items)
+        if type(first) is Tensor and first.layout is torch.strided and first.grad_fn is None:
+            alike = (first.shape, first.dtype, first.device)
+            if all(type(t) is Tensor and (t.shape, t.dtype, t.device) == alike for t in items):
+                self._count(len(items), first.nbytes * len(items))
+                stacked = torch.stack([item.detach() for item in items])
+                return {"!": "stack", "of": self._tensor(stacked)}
+        if type(first) is not tuple or not first:
+            return None
+        if any(type(item) is not tuple or len(item) != len(first) for item in items):
+            return None
+        columns = zip(*items, strict=True)
+        return {"!": "columns", "of": [self.pack(list(column)) for column in columns]}
+
+
+def pack(value: Any) -> Any:
+    """A packed copy of a small value."""
+    return Packer().pack(value)
+
+
+def unpack(packed: Any, live: Any = None, device: torch.device | str = "cpu") -> Any:
+    """The value of `packed`, put into `live` in place wherever that is of the same kind.
+
+    In place, because others may hold the very list or tensor: an optimizer its parameters, say.
+    """
+    if isinstance(packed, Tensor):
+        return _into_tensor(packed, live)
+    if isinstance(packed, list):
+        return _into_list(_items(packed, live, device), live)
+    if not isinstance(packed, dict):
+        return packed
+    return _UNPACK[packed["!"]](packed, live, device)
+
+
+def _items(packed: Any, live: Any, device: Any) -> list[Any]:
+    if isinstance(packed, list):
+        there = list(live) if isinstance(live, list | tuple | collections.deque) else []
+        there += [None] * (len(packed) - len(there))
+        return [unpack(item, old, device) for item, old in zip(packed, there, strict=False)]
+    if packed["!"] == "stack":
+        return [part.clone() for part in unpack(packed["of"], None, device)]
+    if packed["!"] == "numbers":
+        numbers: list[Any] = packed["of"].tolist()
+        return numbers
+    if packed["!"] == "texts":
+        return list(packed["of"])
+    columns = [unpack(column, None, device) for column in packed["of"]]
+    return list(zip(*columns, strict=True))
+
+
+def _into_list(items: list[Any], live: Any) -> Any:
+    if isinstance(live, list):
+        live[:] = items
+        return live
+    return items
+
+
+def _into_tensor(packed: Tensor, live: Any) -> Any:
+    same = isinstance(live, Tensor) and (live.shape, live.dtype) == (packed.shape, packed.dtype)
+    if same and live.layout is torch.strided and not live.is_inference():
+        with torch.no_grad():
+            live.copy_(packed)
+        return live
+    return packed.clone()
+
+
+def _on_device(packed: Any, live: Any, device: Any) -> Any:
+    if isinstance(live, Tensor) and live.shape == packed["of"].shape:
+        return _into_tensor(packed["of"].to(live.device), live)
+    return packed["of"].to(device)
+
+
+def _into_array(packed: Any, live: Any, device: Any) -> Any:
+    dtype = np.dtype(packed["dtype"])
+    array = np.frombuffer(packed["bytes"].numpy().tobytes(), dtype).reshape(packed["shape"])
+    same = isinstance(live, np.ndarray) and (live.dtype, live.shape) == (dtype, array.shape)
+    if not same or not live.flags.writeable:
+        return array.copy()
+    live[...] = array
+    return live
+
+
+def _into_tuple(packed: Any, live: Any, device: Any) -> Any:
+    items = _items(packed["of"], live, device)
+    return type(live)(*items) if hasattr(type(live), "_fields") else tuple(items)
+
+
+def _into_set(packed: Any, live: Any, device: Any) -> Any:
+    items = _items(packed["of"], None, device)
+    if not isinstance(live, set):
+        return set(items)
+    live.clear()
+    live.update(items)
+    return live
+
+
+def _into_deque(packed: Any, live: Any, device: Any) -> Any:
+    items = _items(packed["of"], live, device)
+    if not isinstance(live, collections.deque) or live.maxlen != packed["maxlen"]:
+        return collections.deque(items, packed["maxlen"])
+    live.clear()
+    live.extend(items)
+    return live
+
+
+def _into_dict(packed: Any, live: Any, device: Any) -> Any:
+    there = live if isinstance(live, dict) else {}
+    keys = unpack(packed["keys"], None, device)
+    values = _items(_inside(packed["values"]), [there.get(key) for key in keys], device)
+    there.clear()
+    there.update(zip(keys, values, strict=True))
+    return there
+
+
+def _inside(packed: Any) -> Any:
+    """Of a packed list, what `_items` takes."""
+    return packed["of"] if isinstance(packed, dict) and packed["!"] == "list" else packed
+
+
+def _into_enum(packed: Any, live: Any, device: Any) -> Any:
+    if not isinstance(live, enum.Enum):
+        raise Unpackable("an enum's member, and none of its kind is there")
+    return type(live)[packed["name"]]
+
+
+def _into_path(packed: Any, live: Any, device: Any) -> Any:
+    return (type(live) if isinstance(live, PurePath) else PurePath)(packed["text"])
+
+
+def _into_generator(packed: Any, live: Any, device: Any) -> Any:
+    if not is_generator(live):
+        raise Unpackable("a random generator, and none is there")
+    set_generator(live, packed)
+    return live
+
+
+_UNPACK: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "int": lambda packed, live, device: int(packed["text"]),
+    "bytes": lambda packed, live, device: packed["of"].numpy().tobytes(),
+    "on the device": _on_device,
+    "array": _into_array,
+    "number": lambda packed, live, device: _into_array(packed, None, device)[()],
+    "tuple": _into_tuple,
+    "set": _into_set,
+    "frozenset": lambda packed, live, device: frozenset(_items(packed["of"], None, device)),
+    "deque": _into_deque,
+    "list": lambda packed, live, device: _into_list(_items(packed["of"], live, device), live),
+    "dict": _into_dict,
+    "enum": _into_enum,
+    "path": _into_path,
+    "generator": _into_generator,
+}
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+
+
+# -- generators ------------------------------------------------------------------------------------
+
+GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+
+
+def is_generator(value: Any) -> bool:
+    return isinstance(value, GENERATORS) and not isinstance(value, random.SystemRandom)
+
+
+def generator_state(generator: Any) -> Any:
+    """The state as the generator's own module gives it."""
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.get_state()
+
+
+def restore_generator(generator: Any, state: Any) -> None:
+    """Takes back what `generator_state` gave."""
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    else:
+        generator.set_state(state)
+
+
+def seed_generator(generator: Any, seed: int) -> None:
+    """A state that is a function of `seed` alone, whatever the generator has drawn."""
+    if isinstance(generator, random.Random):
+        generator.seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = type(generator.bit_generator)(seed).state
+    elif isinstance(generator, np.random.RandomState):
+        generator.seed(seed % 2**32)
+    else:
+        generator.manual_seed(seed)
+
+
+def _packed_generator(generator: Any) -> Any:
+    state = generator_state(generator)
+    if isinstance(generator, random.Random):
+        version, words, gauss = state
+        state = {"version": version, "words": np.array(words), "gauss": gauss}
+    return {"!": "generator", "of": pack(state)}
+
+
+def set_generator(generator: Any, packed: Any) -> None:
+    state = unpack(packed["of"])
+    if isinstance(generator, random.Random):
+        state = (state["version"], tuple(state["words"].tolist()), state["gauss"])
+    restore_generator(generator, state)
+
+
+# -- comparing -------------------------------------------------------------------------------------
+
+
+def mark(packed: Any) -> Any:
+    """What is equal for two packed values if, and but for huge ones only if, they are equal."""
+    if isinstance(packed, Tensor):
+        return _tensor_mark(packed)
+    if isinstance(packed, list):
+        return tuple([mark(item) for item in packed])
+    if isinstance(packed, dict):
+        if packed["!"] == "texts":
+            return len(packed["of"]), zlib.crc32("\0".join(packed["of"]).encode("utf-8", "surrogatepass"))
+        return tuple([(key, mark(item)) for key, item in packed.items()])
+    if isinstance(packed, float):
+        return repr(packed)  # one NaN is like another, and 0.0 unlike -0.0
+    return (type(packed).__name__, packed)
+
+
+def _tensor_mark(tensor: Tensor) -> Any:
+    head = (str(tensor.dtype), tuple(tensor.shape))
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return (*head, _version(tensor), id(tensor))
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    if tensor.nbytes <= _WHOLE_BYTES:
+        return (*head, _sum(flat))
+    return (*head, _version(tensor), tensor.data_ptr(), _sum(flat[:: len(flat) // 4096]))
+
+
+def _sum(flat: Tensor) -> int:
+    if not flat.numel():
+        return 0
+    return zlib.crc32(flat.contiguous().view(torch.uint8).numpy().data)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
