@@ -9,7 +9,7 @@ from lightning.pytorch import callbacks as c
 from lightning.pytorch.callbacks import Callback
 from torch.optim.swa_utils import get_ema_avg_fn
 
-from shapes.base import Net, Shape
+from shapes.base import Data, Net, Shape, shuffled
 
 
 class Tunable(Net):
@@ -21,6 +21,13 @@ class Tunable(Net):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+class Sized(Data):
+    """Cut as the model says."""
+
+    def train_dataloader(self) -> Any:
+        return shuffled(batch_size=self.trainer.lightning_module.batch_size)
 
 
 class Backboned(Net):
@@ -45,11 +52,10 @@ class Unfreeze(c.BaseFinetuning):
 
 
 class Spikes(c.SpikeDetection):
-    """Only watches: the paths it writes are none of the training's."""
+    """Notes a spike where Lightning's own ends the training."""
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
-        loss = outputs if torch.is_tensor(outputs) else outputs["loss"]
-        self.last_loss = float(loss)
+    def _handle_spike(self, fabric: Any, batch_idx: int) -> None:
+        self.bad_batches.append(batch_idx)
 
 
 class Slow(Callback):
@@ -164,8 +170,8 @@ SHAPES = {
         model=Tunable, extra=lambda m, t: m.lr,
     ),
     "batch_size_finder": shape(
-        lambda: c.BatchSizeFinder("power", steps_per_trial=1, max_trials=2, batch_arg_name="size"),
-        model=Tunable, trainer={"max_epochs": 1}, extra=lambda m, t: m.batch_size,
+        lambda: c.BatchSizeFinder("power", steps_per_trial=1, max_trials=2, batch_arg_name="batch_size"),
+        model=Tunable, data=Sized, trainer={"max_epochs": 2}, extra=lambda m, t: m.batch_size,
     ),
     "accumulation_scheduler": shape(lambda: c.GradientAccumulationScheduler({0: 1, 1: 3})),
     "accumulation_scheduler_2": shape(
@@ -209,7 +215,7 @@ SHAPES = {
         trainer={"log_every_n_steps": 5}, clocks=("train|", "train/", "validate|", "val"),
     ),
     "device_stats": shape(c.DeviceStatsMonitor, clocks=("DeviceStats",)),
-    "spikes": shape(Spikes),
+    "spikes": shape(lambda: Spikes(warmup=3, atol=0.05, exclude_batches_path="/tmp")),
     "counter": shape(Slow, extra=counted),
     "counter_val_interval": shape(Slow, extra=counted, trainer=INTERVAL),
     "counter_with_state": shape(SlowWithState, extra=counted),

@@ -1,8 +1,9 @@
-"""Stops and resumes each shape at its safe points, and compares with the run that was never stopped.
+"""Stops and resumes each shape at its safe points, and compares with one that was never stopped.
 
-    cd tests && PYTHONPATH=../src ../.venv/bin/python -m shapes.runner [NAME...] [--jobs 2] [--failing]
+    cd tests
+    PYTHONPATH=../src ../.venv/bin/python -m shapes.runner [NAME...] [--jobs 2] [--failing]
 
-NAME is a shape or the beginning of its name ("flags/"). A line each, then a table of the verdicts on all resumes:
+NAME is a shape or the beginning of its name ("flags/"). A line each, then how often it was:
 
     exact         the file says exact, and all is equal
     said          the file says that it is not exact; whether it was equal is counted too
@@ -167,7 +168,7 @@ def fit(
 
 
 def snapshot(shape: Shape, trainer: Trainer, model: Any) -> dict[str, Any]:
-    name, keys, *rest = np.random.get_state()
+    _, keys, *rest = np.random.get_state()
     mine = (Checkpoint, Timer, Kill)  # files' paths, a clock, and the signal
     return {
         "weights": dict(model.state_dict()),
@@ -188,10 +189,12 @@ def snapshot(shape: Shape, trainer: Trainer, model: Any) -> dict[str, Any]:
 
 def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
     """The places where two states are not the same, bit for bit."""
-    if type(one) is not type(other) and not isinstance(one, Mapping | Tensor):
-        yield f"{path}: {one!r:.60} and {other!r:.60}"
-    elif isinstance(one, Tensor):
+    if isinstance(one, Tensor):
         yield from _tensors(one, other, path)
+    elif isinstance(one, Mapping) != isinstance(other, Mapping) or (
+        type(one) is not type(other) and not isinstance(one, Mapping)
+    ):
+        yield f"{path}: {repr(one)[:60]} and {repr(other)[:60]}"
     elif isinstance(one, np.ndarray):
         if one.dtype != other.dtype or not np.array_equal(one, other):
             yield f"{path}: arrays differ"
@@ -209,12 +212,12 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
     elif callable(one):
         return
     elif one != other and not (one != one and other != other):
-        yield f"{path}: {one!r:.60} and {other!r:.60}"
+        yield f"{path}: {repr(one)[:60]} and {repr(other)[:60]}"
 
 
 def _tensors(one: Tensor, other: Any, path: str) -> Iterator[str]:
     if not isinstance(other, Tensor) or one.dtype != other.dtype or one.shape != other.shape:
-        yield f"{path}: {one!r:.40} and {other!r:.40}"
+        yield f"{path}: {repr(one)[:40]} and {repr(other)[:40]}"
         return
     a, b = one.detach(), other.detach()
     if not torch.equal(a, b) and not torch.allclose(a, b, rtol=0, atol=0, equal_nan=True):
@@ -243,11 +246,19 @@ def _clockless(rows: list[Any], clocks: tuple[str, ...]) -> list[Any]:
 
 def judge(name: str, shape: Shape, points: Mapping[str, int] = POINTS) -> Verdict:
     verdict = Verdict(name)
-    with tempfile.TemporaryDirectory() as root, quiet(), one_thread(), signals_kept(), at_most(LIMIT_SECS):
+    with (
+        tempfile.TemporaryDirectory() as root,
+        quiet(),
+        one_thread(),
+        signals_kept(),
+        at_most(LIMIT_SECS),
+    ):
         try:
             _judge(verdict, shape, Path(root), points)
         except TimeoutError as error:
-            verdict.add("CRASHED", ALARM, [str(error)])
+            verdict.add("CRASHED", "some run", [str(error)])
+        except Exception as error:  # noqa: BLE001 - one shape does not end the others
+            verdict.add("CRASHED", "comparison", Run(None, [], error).why())
     return verdict
 
 
@@ -309,7 +320,15 @@ def _stop(verdict: Verdict, shape: Shape, straight: Run, hook: str, batch: int, 
     _resume(verdict, shape, straight, run.rows, latest.path, point, root)
 
 
-def _resume(verdict: Verdict, shape: Shape, straight: Run, rows: list[Any], file: Path, point: str, root: Path) -> None:
+def _resume(
+    verdict: Verdict,
+    shape: Shape,
+    straight: Run,
+    rows: list[Any],
+    file: Path,
+    point: str,
+    root: Path,
+) -> None:
     state, facts = store.load(file)
     if facts["ended"]:
         return
