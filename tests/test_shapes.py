@@ -11,9 +11,7 @@ FEW = {"batch": 2, "epoch": 1, "validation": 1}
 
 def check(name: str, points: dict[str, int]) -> None:
     verdict = judge(name, all_shapes()[name], points)
-    assert not verdict.faults, "\n".join(
-        f"{outcome} at {point}: {'; '.join(details[:3])}" for outcome, point, details in verdict.faults
-    )
+    assert not verdict.faults, "\n".join(verdict.told())
 
 
 @pytest.mark.parametrize("name", CUT)

@@ -1,8 +1,25 @@
 """Every flag of the Trainer that changes its loops, alone and a few together."""
 
+from typing import Any
+
 from lightning.pytorch.callbacks import EarlyStopping
 
-from shapes.base import Shape
+from shapes.base import Net, Shape
+
+
+class Overfits(Net):
+    """Must see the same two batches again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[float] = set()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.add(float(batch[0].sum()))
+        if len(self.seen) > 2:
+            raise ValueError(f"{len(self.seen)} batches, expected 2")
+        return super().training_step(batch, batch_idx)
+
 
 FLAGS = {
     "base": {},
@@ -22,7 +39,7 @@ FLAGS = {
     "limit_val": {"limit_val_batches": 1},
     "no_val": {"limit_val_batches": 0},
     "overfit_2": {"overfit_batches": 2},
-    "overfit_fraction": {"overfit_batches": 0.3},
+    "overfit_fraction": {"overfit_batches": 0.4},
     "max_steps_inside": {"max_steps": 17, "max_epochs": -1},
     "max_steps_at_an_end": {"max_steps": 20, "max_epochs": -1},
     "max_steps_with_val": {"max_steps": 16, "max_epochs": -1, "val_check_interval": 4},
@@ -56,6 +73,7 @@ SHAPES |= {
         trainer={"min_epochs": 2},
         callbacks=lambda: [EarlyStopping("val/loss", patience=0, min_delta=9.0)],
     ),
+    "overfit_2_the_same": Shape(model=Overfits, trainer={"overfit_batches": 2}),
     "monitored": Shape(checkpointing={"monitor": "val/loss", "mode": "min"}),
     "monitored_val_interval": Shape(
         checkpointing={"monitor": "val/loss", "mode": "min"}, trainer={"val_check_interval": 3}

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, random_split
 
-from savepoint.loader import Batches, resumable
+from savepoint.loader import Batches
 from shapes.base import (
     BATCH,
     TRAIN,
@@ -20,6 +20,7 @@ from shapes.base import (
     Samples,
     Shape,
     data,
+    resumable,
     shuffled,
     tensors,
     validation,

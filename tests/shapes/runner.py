@@ -47,6 +47,7 @@ from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.preemption import Preempted
+from shapes import base
 from shapes.base import RowLogger, Shape
 
 POINTS = {"batch": 5, "epoch": 2, "validation": 2}  # resumed from, of each kind, evenly chosen
@@ -75,6 +76,12 @@ class Verdict:
         self.counts[outcome] += 1
         if outcome in ("DIFFERENT", "CRASHED", "BAD SHAPE"):
             self.faults.append((outcome, point, details or []))
+
+    def told(self) -> Iterator[str]:
+        """The first faults, and of each one difference of each part of the state."""
+        for outcome, point, details in self.faults[:3]:
+            parts = {text.split(".")[0].split("[")[0].split(" ")[0]: text for text in details[::-1]}
+            yield f"{outcome} at {point}: {'; '.join(text[:240] for text in [*parts.values()][::-1][:3])}"
 
     def line(self) -> str:
         return f"{self.name:45s} " + ", ".join(f"{n} {k}" for k, n in self.counts.items())
@@ -141,6 +148,7 @@ def fit(
 ) -> Run:
     preemption.requests.__init__()  # type: ignore[misc]
     seed(shape, resume is not None)
+    base.WRAPPED = checkpointing is not None
     shape.reset()
     logger = RowLogger()
     ours = [checkpointing] if checkpointing else []
@@ -415,10 +423,8 @@ def main() -> int:
             failing += bool(verdict.faults)
             if verdict.faults or not arguments.failing:
                 print(verdict.line(), flush=True)
-            for outcome, point, details in verdict.faults[:3]:
-                print(f"    {outcome} at {point}", flush=True)
-                for text in details[:3]:
-                    print(f"        {text[:240]}", flush=True)
+            for text in verdict.told():
+                print(f"    {text}", flush=True)
     print(f"{len(names)} shapes, {failing} with a fault")
     for outcome, number in total.most_common():
         print(f"{number:6d} {outcome}")

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.utils import data as d
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 
-from savepoint.loader import resumable
-from shapes.base import BATCH, TRAIN, VAL, Data, Samples, Shape, data, shuffled, tensors
+from shapes.base import BATCH, TRAIN, VAL, Data, Samples, Shape, data, resumable, shuffled, tensors
 
 
 class Globally(Sampler[int]):
@@ -228,7 +227,11 @@ SHAPES = {
     "batch_sampler_own": in_batches(Buckets),
     "drop_last": read(lambda: Samples(38), drop_last=True),
     "rest_kept": read(lambda: Samples(38)),
-    "generator_given": read(Samples, generator=torch.Generator().manual_seed(11)),
+    "generator_given": Shape(
+        data=data(
+            lambda: resumable(DataLoader(Samples(), BATCH, shuffle=True, generator=torch.Generator().manual_seed(11)))
+        )
+    ),
     "noise_torch": read(lambda: Noisy(by_torch)),
     "noise_numpy": read(lambda: Noisy(by_numpy)),
     "noise_random": read(lambda: Noisy(random.random)),
@@ -242,7 +245,7 @@ SHAPES = {
     "counts_reads": read(Counting),
     "mix_up": read(Samples, collate_fn=mix_up),
     "cut_off": read(Samples, collate_fn=cut_off),
-    "mix_up_own": read(Samples, collate_fn=MixUp()),
+    "mix_up_own": Shape(data=data(lambda: resumable(DataLoader(Samples(), BATCH, shuffle=True, collate_fn=MixUp())))),
     "mix_up_val_interval": read(Samples, {"val_check_interval": 3}, collate_fn=mix_up),
     "workers": read(Samples, TWO_EPOCHS, **WORKERS),
     "workers_noise": read(lambda: Noisy(by_numpy), TWO_EPOCHS, **WORKERS),

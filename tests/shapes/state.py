@@ -60,6 +60,10 @@ def add_tensor(value: Any, i: int, batch: Any) -> None:
     value.add_(batch[0].mean(0))
 
 
+def add_to_data(value: Any, i: int, batch: Any) -> None:
+    value.data.add_(1)
+
+
 def replace_tensor(value: Any, i: int, batch: Any) -> Any:
     return 0.9 * value + 0.1 * batch[0].mean(0)
 
@@ -110,7 +114,7 @@ HELD: dict[str, tuple[Any, Any, Any]] = {
     "array_replaced": (np.zeros(4), lambda v, i, b: v + b[0].mean(0).numpy(), total),
     "tensor": (torch.zeros(4), add_tensor, total),
     "tensor_replaced": (torch.zeros(4), replace_tensor, total),
-    "tensor_through_data": (torch.zeros(4), lambda v, i, b: v.data.add_(1) and None, total),
+    "tensor_through_data": (torch.zeros(4), add_to_data, total),
     "batches": (deque(maxlen=9), keep_batches, lambda v: sum(float(x) for x, _ in v)),
     "numpy_generator": (np.random.default_rng(0), draw_numpy, none),
     "random_state": (np.random.RandomState(0), draw_numpy, none),
@@ -245,7 +249,7 @@ class Contrasts(Net):
         self.queue = Queue()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = super().training_step(batch, batch_idx) + self(self.queue.keys).pow(2).mean()
+        loss = super().training_step(batch, batch_idx) + self(self.queue.keys.clone()).pow(2).mean()
         self.queue.push(batch[0][0])
         return loss
 
@@ -547,6 +551,8 @@ def value(model: Any, trainer: Trainer) -> Any:
     held = model.value
     if isinstance(held, np.random.Generator):
         return str(held.bit_generator.state)
+    if isinstance(held, random.Random):
+        return held.getstate()
     kinds = int | float | str | list | dict | set | tuple | deque | np.ndarray | Tensor
     return held if isinstance(held, kinds) else None
 
