@@ -1,12 +1,16 @@
 """Trainings of many kinds, stopped and resumed: equal bit for bit, or said not exact."""
 
 import pytest
-from shapes.runner import POINTS, all_shapes, judge
+from shapes.runner import FEW, POINTS, all_shapes, judge
 
 CUT = [
-    "flags/base", "flags/val_interval_3", "flags/accumulate_3", "flags/precision_64",
+    "callbacks/backbone", "callbacks/rate_by_count", "callbacks/rate_monitor",
+    "flags/accumulate_3", "flags/max_steps_inside", "flags/precision_64", "flags/val_interval_3",
+    "loaders/combined_max_size", "loaders/keeps_position", "loaders/stock_shuffled",
+    "logs/rank_zero_only", "manual/every_fourth", "manual/fetches", "manual/gan_dict",
+    "metrics/running_mean", "optimizers/lbfgs", "samplers/noise_own_numpy", "samplers/weighted",
+    "schedules/plateau_step_val", "state/buffer_left_out", "state/held_nested",
 ]  # fmt: skip
-FEW = {"batch": 2, "epoch": 1, "validation": 1}
 
 
 def check(name: str, points: dict[str, int]) -> None:

@@ -140,6 +140,7 @@ class Shape:
         extra: What else has to be equal at the end, of the model and the Trainer.
         seeded: Whether the script seeds all generators; without, each start has a seed of its own.
         clocks: Beginnings of the names of rows that are read off a clock.
+        slow: Resumed from fewer points: worker processes take their time to start.
         reset: What a new process would find anew (class attributes, globals).
     """
 
@@ -151,4 +152,5 @@ class Shape:
     extra: Callable[[Any, Trainer], Any] = nothing
     seeded: bool = True
     clocks: tuple[str, ...] = ()
+    slow: bool = False
     reset: Callable[[], None] = nothing

@@ -210,7 +210,7 @@ SHAPES = {
     "stock": Shape(data=data(stock)),
     "stock_shuffled": Shape(data=data(lambda: stock(shuffle=True))),
     "stock_shuffled_interval": Shape(data=data(lambda: stock(shuffle=True)), trainer=INTERVAL),
-    "stock_workers": Shape(data=data(lambda: stock(shuffle=True, num_workers=2)), trainer={"max_epochs": 2}),
+    "stock_workers": Shape(data=data(lambda: stock(shuffle=True, num_workers=2)), trainer={"max_epochs": 2}, slow=True),
     "stream": Shape(data=data(lambda: DataLoader(Stream(), BATCH))),
     "stream_random": Shape(data=data(lambda: DataLoader(RandomStream(), BATCH))),
     "endless": Shape(
@@ -251,7 +251,7 @@ SHAPES = {
     ),
     "validation_shuffled": Shape(data=data(val=lambda: validation(shuffle=True))),
     "validation_resumable": Shape(data=data(val=lambda: resumable(validation(shuffle=True))), trainer=INTERVAL),
-    "validation_workers": Shape(data=data(val=lambda: validation(num_workers=1)), trainer={"max_epochs": 2}),
+    "validation_workers": Shape(data=data(val=lambda: validation(num_workers=1)), trainer={"max_epochs": 2}, slow=True),
     "growing": Shape(data=data(lambda: resumable(DataLoader(Grows(), BATCH, shuffle=True)))),
     "curriculum": Shape(data=Held, callbacks=lambda: [Curriculum()]),
     "counts": Shape(data=Counts, extra=lambda m, t: t.datamodule.moved),

@@ -51,6 +51,7 @@ from shapes import base
 from shapes.base import RowLogger, Shape
 
 POINTS = {"batch": 5, "epoch": 2, "validation": 2}  # resumed from, of each kind, evenly chosen
+FEW = {"batch": 2, "epoch": 1, "validation": 1}
 LIMIT_SECS = 300
 ALARM, SIGNALS = "no end after", (*preemption.STOP, preemption.SAVE)
 
@@ -290,7 +291,7 @@ def _judge(verdict: Verdict, shape: Shape, root: Path, points: Mapping[str, int]
         verdict.add("CRASHED", "straight, saved everywhere", saved.why())
     elif found := compare(straight, saved, saved.rows, shape.clocks):
         verdict.add("DIFFERENT", "straight, saved everywhere", found)
-    for file in chosen(every.kept, points):
+    for file in chosen(every.kept, FEW if shape.slow else points):
         _resume(verdict, shape, straight, saved.rows, file, file.stem, root)
     for hook, batch in (("train", 13), ("validation", 5)):
         _stop(verdict, shape, straight, hook, batch, root)

@@ -173,12 +173,12 @@ def sampled(sampler: Callable[[Any], Any], **arguments: Any) -> Shape:
         samples = TensorDataset(*tensors())
         return resumable(DataLoader(samples, BATCH, sampler=sampler(samples), **arguments))
 
-    return Shape(data=data(train))
+    return Shape(data=data(train), slow="num_workers" in arguments)
 
 
 def read(samples: Callable[[], Dataset[Any]], trainer: Any = None, **arguments: Any) -> Shape:
     make = data(lambda: resumable(DataLoader(samples(), BATCH, shuffle=True, **arguments)))
-    return Shape(data=make, trainer=trainer or {})
+    return Shape(data=make, trainer=trainer or {}, slow="num_workers" in arguments)
 
 
 def in_batches(batches: Callable[[], Any]) -> Shape:
@@ -190,7 +190,7 @@ def in_batches(batches: Callable[[], Any]) -> Shape:
 
 def noisy_val(draw: Callable[[], float], **arguments: Any) -> Shape:
     val = lambda: DataLoader(Noisy(draw, VAL), BATCH, **arguments)  # noqa: E731
-    return Shape(data=lambda: Data(shuffled, val), trainer={"max_epochs": 2})
+    return Shape(data=lambda: Data(shuffled, val), trainer=TWO_EPOCHS, slow=bool(arguments))
 
 
 def by_torch() -> float:
@@ -201,9 +201,9 @@ def by_numpy() -> float:
     return float(np.random.normal())
 
 
+TWO_EPOCHS = {"max_epochs": 2}
 WORKERS: dict[str, Any] = {"num_workers": 2}
 KEPT: dict[str, Any] = {"num_workers": 2, "persistent_workers": True}
-TWO_EPOCHS = {"max_epochs": 2}
 SHAPES = {
     "random": sampled(d.RandomSampler),
     "random_replacement": sampled(lambda s: d.RandomSampler(s, replacement=True)),
@@ -258,6 +258,7 @@ SHAPES = {
     "val_persistent": Shape(
         data=lambda: Data(shuffled, lambda: DataLoader(Samples(VAL, 1), BATCH, **KEPT)),
         trainer=TWO_EPOCHS,
+        slow=True,
     ),
     "val_persistent_noise": noisy_val(by_numpy, **KEPT),
     "unseeded": Shape(seeded=False),

@@ -420,8 +420,6 @@ class OwnHooks(Net):
 class LeavesOut(Net):
     """A frozen part that is not saved."""
 
-    strict_loading = False
-
     def __init__(self) -> None:
         super().__init__()
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
@@ -547,6 +545,23 @@ class ListOfModules(Net):
         return self.net(random.choice(list(self.parts))(x))
 
 
+def with_example(make: Any) -> Any:
+    """The same model with an example input, which the outputs of a file are compared on."""
+
+    def made() -> Any:
+        model = make()
+        model.example_input_array = torch.linspace(-1, 1, 8).view(2, 4)
+        return model
+
+    return made
+
+
+class OddBuffer(Net):
+    def __init__(self, tensor: Any) -> None:
+        super().__init__()
+        self.register_buffer("odd", tensor)
+
+
 def value(model: Any, trainer: Trainer) -> Any:
     held = model.value
     if isinstance(held, np.random.Generator):
@@ -619,3 +634,24 @@ SHAPES |= {
     "variational": Shape(model=Variational, trainer=INTERVAL),
     "list_of_modules": Shape(model=ListOfModules),
 }
+EXAMPLES = {
+    "leaves_out": LeavesOut,
+    "made_in_setup": lambda: MadeLate("setup"),
+    "made_in_configure_model": lambda: MadeLate("configure"),
+    "extra_state": WithExtraState,
+    "compiled": Compiled,
+    "spectral_norm": lambda: Wrapped(nn.utils.parametrizations.spectral_norm),
+    "buffer_left_out": lambda: Centered(False),
+    "teacher_in_a_list": lambda: Teacher(lambda t: [t]),
+    "norm_in_eval": lambda: Dropped(still_norm),
+}
+SHAPES |= {f"{name}_example": Shape(model=with_example(make), trainer=INTERVAL) for name, make in EXAMPLES.items()}
+BUFFERS = {
+    "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "complex": lambda: torch.ones(3, dtype=torch.complex64),
+    "bool": lambda: torch.tensor([True, False]),
+    "infinite": lambda: torch.full((3,), -float("inf")),
+    "empty": lambda: torch.empty(0),
+}
+SHAPES |= {f"buffer_{name}": Shape(model=lambda make=make: OddBuffer(make())) for name, make in BUFFERS.items()}
