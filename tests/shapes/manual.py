@@ -29,16 +29,19 @@ class EveryFourth(Manual):
                 for parameter in self.parameters():
                     parameter.grad.zero_()
         self.log("train/loss", loss.detach(), on_step=True, on_epoch=True)
+        return loss
 
 
 class AcrossEpochs(Manual):
     """Steps every third batch, counted through, so that gradients are pending at epoch ends."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.manual_backward(self.loss(batch))
+        loss = self.loss(batch)
+        self.manual_backward(loss)
         if self.trainer.fit_loop.epoch_loop.batch_progress.total.ready % 3 == 0:
             self.optimizers().step()
             self.optimizers().zero_grad()
+        return loss
 
 
 class Scheduled(Manual):
