@@ -29,7 +29,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import zip_longest
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
@@ -417,7 +417,9 @@ def main() -> int:
     names = [n for n in all_shapes() if not arguments.names or n.startswith(tuple(arguments.names))]
     total: Counter[str] = Counter()
     failing = 0
-    with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+    # Forked, the workers of a DataLoader take any data set; spawned, they import all anew.
+    forking = {"initializer": set_start_method, "initargs": ("fork", True)}
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), **forking) as pool:
         for future in as_completed([pool.submit(judge_named, name) for name in names]):
             verdict = future.result()
             total += verdict.counts
