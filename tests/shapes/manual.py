@@ -183,14 +183,20 @@ class Fetches(Net):
     """Takes the iterator itself."""
 
     def training_step(self, dataloader_iter: Any) -> Any:
-        batch, batch_idx, _ = next(dataloader_iter)
-        return super().training_step(batch, batch_idx)
+        batch, _, _ = next(dataloader_iter)
+        loss = self.loss(batch)
+        self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=len(batch[0]))
+        return loss
 
 
 class FetchesByHand(Manual):
     def training_step(self, dataloader_iter: Any) -> Any:
-        batch, batch_idx, _ = next(dataloader_iter)
-        return super().training_step(batch, batch_idx)
+        batch, _, _ = next(dataloader_iter)
+        loss = self.loss(batch)
+        self.optimizers().zero_grad()
+        self.manual_backward(loss)
+        self.optimizers().step()
+        return loss
 
 
 class LeavesEpochs(Net):
