@@ -1,1 +1,1 @@
-"""Small trainings of many kinds, as strangers write them: each module's SHAPES maps names to them."""
+"""Small trainings of many kinds, as strangers write them: the SHAPES of each module, by name."""

@@ -93,7 +93,11 @@ def validation(**arguments: Any) -> Any:
 
 
 class Data(LightningDataModule):
-    def __init__(self, train: Callable[[], Any] = shuffled, val: Callable[[], Any] = validation) -> None:
+    def __init__(
+        self,
+        train: Callable[[], Any] = shuffled,
+        val: Callable[[], Any] = validation,
+    ) -> None:
         super().__init__()
         self.make_train, self.make_val = train, val
 

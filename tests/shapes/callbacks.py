@@ -151,16 +151,16 @@ INTERVAL = {"val_check_interval": 3}
 SHAPES = {
     "early_stopping_val": shape(lambda: c.EarlyStopping("val/loss", patience=1, min_delta=0.05)),
     "early_stopping_train": shape(
-        lambda: c.EarlyStopping("train/loss_epoch", patience=0, min_delta=0.3)
+        lambda: c.EarlyStopping("train/loss_epoch", patience=0, min_delta=0.3),
     ),
     "early_stopping_at_train_end": shape(
-        lambda: c.EarlyStopping("train/loss", patience=1, check_on_train_epoch_end=True)
+        lambda: c.EarlyStopping("train/loss", patience=1, check_on_train_epoch_end=True),
     ),
     "early_stopping_val_interval": shape(
-        lambda: c.EarlyStopping("val/loss", patience=2, min_delta=0.2), trainer=INTERVAL
+        lambda: c.EarlyStopping("val/loss", patience=2, min_delta=0.2), trainer=INTERVAL,
     ),
     "early_stopping_threshold": shape(
-        lambda: c.EarlyStopping("val/loss", stopping_threshold=0.3), trainer=INTERVAL
+        lambda: c.EarlyStopping("val/loss", stopping_threshold=0.3), trainer=INTERVAL,
     ),
     "rate_monitor": shape(c.LearningRateMonitor),
     "rate_monitor_step": shape(lambda: c.LearningRateMonitor("step", log_momentum=True)),
@@ -170,12 +170,12 @@ SHAPES = {
         model=Tunable, extra=lambda m, t: m.lr,
     ),
     "batch_size_finder": shape(
-        lambda: c.BatchSizeFinder("power", steps_per_trial=1, max_trials=2, batch_arg_name="batch_size"),
+        lambda: c.BatchSizeFinder("power", steps_per_trial=1, max_trials=2),
         model=Tunable, data=Sized, trainer={"max_epochs": 2}, extra=lambda m, t: m.batch_size,
     ),
     "accumulation_scheduler": shape(lambda: c.GradientAccumulationScheduler({0: 1, 1: 3})),
     "accumulation_scheduler_2": shape(
-        lambda: c.GradientAccumulationScheduler({0: 4, 1: 2, 2: 1}), trainer=INTERVAL
+        lambda: c.GradientAccumulationScheduler({0: 4, 1: 2, 2: 1}), trainer=INTERVAL,
     ),
     "swa": shape(lambda: c.StochasticWeightAveraging(0.02, swa_epoch_start=1)),
     "swa_late": shape(
@@ -189,17 +189,17 @@ SHAPES = {
     "weight_averaging_accumulate": shape(averaged, trainer={"accumulate_grad_batches": 3}),
     "pruning": shape(lambda: c.ModelPruning("l1_unstructured", amount=0.2)),
     "pruning_lottery": shape(
-        lambda: c.ModelPruning("l1_unstructured", amount=0.3, use_lottery_ticket_hypothesis=True)
+        lambda: c.ModelPruning("l1_unstructured", amount=0.3, use_lottery_ticket_hypothesis=True),
     ),
     "backbone": shape(doubling(), model=Backboned),
     "backbone_val_interval": shape(
-        doubling(initial_ratio_lr=0.2, should_align=False), model=Backboned, trainer=INTERVAL
+        doubling(initial_ratio_lr=0.2, should_align=False), model=Backboned, trainer=INTERVAL,
     ),
     "finetuning": shape(Unfreeze),
     "finetuning_accumulate": shape(Unfreeze, trainer={"accumulate_grad_batches": 3}),
     "lambda": shape(lambda: c.LambdaCallback(on_train_epoch_end=lambda t, m: torch.rand(1))),
     "lambda_log": shape(
-        lambda: c.LambdaCallback(on_train_batch_end=lambda t, m, *_: m.log("drawn", torch.rand(1)))
+        lambda: c.LambdaCallback(on_train_batch_end=lambda t, m, *_: m.log("drawn", torch.rand(1))),
     ),
     "timer": shape(lambda: c.Timer({"hours": 1})),
     "timer_step": shape(lambda: c.Timer({"hours": 1}, interval="step")),

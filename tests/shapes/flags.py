@@ -76,7 +76,8 @@ SHAPES |= {
     "overfit_2_the_same": Shape(model=Overfits, trainer={"overfit_batches": 2}),
     "monitored": Shape(checkpointing={"monitor": "val/loss", "mode": "min"}),
     "monitored_val_interval": Shape(
-        checkpointing={"monitor": "val/loss", "mode": "min"}, trainer={"val_check_interval": 3}
+        checkpointing={"monitor": "val/loss", "mode": "min"},
+        trainer={"val_check_interval": 3},
     ),
     "saved_by_steps": Shape(checkpointing={"save_every_steps": 3, "save_every_epochs": None}),
     "saved_async": Shape(checkpointing={"async_save": True, "save_every_steps": 4}),

@@ -210,30 +210,42 @@ SHAPES = {
     "stock": Shape(data=data(stock)),
     "stock_shuffled": Shape(data=data(lambda: stock(shuffle=True))),
     "stock_shuffled_interval": Shape(data=data(lambda: stock(shuffle=True)), trainer=INTERVAL),
-    "stock_workers": Shape(data=data(lambda: stock(shuffle=True, num_workers=2)), trainer={"max_epochs": 2}, slow=True),
+    "stock_workers": Shape(
+        data=data(lambda: stock(shuffle=True, num_workers=2)),
+        trainer={"max_epochs": 2},
+        slow=True,
+    ),
     "stream": Shape(data=data(lambda: DataLoader(Stream(), BATCH))),
     "stream_random": Shape(data=data(lambda: DataLoader(RandomStream(), BATCH))),
     "endless": Shape(
         data=data(lambda: DataLoader(Stream(None), BATCH)),
         trainer={"max_steps": 25, "max_epochs": -1, "val_check_interval": 6},
     ),
-    "endless_limited": Shape(data=data(lambda: DataLoader(Stream(None), BATCH)), trainer={"limit_train_batches": 10}),
+    "endless_limited": Shape(
+        data=data(lambda: DataLoader(Stream(None), BATCH)),
+        trainer={"limit_train_batches": 10},
+    ),
     "keeps_position": Shape(data=data(KeepsPosition)),
     "keeps_position_in_order": Shape(data=data(lambda: KeepsPosition(shuffle=False))),
     "keeps_position_interval": Shape(data=data(KeepsPosition), trainer=INTERVAL),
     "keeps_position_unsized": Shape(data=data(lambda: KeepsPosition(sized=False))),
     "list_of_batches": Shape(data=data(whole_batches)),
-    "batches": Shape(data=data(lambda: Batches(*tensors(), batch_size=BATCH, seed=1)), trainer=INTERVAL),
+    "batches": Shape(
+        data=data(lambda: Batches(*tensors(), batch_size=BATCH, seed=1)),
+        trainer=INTERVAL,
+    ),
     "tensor": Shape(
         model=WholeTensors,
         data=lambda: {
             "train_dataloaders": resumable(
-                DataLoader(torch.cat(tensors(), 1), BATCH, shuffle=True)  # type: ignore[arg-type]
+                DataLoader(torch.cat(tensors(), 1), BATCH, shuffle=True),
             ),
-            "val_dataloaders": DataLoader(torch.cat(tensors(VAL, 1), 1), BATCH),  # type: ignore[arg-type]
+            "val_dataloaders": DataLoader(torch.cat(tensors(VAL, 1), 1), BATCH),
         },
     ),
-    "no_data_module": Shape(data=lambda: {"train_dataloaders": shuffled(), "val_dataloaders": validation()}),
+    "no_data_module": Shape(
+        data=lambda: {"train_dataloaders": shuffled(), "val_dataloaders": validation()},
+    ),
     "no_validation": Shape(data=lambda: {"train_dataloaders": shuffled()}),
     "two_in_a_dict": Shape(model=Several, data=data(lambda: {"a": shuffled(), "b": other(40)})),
     "two_in_a_list": Shape(model=Several, data=data(lambda: [shuffled(), other()])),
@@ -247,11 +259,19 @@ SHAPES = {
     ),
     "two_validations": Shape(data=data(val=lambda: [validation(), validation(batch_size=6)])),
     "two_validations_interval": Shape(
-        data=data(val=lambda: [validation(shuffle=True), validation()]), trainer=INTERVAL
+        data=data(val=lambda: [validation(shuffle=True), validation()]),
+        trainer=INTERVAL,
     ),
     "validation_shuffled": Shape(data=data(val=lambda: validation(shuffle=True))),
-    "validation_resumable": Shape(data=data(val=lambda: resumable(validation(shuffle=True))), trainer=INTERVAL),
-    "validation_workers": Shape(data=data(val=lambda: validation(num_workers=1)), trainer={"max_epochs": 2}, slow=True),
+    "validation_resumable": Shape(
+        data=data(val=lambda: resumable(validation(shuffle=True))),
+        trainer=INTERVAL,
+    ),
+    "validation_workers": Shape(
+        data=data(val=lambda: validation(num_workers=1)),
+        trainer={"max_epochs": 2},
+        slow=True,
+    ),
     "growing": Shape(data=data(lambda: resumable(DataLoader(Grows(), BATCH, shuffle=True)))),
     "curriculum": Shape(data=Held, callbacks=lambda: [Curriculum()]),
     "counts": Shape(data=Counts, extra=lambda m, t: t.datamodule.moved),

@@ -174,7 +174,11 @@ SHAPES |= {
     "reads": Shape(model=Reads),
     "reads_logged": Shape(model=ReadsLogged),
     "several_validations": Shape(model=SeveralValidations, data=VALIDATIONS),
-    "several_validations_interval": Shape(model=SeveralValidations, data=VALIDATIONS, trainer=INTERVAL),
+    "several_validations_interval": Shape(
+        model=SeveralValidations,
+        data=VALIDATIONS,
+        trainer=INTERVAL,
+    ),
     "to_the_logger": Shape(model=StepCounts),
     "same_metric_twice": Shape(model=SameMetricTwice),
     "no_logger_at_all": Shape(model=LogsDict, trainer={"logger": False}),

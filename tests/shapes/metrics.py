@@ -1,4 +1,4 @@
-"""torchmetrics: every public wrapper, list states, compute groups, metrics logged as objects and as values."""
+"""torchmetrics: every public wrapper, list states, compute groups; logged whole or as values."""
 
 from collections.abc import Callable
 from typing import Any
@@ -226,21 +226,36 @@ SHAPES = {
     "running_val_interval": measured(lambda: RunningMean(5), aggregated, val_check_interval=3),
     "min_max": measured(lambda: w.MinMaxMetric(tm.MeanAbsoluteError()), min_max),
     "tracker": Shape(model=lambda: Tracked(tm.MeanAbsoluteError())),
-    "tracker_collection": Shape(model=lambda: Tracked(tm.MetricCollection([tm.MeanAbsoluteError(), tm.R2Score()]))),
+    "tracker_collection": Shape(
+        model=lambda: Tracked(tm.MetricCollection([tm.MeanAbsoluteError(), tm.R2Score()])),
+    ),
     "bootstrapper": measured(lambda: w.BootStrapper(tm.MeanAbsoluteError(), 4), bootstrapped),
-    "classwise": measured(lambda: w.ClasswiseWrapper(tm.classification.MulticlassAccuracy(2, average=None)), classwise),
+    "classwise": measured(
+        lambda: w.ClasswiseWrapper(tm.classification.MulticlassAccuracy(2, average=None)),
+        classwise,
+    ),
     "multioutput": measured(lambda: w.MultioutputWrapper(tm.MeanAbsoluteError(), 2), two_outputs),
     "multitask": measured(
         lambda: w.MultitaskWrapper({"a": tm.MeanAbsoluteError(), "b": tm.MeanSquaredError()}),
         two_tasks,
     ),
     "transformer": measured(lambda: Doubled(tm.MeanAbsoluteError()), by_value),
-    "lambda_transformer": measured(lambda: w.LambdaInputTransformer(tm.MeanAbsoluteError(), lambda p: p + 1), by_value),
+    "lambda_transformer": measured(
+        lambda: w.LambdaInputTransformer(tm.MeanAbsoluteError(), lambda p: p + 1),
+        by_value,
+    ),
     "collection_groups": measured(precision_and_more, binary_dict),
     "collection_no_groups": measured(lambda: precision_and_more(compute_groups=False), binary_dict),
-    "collection_values": measured(lambda: tm.MetricCollection({"a": tm.MeanAbsoluteError(), "b": tm.R2Score()}), whole),
+    "collection_values": measured(
+        lambda: tm.MetricCollection({"a": tm.MeanAbsoluteError(), "b": tm.R2Score()}),
+        whole,
+    ),
     "auroc_lists": measured(BinaryAUROC, binary),
-    "auroc_never_reset": measured(lambda: BinaryAUROC(thresholds=None), binary, val_check_interval=4),
+    "auroc_never_reset": measured(
+        lambda: BinaryAUROC(thresholds=None),
+        binary,
+        val_check_interval=4,
+    ),
     "pearson": measured(tm.PearsonCorrCoef, lambda m, p, y: at_epoch(m, p.flatten(), y.flatten())),
     "reset_by_hand": Shape(model=lambda: ResetByHand(per_epoch=False)),
     "reset_each_epoch": Shape(model=lambda: ResetByHand(per_epoch=True)),

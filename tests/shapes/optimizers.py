@@ -1,4 +1,4 @@
-"""Every optimizer of torch that steps dense parameters on a CPU, groups, and steps of the user's own."""
+"""Every optimizer of torch that steps dense parameters on a CPU, groups, and own steps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +39,8 @@ OPTIMIZERS: dict[str, Callable[[Any], optim.Optimizer]] = {
     "sgd": lambda m: optim.SGD(m.parameters(), lr=0.05),
     "sgd_nesterov": lambda m: optim.SGD(m.parameters(), lr=0.05, momentum=0.9, nesterov=True),
     "groups": lambda m: optim.AdamW(
-        [{"params": m.net[0].parameters(), "lr": 0.1}, {"params": m.net[2].parameters()}], lr=0.01
+        [{"params": m.net[0].parameters(), "lr": 0.1}, {"params": m.net[2].parameters()}],
+        lr=0.01,
     ),
     "groups_one_frozen": lambda m: optim.SGD(
         [{"params": m.net[0].parameters(), "lr": 0.0}, {"params": m.net[2].parameters()}],
@@ -74,7 +75,13 @@ class GrowingGroups(Net):
 
 
 class EverySecond(Net):
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Any,
+        optimizer_closure: Any = None,
+    ) -> None:
         optimizer_closure()
         if batch_idx % 2:
             optimizer.step()
@@ -107,7 +114,12 @@ class GradientMomentum(Net):
 
 
 class OwnClipping(Net):
-    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: Any,
+        gradient_clip_algorithm: Any,
+    ) -> None:
         value = 0.01 * (1 + self.current_epoch)
         self.clip_gradients(optimizer, gradient_clip_val=value, gradient_clip_algorithm="norm")
 
@@ -138,14 +150,20 @@ class NoOptimizer(Net):
 
 SHAPES = {name: Shape(model=lambda make=make: Optimized(make)) for name, make in OPTIMIZERS.items()}
 SHAPES |= {
-    "lbfgs_val_interval": Shape(model=lambda: Optimized(OPTIMIZERS["lbfgs"]), trainer={"val_check_interval": 4}),
+    "lbfgs_val_interval": Shape(
+        model=lambda: Optimized(OPTIMIZERS["lbfgs"]),
+        trainer={"val_check_interval": 4},
+    ),
     "sparse_adam": Shape(model=Sparse),
     "growing_groups": Shape(model=GrowingGroups),
     "every_second": Shape(model=EverySecond),
     "warmup": Shape(model=Warmup),
     "kept_gradients": Shape(model=KeptGradients),
     "gradient_momentum": Shape(model=GradientMomentum),
-    "gradient_momentum_val_interval": Shape(model=GradientMomentum, trainer={"val_check_interval": 3}),
+    "gradient_momentum_val_interval": Shape(
+        model=GradientMomentum,
+        trainer={"val_check_interval": 3},
+    ),
     "own_clipping": Shape(model=OwnClipping),
     "scaled_rate": Shape(model=ScaledRate),
     "no_optimizer": Shape(model=NoOptimizer),

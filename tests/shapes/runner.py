@@ -17,6 +17,7 @@ import io
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -81,8 +82,10 @@ class Verdict:
     def told(self) -> Iterator[str]:
         """The first faults, and of each one difference of each part of the state."""
         for outcome, point, details in self.faults[:3]:
-            parts = {text.split(".")[0].split("[")[0].split(" ")[0]: text for text in details[::-1]}
-            yield f"{outcome} at {point}: {'; '.join(text[:240] for text in [*parts.values()][::-1][:3])}"
+            parts: dict[str, str] = {}
+            for text in details:
+                parts.setdefault(re.split(r"[.\[ ]", text)[0], text[:240])
+            yield f"{outcome} at {point}: {'; '.join([*parts.values()][:3])}"
 
     def line(self) -> str:
         return f"{self.name:45s} " + ", ".join(f"{n} {k}" for k, n in self.counts.items())
@@ -178,14 +181,15 @@ def fit(
 
 def snapshot(shape: Shape, trainer: Trainer, model: Any) -> dict[str, Any]:
     _, keys, *rest = np.random.get_state()
-    mine = (Checkpoint, Timer, Kill)  # files' paths, a clock, and the signal
+    # Not the paths of files, a clock, and the signal.
+    others = [c for c in trainer.callbacks if not isinstance(c, Checkpoint | Timer | Kill)]
     return {
         "weights": dict(model.state_dict()),
         "modes": {name: part.training for name, part in model.named_modules()},
         "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "schedulers": [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs],
-        "callbacks": {c.state_key: c.state_dict() for c in trainer.callbacks if not isinstance(c, mine)},
+        "callbacks": {c.state_key: c.state_dict() for c in others},
         "callback_metrics": dict(trainer.callback_metrics),
         "progress": [trainer.global_step, trainer.current_epoch],
         "random": [random.getstate(), [keys.tolist(), *rest], torch.get_rng_state()],
@@ -201,7 +205,7 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
     if isinstance(one, Tensor):
         yield from _tensors(one, other, path)
     elif isinstance(one, Mapping) != isinstance(other, Mapping) or (
-        type(one) is not type(other) and not isinstance(one, Mapping)
+        type(one) is not type(other) and not isinstance(one, Mapping),
     ):
         yield f"{path}: {repr(one)[:60]} and {repr(other)[:60]}"
     elif isinstance(one, np.ndarray):
@@ -237,7 +241,9 @@ def compare(straight: Run, other: Run, rows: list[Any], clocks: tuple[str, ...])
     """What differs between the end of a run and that of another, which logged `rows` in all."""
     assert straight.end is not None
     assert other.end is not None
-    found = [text for key in straight.end for text in differences(straight.end[key], other.end[key], key)]
+    found: list[str] = []
+    for key, end in straight.end.items():
+        found += differences(end, other.end[key], key)
     pairs = zip_longest(_clockless(straight.rows, clocks), _clockless(rows, clocks))
     for i, (a, b) in enumerate(pairs):
         if list(differences(a, b)):

@@ -1,4 +1,4 @@
-"""Loaders made resumable: every sampler, random samples, random collate functions, with and without workers."""
+"""Loaders made resumable: every sampler, random samples and collate functions, workers or none."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -209,7 +209,9 @@ SHAPES = {
     "random_replacement": sampled(lambda s: d.RandomSampler(s, replacement=True)),
     "random_fewer": sampled(lambda s: d.RandomSampler(s, num_samples=24)),
     "random_more": sampled(lambda s: d.RandomSampler(s, replacement=True, num_samples=56)),
-    "random_generator": sampled(lambda s: d.RandomSampler(s, generator=torch.Generator().manual_seed(9))),
+    "random_generator": sampled(
+        lambda s: d.RandomSampler(s, generator=torch.Generator().manual_seed(9)),
+    ),
     "sequential": sampled(d.SequentialSampler),
     "weighted": sampled(lambda s: d.WeightedRandomSampler(torch.arange(40.0) + 1, 40)),
     "weighted_fewer": sampled(lambda s: d.WeightedRandomSampler([1.0] * 40, 28, replacement=False)),
@@ -219,17 +221,29 @@ SHAPES = {
     "own_numpy": sampled(lambda s: NumpyOwn()),
     "by_epoch": sampled(lambda s: ByEpoch()),
     "counts_epochs": sampled(lambda s: HardFirst()),
-    "weighted_workers": sampled(lambda s: d.WeightedRandomSampler(torch.arange(40.0) + 1, 40), **WORKERS),
-    "batch_sampler": in_batches(lambda: d.BatchSampler(d.RandomSampler(range(TRAIN)), BATCH, drop_last=False)),
+    "weighted_workers": sampled(
+        lambda s: d.WeightedRandomSampler(torch.arange(40.0) + 1, 40),
+        **WORKERS,
+    ),
+    "batch_sampler": in_batches(
+        lambda: d.BatchSampler(d.RandomSampler(range(TRAIN)), BATCH, drop_last=False),
+    ),
     "batch_sampler_weighted": in_batches(
-        lambda: d.BatchSampler(d.WeightedRandomSampler([1.0, 3.0] * 20, 40), 3, drop_last=True)
+        lambda: d.BatchSampler(d.WeightedRandomSampler([1.0, 3.0] * 20, 40), 3, drop_last=True),
     ),
     "batch_sampler_own": in_batches(Buckets),
     "drop_last": read(lambda: Samples(38), drop_last=True),
     "rest_kept": read(lambda: Samples(38)),
     "generator_given": Shape(
         data=data(
-            lambda: resumable(DataLoader(Samples(), BATCH, shuffle=True, generator=torch.Generator().manual_seed(11)))
+            lambda: resumable(
+                DataLoader(
+                    Samples(),
+                    BATCH,
+                    shuffle=True,
+                    generator=torch.Generator().manual_seed(11),
+                )
+            )
         )
     ),
     "noise_torch": read(lambda: Noisy(by_torch)),
@@ -245,7 +259,13 @@ SHAPES = {
     "counts_reads": read(Counting),
     "mix_up": read(Samples, collate_fn=mix_up),
     "cut_off": read(Samples, collate_fn=cut_off),
-    "mix_up_own": Shape(data=data(lambda: resumable(DataLoader(Samples(), BATCH, shuffle=True, collate_fn=MixUp())))),
+    "mix_up_own": Shape(
+        data=data(
+            lambda: resumable(
+                DataLoader(Samples(), BATCH, shuffle=True, collate_fn=MixUp()),
+            ),
+        ),
+    ),
     "mix_up_val_interval": read(Samples, {"val_check_interval": 3}, collate_fn=mix_up),
     "workers": read(Samples, TWO_EPOCHS, **WORKERS),
     "workers_noise": read(lambda: Noisy(by_numpy), TWO_EPOCHS, **WORKERS),

@@ -42,7 +42,9 @@ SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
     "one_cycle": lambda o: s.OneCycleLR(o, 0.1, total_steps=40),
     "chained": lambda o: s.ChainedScheduler([s.ConstantLR(o, 0.1, 3), s.ExponentialLR(o, 0.9)]),
     "sequential": lambda o: s.SequentialLR(
-        o, [s.LinearLR(o, 0.1, total_iters=2), s.CosineAnnealingLR(o, 10)], milestones=[2]
+        o,
+        [s.LinearLR(o, 0.1, total_iters=2), s.CosineAnnealingLR(o, 10)],
+        milestones=[2],
     ),
 }
 
@@ -84,9 +86,16 @@ SHAPES = {
 SHAPES |= {
     "step_frequency_2": scheduled(SCHEDULES["exponential"], interval="step", frequency=2),
     "epoch_frequency_2": scheduled(SCHEDULES["exponential"], interval="epoch", frequency=2),
-    "step_accumulate": scheduled(SCHEDULES["cosine"], {"accumulate_grad_batches": 3}, interval="step"),
+    "step_accumulate": scheduled(
+        SCHEDULES["cosine"],
+        {"accumulate_grad_batches": 3},
+        interval="step",
+    ),
     "step_frequency_accumulate": scheduled(
-        SCHEDULES["step"], {"accumulate_grad_batches": 2}, interval="step", frequency=2
+        SCHEDULES["step"],
+        {"accumulate_grad_batches": 2},
+        interval="step",
+        frequency=2,
     ),
     "step_val_interval": scheduled(SCHEDULES["linear"], {"val_check_interval": 3}, interval="step"),
     "plateau_epoch_val": scheduled(plateau, **VAL),
@@ -94,8 +103,19 @@ SHAPES |= {
     "plateau_epoch_val_interval": scheduled(plateau, {"val_check_interval": 4}, **VAL),
     "plateau_step_train": scheduled(plateau, interval="step", **TRAIN),
     "plateau_step_val": scheduled(plateau, {"val_check_interval": 3}, interval="step", **LOOSE),
-    "plateau_step_train_val_interval": scheduled(plateau, {"val_check_interval": 4}, interval="step", **TRAIN),
-    "plateau_step_frequency_5": scheduled(plateau, {"val_check_interval": 5}, interval="step", frequency=5, **VAL),
+    "plateau_step_train_val_interval": scheduled(
+        plateau,
+        {"val_check_interval": 4},
+        interval="step",
+        **TRAIN,
+    ),
+    "plateau_step_frequency_5": scheduled(
+        plateau,
+        {"val_check_interval": 5},
+        interval="step",
+        frequency=5,
+        **VAL,
+    ),
     "plateau_step_across_epochs": scheduled(
         plateau,
         {"val_check_interval": 7, "check_val_every_n_epoch": None},
@@ -103,17 +123,28 @@ SHAPES |= {
         **LOOSE,
     ),
     "plateau_step_accumulate": scheduled(
-        plateau, {"val_check_interval": 4, "accumulate_grad_batches": 2}, interval="step", **LOOSE
+        plateau,
+        {"val_check_interval": 4, "accumulate_grad_batches": 2},
+        interval="step",
+        **LOOSE,
     ),
     "plateau_step_monitored": Shape(
         model=lambda: Scheduled(plateau, interval="step", **LOOSE),
         trainer={"val_check_interval": 3},
         checkpointing={"monitor": "val/loss", "mode": "min"},
     ),
-    "plateau_epoch_every_2": scheduled(plateau, {"check_val_every_n_epoch": 2, "max_epochs": 4}, frequency=2, **VAL),
+    "plateau_epoch_every_2": scheduled(
+        plateau,
+        {"check_val_every_n_epoch": 2, "max_epochs": 4},
+        frequency=2,
+        **VAL,
+    ),
     "two_plateaus": Shape(model=TwoPlateaus, trainer={"val_check_interval": 5}),
     "estimated_steps": Shape(model=EstimatedSteps),
-    "estimated_steps_accumulate": Shape(model=EstimatedSteps, trainer={"accumulate_grad_batches": 4}),
+    "estimated_steps_accumulate": Shape(
+        model=EstimatedSteps,
+        trainer={"accumulate_grad_batches": 4},
+    ),
     "own_scheduler_step": Shape(model=lambda: OwnStep(SCHEDULES["exponential"])),
     "plateau_without_val": Shape(model=lambda: Scheduled(plateau, **TRAIN), data=data(val=list)),
 }

@@ -306,7 +306,13 @@ class FreezingCallback(Callback):
 class Dropped(Net):
     def __init__(self, change: Any) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 1))
+        self.net = nn.Sequential(
+            nn.Linear(4, 8),
+            nn.BatchNorm1d(8),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Linear(8, 1),
+        )
         self.change = change
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -577,12 +583,17 @@ def own(*names: str) -> Any:
 
 
 INTERVAL = {"val_check_interval": 3}
-SHAPES = {f"held_{name}": Shape(model=lambda parts=parts: Held(*parts), extra=value) for name, parts in HELD.items()}
+SHAPES = {
+    f"held_{name}": Shape(model=lambda parts=parts: Held(*parts), extra=value)
+    for name, parts in HELD.items()
+}  # fmt: skip
 SHAPES |= {
     "held_torch_generator": Shape(model=Generating, extra=lambda m, t: m.generator.get_state()),
     "held_int_interval": Shape(model=lambda: Held(0, add, float), extra=value, trainer=INTERVAL),
     "held_int_accumulate": Shape(
-        model=lambda: Held(0, add, float), extra=value, trainer={"accumulate_grad_batches": 3}
+        model=lambda: Held(0, add, float),
+        extra=value,
+        trainer={"accumulate_grad_batches": 3},
     ),
     "replay": Shape(model=Replays, extra=lambda m, t: m.replay.items),
     "shadow": Shape(model=Shadowed, extra=lambda m, t: m.average.shadow),
@@ -595,11 +606,17 @@ SHAPES |= {
     "buffer_left_out_interval": Shape(model=lambda: Centered(False), trainer=INTERVAL),
     "buffer_left_out_replaced": Shape(model=lambda: Centered(False, True), extra=own("mean")),
     "buffer_kept": Shape(model=lambda: Centered(True)),
-    "buffer_left_out_64": Shape(model=lambda: Centered(False), extra=own("mean"), trainer={"precision": "64-true"}),
+    "buffer_left_out_64": Shape(
+        model=lambda: Centered(False),
+        extra=own("mean"),
+        trainer={"precision": "64-true"},
+    ),
     "queue": Shape(model=Contrasts, extra=lambda m, t: [m.queue.keys, m.queue.place]),
     "validation_counts": Shape(model=ValidationCounts, extra=own("validations", "best", "since")),
     "validation_counts_interval": Shape(
-        model=ValidationCounts, extra=own("validations", "best", "since"), trainer=INTERVAL
+        model=ValidationCounts,
+        extra=own("validations", "best", "since"),
+        trainer=INTERVAL,
     ),
     "freezes_epoch": Shape(model=lambda: Freezes("epoch")),
     "freezes_batch": Shape(model=lambda: Freezes("batch")),
@@ -613,7 +630,10 @@ SHAPES |= {
     "hyper_parameters": Shape(model=HyperParameters, extra=lambda m, t: m.hparams.rate),
     "hyper_parameter_nan": Shape(model=lambda: HyperParameters(names=[float("nan")])),
     "tied": Shape(model=Tied),
-    "spectral_norm": Shape(model=lambda: Wrapped(nn.utils.parametrizations.spectral_norm), trainer=INTERVAL),
+    "spectral_norm": Shape(
+        model=lambda: Wrapped(nn.utils.parametrizations.spectral_norm),
+        trainer=INTERVAL,
+    ),
     "weight_norm": Shape(model=lambda: Wrapped(nn.utils.parametrizations.weight_norm)),
     "spectral_norm_hook": Shape(model=lambda: Wrapped(nn.utils.spectral_norm)),
     "lazy": Shape(model=Lazy),
@@ -645,7 +665,10 @@ EXAMPLES = {
     "teacher_in_a_list": lambda: Teacher(lambda t: [t]),
     "norm_in_eval": lambda: Dropped(still_norm),
 }
-SHAPES |= {f"{name}_example": Shape(model=with_example(make), trainer=INTERVAL) for name, make in EXAMPLES.items()}
+SHAPES |= {
+    f"{name}_example": Shape(model=with_example(make), trainer=INTERVAL)
+    for name, make in EXAMPLES.items()
+}  # fmt: skip
 BUFFERS = {
     "float8": lambda: torch.ones(3).to(torch.float8_e4m3fn),
     "sparse": lambda: torch.eye(3).to_sparse(),
@@ -654,4 +677,7 @@ BUFFERS = {
     "infinite": lambda: torch.full((3,), -float("inf")),
     "empty": lambda: torch.empty(0),
 }
-SHAPES |= {f"buffer_{name}": Shape(model=lambda make=make: OddBuffer(make())) for name, make in BUFFERS.items()}
+SHAPES |= {
+    f"buffer_{name}": Shape(model=lambda make=make: OddBuffer(make()))
+    for name, make in BUFFERS.items()
+}  # fmt: skip
