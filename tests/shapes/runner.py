@@ -1,7 +1,7 @@
 """Stops and resumes each shape at its safe points, and compares with one that was never stopped.
 
     cd tests
-    PYTHONPATH=../src ../.venv/bin/python -m shapes.runner [NAME...] [--jobs 2] [--failing]
+    PYTHONPATH=../src ../.venv/bin/python -m shapes.runner [NAME...] [--jobs 2] [--failing] [--few]
 
 NAME is a shape or the beginning of its name ("flags/"). A line each, then how often it was:
 
@@ -410,8 +410,8 @@ def at_most(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def judge_named(name: str) -> Verdict:
-    return judge(name, all_shapes()[name])
+def judge_named(name: str, points: Mapping[str, int]) -> Verdict:
+    return judge(name, all_shapes()[name], points)
 
 
 def main() -> int:
@@ -419,14 +419,16 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--failing", action="store_true", help="only those with a fault, and why")
+    parser.add_argument("--few", action="store_true", help="from fewer points")
     arguments = parser.parse_args()
+    points = FEW if arguments.few else POINTS
     names = [n for n in all_shapes() if not arguments.names or n.startswith(tuple(arguments.names))]
     total: Counter[str] = Counter()
     failing = 0
     # Forked, the workers of a DataLoader take any data set; spawned, they import all anew.
     forking = {"initializer": set_start_method, "initargs": ("fork", True)}
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), **forking) as pool:
-        for future in as_completed([pool.submit(judge_named, name) for name in names]):
+        for future in as_completed([pool.submit(judge_named, name, points) for name in names]):
             verdict = future.result()
             total += verdict.counts
             failing += bool(verdict.faults)
