@@ -2,6 +2,7 @@
 
 import copy
 import random
+import sys
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from functools import partial
@@ -463,7 +464,7 @@ class HoldsAnything(Net):
 
     def __init__(self) -> None:
         super().__init__()
-        self.file = open("/dev/null")  # noqa: SIM115
+        self.file = sys.__stderr__
         self.function, self.numbers = lambda x: x, iter(range(1000))
         self.partial, self.module = partial(max, 1), torch
         self.me, self.stream = self.forward, (i for i in range(1000))
