@@ -204,9 +204,9 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
     """The places where two states are not the same, bit for bit."""
     if isinstance(one, Tensor):
         yield from _tensors(one, other, path)
-    elif isinstance(one, Mapping) != isinstance(other, Mapping):
-        yield f"{path}: {repr(one)[:60]} and {repr(other)[:60]}"
-    elif type(one) is not type(other) and not isinstance(one, Mapping):
+    elif isinstance(one, Mapping) != isinstance(other, Mapping) or (
+        type(one) is not type(other) and not isinstance(one, Mapping)
+    ):
         yield f"{path}: {repr(one)[:60]} and {repr(other)[:60]}"
     elif isinstance(one, np.ndarray):
         if one.dtype != other.dtype or not np.array_equal(one, other):
