@@ -122,6 +122,7 @@ class CheckpointCallback(Checkpoint):
         self._pending = None
         self._enabled = not trainer.fast_dev_run  # type: ignore[attr-defined]
         self._baseline = Baseline(state.look(trainer))
+        self._settings = state.settings(trainer)
 
     def use(self, directory: Path) -> None:
         """Keeps the checkpoints in `directory`; `setup` does it with the Trainer's."""
@@ -189,7 +190,6 @@ class CheckpointCallback(Checkpoint):
         assert self._baseline is not None
         self._baseline.begin(state.look(trainer))
         self._versions = state.versions(pl_module)
-        self._settings = state.settings(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:

@@ -595,10 +595,10 @@ def before_validation(trainer: Trainer) -> dict[str, Any]:
 def as_before_validation(trainer: Trainer, checkpoint: dict[str, Any], before: Mapping[str, Any]) -> list[str]:
     """Puts into `checkpoint` what `before_validation` gave; returns words for weights that the validation has changed."""
     checkpoint["loops"]["fit_loop"] = before["fit_loop"]
-    weights: dict[str, Any] = checkpoint["state_dict"]
-    weights |= {name: value for name, value in before["buffers"].items() if name in weights}
     if averaging(trainer):  # it exchanges the weights for the validation, and back for this file
         return []
+    weights: dict[str, Any] = checkpoint["state_dict"]
+    weights |= {name: value for name, value in before["buffers"].items() if name in weights}
     now = versions(trainer.lightning_module)
     changed = [name for name in now if now[name] != before["versions"].get(name)]
     return [f"model.{name} (changed inside a validation)" for name in changed if name not in before["buffers"]]
