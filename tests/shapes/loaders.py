@@ -1,5 +1,6 @@
 """Loaders of other kinds: stock ones, streams, lists, loaders with state, several at once."""
 
+from collections import UserList
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,13 +89,6 @@ class Several(Net):
         loss = sum(self.loss(part) for part in parts if part is not None)
         self.log("train/loss", loss, on_step=True, on_epoch=True, batch_size=BATCH)
         return loss
-
-
-class OneOfSeveral(Net):
-    """Under CombinedLoader's sequential mode Lightning gives (batch, index, loader)."""
-
-    def training_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        return self.loss(batch) * (1 + dataloader_idx)
 
 
 class WholeTensors(Net):
@@ -229,7 +223,7 @@ SHAPES = {
     "keeps_position_in_order": Shape(data=data(lambda: KeepsPosition(shuffle=False))),
     "keeps_position_interval": Shape(data=data(KeepsPosition), trainer=INTERVAL),
     "keeps_position_unsized": Shape(data=data(lambda: KeepsPosition(sized=False))),
-    "list_of_batches": Shape(data=data(whole_batches)),
+    "list_of_batches": Shape(data=data(lambda: UserList(whole_batches()))),
     "batches": Shape(
         data=data(lambda: Batches(*tensors(), batch_size=BATCH, seed=1)),
         trainer=INTERVAL,
@@ -252,7 +246,12 @@ SHAPES = {
     "combined_min_size": Shape(model=Several, data=combined("min_size")),
     "combined_max_size": Shape(model=Several, data=combined("max_size")),
     "combined_max_size_cycle": Shape(model=Several, data=combined("max_size_cycle")),
-    "combined_sequential": Shape(model=OneOfSeveral, data=combined("sequential")),
+    "combined_sequential_validations": Shape(
+        data=data(
+            val=lambda: CombinedLoader([validation(), validation(shuffle=True)], "sequential"),
+        ),
+        trainer=INTERVAL,
+    ),
     "combined_stock": Shape(
         model=Several,
         data=data(lambda: CombinedLoader([stock(shuffle=True), stock()], "min_size")),

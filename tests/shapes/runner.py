@@ -30,7 +30,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from importlib import import_module
 from itertools import zip_longest
-from multiprocessing import get_context, set_start_method
+from multiprocessing import get_context
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
@@ -425,11 +425,14 @@ def main() -> int:
     names = [n for n in all_shapes() if not arguments.names or n.startswith(tuple(arguments.names))]
     total: Counter[str] = Counter()
     failing = 0
-    # Forked, the workers of a DataLoader take any data set; spawned, they import all anew.
-    forking = {"initializer": set_start_method, "initargs": ("fork", True)}
-    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), **forking) as pool:
-        for future in as_completed([pool.submit(judge_named, name, points) for name in names]):
-            verdict = future.result()
+    with contextlib.ExitStack() as stack:
+        if arguments.jobs > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(arguments.jobs, get_context("fork")))
+            futures = [pool.submit(judge_named, name, points) for name in names]
+            verdicts = (future.result() for future in as_completed(futures))
+        else:
+            verdicts = (judge_named(name, points) for name in names)
+        for verdict in verdicts:
             total += verdict.counts
             failing += bool(verdict.faults)
             if verdict.faults or not arguments.failing:
