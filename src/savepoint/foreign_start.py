@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from savepoint import training
 from savepoint.checkpoint import foreign
-from savepoint.overrides import check_shapes, evaluate
+from savepoint.overrides import check_shapes
 from savepoint.run import Run, show
 from savepoint.weights import fit_names
 
@@ -82,4 +82,12 @@ class _TakeOver(Callback):
                 config.scheduler.last_epoch = steps if config.interval == "step" else epochs
                 for group, base in zip(config.scheduler.optimizer.param_groups, config.scheduler.base_lrs, strict=True):
                     group["initial_lr"] = base
-                evaluate(config.scheduler)
+                _evaluate(config.scheduler)
+
+
+def _evaluate(scheduler: LambdaLR) -> None:
+    """The rate of the step it stands at, by the functions and base rates it has now."""
+    rows = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    for group, base, factor in rows:
+        group["lr"] = base * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]

@@ -7,13 +7,15 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
+from savepoint import reschedule
 from savepoint.checkpoint.state import canary, environment
 from savepoint.errors import ConfigMismatchError
 
-# Of a scheduler's state: what its constructor computed from the length of the training and the learning rate.
-_CONSTRUCTED = ("base_lrs", "total_steps", "T_max", "total_iters", "_schedule_phases")
+_LENGTH = (
+    "trainer.accumulate_grad_batches", "trainer.devices", "trainer.limit_train_batches", "trainer.max_epochs",
+    "trainer.max_steps", "trainer.num_nodes", "trainer.overfit_batches",
+)  # fmt: skip
 
 
 class ApplyOverrides(Callback):
@@ -31,7 +33,9 @@ class ApplyOverrides(Callback):
         allow: Sequence[str],
     ) -> None:
         self.shapes = {name: tuple(value.shape) for name, value in state["state_dict"].items()}
+        self.schedulers, self.loops = state["lr_schedulers"], state["loops"]
         self.manifest, self.changed, self.allow = manifest, changed, allow
+        self._fresh: reschedule.Fresh | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -57,52 +61,26 @@ class ApplyOverrides(Callback):
             check_canary(pl_module, checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Built from the config of now, and not yet overwritten by the checkpoint.
-        self._groups = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
-        self._schedulers = [dict(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
+        if any(_reaches_the_rates(key) for key in self.changed) and len(self.schedulers) == len(
+            trainer.lr_scheduler_configs
+        ):
+            # Built from the config of now, and not yet overwritten by the checkpoint.
+            self._fresh = reschedule.advance(trainer, self.schedulers, self.loops)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         was, now = self.manifest["device"], environment(trainer.strategy.root_device)["device"]
         if trainer.is_global_zero and was != now:
             print(f"device {was} -> {now}: not bit-equal to a run that was never stopped", flush=True)
-        longer = any(key in self.changed for key in ("trainer.max_epochs", "trainer.max_steps"))
-        hyper = any(key.split(".")[0] == "model" for key in self.changed)
-        if not longer and not hyper:
-            return
-        before = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        if hyper:
-            for optimizer, fresh_groups in zip(trainer.optimizers, self._groups, strict=True):
-                for group, fresh in zip(optimizer.param_groups, fresh_groups, strict=True):
-                    _take_over(group, fresh)
-        for config, fresh in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
-            for key in _CONSTRUCTED:
-                if key in fresh:
-                    setattr(config.scheduler, key, fresh[key])
-            if isinstance(config.scheduler, LambdaLR):
-                evaluate(config.scheduler)
-        after = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        if trainer.is_global_zero and before != after:
-            print(f"learning rate at step {trainer.global_step}: {before[0]:.4g} -> {after[0]:.4g}", flush=True)
+        if self._fresh is not None:
+            reschedule.put(trainer, self._fresh, self.changed)
+            self._fresh = None
 
 
-def _take_over(group: dict[str, Any], fresh: Mapping[str, Any]) -> None:
-    for key, value in fresh.items():
-        if key not in ("params", "lr", "initial_lr"):
-            group[key] = value
-    if "initial_lr" in group and "initial_lr" in fresh:
-        # The schedule has brought the rate to some share of its base: keep the share, take the new base.
-        group["lr"] *= fresh["initial_lr"] / group["initial_lr"]
-        group["initial_lr"] = fresh["initial_lr"]
-    else:
-        group["lr"] = fresh["lr"]
-
-
-def evaluate(scheduler: LambdaLR) -> None:
-    """The rate of the step it stands at, by the functions and base rates it has now."""
-    rows = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    for group, base, factor in rows:
-        group["lr"] = base * factor(scheduler.last_epoch)
-    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+def _reaches_the_rates(key: str) -> bool:
+    """Hyper-parameters, and what the length of the training comes from, which schedules may ask for."""
+    if key in ("data.root", "data.num_workers"):
+        return False
+    return key.split(".")[0] in ("model", "data") or key in _LENGTH
 
 
 def check_canary(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
