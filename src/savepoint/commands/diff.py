@@ -43,13 +43,15 @@ def run(arguments: argparse.Namespace) -> int:
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """`parts`: the keys of the state that differ, in whatever; then what of config, weights and optimizers."""
     from savepoint.checkpoint.format import fingerprint
-    from savepoint.compose import flatten
+    from savepoint.compose import flatten, same
 
     a, b = comparable(a), comparable(b)
     keys = list({**a, **b})
     parts = [key for key in keys if key not in a or key not in b or fingerprint(a[key]) != fingerprint(b[key])]
     old, new = flatten(a.get("config") or "{}"), flatten(b.get("config") or "{}")
-    config = {k: [old.get(k), new.get(k)] for k in {**old, **new} if k not in old or k not in new or old[k] != new[k]}
+    config = {
+        k: [old.get(k), new.get(k)] for k in {**old, **new} if k not in old or k not in new or not same(old[k], new[k])
+    }
     weights = _weights(a.get("state_dict", {}), b.get("state_dict", {}))
     optimizers = _optimizers(a.get("optimizer_states", []), b.get("optimizer_states", []))
     return {"parts": parts, "config": config, "weights": weights, "optimizers": optimizers}
@@ -94,10 +96,12 @@ def relative_change(a: "Tensor", b: "Tensor") -> float | None:
 
 def _optimizers(a: list[Any], b: list[Any]) -> list[dict[str, Any]]:
     """Of each optimizer, what it is and how far it is, where the two differ."""
+    from savepoint.compose import same
+
     rows = []
     for place in range(max(len(a), len(b))):
         old, new = (_optimizer(one[place]) if place < len(one) else {} for one in (a, b))
-        changed = {k: [old.get(k), new.get(k)] for k in {**old, **new} if old.get(k) != new.get(k)}
+        changed = {k: [old.get(k), new.get(k)] for k in {**old, **new} if not same(old.get(k), new.get(k))}
         rows += [{"optimizer": place, "changed": changed}] if changed else []
     return rows
 
