@@ -9,7 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from savepoint import reschedule
-from savepoint.checkpoint.state import canary, environment
+from savepoint.checkpoint import canary
+from savepoint.checkpoint.state import environment
 from savepoint.errors import ConfigMismatchError
 
 _LENGTH = (
@@ -91,9 +92,18 @@ def check_canary(module: LightningModule, checkpoint: Mapping[str, Any]) -> None
     saved = checkpoint.get("canary")
     if saved is None:
         return
-    now = canary(module, checkpoint["state_dict"], saved["input"])
-    far = float((now["output"] - saved["output"]).abs().max()) if now else float("inf")
-    if not far <= 0.01 * max(1.0, float(saved["output"].abs().max())):
+    try:
+        now = canary.canary(module, checkpoint["state_dict"], saved["input"])
+    except Exception as error:
+        raise ConfigMismatchError(
+            f"The model computes something else than when it was saved: for the inputs in the file its forward raises "
+            f"{type(error).__name__} ({str(error).partition(chr(10))[0]}). Expected the same code in forward. "
+            "Put it back, or go on with this one: --allow canary"
+        ) from error
+    if now is None or not canary.comparable(saved, now):  # a forward that cannot be repeated shows nothing
+        return
+    far = canary.distance(now["output"], saved["output"])
+    if not far <= 0.01 * canary.largest(saved["output"]):
         raise ConfigMismatchError(
             f"The model computes something else than when it was saved: with the same weights its output differs by {far:.3g}. "
             "Expected the same code in forward. Put it back, or go on with this one: --allow canary"

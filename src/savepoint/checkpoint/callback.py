@@ -24,6 +24,7 @@ from torch import Tensor
 
 from savepoint import preemption
 from savepoint.checkpoint import facts, format, state
+from savepoint.checkpoint.canary import canary
 from savepoint.checkpoint.facts import Provenance
 from savepoint.checkpoint.finite import FiniteWatch
 from savepoint.checkpoint.io import CheckpointIO
@@ -416,7 +417,7 @@ class CheckpointCallback(Checkpoint):
         checkpoint["config"], checkpoint["run"] = self.provenance.config, dict(self.provenance.run)
         checkpoint["optimizer"] = next(iter(checkpoint["optimizer_states"]), None)
         checkpoint[self.scores.key] = self.scores.best
-        checkpoint["canary"] = state.canary(pl_module, checkpoint["state_dict"])
+        checkpoint["canary"] = canary(pl_module, checkpoint["state_dict"])
         checkpoint["manifest"] = self._facts or self._make_facts(trainer, None, "user", None)
 
     def _make_facts(self, trainer: Trainer, at: Point | None, reason: str, ended: str | None) -> dict[str, Any]:
