@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from savepoint import training
 from savepoint.checkpoint import foreign
-from savepoint.overrides import check_shapes
+from savepoint.overrides import check_shapes, shapes
 from savepoint.run import Run, show
 from savepoint.weights import fit_names
 
@@ -28,7 +28,7 @@ def start(path: Path, config: Any, config_name: str) -> int:
     try:
         made = training.build(config, run, training.Start(callbacks=[] if whole else [_TakeOver(found)]))
         weights = fit_names(found["state_dict"], made.model.state_dict())
-        check_shapes({name: tuple(value.shape) for name, value in weights.items()}, made.model.state_dict())
+        check_shapes(shapes(weights), made.model.state_dict())
         made.model.load_state_dict(weights)
         print(_said(path, found), f"New run {show(run.directory)}", sep="\n", flush=True)
         made.checkpointing.scores.best = as_share(found["best_accuracy"])

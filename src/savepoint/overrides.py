@@ -33,7 +33,7 @@ class ApplyOverrides(Callback):
         changed: Mapping[str, tuple[Any, Any]],
         allow: Sequence[str],
     ) -> None:
-        self.shapes = {name: tuple(value.shape) for name, value in state["state_dict"].items()}
+        self.shapes = shapes(state["state_dict"])
         self.schedulers, self.loops = state["lr_schedulers"], state["loops"]
         self.manifest, self.changed, self.allow = manifest, changed, allow
         self._fresh: reschedule.Fresh | None = None
@@ -110,9 +110,22 @@ def check_canary(module: LightningModule, checkpoint: Mapping[str, Any]) -> None
         )
 
 
+Shapes = Mapping[str, tuple[int, ...] | None]
+
+
+def shapes(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """Of each weight its shape; None for what a part's `get_extra_state` gave, which may be anything."""
+    return {name: _shape(name, value) for name, value in state_dict.items()}
+
+
+def _shape(name: str, value: Any) -> tuple[int, ...] | None:
+    extra = name.rpartition(".")[2] == "_extra_state" or not isinstance(value, Tensor)
+    return None if extra else tuple(value.shape)
+
+
 def check_shapes(
-    saved: Mapping[str, tuple[int, ...]],
-    model: Mapping[str, Tensor],
+    saved: Shapes,
+    model: Mapping[str, Any],
     changed: Mapping[str, tuple[Any, Any]] | None = None,
 ) -> None:
     """Raises ConfigMismatchError with a table of names and shapes, and the config keys that explain it."""
@@ -138,16 +151,20 @@ def shortened(lines: Sequence[str]) -> str:
     return "\n".join([*lines[:2], f"{lines[-1]} (and {len(lines) - 3} more)"])
 
 
-def mismatches(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]) -> list[str]:
+def mismatches(saved: Shapes, model: Mapping[str, Any]) -> list[str]:
     """One line for each weight that is missing, unknown or of another shape; with the nearest name where there is one."""
     lines = []
-    for name, value in model.items():
+    for name, shape in shapes(model).items():
         if name not in saved:
             near = difflib.get_close_matches(name, [other for other in saved if other not in model], n=1, cutoff=0.85)
-            lines.append(f"  {name} {list(value.shape)}: not in the file{f' (nearest: {near[0]})' if near else ''}")
-        elif saved[name] != tuple(value.shape):
-            lines.append(f"  {name}: {list(saved[name])} in the file, {list(value.shape)} in the model")
+            lines.append(f"  {name} {_said(shape)}: not in the file{f' (nearest: {near[0]})' if near else ''}")
+        elif saved[name] != shape:
+            lines.append(f"  {name}: {_said(saved[name])} in the file, {_said(shape)} in the model")
     lines += [
-        f"  {name} {list(shape)}: in the file, not in the model" for name, shape in saved.items() if name not in model
+        f"  {name} {_said(shape)}: in the file, not in the model" for name, shape in saved.items() if name not in model
     ]
     return lines
+
+
+def _said(shape: tuple[int, ...] | None) -> str:
+    return "(no tensor)" if shape is None else str(list(shape))

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from savepoint import cli, training
 from savepoint.checkpoint import store
 from savepoint.errors import ConfigError
-from savepoint.overrides import check_canary, check_shapes
+from savepoint.overrides import check_canary, check_shapes, shapes
 
 # In place of what the run was trained on and logged to; a flag of the user comes after them and wins.
 HERE = [
@@ -67,7 +67,7 @@ def rebuild(path: Path, overrides: Sequence[str] = (), *, allow: Sequence[str] =
     model, data, trainer = cli.instantiate(config)
     # A run in `64-true` or `bf16-true` has weights of that type: the model gets it before the weights, as in training.
     trainer.precision_plugin.convert_module(model)
-    check_shapes({name: tuple(value.shape) for name, value in state["state_dict"].items()}, model.state_dict())
+    check_shapes(shapes(state["state_dict"]), model.state_dict())
     model.load_state_dict(state["state_dict"])
     if "canary" not in allow:
         check_canary(model, {**state, "state_dict": model.state_dict()})

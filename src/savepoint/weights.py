@@ -8,7 +8,7 @@ from torch import Tensor
 
 from savepoint.checkpoint import foreign
 from savepoint.errors import ConfigMismatchError
-from savepoint.overrides import mismatches, shortened
+from savepoint.overrides import mismatches, shapes, shortened
 from savepoint.run import rank
 
 
@@ -39,8 +39,9 @@ def initialise(model: LightningModule, path: str | Path, *, strict: bool) -> Non
     """
     target = model.state_dict()
     found = fit_names(read(Path(path)), target)
-    fits = {name: value for name, value in found.items() if name in target and value.shape == target[name].shape}
-    lines = mismatches({name: tuple(value.shape) for name, value in found.items()}, target)
+    wanted = shapes(target)
+    fits = {name: found[name] for name, shape in shapes(found).items() if name in target and shape == wanted[name]}
+    lines = mismatches(shapes(found), target)
     if not fits or (strict and lines):
         advice = " Take what fits: --init_strict false" if fits else ""
         raise ConfigMismatchError(

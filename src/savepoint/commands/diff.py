@@ -71,12 +71,19 @@ def _metrics(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _weights(a: Mapping[str, "Tensor"], b: Mapping[str, "Tensor"]) -> list[dict[str, Any]]:
-    """Those that differ, in the order of the model."""
+def _weights(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those that differ, in the order of the model; beside tensors, what a part's `get_extra_state` gave."""
+    from torch import Tensor
+
+    from savepoint.checkpoint.format import fingerprint
+
     rows: list[dict[str, Any]] = []
     for name in {**a, **b}:
         if name not in a or name not in b:
             rows.append({"name": name, "change": None, "why": f"only in {'A' if name in a else 'B'}"})
+        elif not isinstance(a[name], Tensor) or not isinstance(b[name], Tensor):
+            if fingerprint(a[name]) != fingerprint(b[name]):
+                rows.append({"name": name, "change": None, "why": "other values"})
         elif a[name].shape != b[name].shape:
             rows.append({"name": name, "change": None, "why": f"{list(a[name].shape)} and {list(b[name].shape)}"})
         elif (change := relative_change(a[name], b[name])) is not None:
@@ -86,11 +93,14 @@ def _weights(a: Mapping[str, "Tensor"], b: Mapping[str, "Tensor"]) -> list[dict[
 
 def relative_change(a: "Tensor", b: "Tensor") -> float | None:
     """||a - b|| / ||a||; None where they are equal bit for bit."""
-    from savepoint.checkpoint.format import fingerprint
+    import torch
+
+    from savepoint.checkpoint.format import dense, fingerprint
 
     if fingerprint(a) == fingerprint(b):
         return None
-    distance, length = norm(b.double() - a.double()), norm(a)
+    kind = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    distance, length = norm(dense(b).to(kind) - dense(a).to(kind)), norm(a)
     return distance / length if length else float("inf") if distance else 0.0
 
 
