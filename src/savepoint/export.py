@@ -26,6 +26,7 @@ import savepoint
 from savepoint.checkpoint import canary, files
 from savepoint.checkpoint.format import fingerprint
 from savepoint.errors import ConfigError, SavepointError
+from savepoint.overrides import plain_name, under_names_of
 from savepoint.rebuild import Rebuilt
 
 OPSET = 18
@@ -161,7 +162,7 @@ Run = Callable[[Any], Any]
 def _weights(made: Rebuilt) -> dict[str, Tensor]:
     """A copy of each, whole and by itself: views of a larger tensor, or two of one, are not for every format."""
     state: Mapping[str, Any] = made.state["state_dict"]
-    return {name: _alone(value) for name, value in state.items() if isinstance(value, Tensor)}
+    return {plain_name(name): _alone(value) for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _alone(value: Tensor) -> Tensor:
@@ -214,14 +215,16 @@ def _read_state_dict(file: BinaryIO) -> dict[str, Tensor]:
 def _with(read: Callable[[BinaryIO], dict[str, Tensor]]) -> Callable[[Rebuilt, BinaryIO], Run]:
     def run(made: Rebuilt, file: BinaryIO) -> Run:
         found, saved = read(file), made.state["state_dict"]
-        wanted = {name: value for name, value in saved.items() if isinstance(value, Tensor)}
+        wanted = {plain_name(name): value for name, value in saved.items() if isinstance(value, Tensor)}
         other = [name for name in {**found, **wanted} if not _equal(found.get(name), wanted.get(name))]
         if other:
             raise ParityError(
                 f"The exported file holds other weights than the checkpoint: {other[0]} and {len(other) - 1} more. "
                 "Expected the same bits. It was not kept; try another --format."
             )
-        made.model.load_state_dict({**saved, **found}, strict=made.model.strict_loading)
+        target = made.model.state_dict()
+        loaded = under_names_of(saved, target) | under_names_of(found, target)
+        made.model.load_state_dict(loaded, strict=made.model.strict_loading)
         return lambda example: _outputs(made, example)
 
     return run

@@ -2,11 +2,12 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.nn import Module
 
 from savepoint import reschedule
 from savepoint.checkpoint import canary
@@ -33,7 +34,7 @@ class ApplyOverrides(Callback):
         changed: Mapping[str, tuple[Any, Any]],
         allow: Sequence[str],
     ) -> None:
-        self.shapes = shapes(state["state_dict"])
+        self.names = set(state["state_dict"])
         self.schedulers, self.loops = state["lr_schedulers"], state["loops"]
         self.manifest, self.changed, self.allow = manifest, changed, allow
         self._fresh: reschedule.Fresh | None = None
@@ -41,7 +42,9 @@ class ApplyOverrides(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        check_shapes(self.shapes, pl_module.state_dict(), self.changed)
+        # Lightning loads the weights once the model has made its layers, in `configure_model` at the latest: there they
+        # are compared.
+        self._hook = pl_module.register_load_state_dict_pre_hook(self._compare)  # type: ignore[no-untyped-call]
         now = getattr(trainer.datamodule, "fingerprint", None)  # type: ignore[attr-defined]
         saved = self.manifest["dataset"]
         if now != saved["fingerprint"] and "dataset" not in self.allow:
@@ -57,7 +60,17 @@ class ApplyOverrides(Callback):
                 "as the batches of a step are shared among them. If that is meant: --allow world_size"
             )
 
+    def _compare(self, module: Module, state_dict: dict[str, Any], *_: Any) -> None:
+        if state_dict.keys() != self.names:
+            return  # a load of the model's own, in its setup
+        model = module.state_dict()
+        found = under_names_of(state_dict, model)
+        check_shapes(shapes(found), model, self.changed, strict=cast(LightningModule, module).strict_loading)
+        state_dict.clear()
+        state_dict.update(found)
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._hook.remove()
         if "canary" not in self.allow:
             check_canary(pl_module, checkpoint)
 
@@ -93,7 +106,8 @@ def check_canary(module: LightningModule, checkpoint: Mapping[str, Any]) -> None
     if saved is None:
         return
     try:
-        now = canary.canary(module, checkpoint["state_dict"], saved["input"])
+        weights = under_names_of(checkpoint["state_dict"], module.state_dict())
+        now = canary.canary(module, weights, saved["input"])
     except Exception as error:
         raise ConfigMismatchError(
             f"The model computes something else than when it was saved: for the inputs in the file its forward raises "
@@ -118,6 +132,17 @@ def shapes(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
     return {name: _shape(name, value) for name, value in state_dict.items()}
 
 
+def plain_name(name: str) -> str:
+    """Without what `torch.compile` puts into the names of what it wraps."""
+    return name.replace("_orig_mod.", "")
+
+
+def under_names_of(state_dict: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights under the names that the model has for them, whichever of the two was compiled."""
+    own = {plain_name(name): name for name in model}
+    return {name if name in model else own.get(plain_name(name), name): value for name, value in state_dict.items()}
+
+
 def _shape(name: str, value: Any) -> tuple[int, ...] | None:
     extra = name.rpartition(".")[2] == "_extra_state" or not isinstance(value, Tensor)
     return None if extra else tuple(value.shape)
@@ -127,8 +152,17 @@ def check_shapes(
     saved: Shapes,
     model: Mapping[str, Any],
     changed: Mapping[str, tuple[Any, Any]] | None = None,
+    *,
+    strict: bool = True,
 ) -> None:
-    """Raises ConfigMismatchError with a table of names and shapes, and the config keys that explain it."""
+    """Raises ConfigMismatchError with a table of names and shapes, and the config keys that explain it.
+
+    Args:
+        strict: A module's `strict_loading`. False: names that only one of them has are left as they are.
+    """
+    both = saved.keys() & model.keys()
+    if both and not strict:
+        saved, model = {name: saved[name] for name in both}, {name: model[name] for name in both}
     lines = mismatches(saved, model)
     if not lines:
         return

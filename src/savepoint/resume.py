@@ -354,7 +354,7 @@ def _complete(run: Run, source: Source, config: Any) -> int:
         return 0
     begin = training.Start(checkpoint=source.path, keep_rows=source.state.get("logged_rows") or 0)
     made = training.build(config, run, begin)
-    made.model.load_state_dict(source.state["state_dict"])
+    made.last = source.state
     made.trainer.fit_loop.load_state_dict(source.state["loops"]["fit_loop"])  # the step and epoch of the test's log row
     for part in (made.checkpointing, made.meter):
         part.load_state_dict(source.state["callbacks"][part.state_key])

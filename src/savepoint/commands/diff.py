@@ -52,7 +52,7 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     config = {
         k: [old.get(k), new.get(k)] for k in {**old, **new} if k not in old or k not in new or not same(old[k], new[k])
     }
-    weights = _weights(a.get("state_dict", {}), b.get("state_dict", {}))
+    weights = _weights(*(_uncompiled(one.get("state_dict", {})) for one in (a, b)))
     optimizers = _optimizers(a.get("optimizer_states", []), b.get("optimizer_states", []))
     return {"parts": parts, "config": config, "weights": weights, "optimizers": optimizers}
 
@@ -69,6 +69,11 @@ def _metrics(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     old, new = a.get("metrics", {}), b.get("metrics", {})
     pairs = {name: [old.get(name), new.get(name)] for name in {**old, **new}}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _uncompiled(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Under plain names: those of a part that went through `torch.compile` differ, its weights do not."""
+    return {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
 
 
 def _weights(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
