@@ -1,6 +1,7 @@
 """When the callback saves, what it ranks, what it says, and how it lives beside Lightning's own."""
 
 import os
+import shutil
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
@@ -17,7 +18,13 @@ from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.checkpoint.facts import why_ended
 from savepoint.checkpoint.scores import Scores
-from savepoint.errors import CheckpointContentError, CheckpointSaveError, ConfigError, NonFiniteLossError
+from savepoint.errors import (
+    CheckpointContentError,
+    CheckpointNotFoundError,
+    CheckpointSaveError,
+    ConfigError,
+    NonFiniteLossError,
+)
 
 # An epoch of SmallData has 6 steps.
 
@@ -160,11 +167,70 @@ class TestLightning:
         trainer.fit_loop.max_epochs = 3
         trainer.fit(SmallModel(), datamodule=SmallData(), ckpt_path="best")
 
-    @pytest.mark.filterwarnings("ignore:.*there is no last checkpoint")
-    def test_fit_from_last_is_answered_with_a_sentence(self, tmp_path: Path) -> None:
-        fit(tmp_path)
-        with pytest.raises(ConfigError, match=r"last.*resume\.py"):
-            fit(tmp_path, ckpt_path="last")  # type: ignore[arg-type]
+    def test_fit_from_last_takes_the_newest_that_verifies_and_resumes_exactly(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with one_thread():
+            straight = fit(tmp_path / "straight")
+            shutil.copytree(tmp_path / "straight", tmp_path / "again")
+            newest = tmp_path / "again" / "checkpoints" / "step-00000012.ckpt"
+            for name in ("step-00000018.ckpt", "last.ckpt", "best.ckpt"):
+                newest.with_name(name).unlink()
+            newest.with_name("step-00000099.ckpt").write_bytes(newest.read_bytes()[:-100])
+            kept = store.load(newest)[0]["logged_rows"]
+            fit(tmp_path / "again", ckpt_path="last", keep_rows=kept)  # type: ignore[arg-type]
+        assert straight.global_step == 18
+        assert not list(difference(final_state(tmp_path / "straight"), final_state(tmp_path / "again")))
+        assert f"From {newest}: step 12" in capsys.readouterr().out
+
+    def test_fit_from_last_begins_where_there_is_nothing_yet(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert fit(tmp_path, ckpt_path="last").global_step == 18  # type: ignore[arg-type]
+        assert "No checkpoint yet" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("word", ["last", "best"])
+    @pytest.mark.parametrize("anew", [False, True], ids=["after fit", "in a new process"])
+    def test_last_and_best_are_tested_validated_and_predicted(self, word: str, anew: bool, tmp_path: Path) -> None:
+        class Model(SmallModel):
+            def on_validation_batch_end(self, *args: Any) -> None:
+                self.seen = self.net[0].weight.clone()
+
+            def test_step(self, batch: Any, batch_idx: int) -> None:
+                self.seen = self.net[0].weight.clone()
+
+            def predict_step(self, batch: Any, batch_idx: int) -> Any:
+                self.seen = self.net[0].weight.clone()
+                return self.seen
+
+        trainer = fit(tmp_path, model=Model)
+        files = store.CheckpointStore(tmp_path / "checkpoints", monitor="val/loss", mode="min")
+        chosen = files.latest() if word == "last" else files.best()
+        assert chosen is not None
+        wanted = store.load(chosen.path)[0]["state_dict"]["net.0.weight"]
+        if anew:
+            trainer = Trainer(
+                callbacks=[CheckpointCallback(mode="min", monitor="val/loss")], default_root_dir=str(tmp_path),
+                logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+            )  # fmt: skip
+        loader = SmallData().val_dataloader()
+        for call in (trainer.test, trainer.validate, trainer.predict):
+            model = Model()
+            call(model, loader, ckpt_path=word)
+            assert torch.equal(model.seen, wanted)
+
+    @pytest.mark.parametrize("word", ["last", "best"])
+    @pytest.mark.parametrize("call", ["test", "validate", "predict"])
+    def test_before_there_is_a_checkpoint_they_are_refused(self, call: str, word: str, tmp_path: Path) -> None:
+        class Model(SmallModel):
+            test_step = SmallModel.validation_step
+
+        trainer = Trainer(
+            callbacks=[CheckpointCallback(mode="min", monitor="val/loss")], default_root_dir=str(tmp_path),
+            logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        )  # fmt: skip
+        with pytest.raises(CheckpointNotFoundError):
+            getattr(trainer, call)(Model(), SmallData().val_dataloader(), ckpt_path=word)
 
     @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
     def test_validate_test_and_predict_read_our_file(self, tmp_path: Path) -> None:

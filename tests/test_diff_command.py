@@ -132,3 +132,14 @@ def test_a_damaged_file_is_no_difference_but_bad_input(tmp_path: Path, capsys: C
     code, out, err = say(capsys, "diff", *paths)
     assert (code, out) == (2, "")
     assert str(paths[1]) in err
+
+
+def test_a_nan_in_config_or_optimizer_is_equal_to_itself(tmp_path: Path, capsys: Capture) -> None:
+    def change(state: State) -> None:
+        state.update(config="model:\n  floor: .nan\n  all: [1, {deep: .nan}]\n  lr: 0.2\n")
+        state["optimizer_states"] = [{"state": {}, "param_groups": [{"lr": float("nan"), "params": []}]}]
+
+    write(tmp_path / "a.ckpt", other(change), facts(30, 0.5))
+    write(tmp_path / "b.ckpt", other(change) | {"epoch": 9}, facts(30, 0.5))
+    found = compared(capsys, [tmp_path / "a.ckpt", tmp_path / "b.ckpt"])
+    assert (found["config"], found["optimizers"]) == ({}, [])

@@ -497,3 +497,10 @@ class TestWhatANewcomerMissed:
         assert go(str(at_epoch_2)) == 0
         assert "a part of the test data: trainer.limit_test_batches 1" in capsys.readouterr().out
         assert json.loads((at_epoch_2 / "summary.json").read_text())["limit_test_batches"] == 1
+
+
+def test_a_value_that_is_no_number_is_equal_to_itself() -> None:
+    was = "model: {floor: .nan, all: [1, {deep: .nan}], lr: .nan}"
+    changed = resume.differences(was, was.replace("lr: .nan", "lr: 0.1"))
+    assert list(changed) == ["model.lr"]
+    assert changed["model.lr"][1] == 0.1

@@ -108,6 +108,15 @@ def flatten(text: str) -> dict[str, Any]:
     return dict(leaves(parse_yaml(text, "the config")))
 
 
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of configs are equal. A NaN equals a NaN, however deep in lists and dicts."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other or (one != one and other != other))  # only a NaN is not itself
+
+
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     if not isinstance(value, dict) or not value:
         yield key, value

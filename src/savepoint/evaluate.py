@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from savepoint.checkpoint import files
 from savepoint.errors import ConfigError, ConfigMismatchError
 from savepoint.rebuild import Rebuilt
+from savepoint.weights import Once, makes_layers_late, restore
 
 Split = Literal["test", "val"]
 
@@ -37,6 +38,8 @@ def evaluate(
     _check_parts(made, split)
     if "dataset" not in allow:
         made.trainer.callbacks.append(_SameData(made.manifest.get("dataset") or {}))  # type: ignore[attr-defined]
+    if makes_layers_late(made.model):
+        made.trainer.callbacks.append(Once(lambda model: restore(model, made.state)))  # type: ignore[attr-defined]
     loop = made.trainer.test if split == "test" else made.trainer.validate
     results = loop(made.model, datamodule=made.data, verbose=False)
     facts: dict[str, Any] = {

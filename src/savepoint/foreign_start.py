@@ -10,9 +10,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from savepoint import training
 from savepoint.checkpoint import foreign
-from savepoint.overrides import check_shapes, evaluate
+from savepoint.overrides import check_shapes, shapes, under_names_of
 from savepoint.run import Run, show
-from savepoint.weights import fit_names
+from savepoint.weights import fit_names, when_made
 
 
 def start(path: Path, config: Any, config_name: str) -> int:
@@ -27,15 +27,20 @@ def start(path: Path, config: Any, config_name: str) -> int:
     run = Run.create(config.output_dir, config.run_name, config_name)
     try:
         made = training.build(config, run, training.Start(callbacks=[] if whole else [_TakeOver(found)]))
-        weights = fit_names(found["state_dict"], made.model.state_dict())
-        check_shapes({name: tuple(value.shape) for name, value in weights.items()}, made.model.state_dict())
-        made.model.load_state_dict(weights)
+        when_made(made.trainer, made.model, lambda model: _load(model, found["state_dict"]))
         print(_said(path, found), f"New run {show(run.directory)}", sep="\n", flush=True)
         made.checkpointing.scores.best = as_share(found["best_accuracy"])
         return training.execute(made, checkpoint=path if whole else None)
     except BaseException:
         run.discard()
         raise
+
+
+def _load(model: LightningModule, found: Mapping[str, Any]) -> None:
+    target = model.state_dict()
+    weights = under_names_of(fit_names(found, target), target)
+    check_shapes(shapes(weights), target, strict=model.strict_loading)
+    model.load_state_dict(weights, strict=model.strict_loading)
 
 
 def as_share(best: float | None) -> float | None:
@@ -82,4 +87,12 @@ class _TakeOver(Callback):
                 config.scheduler.last_epoch = steps if config.interval == "step" else epochs
                 for group, base in zip(config.scheduler.optimizer.param_groups, config.scheduler.base_lrs, strict=True):
                     group["initial_lr"] = base
-                evaluate(config.scheduler)
+                _evaluate(config.scheduler)
+
+
+def _evaluate(scheduler: LambdaLR) -> None:
+    """The rate of the step it stands at, by the functions and base rates it has now."""
+    rows = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    for group, base, factor in rows:
+        group["lr"] = base * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]

@@ -2,18 +2,22 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
+from torch.nn import Module
 
-from savepoint.checkpoint.state import canary, environment
+from savepoint import reschedule
+from savepoint.checkpoint import canary
+from savepoint.checkpoint.state import environment
 from savepoint.errors import ConfigMismatchError
 
-# Of a scheduler's state: what its constructor computed from the length of the training and the learning rate.
-_CONSTRUCTED = ("base_lrs", "total_steps", "T_max", "total_iters", "_schedule_phases")
+_LENGTH = (
+    "trainer.accumulate_grad_batches", "trainer.devices", "trainer.limit_train_batches", "trainer.max_epochs",
+    "trainer.max_steps", "trainer.num_nodes", "trainer.overfit_batches",
+)  # fmt: skip
 
 
 class ApplyOverrides(Callback):
@@ -30,13 +34,17 @@ class ApplyOverrides(Callback):
         changed: Mapping[str, tuple[Any, Any]],
         allow: Sequence[str],
     ) -> None:
-        self.shapes = {name: tuple(value.shape) for name, value in state["state_dict"].items()}
+        self.names = set(state["state_dict"])
+        self.schedulers, self.loops = state["lr_schedulers"], state["loops"]
         self.manifest, self.changed, self.allow = manifest, changed, allow
+        self._fresh: reschedule.Fresh | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        check_shapes(self.shapes, pl_module.state_dict(), self.changed)
+        # Lightning loads the weights once the model has made its layers, in `configure_model` at the latest: there they
+        # are compared.
+        self._hook = pl_module.register_load_state_dict_pre_hook(self._compare)  # type: ignore[no-untyped-call]
         now = getattr(trainer.datamodule, "fingerprint", None)  # type: ignore[attr-defined]
         saved = self.manifest["dataset"]
         if now != saved["fingerprint"] and "dataset" not in self.allow:
@@ -52,57 +60,41 @@ class ApplyOverrides(Callback):
                 "as the batches of a step are shared among them. If that is meant: --allow world_size"
             )
 
+    def _compare(self, module: Module, state_dict: dict[str, Any], *_: Any) -> None:
+        if state_dict.keys() != self.names:
+            return  # a load of the model's own, in its setup
+        model = module.state_dict()
+        found = under_names_of(state_dict, model)
+        check_shapes(shapes(found), model, self.changed, strict=cast(LightningModule, module).strict_loading)
+        state_dict.clear()
+        state_dict.update(found)
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._hook.remove()
         if "canary" not in self.allow:
             check_canary(pl_module, checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Built from the config of now, and not yet overwritten by the checkpoint.
-        self._groups = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
-        self._schedulers = [dict(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
+        if any(_reaches_the_rates(key) for key in self.changed) and len(self.schedulers) == len(
+            trainer.lr_scheduler_configs
+        ):
+            # Built from the config of now, and not yet overwritten by the checkpoint.
+            self._fresh = reschedule.advance(trainer, self.schedulers, self.loops)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         was, now = self.manifest["device"], environment(trainer.strategy.root_device)["device"]
         if trainer.is_global_zero and was != now:
             print(f"device {was} -> {now}: not bit-equal to a run that was never stopped", flush=True)
-        longer = any(key in self.changed for key in ("trainer.max_epochs", "trainer.max_steps"))
-        hyper = any(key.split(".")[0] == "model" for key in self.changed)
-        if not longer and not hyper:
-            return
-        before = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        if hyper:
-            for optimizer, fresh_groups in zip(trainer.optimizers, self._groups, strict=True):
-                for group, fresh in zip(optimizer.param_groups, fresh_groups, strict=True):
-                    _take_over(group, fresh)
-        for config, fresh in zip(trainer.lr_scheduler_configs, self._schedulers, strict=True):
-            for key in _CONSTRUCTED:
-                if key in fresh:
-                    setattr(config.scheduler, key, fresh[key])
-            if isinstance(config.scheduler, LambdaLR):
-                evaluate(config.scheduler)
-        after = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        if trainer.is_global_zero and before != after:
-            print(f"learning rate at step {trainer.global_step}: {before[0]:.4g} -> {after[0]:.4g}", flush=True)
+        if self._fresh is not None:
+            reschedule.put(trainer, self._fresh, self.changed)
+            self._fresh = None
 
 
-def _take_over(group: dict[str, Any], fresh: Mapping[str, Any]) -> None:
-    for key, value in fresh.items():
-        if key not in ("params", "lr", "initial_lr"):
-            group[key] = value
-    if "initial_lr" in group and "initial_lr" in fresh:
-        # The schedule has brought the rate to some share of its base: keep the share, take the new base.
-        group["lr"] *= fresh["initial_lr"] / group["initial_lr"]
-        group["initial_lr"] = fresh["initial_lr"]
-    else:
-        group["lr"] = fresh["lr"]
-
-
-def evaluate(scheduler: LambdaLR) -> None:
-    """The rate of the step it stands at, by the functions and base rates it has now."""
-    rows = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    for group, base, factor in rows:
-        group["lr"] = base * factor(scheduler.last_epoch)
-    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+def _reaches_the_rates(key: str) -> bool:
+    """Hyper-parameters, and what the length of the training comes from, which schedules may ask for."""
+    if key in ("data.root", "data.num_workers"):
+        return False
+    return key.split(".")[0] in ("model", "data") or key in _LENGTH
 
 
 def check_canary(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
@@ -113,21 +105,64 @@ def check_canary(module: LightningModule, checkpoint: Mapping[str, Any]) -> None
     saved = checkpoint.get("canary")
     if saved is None:
         return
-    now = canary(module, checkpoint["state_dict"], saved["input"])
-    far = float((now["output"] - saved["output"]).abs().max()) if now else float("inf")
-    if not far <= 0.01 * max(1.0, float(saved["output"].abs().max())):
+    try:
+        weights = under_names_of(checkpoint["state_dict"], module.state_dict())
+        now = canary.canary(module, weights, saved["input"])
+    except Exception as error:
+        raise ConfigMismatchError(
+            f"The model computes something else than when it was saved: for the inputs in the file its forward raises "
+            f"{type(error).__name__} ({str(error).partition(chr(10))[0]}). Expected the same code in forward. "
+            "Put it back, or go on with this one: --allow canary"
+        ) from error
+    if now is None or not canary.comparable(saved, now):  # a forward that cannot be repeated shows nothing
+        return
+    far = canary.distance(now["output"], saved["output"])
+    if not far <= 0.01 * canary.largest(saved["output"]):
         raise ConfigMismatchError(
             f"The model computes something else than when it was saved: with the same weights its output differs by {far:.3g}. "
             "Expected the same code in forward. Put it back, or go on with this one: --allow canary"
         )
 
 
+Shapes = Mapping[str, tuple[int, ...] | None]
+
+
+def shapes(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    """Of each weight its shape; None for what a part's `get_extra_state` gave, which may be anything."""
+    return {name: _shape(name, value) for name, value in state_dict.items()}
+
+
+def plain_name(name: str) -> str:
+    """Without what `torch.compile` puts into the names of what it wraps."""
+    return name.replace("_orig_mod.", "")
+
+
+def under_names_of(state_dict: Mapping[str, Any], model: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights under the names that the model has for them, whichever of the two was compiled."""
+    own = {plain_name(name): name for name in model}
+    return {name if name in model else own.get(plain_name(name), name): value for name, value in state_dict.items()}
+
+
+def _shape(name: str, value: Any) -> tuple[int, ...] | None:
+    extra = name.rpartition(".")[2] == "_extra_state" or not isinstance(value, Tensor)
+    return None if extra else tuple(value.shape)
+
+
 def check_shapes(
-    saved: Mapping[str, tuple[int, ...]],
-    model: Mapping[str, Tensor],
+    saved: Shapes,
+    model: Mapping[str, Any],
     changed: Mapping[str, tuple[Any, Any]] | None = None,
+    *,
+    strict: bool = True,
 ) -> None:
-    """Raises ConfigMismatchError with a table of names and shapes, and the config keys that explain it."""
+    """Raises ConfigMismatchError with a table of names and shapes, and the config keys that explain it.
+
+    Args:
+        strict: A module's `strict_loading`. False: names that only one of them has are left as they are.
+    """
+    both = saved.keys() & model.keys()
+    if both and not strict:
+        saved, model = {name: saved[name] for name in both}, {name: model[name] for name in both}
     lines = mismatches(saved, model)
     if not lines:
         return
@@ -150,16 +185,20 @@ def shortened(lines: Sequence[str]) -> str:
     return "\n".join([*lines[:2], f"{lines[-1]} (and {len(lines) - 3} more)"])
 
 
-def mismatches(saved: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor]) -> list[str]:
+def mismatches(saved: Shapes, model: Mapping[str, Any]) -> list[str]:
     """One line for each weight that is missing, unknown or of another shape; with the nearest name where there is one."""
     lines = []
-    for name, value in model.items():
+    for name, shape in shapes(model).items():
         if name not in saved:
             near = difflib.get_close_matches(name, [other for other in saved if other not in model], n=1, cutoff=0.85)
-            lines.append(f"  {name} {list(value.shape)}: not in the file{f' (nearest: {near[0]})' if near else ''}")
-        elif saved[name] != tuple(value.shape):
-            lines.append(f"  {name}: {list(saved[name])} in the file, {list(value.shape)} in the model")
+            lines.append(f"  {name} {_said(shape)}: not in the file{f' (nearest: {near[0]})' if near else ''}")
+        elif saved[name] != shape:
+            lines.append(f"  {name}: {_said(saved[name])} in the file, {_said(shape)} in the model")
     lines += [
-        f"  {name} {list(shape)}: in the file, not in the model" for name, shape in saved.items() if name not in model
+        f"  {name} {_said(shape)}: in the file, not in the model" for name, shape in saved.items() if name not in model
     ]
     return lines
+
+
+def _said(shape: tuple[int, ...] | None) -> str:
+    return "(no tensor)" if shape is None else str(list(shape))

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
-from savepoint import cli, training
+from savepoint import cli, training, weights
 from savepoint.checkpoint import store
 from savepoint.errors import ConfigError
-from savepoint.overrides import check_canary, check_shapes
+from savepoint.overrides import check_canary, mismatches, shapes, under_names_of
 
 # In place of what the run was trained on and logged to; a flag of the user comes after them and wins.
 HERE = [
@@ -65,10 +66,34 @@ def rebuild(path: Path, overrides: Sequence[str] = (), *, allow: Sequence[str] =
     training.quieten()
     config = cli.parse([*HERE, *overrides], base=state["config"])
     model, data, trainer = cli.instantiate(config)
+    data.setup = training.RepeatedSetup(data)  # type: ignore[method-assign]
+    if weights.makes_layers_late(model):
+        _make_layers(model, data, trainer, state)
     # A run in `64-true` or `bf16-true` has weights of that type: the model gets it before the weights, as in training.
     trainer.precision_plugin.convert_module(model)
-    check_shapes({name: tuple(value.shape) for name, value in state["state_dict"].items()}, model.state_dict())
-    model.load_state_dict(state["state_dict"])
+    weights.restore(model, state)
     if "canary" not in allow:
         check_canary(model, {**state, "state_dict": model.state_dict()})
     return Rebuilt(path, state, facts, config, model.eval(), data, trainer)
+
+
+def _make_layers(model: LightningModule, data: LightningDataModule, trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Calls `setup` and `configure_model` as Lightning does: for a test or, where that makes other layers, for a fit.
+
+    The data is set up only where the model's `setup` fails without: to export or predict, none needs to be there.
+    """
+    model.trainer = data.trainer = trainer
+    trainer.datamodule = data  # type: ignore[attr-defined]
+    for stage in (TrainerFn.TESTING, TrainerFn.FITTING):
+        try:
+            model.setup(stage)
+        except Exception:  # noqa: BLE001 - whatever it raises that asks for data which is not there
+            data.prepare_data()
+            data.setup(stage)
+            model.setup(stage)
+        with trainer.precision_plugin.module_init_context():
+            model.configure_model()
+        target = model.state_dict()
+        lines = mismatches(shapes(under_names_of(state["state_dict"], target)), target)
+        if not lines or not model.strict_loading:
+            return

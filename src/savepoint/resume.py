@@ -188,7 +188,7 @@ def differences(was: str, is_: str) -> dict[str, tuple[Any, Any]]:
     """Config key -> (value in the checkpoint, value now), for the keys that are compared."""
     old, new = compose.flatten(was), compose.flatten(is_)
     keys = [key for key in {**old, **new} if key.split(".")[0] not in NOT_COMPARED]
-    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+    return {key: (old.get(key), new.get(key)) for key in keys if not compose.same(old.get(key), new.get(key))}
 
 
 def is_free(key: str) -> bool:
@@ -310,8 +310,9 @@ def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, An
         )
     if "trainer.max_epochs" in changed or "trainer.max_steps" in changed:
         rates = [group["lr"] for optimizer in source.state["optimizer_states"] for group in optimizer["param_groups"]]
+        here = f"learning rate is {rates[0]:.3g} here; " if rates else ""
         notes.append(
-            f"learning rate is {rates[0]:.3g} here; a schedule that depends on the length is stretched to the new end: "
+            f"{here}a schedule that depends on the length is stretched to the new end: "
             "the first line of the training says where it goes on. Not what a run of that length from the start would be"
         )
     if any(key.startswith("data.") for key in changed):
@@ -353,7 +354,7 @@ def _complete(run: Run, source: Source, config: Any) -> int:
         return 0
     begin = training.Start(checkpoint=source.path, keep_rows=source.state.get("logged_rows") or 0)
     made = training.build(config, run, begin)
-    made.model.load_state_dict(source.state["state_dict"])
+    made.last = source.state
     made.trainer.fit_loop.load_state_dict(source.state["loops"]["fit_loop"])  # the step and epoch of the test's log row
     for part in (made.checkpointing, made.meter):
         part.load_state_dict(source.state["callbacks"][part.state_key])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
@@ -21,11 +22,14 @@ from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.checkpoint.facts import Provenance
 from savepoint.checkpoint.manifest import step_in_name
+from savepoint.checkpoint.state import capture_rng, isolated_rng, restore_rng
 from savepoint.errors import RunDirectoryError
 from savepoint.logs import RunCSVLogger, RunTensorBoardLogger, last_step
 from savepoint.preemption import Preempted
 from savepoint.progress import Meter, display
 from savepoint.run import Run, plural, python, rank, resume_command, show
+
+_CPU = torch.device("cpu")
 
 
 @dataclass
@@ -53,6 +57,27 @@ class Training:
     trainer: Trainer
     checkpointing: CheckpointCallback
     meter: Meter
+    last: Mapping[str, Any] | None = None  # the newest checkpoint, where there is nothing to fit
+
+
+class RepeatedSetup:
+    """Each call of a data module's `setup` finds the random generators as the first did: where it splits at random, the
+    parts of the test are those of the fit, and an evaluation's those of the training.
+    """
+
+    def __init__(self, data: LightningDataModule) -> None:
+        self.data, self.rng, self.called = data, capture_rng(_CPU), False
+
+    def __call__(self, *arguments: Any, **named: Any) -> None:
+        setup = type(self.data).setup
+        if not self.called:
+            self.called = True
+            restore_rng(self.rng, _CPU)
+            setup(self.data, *arguments, **named)
+            return
+        with isolated_rng(_CPU):
+            restore_rng(self.rng, _CPU)
+            setup(self.data, *arguments, **named)
 
 
 class _Recorder(Checkpoint):
@@ -100,6 +125,7 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
     model, data, trainer = cli.instantiate(
         config, callbacks=callbacks, logger=loggers, default_root_dir=str(run.directory), **shown
     )
+    data.setup = RepeatedSetup(data)  # type: ignore[method-assign]
     trainer.callbacks += [*start.begun, _Recorder(run, record, text, start)]  # type: ignore[attr-defined]
     for logger in trainer.loggers:
         if hasattr(logger, "join"):
@@ -126,7 +152,10 @@ def train(config: Any, argv: Sequence[str], *, reuse: Path | None = None) -> int
     try:
         training = build(config, run)
         if config.init_from:
-            weights.initialise(training.model, config.init_from, strict=config.init_strict)
+            path, strict = config.init_from, config.init_strict
+            weights.when_made(
+                training.trainer, training.model, lambda model: weights.initialise(model, path, strict=strict)
+            )
         if rank() == 0:
             print(f"Run {show(run.directory)}", flush=True)
         return execute(training)
@@ -194,9 +223,11 @@ def _finish(training: Training, step: int, epoch: int) -> int:
 def summarise(training: Training, steps: int, epochs: int) -> dict[str, Any]:
     trainer, checkpointing = training.trainer, training.checkpointing
     best_score, best_step = checkpointing.scores.best, checkpointing.scores.best_step
-    tested = _load_best(training)
+    tested, state = _best(training)
     results: dict[str, Any] = {}
     if is_overridden("test_step", training.model) and is_overridden("test_dataloader", training.data):
+        if state is not None:
+            trainer.callbacks.append(weights.Once(lambda model: weights.restore(model, state)))  # type: ignore[attr-defined]
         results = dict(trainer.test(training.model, datamodule=training.data, verbose=False)[0])
         limit = trainer.limit_test_batches
         if isinstance(limit, int) or limit != 1.0:  # 1 is a single batch, 1.0 all of them
@@ -217,16 +248,12 @@ def summarise(training: Training, steps: int, epochs: int) -> dict[str, Any]:
     }
 
 
-def _load_best(training: Training) -> str | None:
-    """Puts the best checkpoint's weights into the model; the last ones stay where nothing was ranked."""
-    if training.trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return None
-    best = training.checkpointing.store.best()
+def _best(training: Training) -> tuple[str | None, Mapping[str, Any] | None]:
+    """Name and state of the best checkpoint, which is tested; where nothing was ranked, the last weights are."""
+    best = None if training.trainer.fast_dev_run else training.checkpointing.store.best()  # type: ignore[attr-defined]
     if best is None:
-        return None
-    state, _ = store.load(best.path)
-    training.model.load_state_dict(state["state_dict"])
-    return best.path.name
+        return None, training.last
+    return best.path.name, store.load(best.path)[0]
 
 
 def table(training: Training, summary: Mapping[str, Any]) -> str:

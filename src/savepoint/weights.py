@@ -1,15 +1,62 @@
-"""`--init_from`: a new run from the weights of any file that can be read safely."""
+"""The weights of a file into a model: of any file that can be read safely (`--init_from`), or of a checkpoint of the run.
 
-from collections.abc import Mapping
+A model may make its layers in `setup` or `configure_model`, which Lightning calls at the start of each of its stages: what
+is loaded before is lost there, or has no place yet. Such a model gets its weights once Lightning has called both.
+"""
+
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from savepoint.checkpoint import foreign
 from savepoint.errors import ConfigMismatchError
-from savepoint.overrides import mismatches, shortened
+from savepoint.overrides import check_shapes, mismatches, plain_name, shapes, shortened, under_names_of
 from savepoint.run import rank
+
+
+class Once(Callback):
+    """Does something to the model once, as soon as Lightning has made its layers and before a stage begins."""
+
+    def __init__(self, load: Callable[[LightningModule], None]) -> None:
+        self._load: Callable[[LightningModule], None] | None = load
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        load, self._load = self._load, None
+        if load is not None:
+            load(pl_module)
+
+    on_fit_start = on_validation_start = on_test_start = _begin
+
+
+def makes_layers_late(model: LightningModule) -> bool:
+    return is_overridden("setup", model) or is_overridden("configure_model", model)
+
+
+def when_made(trainer: Trainer, model: LightningModule, load: Callable[[LightningModule], None]) -> None:
+    """Calls `load` now or, where the model makes its layers late, at the start of the fit."""
+    if makes_layers_late(model):
+        trainer.callbacks.insert(0, Once(load))  # type: ignore[attr-defined]
+    else:
+        load(model)
+
+
+def restore(model: LightningModule, state: Mapping[str, Any]) -> None:
+    """Puts the weights of a checkpoint into a model whose layers are made, as Lightning does.
+
+    Raises:
+        ConfigMismatchError: they do not fit.
+    """
+    state = dict(state)
+    model.on_load_checkpoint(state)
+    target = model.state_dict()
+    found = under_names_of(state["state_dict"], target)
+    check_shapes(shapes(found), target, strict=model.strict_loading)
+    model.load_state_dict(found, strict=model.strict_loading)
 
 
 def read(path: Path) -> Mapping[str, Tensor]:
@@ -20,6 +67,7 @@ def read(path: Path) -> Mapping[str, Tensor]:
 
 def fit_names(weights: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights under the model's names: a file made from the bare network lacks the LightningModule's prefix."""
+    model = {plain_name(name): value for name, value in model.items()}
     prefixes = {name.split(".")[0] for name in model}
     for prefix in sorted(prefixes):
         renamed = {f"{prefix}.{name}": value for name, value in weights.items()}
@@ -38,9 +86,10 @@ def initialise(model: LightningModule, path: str | Path, *, strict: bool) -> Non
         ConfigMismatchError: strict, and something does not fit; or nothing does.
     """
     target = model.state_dict()
-    found = fit_names(read(Path(path)), target)
-    fits = {name: value for name, value in found.items() if name in target and value.shape == target[name].shape}
-    lines = mismatches({name: tuple(value.shape) for name, value in found.items()}, target)
+    found = under_names_of(fit_names(read(Path(path)), target), target)
+    wanted = shapes(target)
+    fits = {name: found[name] for name, shape in shapes(found).items() if name in target and shape == wanted[name]}
+    lines = mismatches(shapes(found), target)
     if not fits or (strict and lines):
         advice = " Take what fits: --init_strict false" if fits else ""
         raise ConfigMismatchError(

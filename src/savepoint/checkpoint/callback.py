@@ -11,6 +11,7 @@ other callbacks have half run, so a file made there resumes short of them. What 
 import copy
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,11 +19,13 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from savepoint import preemption
 from savepoint.checkpoint import facts, format, state
+from savepoint.checkpoint.canary import canary
 from savepoint.checkpoint.facts import Provenance
 from savepoint.checkpoint.finite import FiniteWatch
 from savepoint.checkpoint.io import CheckpointIO
@@ -30,7 +33,7 @@ from savepoint.checkpoint.look import Baseline, Look, changed_since
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.scores import Scores
 from savepoint.checkpoint.store import CheckpointStore
-from savepoint.errors import CheckpointContentError, CheckpointSaveError, ConfigError
+from savepoint.errors import CheckpointContentError, CheckpointNotFoundError, CheckpointSaveError, ConfigError
 from savepoint.preemption import Preempted
 
 Point = Literal["batch", "epoch", "validation"]
@@ -73,6 +76,8 @@ class CheckpointCallback(Checkpoint):
                 raise ConfigError(
                     f"checkpoint.save_every_{name} is {every}. Expected more than 0. Give null to save without this interval."
                 )
+        # `load_last` finds it then.
+        warnings.filterwarnings("ignore", message=r'\.\w+\(ckpt_path="last"\) is set, but there is no last checkpoint')
         self.save_every_epochs, self.save_every_steps = save_every_epochs, save_every_steps
         self.save_every_secs, self.monitor, self.mode = save_every_secs, monitor, mode
         self.retention = Retention(
@@ -111,13 +116,14 @@ class CheckpointCallback(Checkpoint):
     # -- setting up --------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        refuse_last(trainer)
-        self.use(trainer.strategy.broadcast(Path(trainer.default_root_dir) / "checkpoints"))
+        if stage == "fit" or not hasattr(self, "store"):
+            self.use(trainer.strategy.broadcast(Path(trainer.default_root_dir) / "checkpoints"))
         if not isinstance(trainer.strategy.checkpoint_io, CheckpointIO):
             trainer.strategy.checkpoint_io = CheckpointIO(async_save=self.async_save)
         trainer.strategy.checkpoint_io.store = self.store
+        load_last(trainer, self.store)
+        if stage != "fit":
+            return
         trainer.strategy.checkpoint_io.preloaded, self.preloaded = self.preloaded, None
         self._pending = None
         self._enabled = not trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -130,8 +136,17 @@ class CheckpointCallback(Checkpoint):
 
     @property
     def best_model_path(self) -> str:
-        """Where `Trainer.fit(ckpt_path="best")` looks."""
+        """Where `Trainer.fit(ckpt_path="best")` looks, and `test`, `validate` and `predict`: before any `setup`."""
+        call = _call_of_trainer()
+        if not hasattr(self, "store") and call is not None:
+            self.use(Path(call[0].default_root_dir) / "checkpoints")
         best = self.store.best() if hasattr(self, "store") else None
+        if best is None and call is not None and call[2] == "best":
+            raise CheckpointNotFoundError(
+                f'No best checkpoint for Trainer.{call[1]}(ckpt_path="best"): {self.store.directory}. Expected one with '
+                f"a value of {self.monitor} at its own step. Train first, or name a file.",
+                self.store.directory,
+            )
         return str(best.path) if best else self._best_elsewhere
 
     @best_model_path.setter
@@ -168,6 +183,8 @@ class CheckpointCallback(Checkpoint):
     # -- going on from a checkpoint ----------------------------------------------------------------------------------
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
         state.load_in_precision(trainer, pl_module, checkpoint)
         if not checkpoint.get("at"):
             return
@@ -532,7 +549,7 @@ class CheckpointCallback(Checkpoint):
         checkpoint["config"], checkpoint["run"] = self.provenance.config, dict(self.provenance.run)
         checkpoint["optimizer"] = next(iter(checkpoint["optimizer_states"]), None)
         checkpoint[self.scores.key] = self.scores.best
-        checkpoint["canary"] = state.canary(pl_module, checkpoint["state_dict"])
+        checkpoint["canary"] = canary(pl_module, checkpoint["state_dict"])
         checkpoint["manifest"] = self._make_facts(trainer, unsaved)
         self._writer(trainer).finish = lambda whole: self._finish(trainer, whole)
 
@@ -561,18 +578,38 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
     """In a logger's place until a resume has reached the point of its checkpoint."""
 
 
-def refuse_last(trainer: Trainer) -> None:
-    """`Trainer.fit(ckpt_path="last")` looks at Lightning's ModelCheckpoint only; finding none, it trains from scratch.
+def load_last(trainer: Trainer, store: CheckpointStore) -> None:
+    """Makes `ckpt_path="last"` the newest checkpoint that verifies: Lightning looks at its own ModelCheckpoint only.
 
-    By the time a callback is asked, Lightning has forgotten the word: it stands only in the frame of `fit`.
+    Finding none, it would go on with untrained weights. What lies ready where it puts a file that it has read, it restores.
+
+    Raises:
+        CheckpointNotFoundError: to test, validate or predict there must be one; a fit may begin without.
     """
-    frame = sys._getframe()
+    call = _call_of_trainer()
+    if call is None or call[0] is not trainer or call[2] != "last" or call[3]:
+        return
+    if call[1] == "fit" and not any(store.directory.glob("step-*")):
+        if trainer.is_global_zero:
+            print(f'No checkpoint yet in {store.directory}: ckpt_path="last" begins a new training.', flush=True)
+        return
+    chosen, checkpoint, lines = store.load_latest(lock_holder=False)
+    if trainer.is_global_zero:
+        print("\n".join([*lines, f"From {chosen.path}: step {chosen.step}"]), flush=True)
+    trainer._checkpoint_connector._loaded_checkpoint = checkpoint
+
+
+def _call_of_trainer() -> tuple[Trainer, str, Any, Any] | None:
+    """The running call of `fit`, `validate`, `test` or `predict`: of which trainer, which, its ckpt_path, the path found.
+
+    By the time a callback is asked, Lightning has forgotten the word: it stands only in the frame of the call.
+    """
+    frame, found = sys._getframe(), None
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_code.co_name == "fit" and frame.f_locals.get("self") is trainer:
-            if frame.f_locals.get("ckpt_path") == "last" and not trainer.ckpt_path:
-                raise ConfigError(
-                    'Trainer.fit(ckpt_path="last") finds no checkpoint of this callback. Expected a path or "best". '
-                    "Continue the newest checkpoint of a run with: python resume.py RUN_DIR"
-                )
-            return
+        own, values = frame.f_locals.get("self"), frame.f_locals
+        if isinstance(own, Trainer) and frame.f_code.co_name == "_run":
+            found = values.get("ckpt_path")
+        if isinstance(own, Trainer) and frame.f_code.co_name in ("fit", "validate", "test", "predict"):
+            return own, frame.f_code.co_name, values.get("ckpt_path"), found
+    return None

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from savepoint.checkpoint import format
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.errors import CheckpointSaveError, NonFiniteLossError
 
@@ -73,7 +74,7 @@ def _all_finite(module: torch.nn.Module) -> bool:
 
     A sum is finite only if all that is summed is. It takes no memory, and a device is waited for once, for all of them.
     """
-    tensors = [tensor.detach() for tensor in (*module.parameters(), *module.buffers()) if tensor.numel()]
+    tensors = [format.numbers(tensor) for tensor in (*module.parameters(), *module.buffers()) if tensor.numel()]
     sums = [tensor.sum(dtype=torch.float32 if tensor.dtype in _SMALL else None) for tensor in tensors]
     on_each = defaultdict(list)
     for one in sums:
@@ -81,11 +82,13 @@ def _all_finite(module: torch.nn.Module) -> bool:
     if all(bool(torch.stack(some).isfinite().all()) for some in on_each.values()):
         return True
     # A sum may also overflow, and that of a buffer is infinite where a value is.
-    return all(map(_finite, module.parameters())) and not any(bool(torch.isnan(b).any()) for b in module.buffers())
+    return all(map(_finite, module.parameters())) and not any(
+        bool(torch.isnan(format.numbers(buffer)).any()) for buffer in module.buffers()
+    )
 
 
 def _finite(weights: Tensor) -> bool:
-    return all(bool(torch.isfinite(part).all()) for part in torch.split(weights.detach().reshape(-1), 1 << 22))
+    return all(bool(torch.isfinite(part).all()) for part in torch.split(format.numbers(weights).reshape(-1), 1 << 22))
 
 
 def _message(what: str, store: CheckpointStore) -> str:

@@ -90,8 +90,36 @@ def check_readable(state: Any) -> None:
 
 def size_bytes(state: Any) -> int:
     """What the tensors of a state take in a file; memory that several share counts once."""
-    tensors = [leaf for _, leaf in leaves(state) if isinstance(leaf, Tensor) and leaf.layout is torch.strided]
+    tensors = [part for _, leaf in leaves(state) if isinstance(leaf, Tensor) for part in parts(leaf)]
     return sum({(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def parts(tensor: Tensor) -> list[Tensor]:
+    """The strided tensors that a tensor of another layout is made of; itself, if it is one. The values come last."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor if tensor.layout is torch.strided else tensor.to_dense()]
+
+
+def numbers(tensor: Tensor) -> Tensor:
+    """The values of a tensor of any kind, those of a sparse one alone, in a type that torch can sum and compare."""
+    values = parts(tensor.detach())[-1] if tensor.layout is not torch.strided else tensor.detach()
+    if values.is_quantized:
+        return values.dequantize()
+    # Of eight bits torch knows no sum, of large unsigned numbers neither.
+    if values.is_floating_point() and values.element_size() == 1:
+        return values.float()
+    return values.double() if values.dtype in (torch.uint16, torch.uint32, torch.uint64) else values
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """A tensor of any kind as a strided one of numbers, for arithmetic."""
+    whole = tensor.detach() if tensor.layout is torch.strided else tensor.detach().to_dense()
+    return numbers(whole)
 
 
 def fingerprint(tree: Any) -> str:
@@ -191,7 +219,22 @@ def _joined(kind: bytes, *parts: bytes) -> bytes:
 
 
 def _tensor_parts(tensor: Tensor) -> tuple[bytes, bytes]:
-    head = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode()).digest()
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    data = plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-    return head, hashlib.sha256(data).digest()
+    head = f"{tensor.dtype} {list(tensor.shape)}"
+    if tensor.layout is not torch.strided:
+        head += f" {tensor.layout}"
+        data = b"".join(b"".join(_tensor_parts(part)) for part in parts(tensor.detach()))
+    elif tensor.is_quantized:
+        head += f" {tensor.qscheme()} {_quantization(tensor)}"
+        data = b"".join(_tensor_parts(tensor.detach().int_repr()))
+    else:
+        plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+        data = plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    return hashlib.sha256(head.encode()).digest(), hashlib.sha256(data).digest()
+
+
+def _quantization(tensor: Tensor) -> list[Any]:
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return [tensor.q_scale(), tensor.q_zero_point()]
+    return [
+        tensor.q_per_channel_scales().tolist(), tensor.q_per_channel_zero_points().tolist(), tensor.q_per_channel_axis(),
+    ]  # fmt: skip

@@ -440,29 +440,6 @@ def restore_metrics(trainer: Trainer, state: Mapping[str, Any]) -> None:
     connector._progress_bar_metrics = _moved(state.get("progress_bar_metrics", {}), device)
 
 
-def canary(
-    module: LightningModule, state_dict: Mapping[str, Tensor], example: Tensor | None = None
-) -> dict[str, Any] | None:
-    """`example_input_array` and its output with exactly the weights in `state_dict`, in eval mode; None where there is none.
-
-    Compared when a checkpoint is resumed, on any device: changed code and a wrong conversion show in it.
-    """
-    example = getattr(module, "example_input_array", None) if example is None else example
-    if not isinstance(example, Tensor):
-        return None
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad(), isolated_rng(module.device):
-            parts = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
-            weights = {name: value.to(module.device) for name, value in state_dict.items() if name in parts}
-            output = torch.func.functional_call(module, weights, (example.to(module.device),))
-    finally:
-        for part, training in modes.items():
-            part.training = training
-    return {"input": example.cpu(), "output": output.float().cpu()} if isinstance(output, Tensor) else None
-
-
 # -- one start ---------------------------------------------------------------------------------------
 
 

@@ -43,14 +43,16 @@ def run(arguments: argparse.Namespace) -> int:
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """`parts`: the keys of the state that differ, in whatever; then what of config, weights and optimizers."""
     from savepoint.checkpoint.format import fingerprint
-    from savepoint.compose import flatten
+    from savepoint.compose import flatten, same
 
     a, b = comparable(a), comparable(b)
     keys = list({**a, **b})
     parts = [key for key in keys if key not in a or key not in b or fingerprint(a[key]) != fingerprint(b[key])]
     old, new = flatten(a.get("config") or "{}"), flatten(b.get("config") or "{}")
-    config = {k: [old.get(k), new.get(k)] for k in {**old, **new} if k not in old or k not in new or old[k] != new[k]}
-    weights = _weights(a.get("state_dict", {}), b.get("state_dict", {}))
+    config = {
+        k: [old.get(k), new.get(k)] for k in {**old, **new} if k not in old or k not in new or not same(old[k], new[k])
+    }
+    weights = _weights(*(_uncompiled(one.get("state_dict", {})) for one in (a, b)))
     optimizers = _optimizers(a.get("optimizer_states", []), b.get("optimizer_states", []))
     return {"parts": parts, "config": config, "weights": weights, "optimizers": optimizers}
 
@@ -69,12 +71,24 @@ def _metrics(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _weights(a: Mapping[str, "Tensor"], b: Mapping[str, "Tensor"]) -> list[dict[str, Any]]:
-    """Those that differ, in the order of the model."""
+def _uncompiled(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Under plain names: those of a part that went through `torch.compile` differ, its weights do not."""
+    return {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
+
+
+def _weights(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those that differ, in the order of the model; beside tensors, what a part's `get_extra_state` gave."""
+    from torch import Tensor
+
+    from savepoint.checkpoint.format import fingerprint
+
     rows: list[dict[str, Any]] = []
     for name in {**a, **b}:
         if name not in a or name not in b:
             rows.append({"name": name, "change": None, "why": f"only in {'A' if name in a else 'B'}"})
+        elif not isinstance(a[name], Tensor) or not isinstance(b[name], Tensor):
+            if fingerprint(a[name]) != fingerprint(b[name]):
+                rows.append({"name": name, "change": None, "why": "other values"})
         elif a[name].shape != b[name].shape:
             rows.append({"name": name, "change": None, "why": f"{list(a[name].shape)} and {list(b[name].shape)}"})
         elif (change := relative_change(a[name], b[name])) is not None:
@@ -84,20 +98,25 @@ def _weights(a: Mapping[str, "Tensor"], b: Mapping[str, "Tensor"]) -> list[dict[
 
 def relative_change(a: "Tensor", b: "Tensor") -> float | None:
     """||a - b|| / ||a||; None where they are equal bit for bit."""
-    from savepoint.checkpoint.format import fingerprint
+    import torch
+
+    from savepoint.checkpoint.format import dense, fingerprint
 
     if fingerprint(a) == fingerprint(b):
         return None
-    distance, length = norm(b.double() - a.double()), norm(a)
+    kind = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    distance, length = norm(dense(b).to(kind) - dense(a).to(kind)), norm(a)
     return distance / length if length else float("inf") if distance else 0.0
 
 
 def _optimizers(a: list[Any], b: list[Any]) -> list[dict[str, Any]]:
     """Of each optimizer, what it is and how far it is, where the two differ."""
+    from savepoint.compose import same
+
     rows = []
     for place in range(max(len(a), len(b))):
         old, new = (_optimizer(one[place]) if place < len(one) else {} for one in (a, b))
-        changed = {k: [old.get(k), new.get(k)] for k in {**old, **new} if old.get(k) != new.get(k)}
+        changed = {k: [old.get(k), new.get(k)] for k in {**old, **new} if not same(old.get(k), new.get(k))}
         rows += [{"optimizer": place, "changed": changed}] if changed else []
     return rows
 

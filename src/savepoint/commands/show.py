@@ -57,9 +57,10 @@ def tensors(state: Mapping[str, Any]) -> dict[str, Any]:
     from savepoint.checkpoint import format
 
     weights = [
-        {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-        | {"norm": norm(tensor), "bytes": tensor.numel() * tensor.element_size()}
-        for name, tensor in state.get("state_dict", {}).items()
+        {"name": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        | {"norm": norm(value), "bytes": format.size_bytes(value)}
+        for name, value in state.get("state_dict", {}).items()
+        if isinstance(value, torch.Tensor)
     ]
     others = [
         {"name": key, "tensors": sum(isinstance(leaf, torch.Tensor) for _, leaf in format.leaves(value)), "bytes": size}
@@ -72,7 +73,9 @@ def tensors(state: Mapping[str, Any]) -> dict[str, Any]:
 def norm(tensor: "Tensor") -> float:
     import torch
 
-    return float(tensor.to(torch.complex128 if tensor.is_complex() else torch.float64).norm())
+    from savepoint.checkpoint import format
+
+    return float(format.dense(tensor).to(torch.complex128 if tensor.is_complex() else torch.float64).norm())
 
 
 def _text(part: str, content: Any) -> str:

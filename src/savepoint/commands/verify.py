@@ -75,7 +75,7 @@ def not_finite(state: Mapping[str, Any]) -> list[str]:
 
     parts = {key: state.get(key) for key in ("state_dict", "optimizer_states")}
     tensors = [(key, leaf) for key, leaf in format.leaves(parts) if isinstance(leaf, torch.Tensor)]
-    return [key for key, tensor in tensors if not bool(torch.isfinite(tensor).all())]
+    return [key for key, tensor in tensors if not bool(torch.isfinite(format.numbers(tensor)).all())]
 
 
 def _line(result: Mapping[str, Any]) -> str:
