@@ -164,6 +164,7 @@ class CheckpointCallback(Checkpoint):
         self._began, self._saved_at = trainer.global_step, time.monotonic()
         self._watch.begin(pl_module.device)
         self._preflight(trainer)
+        state.lay_buckets(trainer)
         if self._pending:
             state.reenter(trainer, pl_module, self._pending)
 

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
 import savepoint
@@ -148,6 +149,48 @@ def reenter(trainer: Trainer, module: LightningModule, saved: Mapping[str, Any])
     if saved["at"] == "validation":
         validation._restarting, validation._restart_stage = False, "restarted_mid_evaluation"
     restore_callback_metrics(trainer, saved)
+
+
+class _WalkReducer(torch.autograd.Function):
+    """Tells a reducer in its backward, as it would hear in a model's, that each gradient is ready."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, reducer: Any, parameters: int) -> Tensor:
+        ctx.reducer, ctx.parameters = reducer, parameters
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        for index in reversed(range(ctx.parameters)):  # the order in which most models' backward comes to them
+            ctx.reducer._autograd_hook(index)
+        return None, None, None
+
+
+def lay_buckets(trainer: Trainer) -> None:
+    """Lays DDP's gradient buckets for good: before the first step of every start, on all ranks.
+
+    DDP lays them anew after its first backward, which in a resume is another step than in the straight run. From three
+    ranks on a sum depends on the place of a gradient in its bucket. No parameter is used, so that no hook of one runs.
+    """
+    ddp = trainer.strategy.model
+    if not isinstance(ddp, DistributedDataParallel) or ddp._use_python_reducer:
+        return
+    if ddp.find_unused_parameters and not ddp.static_graph:
+        return  # such buckets stay as they are
+    parameters, sparse = ddp._build_params_for_reducer()
+    if ddp.static_graph or ddp._comm_hooks or any(sparse):
+        # These look into the gradients of a backward: none is made, and the buckets are in the order of the parameters.
+        ddp.reducer._push_all_rebuilt_params()
+    else:
+        pending = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        ddp.reducer.prepare_for_backward([])
+        anchor = torch.zeros((), device=parameters[0].device, requires_grad=True)
+        _WalkReducer.apply(anchor, ddp.reducer, len(parameters)).backward()  # type: ignore[no-untyped-call]
+        for parameter, gradient in zip(parameters, pending, strict=True):
+            parameter.grad = gradient
+    ddp.reducer._rebuild_buckets()
 
 
 def restore_callback_metrics(trainer: Trainer, state: Mapping[str, Any]) -> None:
