@@ -108,6 +108,7 @@ def _go_on(request: Request, config: Any, run: Run | None) -> int:
     if config is None:
         config = cli.parse(request.overrides, base=source.state["config"])
     changed = differences(was, cli.dump(config))
+    _require_facts(source)
     check_allowed(request.allow, [*compose.flatten(was), *changed])
     refuse(changed, request.allow)
     if ended := finished(source, changed, request):
@@ -179,6 +180,16 @@ def choose(request: Request, *, may_rename: bool) -> Source:
             )
     os.environ[ENVIRONMENT_KEY] = str(source.path.absolute())
     return source
+
+
+def _require_facts(source: Source) -> None:
+    """Of a file that some other program has sealed: what a resume compares may be missing."""
+    needed = ("epoch", "exact", "dataset", "world_size", "device")
+    if lacking := [key for key in needed if source.manifest.get(key) is None]:
+        raise ConfigError(
+            f"Not saved by a training of Savepoint: {source.path}. Its manifest does not say {', '.join(lacking)}; a "
+            f"resume compares these. To start from its weights: python train.py --init_from {source.path}"
+        )
 
 
 # -- comparing -------------------------------------------------------------------------------------------------------
