@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, Timer
 
 from savepoint import cli, compose, foreign_start, training
 from savepoint.checkpoint import files, store
@@ -311,8 +311,12 @@ def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, An
             notes.append(f"{key} {manifest.get(key)} -> {now[key]}: not bit-equal to a run that was never stopped")
     loop = source.state["loops"]["fit_loop"]
     inside = not loop["epoch_loop.batch_progress"]["is_last_batch"]
-    if request.run_dir and request.fork is None and Run(request.run_dir).record["id"] != manifest.get("run_id"):
-        notes.append("this checkpoint was made by another run: somebody put it here")
+    if request.run_dir and request.fork is None:
+        run = Run(request.run_dir)
+        if run.record_damage():
+            notes.append("run.json is damaged: it is set aside once the training begins, and a new record is begun")
+        if run.made(manifest.get("run_id")) is False:
+            notes.append("this checkpoint was made by another run: somebody put it here")
     if manifest.get("ended") in ("max_steps", "max_time") and inside:
         notes.append("it ended inside an epoch, which counts as done: not what a longer run without the stop would be")
     if source.state["at"] == "validation" and 0 <= config.trainer.max_steps <= manifest["step"]:
@@ -331,11 +335,27 @@ def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, An
 
 
 def _refuse_past(source: Source, config: Any) -> None:
-    limit, epoch = config.trainer.max_epochs, source.manifest["epoch"]
-    if limit is not None and 0 <= limit < epoch:
+    for name in ("epoch", "step"):
+        limit, reached = getattr(config.trainer, f"max_{name}s"), source.manifest[name]
+        if limit is not None and 0 <= limit < reached:
+            raise ConfigError(
+                f"Past that already: {show(source.path)} is of {name} {reached}, and trainer.max_{name}s is {limit}. "
+                f"Expected {reached} or more. Give a larger one, or fork from an earlier checkpoint: --fork NAME"
+            )
+    _refuse_past_time(source, config)
+
+
+def _refuse_past_time(source: Source, config: Any) -> None:
+    if config.trainer.max_time is None:
+        return
+    timer = Timer(config.trainer.max_time)
+    saved = source.state.get("callbacks", {}).get(timer.state_key, {})
+    used = saved.get("time_elapsed", {}).get("train", 0.0)
+    limit = timer._duration
+    if limit is not None and used >= limit:
         raise ConfigError(
-            f"Past that already: {show(source.path)} is of epoch {epoch}, and trainer.max_epochs is {limit}. "
-            f"Expected {epoch} or more. Give a larger one, or fork from an earlier checkpoint: --fork NAME"
+            f"Past that already: {show(source.path)} has trained for {used:.0f} s, and trainer.max_time is "
+            f"{config.trainer.max_time}. Expected more than {used:.0f} s. Give a longer one."
         )
 
 

@@ -281,31 +281,49 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any]:
-        """run.json; a fresh one where there is none."""
+        """run.json; a fresh one where there is none, or one that is damaged."""
         new = {"id": uuid.uuid4().hex, "name": self.directory.name, "created": _now(), "starts": []}
-        path = self.directory / "run.json"
+        return self._read_record()[0] or new
+
+    def record_damage(self) -> str:
+        """What is wrong with run.json; "" where it is whole, or not there."""
+        return self._read_record()[1]
+
+    def made(self, run_id: str | None) -> bool | None:
+        """Whether a checkpoint that names this id is of this run; None where no record says so."""
+        found = self._read_record()[0]
+        return None if found is None else bool(found["id"] == run_id)
+
+    def _read_record(self) -> tuple[dict[str, Any] | None, str]:
         try:
-            found = json.loads(path.read_text())
-            if not isinstance(found, dict) or not new.keys() <= found.keys():
+            found = json.loads((self.directory / "run.json").read_text())
+            if not isinstance(found, dict) or not {"id", "name", "created", "starts"} <= found.keys():
                 raise ValueError("not a record of a run")
             if not isinstance(found["starts"], list):
                 raise ValueError("its starts are no list")
         except FileNotFoundError:
-            return new
-        except (ValueError, RecursionError, IsADirectoryError) as error:  # the checkpoints hold all that a resume needs
-            if rank() == 0:
-                os.replace(path, path.with_name("run.json.corrupt"))
-                print(f"Damaged, set aside as run.json.corrupt: {path} ({error}). A new record begins.")
-            return new
-        return found
+            return None, ""
+        except (ValueError, RecursionError, IsADirectoryError) as error:
+            return None, str(error)
+        return found, ""
 
     def record_start(self, record: Mapping[str, Any], config: str, **facts: Any) -> None:
-        """Adds an entry to `record` and writes it, with the config of this start."""
+        """Adds an entry to `record` and writes it, with the config of this start. For the holder of the lock."""
         self._created = False  # from here on it is never removed, whatever becomes of its files
+        if damage := self.record_damage():  # the checkpoints hold all that a resume needs
+            self._set_record_aside(damage)
         entry = {"time": _now(), "argv": sys.argv, "git": _git(), "versions": _versions(), "host": socket.gethostname()}
         entry |= {"hardware": f"{platform.machine()}, {os.cpu_count()} cores"} | facts
         self._write("run.json", json.dumps({**record, "starts": [*record["starts"], entry]}, indent=2) + "\n")
         self._write("config.yaml", config)
+
+    def _set_record_aside(self, damage: str) -> None:
+        path = self.directory / "run.json"
+        try:
+            os.replace(path, path.with_name("run.json.corrupt"))  # a crash after this line leaves no record, as damage did
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        print(f"Damaged, set aside as run.json.corrupt: {path} ({damage}). A new record begins.")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
