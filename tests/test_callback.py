@@ -259,6 +259,38 @@ def test_what_cannot_be_read_back_is_refused_before_the_first_step(tmp_path: Pat
     assert steps(tmp_path) == []
 
 
+@pytest.mark.filterwarnings("ignore:Attribute 'loss' is an instance of `nn.Module`")
+def test_a_hyper_parameter_that_cannot_be_read_back_is_answered_with_the_line_that_leaves_it_out(tmp_path: Path) -> None:
+    class Model(SmallModel):
+        def __init__(self, loss: torch.nn.Module) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    with pytest.raises(CheckpointContentError, match=r'save_hyperparameters\(ignore=\["loss"\]\)'):
+        fit(tmp_path, model=lambda: Model(torch.nn.CrossEntropyLoss()))
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/x", "memory://x", "file:///nowhere/x"])
+def test_a_trainer_whose_directory_is_a_url_is_refused_before_the_first_step(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(
+        default_root_dir=url, accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[saving()],
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"Nothing is saved to a URL: trainer\.default_root_dir is"):
+        trainer.fit(SmallModel(), datamodule=SmallData())
+    assert trainer.global_step == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_save_to_a_url_by_hand_is_refused_in_words(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, max_epochs=1)
+    with pytest.raises(ConfigError, match="Nothing is saved to a URL"):
+        trainer.save_checkpoint("s3://bucket/a.ckpt")
+
+
 class TestFailure:
     def test_a_save_that_fails_is_said_and_the_training_goes_on(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -83,6 +83,20 @@ def test_the_lock_is_held_against_other_processes_and_dropped_with_the_process(t
     assert (tmp_path / "lock").read_text() == ""
 
 
+def test_an_empty_directory_is_taken_for_the_run_and_left_empty_where_no_training_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SAVEPOINT_RUN_DIR", raising=False)
+    (tmp_path / "volume" / "lost+found").mkdir(parents=True)
+    run = Run.create(str(tmp_path), "volume", "mnist")
+    assert run.directory == tmp_path / "volume"
+    assert Run(run.directory).holder()
+    (run.directory / "checkpoints").mkdir()
+    run.unlock()
+    run.discard()
+    assert [path.name for path in (tmp_path / "volume").iterdir()] == ["lost+found"]
+
+
 def test_a_stale_lock_is_taken_over_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "lock").write_text(json.dumps({"host": "gone", "pid": 1, "boot_id": ""}))
     Run.open(tmp_path)

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from savepoint import preemption
-from savepoint.checkpoint import facts, format, state
+from savepoint.checkpoint import facts, files, format, state
 from savepoint.checkpoint.facts import Provenance
 from savepoint.checkpoint.finite import FiniteWatch
 from savepoint.checkpoint.io import CheckpointIO
@@ -105,6 +105,7 @@ class CheckpointCallback(Checkpoint):
         if stage != "fit":
             return
         refuse_last(trainer)
+        files.refuse_url(trainer.default_root_dir, "trainer.default_root_dir")
         self.use(trainer.strategy.broadcast(Path(trainer.default_root_dir) / "checkpoints"))
         if not isinstance(trainer.strategy.checkpoint_io, CheckpointIO):
             trainer.strategy.checkpoint_io = CheckpointIO(async_save=self.async_save)
