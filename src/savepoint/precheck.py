@@ -54,7 +54,12 @@ def _check_name(composed: compose.Composed) -> None:
         return
     check_name(name)
     directory = Path(str(said.get("output_dir") or "outputs")) / name
-    if os.path.lexists(directory) and not is_empty(directory) and (said.get("resume") or "never") == "never" and not requeued():
+    if (
+        os.path.lexists(directory)
+        and not is_empty(directory)
+        and (said.get("resume") or "never") == "never"
+        and not requeued()
+    ):
         raise Run(directory).taken(directory)
     Run(directory).refuse_if_held()
 

@@ -267,7 +267,7 @@ def plan(request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]
     lines = [
         f"{verb} {show((request.run_dir or source.path).absolute())} from {source.path.name}: step {manifest['step']}, "
         f"epoch {manifest['epoch']}, verified{_size(source.path)}",
-        f"  restored    {_restored(source)}",
+        f"  restored    {_restored(source, request.allow)}",
     ]
     lines += [f"  overridden  {key}: {was} -> {now}" for key, (was, now) in changed.items()]
     lines += [f"  note        {note}" for note in _notes(request, source, changed, config)]
@@ -286,12 +286,14 @@ def _size(path: Path) -> str:
         return ""
 
 
-def _restored(source: Source) -> str:
+def _restored(source: Source, allow: Sequence[str]) -> str:
     state = source.state
     parts = ["weights"]
     parts += ["optimizer"] if state["optimizer_states"] else []
     parts += ["schedule"] if state["lr_schedulers"] else []
-    parts += ["random states, metrics, place in the data"] if source.manifest["exact"] else []
+    if source.manifest["exact"]:
+        only = f" (with {source.manifest['world_size']} processes only)" if "world_size" in allow else ""
+        parts.append(f"random states, metrics, place in the data{only}")
     best = source.manifest.get("best_score")
     parts += [f"best {source.manifest['monitor']} {best:.4f}"] if best is not None else []
     return ", ".join(parts) + ("" if source.manifest["exact"] else " (not exact: as Lightning resumes)")
@@ -317,6 +319,12 @@ def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, An
             notes.append("run.json is damaged: it is set aside once the training begins, and a new record is begun")
         if run.made(manifest.get("run_id")) is False:
             notes.append("this checkpoint was made by another run: somebody put it here")
+    if "world_size" in request.allow:
+        notes.append(
+            f"with more or fewer processes than {manifest['world_size']}, random states, metric sums and each rank's place "
+            "in the data are not restored; which samples this epoch sees changes, and checkpoints say exact: false until "
+            "the next epoch begins"
+        )
     if manifest.get("ended") in ("max_steps", "max_time") and inside:
         notes.append("it ended inside an epoch, which counts as done: not what a longer run without the stop would be")
     if source.state["at"] == "validation" and 0 <= config.trainer.max_steps <= manifest["step"]:

@@ -340,7 +340,9 @@ class Run:
     def _set_record_aside(self, damage: str) -> None:
         path = self.directory / "run.json"
         try:
-            os.replace(path, path.with_name("run.json.corrupt"))  # a crash after this line leaves no record, as damage did
+            os.replace(
+                path, path.with_name("run.json.corrupt")
+            )  # a crash after this line leaves no record, as damage did
         except OSError as error:
             raise _unwritable(path, error) from error
         print(f"Damaged, set aside as run.json.corrupt: {path} ({damage}). A new record begins.")

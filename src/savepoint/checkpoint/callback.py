@@ -95,6 +95,7 @@ class CheckpointCallback(Checkpoint):
         self._at: Point | None = None
         self._facts: dict[str, Any] = {}
         self._pending: dict[str, Any] | None = None
+        self._ranks_changed = False  # in the epoch that now runs: its files are not exact
         self._at_validation: dict[str, Any] | None = None
         self._last_weights: dict[str, Tensor] | None = None
         self._before_validation: dict[str, Tensor] = {}
@@ -106,12 +107,14 @@ class CheckpointCallback(Checkpoint):
             return
         refuse_last(trainer)
         files.refuse_url(trainer.default_root_dir, "trainer.default_root_dir")
+        state.refuse_shards(trainer)
+        state.refuse_different_starts(trainer)
         self.use(trainer.strategy.broadcast(Path(trainer.default_root_dir) / "checkpoints"))
         if not isinstance(trainer.strategy.checkpoint_io, CheckpointIO):
             trainer.strategy.checkpoint_io = CheckpointIO(async_save=self.async_save)
         trainer.strategy.checkpoint_io.store = self.store
         trainer.strategy.checkpoint_io.preloaded, self.preloaded = self.preloaded, None
-        self._pending = None
+        self._pending, self._ranks_changed = None, False
         self._enabled = not trainer.fast_dev_run  # type: ignore[attr-defined]
 
     def use(self, directory: Path) -> None:
@@ -129,10 +132,15 @@ class CheckpointCallback(Checkpoint):
         return "CheckpointCallback"  # whatever a subclass is called, and whatever its settings are
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scores": self.scores.state_dict(), "saved_step": self._saved_step}
+        return {
+            "scores": self.scores.state_dict(),
+            "saved_step": self._saved_step,
+            "ranks_changed": self._ranks_changed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved_step = state_dict["saved_step"]
+        self._ranks_changed |= state_dict.get("ranks_changed", False)
         if not self.scores.load_state_dict(state_dict["scores"]) and hasattr(self, "store"):
             # Another metric ranks now: each manifest holds all metrics of its step, so the files are ranked again.
             self.scores.begin_with(self.store.best())
@@ -154,6 +162,11 @@ class CheckpointCallback(Checkpoint):
         rank, others = trainer.global_rank, checkpoint.get("other_ranks", [])
         if len(others) + 1 == trainer.world_size:
             self._pending = checkpoint | (others[rank - 1] if rank else {})
+            return
+        # Until an epoch begins anew by (seed, epoch) alone, nobody can make this training again, from no file of it.
+        self._ranks_changed = True
+        if trainer.is_global_zero:
+            print(state.ranks_changed(len(others) + 1, trainer.world_size), flush=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
@@ -211,6 +224,7 @@ class CheckpointCallback(Checkpoint):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
             return
+        self._ranks_changed = False
         self._attach(trainer)  # Lightning may have made the loader anew (reload_dataloaders_every_n_epochs)
         if not self._arrived(pl_module, "epoch") and trainer.global_step > self._began:
             self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
@@ -422,7 +436,8 @@ class CheckpointCallback(Checkpoint):
         checkpoint["manifest"] = self._facts or self._make_facts(trainer, None, "user", None)
 
     def _make_facts(self, trainer: Trainer, at: Point | None, reason: str, ended: str | None) -> dict[str, Any]:
-        own = {"at": at, "exact": at is not None and self._exact, "reason": reason, "ended": ended}
+        exact = at is not None and self._exact and not self._ranks_changed
+        own = {"at": at, "exact": exact, "reason": reason, "ended": ended}
         return facts.gather(trainer, self.provenance) | own | self.scores.facts(trainer.global_step)
 
 

@@ -8,6 +8,7 @@ import platform
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -15,11 +16,14 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric
 
 import savepoint
+from savepoint.checkpoint import manifest
+from savepoint.errors import CheckpointForeignError, ConfigError, ConfigMismatchError
 
 # What `self.log(...)` was called with, apart from the value: enough to make the same entry again.
 _LOG_ARGUMENTS = (
@@ -177,7 +181,7 @@ def lay_buckets(trainer: Trainer) -> None:
         return
     if ddp.find_unused_parameters and not ddp.static_graph:
         return  # such buckets stay as they are
-    parameters, sparse = ddp._build_params_for_reducer()
+    parameters, sparse = ddp._build_params_for_reducer()  # type: ignore[no-untyped-call]
     if ddp.static_graph or ddp._comm_hooks or any(sparse):
         # These look into the gradients of a backward: none is made, and the buckets are in the order of the parameters.
         ddp.reducer._push_all_rebuilt_params()
@@ -187,7 +191,7 @@ def lay_buckets(trainer: Trainer) -> None:
             parameter.grad = None
         ddp.reducer.prepare_for_backward([])
         anchor = torch.zeros((), device=parameters[0].device, requires_grad=True)
-        _WalkReducer.apply(anchor, ddp.reducer, len(parameters)).backward()  # type: ignore[no-untyped-call]
+        _WalkReducer.apply(anchor, ddp.reducer, len(parameters)).backward()
         for parameter, gradient in zip(parameters, pending, strict=True):
             parameter.grad = gradient
     ddp.reducer._rebuild_buckets()
@@ -238,6 +242,47 @@ def why_not_exact(trainer: Trainer) -> str | None:
     )  # they keep what they changed outside any state
     names = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, inexact)]  # type: ignore[attr-defined]
     return f"With {', '.join(names)} a resume is not exact: it does not save all it changes." if names else None
+
+
+def ranks_changed(was: int, now: int) -> str:
+    """What a resume with another number of processes costs."""
+    return (
+        f"processes {was} -> {now}: random states, metric sums and each rank's place in the data are not restored; which "
+        "samples this epoch sees changes. Checkpoints say exact: false until the next epoch begins."
+    )
+
+
+def refuse_shards(trainer: Trainer) -> None:
+    """Raises ConfigError for a strategy that spreads the state over the ranks."""
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise ConfigError(
+            f"Sharded training is not supported yet: trainer.strategy is {type(trainer.strategy).__name__}. A strategy "
+            "that keeps the whole model on each rank was expected, as a checkpoint is one file. Use ddp."
+        )
+
+
+def refuse_different_starts(trainer: Trainer) -> None:
+    """Raises ConfigMismatchError, on all ranks, where they do not go on from one and the same checkpoint."""
+    if trainer.world_size == 1:
+        return
+    starts: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(starts, _start_of(trainer.ckpt_path))
+    rank, other = next(((rank, one) for rank, one in enumerate(starts) if one != starts[0]), (0, None))
+    if rank:
+        raise ConfigMismatchError(
+            f"The ranks begin differently: rank 0 from {starts[0]}, rank {rank} from {other}. One checkpoint for all "
+            "was expected. Give a run directory that all hosts share."
+        )
+
+
+def _start_of(path: Any) -> str:
+    if path is None:
+        return "the beginning"
+    try:
+        facts = manifest.read(path)
+    except CheckpointForeignError:
+        return f"{Path(path).name} of another program, {Path(path).stat().st_size} bytes"
+    return f"step {facts['step']} (digest {facts['digest'][:12]})"
 
 
 def averaging(trainer: Trainer) -> list[WeightAveraging]:

@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    results, empty = [], False
+    results: list[dict[str, Any]] = []
+    empty = False
     for path in map(manifest.local_path, arguments.paths):
         before = len(results)
         for file in _files(path):
