@@ -5,16 +5,19 @@ import shutil
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import small_checkpoint
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from small import SmallData, SmallModel, difference, final_state, fit, one_thread, resume_differs, rows
 from torch.utils.data import DataLoader, TensorDataset
 
-from savepoint.checkpoint import store
+from savepoint.checkpoint import state, store
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.checkpoint.facts import why_ended
 from savepoint.checkpoint.scores import Scores
@@ -23,6 +26,7 @@ from savepoint.errors import (
     CheckpointNotFoundError,
     CheckpointSaveError,
     ConfigError,
+    ConfigMismatchError,
     NonFiniteLossError,
 )
 
@@ -323,6 +327,77 @@ def test_what_cannot_be_read_back_is_refused_before_the_first_step(tmp_path: Pat
     with pytest.raises(CheckpointContentError, match=r"hyper_parameters\.colour.*Colour"):
         fit(tmp_path, model=Model)
     assert steps(tmp_path) == []
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'loss' is an instance of `nn.Module`")
+def test_a_hyper_parameter_that_cannot_be_read_back_is_answered_with_the_line_that_leaves_it_out(
+    tmp_path: Path,
+) -> None:
+    class Model(SmallModel):
+        def __init__(self, loss: torch.nn.Module) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    with pytest.raises(CheckpointContentError, match=r'save_hyperparameters\(ignore=\["loss"\]\)'):
+        fit(tmp_path, model=lambda: Model(torch.nn.CrossEntropyLoss()))
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/x", "memory://x", "file:///nowhere/x"])
+def test_a_trainer_whose_directory_is_a_url_is_refused_before_the_first_step(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(
+        default_root_dir=url, accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[saving()],
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"Nothing is saved to a URL: trainer\.default_root_dir is"):
+        trainer.fit(SmallModel(), datamodule=SmallData())
+    assert trainer.global_step == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_with_another_number_of_processes_no_checkpoint_is_exact_until_the_next_epoch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path / "two", checkpointing=saving(save_every_steps=2), max_epochs=1)
+    content, facts = store.load(tmp_path / "two" / "checkpoints" / "step-00000002.ckpt")
+    made_by_two = store.write(tmp_path / "two.ckpt", content | {"other_ranks": [{}]}, facts | {"world_size": 2})
+    capsys.readouterr()
+    fit(tmp_path / "one", checkpointing=saving(save_every_steps=2), ckpt_path=made_by_two.path)
+    assert "processes 2 -> 1: random states, metric sums" in capsys.readouterr().out
+    kept = store.CheckpointStore(tmp_path / "one" / "checkpoints").checkpoints()
+    assert [one.step for one in kept if not one.manifest["exact"]] == [4]
+    assert [one.step for one in kept if one.manifest["exact"]] == [6, 8, 10, 12, 14, 16, 18]
+    fit(tmp_path / "again", checkpointing=saving(save_every_steps=1), ckpt_path=kept[0].path)
+    kept = store.CheckpointStore(tmp_path / "again" / "checkpoints").checkpoints()
+    assert [one.step for one in kept if not one.manifest["exact"]] == [5]
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_a_strategy_that_spreads_the_state_over_ranks_is_refused_in_words(strategy: type[Strategy]) -> None:
+    with pytest.raises(ConfigError, match=f"Sharded training is not supported yet: .* is {strategy.__name__}"):
+        state.refuse_shards(SimpleNamespace(strategy=object.__new__(strategy)))
+
+
+def test_ranks_that_chose_different_checkpoints_are_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = small_checkpoint(tmp_path / "a.ckpt").path
+
+    def gather(found: list[Any], own: Any) -> None:
+        found[:] = [own, own, "the beginning"]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(ConfigMismatchError, match=r"rank 0 from step 30 \(digest .*\), rank 2 from the beginning"):
+        state.refuse_different_starts(SimpleNamespace(world_size=3, ckpt_path=path))
+    state.refuse_different_starts(SimpleNamespace(world_size=1, ckpt_path=path))
+
+
+def test_a_save_to_a_url_by_hand_is_refused_in_words(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, max_epochs=1)
+    with pytest.raises(ConfigError, match="Nothing is saved to a URL"):
+        trainer.save_checkpoint("s3://bucket/a.ckpt")
 
 
 class TestFailure:

@@ -119,6 +119,10 @@ def test_where_one_rank_is_killed_the_other_ends_and_the_run_goes_on(
     os.kill((process.pid, other)[killed], signal.SIGKILL)
     said = process.communicate()[0]
     assert process.returncode != 0, said
+    if killed == 1:
+        assert process.returncode == 1
+        assert "Another rank is gone" in said
+        assert "Traceback" not in said
     until = time.monotonic() + 60
     while lives(other):
         assert time.monotonic() < until, "rank 1 does not end"
@@ -155,3 +159,6 @@ def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
     done = run("resume.py", str(tmp_path / "two"), "--trainer.devices", "1", "--trainer.max_epochs", "2")
     assert done.returncode == 2
     assert "Another number of processes: 1" in done.stderr
+    done = run("resume.py", str(tmp_path / "two"), "--trainer.devices", "3", "--trainer.max_epochs", "2")
+    assert done.returncode == 2
+    assert done.stderr.count("Another number of processes: 3") == 1

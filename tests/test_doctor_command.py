@@ -202,6 +202,7 @@ def test_files_that_torch_wrote_get_advice_of_their_own(tmp_path: Path, capsys: 
     ((said, advice),) = findings(capsys, tmp_path / "weights.pt").items()
     assert "torch.save" in said
     assert "train.py --init_from" in advice
+    assert f"with its epoch and best as well: {python()} resume.py" in advice
     with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:  # as torch.jit.save lays it out
         archive.writestr("script/code/__torch__.py", "")
         archive.writestr("script/constants.pkl", "")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from savepoint import entry
+
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """
 import signal, sys, time, weakref
@@ -113,3 +115,59 @@ def test_a_signal_whose_exception_python_drops_ends_the_process_all_the_same() -
     """Where a handler runs within the callback of a weak reference, as in an import, nothing that it raises goes on."""
     done = subprocess.run(command("dropped"), capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (143, "Stopped by SIGTERM.\n")
+
+
+LAUNCHER = f"""
+import os, subprocess, sys
+told = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+ranks = [
+    subprocess.Popen([sys.executable, "-c", {HEAD!r} + chr(10) + "entry.run(" + body + ", {str(ROOT / "train.py")!r})"],
+                     env=os.environ | {{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "3"}})
+    for rank, body in told.items()
+]
+print([rank.wait() for rank in ranks])
+"""
+
+
+def launched(**bodies: str) -> tuple[str, list[str]]:
+    """Exit codes of the ranks, and the lines that they said."""
+    words = [word for rank, body in bodies.items() for word in (rank[1:], body)]
+    done = subprocess.run([sys.executable, "-c", LAUNCHER, *words], capture_output=True, text=True, timeout=60)
+    return done.stdout.strip(), done.stderr.splitlines()
+
+
+def test_what_all_ranks_refuse_is_said_once() -> None:
+    for _ in range(2):  # a second start says it again
+        assert launched(r0="mistake", r1="mistake", r2="mistake") == ("[2, 2, 2]", ["Wrong."])
+
+
+def test_what_a_rank_alone_refuses_is_said_too() -> None:
+    assert launched(r0="mistake", r1="fail") == ("[2, 1]", ["Wrong.", "Saving failed."])
+    assert launched(r1="fail", r2="fail") == ("[1, 1]", ["Saving failed."])
+
+
+def test_the_death_of_another_rank_is_one_line() -> None:
+    gloo = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:40012"
+    codes, said = launched(r1=f"lambda argv: (_ for _ in ()).throw(RuntimeError({gloo!r}))")
+    assert codes == "[1]"
+    assert said == ["Another rank is gone (its own output says why): rank 1 cannot go on alone."]
+    codes, said = launched(r1="lambda argv: (_ for _ in ()).throw(RuntimeError('a fault of the model'))")
+    assert codes == "[1]"
+    assert said[-1] == "RuntimeError: a fault of the model"
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, 1), ({"RANK": "1"}, 0), ({"TORCHELASTIC_MAX_RESTARTS": "0"}, 0), ({"TORCHELASTIC_RESTART_COUNT": "1"}, 0),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "False"}, 0),
+    ],
+)  # fmt: skip
+def test_a_torchrun_whose_restarts_share_a_store_is_told_so_once(
+    changed: dict[str, str], said: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    for name, value in (given | {"TORCHELASTIC_MAX_RESTARTS": "3"} | changed).items():
+        monkeypatch.setenv(name, value)
+    entry.warn_of_shared_store()
+    assert capsys.readouterr().err.count("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") == said

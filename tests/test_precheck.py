@@ -160,12 +160,38 @@ def test_a_class_whose_source_does_not_say_what_it_takes_is_left_to_the_imports(
 
 
 def test_a_name_that_is_taken_is_told_before_the_imports(tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "checkpoints").mkdir(parents=True)
     argv = ["--output_dir", str(tmp_path), "--run_name", "there"]
     with pytest.raises(RunExistsError, match="The run name is taken"):
         precheck.check(argv)
     precheck.check([*argv, "--resume", "auto"])
     precheck.check([*argv, "--print_config"])
+
+
+@pytest.mark.parametrize("inside", [[], ["lost+found"]])
+def test_an_empty_directory_is_a_place_to_start(tmp_path: Path, inside: list[str]) -> None:
+    for name in ["there", *(f"there/{name}" for name in inside)]:
+        (tmp_path / name).mkdir()
+    precheck.check(["--output_dir", str(tmp_path), "--run_name", "there"])
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/x", "gs://b", "memory://m", "file:///tmp/x", "hdfs:/x"])
+@pytest.mark.parametrize("key", ["output_dir", "trainer.default_root_dir"])
+def test_a_url_to_save_to_is_refused_before_the_imports(here: Path, key: str, url: str) -> None:
+    assert refusal(f"--{key}", url).startswith(f"Nothing is saved to a URL: {key} is {url}. ")
+    group, _, name = key.rpartition(".")
+    (here / "url.yaml").write_text(f"{group}: {{{name}: '{url}'}}\n" if group else f"{name}: '{url}'\n")
+    assert refusal("--config", "good.yaml", "--config", "url.yaml").startswith(f"Nothing is saved to a URL: {key} is")
+    if key == "output_dir":
+        with pytest.raises(ConfigError, match="Nothing is saved to a URL"):
+            choose.request(["--output_dir", url])
+
+
+@pytest.mark.parametrize("word", ["false", "False"])
+def test_a_training_that_is_not_to_be_saved_is_refused_in_our_own_words(word: str) -> None:
+    said = refusal("--trainer.enable_checkpointing", word)
+    assert said.startswith("Saving cannot be off: trainer.enable_checkpointing is false. ")
+    assert "ModelCheckpoint" not in said
 
 
 @pytest.mark.parametrize("name", [".", "..", "../x", "a/b", ".hidden", "x" * 300])

@@ -399,6 +399,26 @@ def test_fewer_epochs_than_are_trained_already_are_refused(at_epoch_2: Path) -> 
     assert sorted(at_epoch_2.rglob("*")) == before
 
 
+def test_fewer_steps_or_less_time_than_are_trained_already_are_refused(at_epoch_2: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is of step 8, and trainer\.max_steps is 5\. Expected 8 or more"):
+        go(str(at_epoch_2), "--trainer.max_steps", "5")
+    with pytest.raises(ConfigError, match=r"is of step 8, and trainer\.max_steps is 5"):
+        go(str(at_epoch_2), "--trainer.max_steps", "5", "--trainer.max_epochs", "9")
+    assert steps(at_epoch_2) == [4, 8]
+
+
+def test_a_plan_of_a_run_with_a_damaged_record_says_so_and_leaves_it(
+    at_epoch_2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (at_epoch_2 / "run.json").write_text("{bad")
+    capsys.readouterr()
+    assert go(str(at_epoch_2), "--plan") == 0
+    said = capsys.readouterr().out
+    assert "run.json is damaged" in said
+    assert "made by another run" not in said
+    assert (at_epoch_2 / "run.json").read_text() == "{bad"
+
+
 def test_a_missing_file_is_said_with_the_nearest_ones(run_dir: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"Nearest: .*first"):
         choose.request([str(run_dir.parent / "frist"), "--output_dir", str(run_dir.parent)])

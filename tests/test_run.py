@@ -83,6 +83,20 @@ def test_the_lock_is_held_against_other_processes_and_dropped_with_the_process(t
     assert (tmp_path / "lock").read_text() == ""
 
 
+def test_an_empty_directory_is_taken_for_the_run_and_left_empty_where_no_training_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SAVEPOINT_RUN_DIR", raising=False)
+    (tmp_path / "volume" / "lost+found").mkdir(parents=True)
+    run = Run.create(str(tmp_path), "volume", "mnist")
+    assert run.directory == tmp_path / "volume"
+    assert Run(run.directory).holder()
+    (run.directory / "checkpoints").mkdir()
+    run.unlock()
+    run.discard()
+    assert [path.name for path in (tmp_path / "volume").iterdir()] == ["lost+found"]
+
+
 def test_a_stale_lock_is_taken_over_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "lock").write_text(json.dumps({"host": "gone", "pid": 1, "boot_id": ""}))
     Run.open(tmp_path)
@@ -118,8 +132,19 @@ def test_a_directory_in_which_no_training_began_is_removed_and_any_other_kept(tm
 @pytest.mark.parametrize("damaged", ["{bad", "[]", "{}", "\udcff"])
 def test_a_damaged_record_is_set_aside_and_a_new_one_begun(damaged: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes(damaged.encode("utf-8", "surrogateescape"))
-    assert Run.open(tmp_path).record["starts"] == []
+    run = Run.open(tmp_path)
+    run.record_start(run.record, "")
+    assert len(run.record["starts"]) == 1
     assert (tmp_path / "run.json.corrupt").exists()
+
+
+def test_a_look_at_a_damaged_record_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{bad")
+    run = Run(tmp_path)
+    assert run.record["starts"] == []
+    assert run.record_damage()
+    assert run.made("an id") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_temporary_files_of_a_dead_process_are_swept_by_the_next_holder_of_the_lock(tmp_path: Path) -> None:
@@ -143,7 +168,8 @@ def test_a_record_of_another_shape_is_damaged_too(damaged: str, tmp_path: Path) 
 
 def test_a_record_that_is_a_directory_is_set_aside(tmp_path: Path) -> None:
     (tmp_path / "run.json").mkdir()
-    assert Run(tmp_path).record["starts"] == []
+    run = Run.open(tmp_path)
+    run.record_start(run.record, "")
     assert (tmp_path / "run.json.corrupt").is_dir()
 
 

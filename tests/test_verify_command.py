@@ -60,13 +60,24 @@ def test_a_foreign_file_does_not_verify(tmp_path: Path, capsys: pytest.CaptureFi
     assert "a torch.save file without a manifest" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["none", "empty"])
-def test_nothing_to_look_at_exits_with_2(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("name", "code"), [("none", 2), ("empty", 1), ("run", 1)])
+def test_nothing_to_look_at_is_said_and_is_no_success(
+    tmp_path: Path, name: str, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
-    assert main(["verify", str(tmp_path / name)]) == 2
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert main(["verify", str(tmp_path / name)]) == code
     captured = capsys.readouterr()
     assert captured.err.startswith("savepoint verify: No checkpoint")
     assert str(tmp_path / name) in captured.err
+
+
+def test_a_directory_under_a_checkpoint_s_name_does_not_verify(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints" / "step-00000020.ckpt").mkdir(parents=True)
+    assert main(["verify", str(tmp_path)]) == 1
+    assert "step-00000020.ckpt: does not verify: a directory" in capsys.readouterr().out
 
 
 def test_the_command_starts_without_torch(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from savepoint import compose, precheck
-from savepoint.checkpoint import manifest
+from savepoint.checkpoint import files, manifest
 from savepoint.errors import CheckpointForeignError, CheckpointNotFoundError, ConfigError
 from savepoint.run import Run, check_name, requeued, show
 
@@ -61,6 +61,7 @@ def request(argv: Sequence[str]) -> Request | None:
     if asked is None:
         print(USAGE, end="")
         return None
+    files.refuse_url(asked.output_dir, "output_dir")
     if requeued() and not asked.plan:
         target = _once(asked, target)
     if target is None:

@@ -10,8 +10,12 @@ import atexit
 import contextlib
 import errno
 import gc
+import hashlib
 import io
+import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,6 +25,9 @@ from savepoint import preemption
 from savepoint.errors import ConfigError, SavepointError
 from savepoint.run import rank
 
+_STARTED_AS_RANK = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
+_WAIT_SECS, _FRESH_SECS = 3.0, 60.0
+
 
 def run(main: Callable[[Sequence[str]], int], script: str) -> None:
     """Calls `main` with the arguments of this process and ends the process with its result."""
@@ -28,6 +35,7 @@ def run(main: Callable[[Sequence[str]], int], script: str) -> None:
     try:
         refuse_foreign_install(Path(script))
         preemption.install()
+        warn_of_shared_store()
         sys.unraisablehook = preemption.asked_again(sys.unraisablehook)
         code = main(sys.argv[1:])
     except preemption.Preempted as preempted:
@@ -36,9 +44,81 @@ def run(main: Callable[[Sequence[str]], int], script: str) -> None:
         if code:
             print(f"Stopped by {preempted.name}.", file=sys.stderr)
     except SavepointError as error:
-        print(printable(str(error)), file=sys.stderr)
+        if not is_said(str(error)):
+            print(printable(str(error)), file=sys.stderr)
         code = error.exit_code
+    except RuntimeError as error:
+        if not is_peer_gone(error):
+            raise
+        print(f"Another rank is gone (its own output says why): rank {rank()} cannot go on alone.", file=sys.stderr)
+        code = 1
     sys.exit(code)
+
+
+def warn_of_shared_store() -> None:
+    """Once, under a torchrun that may start its workers again: by chance those read the addresses of the dead ones."""
+    known = os.environ
+    if rank() or known.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or known.get("TORCHELASTIC_RESTART_COUNT") != "0":
+        return
+    if known.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        print(
+            "A restart by this torchrun may fail: its store, which all starts share, still names the dead ranks. "
+            "Start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment.",
+            file=sys.stderr,
+        )
+
+
+def is_said(message: str) -> bool:
+    """Whether another rank on this host says just this: rank 0 says what all refuse, and each what it alone has seen."""
+    launched = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
+    # Rank 0 may have started the others itself.
+    launcher = os.getpid() if launched and not _STARTED_AS_RANK else os.getppid()
+    said = hashlib.sha256(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {message}".encode()).hexdigest()[:16]
+    mark = Path(tempfile.gettempdir(), f"savepoint-said-{os.getuid()}-{launcher}-{said}")
+    if rank() == 0:
+        if launched:
+            _sweep(mark)
+            _leave(mark)
+        return False
+    until = time.monotonic() + _WAIT_SECS
+    while time.monotonic() < until:
+        if _is_fresh(mark):
+            return True
+        time.sleep(0.05)
+    return not _leave(mark)  # rank 0 is on another host, or has not seen it: the first of the others says it
+
+
+def _sweep(mark: Path) -> None:
+    """No mark of an earlier start, of whatever launcher of this user, is left."""
+    for old in mark.parent.glob(f"savepoint-said-{os.getuid()}-*"):
+        if old == mark or not _is_fresh(old):
+            with contextlib.suppress(OSError):
+                old.unlink()
+
+
+def _leave(mark: Path) -> bool:
+    try:
+        os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    except FileExistsError:
+        return not _is_fresh(mark)
+    except OSError:  # nowhere to leave it: said too often is better than never
+        return True
+    return True
+
+
+def _is_fresh(mark: Path) -> bool:
+    """A launcher that had this number long ago had other ranks."""
+    try:
+        return time.time() - mark.lstat().st_mtime < _FRESH_SECS
+    except OSError:
+        return False
+
+
+def is_peer_gone(error: RuntimeError) -> bool:
+    """As the collectives of gloo and NCCL say that the process at the other end has died."""
+    said = str(error)
+    closed = ("Connection closed by peer", "Connection reset by peer", "Socket closed", "Broken pipe")
+    return ("gloo/" in said or "NCCL" in said) and any(words in said for words in closed)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,9 @@ from pathlib import Path
 import yaml
 
 from savepoint import compose
+from savepoint.checkpoint import files
 from savepoint.errors import ConfigError
-from savepoint.run import Run, check_name, rank, requeued
+from savepoint.run import Run, check_name, is_empty, rank, requeued
 
 USAGE = """\
 usage: python train.py [--config FILE]... [--KEY VALUE]...
@@ -53,7 +54,12 @@ def _check_name(composed: compose.Composed) -> None:
         return
     check_name(name)
     directory = Path(str(said.get("output_dir") or "outputs")) / name
-    if os.path.lexists(directory) and (said.get("resume") or "never") == "never" and not requeued():
+    if (
+        os.path.lexists(directory)
+        and not is_empty(directory)
+        and (said.get("resume") or "never") == "never"
+        and not requeued()
+    ):
         raise Run(directory).taken(directory)
     Run(directory).refuse_if_held()
 
@@ -76,6 +82,19 @@ def check_keys(composed: compose.Composed) -> None:
         _check_arguments(composed, group)
     if composed.class_help is None:
         _check_chosen(composed)
+    _check_saving(composed)
+
+
+def _check_saving(composed: compose.Composed) -> None:
+    """A place that nothing can be saved to; a training that is not to be saved at all."""
+    said = dict(compose.leaves(composed.config)) | dict(composed.flags)
+    for key in ("output_dir", "trainer.default_root_dir"):
+        files.refuse_url(str(said.get(key)), key)
+    if str(said.get("trainer.enable_checkpointing")).lower() == "false":
+        raise ConfigError(
+            "Saving cannot be off: trainer.enable_checkpointing is false. A run that can be resumed was expected. "
+            "To save less: --checkpoint.save_every_epochs N; --trainer.fast_dev_run true saves nothing."
+        )
 
 
 def _check_arguments(composed: compose.Composed, group: str) -> None:

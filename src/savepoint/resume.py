@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, Timer
 
 from savepoint import cli, compose, foreign_start, training
 from savepoint.checkpoint import files, store
@@ -108,6 +108,7 @@ def _go_on(request: Request, config: Any, run: Run | None) -> int:
     if config is None:
         config = cli.parse(request.overrides, base=source.state["config"])
     changed = differences(was, cli.dump(config))
+    _require_facts(source)
     check_allowed(request.allow, [*compose.flatten(was), *changed])
     refuse(changed, request.allow)
     if ended := finished(source, changed, request):
@@ -179,6 +180,16 @@ def choose(request: Request, *, may_rename: bool) -> Source:
             )
     os.environ[ENVIRONMENT_KEY] = str(source.path.absolute())
     return source
+
+
+def _require_facts(source: Source) -> None:
+    """Of a file that some other program has sealed: what a resume compares may be missing."""
+    needed = ("epoch", "exact", "dataset", "world_size", "device")
+    if lacking := [key for key in needed if source.manifest.get(key) is None]:
+        raise ConfigError(
+            f"Not saved by a training of Savepoint: {source.path}. Its manifest does not say {', '.join(lacking)}; a "
+            f"resume compares these. To start from its weights: python train.py --init_from {source.path}"
+        )
 
 
 # -- comparing -------------------------------------------------------------------------------------------------------
@@ -256,7 +267,7 @@ def plan(request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]
     lines = [
         f"{verb} {show((request.run_dir or source.path).absolute())} from {source.path.name}: step {manifest['step']}, "
         f"epoch {manifest['epoch']}, verified{_size(source.path)}",
-        f"  restored    {_restored(source)}",
+        f"  restored    {_restored(source, request.allow)}",
     ]
     lines += [f"  overridden  {key}: {was} -> {now}" for key, (was, now) in changed.items()]
     lines += [f"  note        {note}" for note in _notes(request, source, changed, config)]
@@ -275,12 +286,14 @@ def _size(path: Path) -> str:
         return ""
 
 
-def _restored(source: Source) -> str:
+def _restored(source: Source, allow: Sequence[str]) -> str:
     state = source.state
     parts = ["weights"]
     parts += ["optimizer"] if state["optimizer_states"] else []
     parts += ["schedule"] if state["lr_schedulers"] else []
-    parts += ["random states, metrics, place in the data"] if source.manifest["exact"] else []
+    if source.manifest["exact"]:
+        only = f" (with {source.manifest['world_size']} processes only)" if "world_size" in allow else ""
+        parts.append(f"random states, metrics, place in the data{only}")
     best = source.manifest.get("best_score")
     parts += [f"best {source.manifest['monitor']} {best:.4f}"] if best is not None else []
     return ", ".join(parts) + ("" if source.manifest["exact"] else " (not exact: as Lightning resumes)")
@@ -300,8 +313,18 @@ def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, An
             notes.append(f"{key} {manifest.get(key)} -> {now[key]}: not bit-equal to a run that was never stopped")
     loop = source.state["loops"]["fit_loop"]
     inside = not loop["epoch_loop.batch_progress"]["is_last_batch"]
-    if request.run_dir and request.fork is None and Run(request.run_dir).record["id"] != manifest.get("run_id"):
-        notes.append("this checkpoint was made by another run: somebody put it here")
+    if request.run_dir and request.fork is None:
+        run = Run(request.run_dir)
+        if run.record_damage():
+            notes.append("run.json is damaged: it is set aside once the training begins, and a new record is begun")
+        if run.made(manifest.get("run_id")) is False:
+            notes.append("this checkpoint was made by another run: somebody put it here")
+    if "world_size" in request.allow:
+        notes.append(
+            f"with more or fewer processes than {manifest['world_size']}, random states, metric sums and each rank's place "
+            "in the data are not restored; which samples this epoch sees changes, and checkpoints say exact: false until "
+            "the next epoch begins"
+        )
     if manifest.get("ended") in ("max_steps", "max_time") and inside:
         notes.append("it ended inside an epoch, which counts as done: not what a longer run without the stop would be")
     if source.state["at"] == "validation" and 0 <= config.trainer.max_steps <= manifest["step"]:
@@ -321,11 +344,27 @@ def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, An
 
 
 def _refuse_past(source: Source, config: Any) -> None:
-    limit, epoch = config.trainer.max_epochs, source.manifest["epoch"]
-    if limit is not None and 0 <= limit < epoch:
+    for name in ("epoch", "step"):
+        limit, reached = getattr(config.trainer, f"max_{name}s"), source.manifest[name]
+        if limit is not None and 0 <= limit < reached:
+            raise ConfigError(
+                f"Past that already: {show(source.path)} is of {name} {reached}, and trainer.max_{name}s is {limit}. "
+                f"Expected {reached} or more. Give a larger one, or fork from an earlier checkpoint: --fork NAME"
+            )
+    _refuse_past_time(source, config)
+
+
+def _refuse_past_time(source: Source, config: Any) -> None:
+    if config.trainer.max_time is None:
+        return
+    timer = Timer(config.trainer.max_time)
+    saved = source.state.get("callbacks", {}).get(timer.state_key, {})
+    used = saved.get("time_elapsed", {}).get("train", 0.0)
+    limit = timer._duration
+    if limit is not None and used >= limit:
         raise ConfigError(
-            f"Past that already: {show(source.path)} is of epoch {epoch}, and trainer.max_epochs is {limit}. "
-            f"Expected {epoch} or more. Give a larger one, or fork from an earlier checkpoint: --fork NAME"
+            f"Past that already: {show(source.path)} has trained for {used:.0f} s, and trainer.max_time is "
+            f"{config.trainer.max_time}. Expected more than {used:.0f} s. Give a longer one."
         )
 
 

@@ -32,6 +32,8 @@ from savepoint.errors import ConfigError, RunDirectoryError, RunExistsError, Run
 # Set by rank 0 before the launcher starts the other ranks, which inherit it.
 ENVIRONMENT_KEY = "SAVEPOINT_RUN_DIR"
 
+LOST_AND_FOUND = "lost+found"
+
 # C's struct flock, and which of its fields is the kind of the lock; all others are 0 for the whole file.
 _FLOCK, _KIND = ("qqihh", 3) if sys.platform == "darwin" else ("hhqqi0q", 0)
 
@@ -69,6 +71,14 @@ def check_name(name: str) -> None:
         raise ConfigError(f"Not a run name: {shown}. Expected a plain file name, 200 bytes at most. Give another one.")
 
 
+def is_empty(directory: Path) -> bool:
+    """Whether nobody has put anything there: a mounted volume, say, with no more than its file system's own."""
+    try:
+        return set(os.listdir(directory)) <= {LOST_AND_FOUND}
+    except OSError:
+        return False
+
+
 def _project() -> str:
     """`cats-` in a copy of that name, as `make new` stamped it; empty in the template."""
     try:
@@ -85,6 +95,7 @@ class Run:
         self._lock: int | None = None
         self._place: os.stat_result | None = None  # of the directory, as it was locked
         self._created = False
+        self._filled = False  # it was there, and empty
         self.took_over: str | None = None  # whoever was killed while it held the lock
 
     # -- making one --------------------------------------------------------------------------------------------------
@@ -94,6 +105,7 @@ class Run:
         """A new directory, made by rank 0 and locked; the other ranks take the one that it made."""
         if rank() and (inherited := os.environ.get(ENVIRONMENT_KEY)):
             return cls(Path(inherited))
+        files.refuse_url(output_dir, "output_dir")
         name = run_name or default_name(config_name)
         check_name(name)
         directory = Path(output_dir) / name
@@ -111,12 +123,15 @@ class Run:
                 files.sync_directory(run.directory.parent)
                 break
             except FileExistsError:
+                if run_name and is_empty(run.directory):
+                    run._filled = True
+                    break
                 if run_name or not run.directory.is_dir():
                     raise run.taken(directory) from None
                 run = cls(directory.with_name(f"{name}-{attempt}"))  # two runs that started in the same second
             except OSError as error:
                 raise _unwritable(directory, error) from error
-        run._created = True
+        run._created = not run._filled
         run.lock()
         os.environ[ENVIRONMENT_KEY] = str(run.directory)
         return run
@@ -131,10 +146,15 @@ class Run:
         return run
 
     def discard(self) -> None:
-        """Removes a directory that this process made and in which no training began."""
+        """Removes a directory that this process made and in which no training began; one that was empty is so again."""
         if self._created:
             shutil.rmtree(self.directory, ignore_errors=True)
-            os.environ.pop(ENVIRONMENT_KEY, None)
+        elif self._filled:
+            for path in [path for path in self.directory.iterdir() if path.name != LOST_AND_FOUND]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        else:
+            return
+        os.environ.pop(ENVIRONMENT_KEY, None)
 
     # -- the lock ----------------------------------------------------------------------------------------------------
 
@@ -281,31 +301,51 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any]:
-        """run.json; a fresh one where there is none."""
+        """run.json; a fresh one where there is none, or one that is damaged."""
         new = {"id": uuid.uuid4().hex, "name": self.directory.name, "created": _now(), "starts": []}
-        path = self.directory / "run.json"
+        return self._read_record()[0] or new
+
+    def record_damage(self) -> str:
+        """What is wrong with run.json; "" where it is whole, or not there."""
+        return self._read_record()[1]
+
+    def made(self, run_id: str | None) -> bool | None:
+        """Whether a checkpoint that names this id is of this run; None where no record says so."""
+        found = self._read_record()[0]
+        return None if found is None else bool(found["id"] == run_id)
+
+    def _read_record(self) -> tuple[dict[str, Any] | None, str]:
         try:
-            found = json.loads(path.read_text())
-            if not isinstance(found, dict) or not new.keys() <= found.keys():
+            found = json.loads((self.directory / "run.json").read_text())
+            if not isinstance(found, dict) or not {"id", "name", "created", "starts"} <= found.keys():
                 raise ValueError("not a record of a run")
             if not isinstance(found["starts"], list):
                 raise ValueError("its starts are no list")
         except FileNotFoundError:
-            return new
-        except (ValueError, RecursionError, IsADirectoryError) as error:  # the checkpoints hold all that a resume needs
-            if rank() == 0:
-                os.replace(path, path.with_name("run.json.corrupt"))
-                print(f"Damaged, set aside as run.json.corrupt: {path} ({error}). A new record begins.")
-            return new
-        return found
+            return None, ""
+        except (ValueError, RecursionError, IsADirectoryError) as error:
+            return None, str(error)
+        return found, ""
 
     def record_start(self, record: Mapping[str, Any], config: str, **facts: Any) -> None:
-        """Adds an entry to `record` and writes it, with the config of this start."""
-        self._created = False  # from here on it is never removed, whatever becomes of its files
+        """Adds an entry to `record` and writes it, with the config of this start. For the holder of the lock."""
+        self._created = self._filled = False  # from here on it is never removed, whatever becomes of its files
+        if damage := self.record_damage():  # the checkpoints hold all that a resume needs
+            self._set_record_aside(damage)
         entry = {"time": _now(), "argv": sys.argv, "git": _git(), "versions": _versions(), "host": socket.gethostname()}
         entry |= {"hardware": f"{platform.machine()}, {os.cpu_count()} cores"} | facts
         self._write("run.json", json.dumps({**record, "starts": [*record["starts"], entry]}, indent=2) + "\n")
         self._write("config.yaml", config)
+
+    def _set_record_aside(self, damage: str) -> None:
+        path = self.directory / "run.json"
+        try:
+            os.replace(
+                path, path.with_name("run.json.corrupt")
+            )  # a crash after this line leaves no record, as damage did
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        print(f"Damaged, set aside as run.json.corrupt: {path} ({damage}). A new record begins.")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from savepoint import compose, sweep_file
-from savepoint.checkpoint.files import replacing
+from savepoint.checkpoint.files import refuse_url, replacing
 from savepoint.errors import ConfigError, RunExistsError, RunLockedError
 from savepoint.preemption import Preempted
 from savepoint.run import Run, plural, show
@@ -36,6 +36,7 @@ def run(path: Path, output_dir: str = "outputs", say: Callable[[str], None] = pr
         RunLockedError: it runs in another process, or a trial of it is still being trained.
     """
     optuna = _optuna()
+    refuse_url(output_dir, "output_dir")
     sweep, directory = sweep_file.read(path), Path(output_dir) / path.stem
     with _lock(directory).locked():
         return _run(optuna, sweep, path, directory, say)

@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from savepoint import preemption
-from savepoint.checkpoint import facts, format, state
+from savepoint.checkpoint import facts, files, format, state
 from savepoint.checkpoint.canary import canary
 from savepoint.checkpoint.facts import Provenance
 from savepoint.checkpoint.finite import FiniteWatch
@@ -100,6 +100,7 @@ class CheckpointCallback(Checkpoint):
         self._at: Point | None = None
         self._why: dict[str, Any] = {}  # of the save that is being made: reason, and how the training ended
         self._pending: dict[str, Any] | None = None
+        self._ranks_changed = False  # in the epoch that now runs: its files are not exact
         self._captured: dict[str, Any] | None = None  # at the start of a validation, or at the end of the training
         self._last_weights: dict[str, Tensor] | None = None
         self._before_validation: dict[str, Tensor] = {}
@@ -116,6 +117,10 @@ class CheckpointCallback(Checkpoint):
     # -- setting up --------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            files.refuse_url(trainer.default_root_dir, "trainer.default_root_dir")
+            state.refuse_shards(trainer)
+            state.refuse_different_starts(trainer)
         if stage == "fit" or not hasattr(self, "store"):
             self.use(trainer.strategy.broadcast(Path(trainer.default_root_dir) / "checkpoints"))
         if not isinstance(trainer.strategy.checkpoint_io, CheckpointIO):
@@ -125,7 +130,7 @@ class CheckpointCallback(Checkpoint):
         if stage != "fit":
             return
         trainer.strategy.checkpoint_io.preloaded, self.preloaded = self.preloaded, None
-        self._pending = None
+        self._pending, self._ranks_changed = None, False
         self._enabled = not trainer.fast_dev_run  # type: ignore[attr-defined]
         self._baseline = Baseline(state.look(trainer))
         self._settings = state.settings(trainer)
@@ -159,10 +164,15 @@ class CheckpointCallback(Checkpoint):
         return "CheckpointCallback"  # whatever a subclass is called, and whatever its settings are
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scores": self.scores.state_dict(), "saved_step": self._saved_step}
+        return {
+            "scores": self.scores.state_dict(),
+            "saved_step": self._saved_step,
+            "ranks_changed": self._ranks_changed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._saved_step = state_dict["saved_step"]
+        self._ranks_changed |= state_dict.get("ranks_changed", False)
         if not self.scores.load_state_dict(state_dict["scores"]) and hasattr(self, "store"):
             # Another metric ranks now: each manifest holds all metrics of its step, so the files are ranked again.
             self.scores.begin_with(self.store.best())
@@ -190,6 +200,10 @@ class CheckpointCallback(Checkpoint):
             return
         rank, others = trainer.global_rank, checkpoint.get("other_ranks", [])
         if len(others) + 1 != trainer.world_size:
+            # Until an epoch begins anew by (seed, epoch) alone, nobody can make this training again, from no file of it.
+            self._ranks_changed = True
+            if trainer.is_global_zero:
+                print(state.ranks_changed(len(others) + 1, trainer.world_size), flush=True)
             return
         self._pending = checkpoint | (others[rank - 1] if rank else {})
         if self._pending.get("loaders") is not None:  # each rank has its own
@@ -215,6 +229,7 @@ class CheckpointCallback(Checkpoint):
         self._began, self._saved_at = trainer.global_step, time.monotonic()
         self._watch.begin(pl_module.device)
         self._preflight(trainer)
+        state.lay_buckets(trainer)
         self._points = state.Points(
             trainer,
             epoch=lambda: self._on_epoch(trainer),
@@ -287,6 +302,7 @@ class CheckpointCallback(Checkpoint):
     # -- the safe points ---------------------------------------------------------------------------------------------
 
     def _on_epoch(self, trainer: Trainer) -> None:
+        self._ranks_changed = False
         self._accept(trainer)
         if not self._arrived(trainer, "epoch") and trainer.global_step > self._began:
             self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
@@ -300,6 +316,8 @@ class CheckpointCallback(Checkpoint):
         # While gradients are pending there is no safe point: they are not in the file.
         first, pending_gradients = not loop.batch_progress.current.ready, loop._should_accumulate()
         self._raise_pending(trainer)
+        if loop.restarting and not self._pending:
+            return True  # a resume as Lightning's own: it may leave out a validation here, and ask again
         arrived = self._arrived(trainer, "batch")
         if first or arrived:
             self._held = state.held(trainer, self._held)
@@ -507,6 +525,8 @@ class CheckpointCallback(Checkpoint):
         own = state.capture(trainer, trainer.lightning_module)
         own["logged_rows"] = rows[0] if rows and trainer.is_global_zero else None
         own["unsaved"] = state.inexact(trainer, at)
+        if self._ranks_changed:
+            own["unsaved"].append("this epoch was begun by another number of processes")
         own["attributes"], own["settings"] = [], {}
         if self._baseline is not None:
             now = self._see(trainer)
@@ -517,6 +537,7 @@ class CheckpointCallback(Checkpoint):
         if trainer.world_size > 1:
             ahead = at != "epoch" and self._loader_states is not None
             own["loaders"] = self._loader_states if ahead else state.loader_states(trainer)
+            own["buffers"] = state.own_buffers(trainer.lightning_module)
         own["found"] = state.found(trainer)
         return own
 
@@ -541,6 +562,7 @@ class CheckpointCallback(Checkpoint):
             ranks = [{} for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(ranks, own)
             checkpoint["other_ranks"] = ranks[1:]
+            del ranks[0]["buffers"]  # they stand in its state_dict
         unsaved = list(dict.fromkeys(reason for rank in ranks for reason in rank.pop("unsaved")))
         checkpoint.update(ranks[0])
         checkpoint["at"] = self._at

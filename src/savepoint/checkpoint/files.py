@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from savepoint.checkpoint import manifest
-from savepoint.errors import CheckpointError, CheckpointSaveError
+from savepoint.errors import CheckpointError, CheckpointSaveError, ConfigError
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 _ADVICE: dict[int | None, str] = {
@@ -47,6 +47,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             os.replace(temp, path)
         # A crash before this line costs, at a power cut only, the new name: the directory shows the old file again.
         sync_directory(path.parent)
+
+
+def refuse_url(path: Path | str, given: str) -> None:
+    """Raises ConfigError where something was to be saved at `path`, the value of `given`."""
+    if manifest.is_url(path):
+        raise ConfigError(
+            f"Nothing is saved to a URL: {given} is {path}. A directory on this machine was expected, as a save must be "
+            "synced and renamed there. Give a local or a mounted one."
+        )
 
 
 def make_directory(directory: Path) -> None:

@@ -79,10 +79,13 @@ def check_readable(state: Any) -> None:
     for key, value in leaves(state):
         if not _reads_back(value):
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
+            group, *names = key.replace("[", ".").split(".")
+            advice = "Store it as one of them, such as a str or a list."
+            if group in ("hyper_parameters", "datamodule_hyper_parameters") and names:
+                advice = f'Leave it out: self.save_hyperparameters(ignore=["{names[0]}"])'
             raise CheckpointContentError(
                 f"A checkpoint cannot hold this value: {key} is a {kind}. A tensor or a plain value (number, text, "
-                "list, dict, ...) was expected, as only those can be read back safely. "
-                "Store it as one of them, such as a str or a list.",
+                f"list, dict, ...) was expected, as only those can be read back safely. {advice}",
                 "",
                 key,
             )

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO as LightningCheckpointIO
 from torch import Tensor
 
-from savepoint.checkpoint import format, manifest, store
+from savepoint.checkpoint import files, format, manifest, store
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.errors import CheckpointForeignError, ConfigError
 
@@ -130,6 +130,7 @@ class CheckpointIO(LightningCheckpointIO):
         return future
 
     def _write(self, path: Path | str, state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        files.refuse_url(path, "the file to save")
         target = manifest.local_path(path)
         if self.store and target == self.store.path(facts["step"]):
             self.store.write(state, facts)

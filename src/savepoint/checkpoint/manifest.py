@@ -24,7 +24,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -140,13 +140,17 @@ def local_path(path: Path | str) -> Path:
     """`path` as a Path; a URL is refused (a Path made of one has lost a slash, so one slash is enough)."""
     if path == "":  # of a variable that is not set; pathlib would take it for the working directory
         raise CheckpointNotFoundError("An empty path. That of a file or a directory was expected. Name one.", path)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+    if is_url(path):
         raise CheckpointNotFoundError(
             f"No checkpoint is loaded from a URL: {path}. A path on this machine was expected. "
             "Download the file first and name the copy.",
             path,
         )
     return path if isinstance(path, Path) else Path(path)
+
+
+def is_url(path: Path | str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
 
 
 def corrupt(path: Path, reason: str) -> CheckpointCorruptError:
@@ -190,7 +194,7 @@ def _open(path: Path) -> BinaryIO:
 def _read_tail(path: Path, file: BinaryIO) -> _Tail:
     try:
         tail = _sealed_tail(file)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _refusal(path, sealed=not isinstance(error, _NoSealError)) from None
     if (version := tail.facts["format_version"]) > FORMAT_VERSION:
         raise CheckpointVersionError(
@@ -198,7 +202,81 @@ def _read_tail(path: Path, file: BinaryIO) -> _Tail:
             "Update Savepoint.",
             path,
         )
+    if wrong := _wrong(tail.facts):
+        raise corrupt(path, wrong)
     return tail
+
+
+def _wrong(facts: Mapping[str, Any]) -> str:
+    """What the seal vouches for and no checkpoint of ours says; "" where there is nothing.
+
+    A key that is not named in `_FACTS` may hold anything.
+    """
+    for key, (fits, expected) in _FACTS.items():
+        if key in facts and not fits(facts[key]):
+            return f"its manifest says {key} {_shown(facts[key])}, not {expected}"
+        if key not in facts and key in _REQUIRED:
+            return f"its manifest says no {key}"
+    for name, metric in facts.get("metrics", {}).items():
+        if not _is_metric(metric):
+            return f"its manifest says {name} {_shown(metric)}, not a value and the step it is of"
+    return ""
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else f"{text[:60]}..."
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63  # true is no number here
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 1 << 63)
+
+
+def _is_metric(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"value", "step"} <= value.keys():
+        return False
+    measured = value["value"]
+    plain = measured is None or isinstance(measured, str) or _is_number(measured)  # "nan" is a text
+    return plain and _is_count(value["step"])
+
+
+def _is_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_table(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+def _is_dataset(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and {"name", "fingerprint"} <= value.keys())
+
+
+_REQUIRED = ("step", "body", "digest")
+_TEXT = (_is_text, "a text")
+_SCORE = (lambda value: value is None or _is_number(value), "a number")
+# What is read from a manifest: what it may be, and that in words.
+_FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "step": (_is_count, "a whole number from 0 on"),
+    "epoch": (lambda value: value is None or _is_count(value), "a whole number from 0 on"),
+    "body": (lambda value: isinstance(value, str), "a sha256"),
+    "digest": (lambda value: isinstance(value, str), "a sha256"),
+    **dict.fromkeys(("at", "reason", "ended", "run_id", "parent", "created", "device"), _TEXT),
+    "exact": (lambda value: value is None or isinstance(value, bool), "true or false"),
+    "metrics": (lambda value: isinstance(value, dict), "a table"),
+    "versions": (_is_table, "a table"),
+    "dataset": (_is_dataset, "a name and a fingerprint"),
+    "monitor": _TEXT,
+    "mode": (lambda value: value in (None, "min", "max"), "min or max"),
+    "score": _SCORE,
+    "best_score": _SCORE,
+    "world_size": (lambda value: _is_count(value) and value > 0, "a whole number from 1 on"),
+    "threads": (_is_count, "a whole number from 0 on"),
+}
 
 
 class _NoSealError(ValueError): ...
@@ -228,10 +306,14 @@ def _parse(data: bytes) -> dict[str, Any]:
     fields = _LOCAL_HEADER.unpack_from(data)
     size, name_bytes, extra_bytes = fields[7], fields[9], fields[10]
     begin = _LOCAL_HEADER.size + name_bytes + extra_bytes
-    facts = json.loads(data[begin : begin + size])
-    if not isinstance(facts, dict) or not isinstance(facts.get("format_version"), int):
+    facts = json.loads(data[begin : begin + size], parse_constant=_no_constant)
+    if not isinstance(facts, dict) or not _is_count(facts.get("format_version")):
         raise ValueError("a manifest without a format version")
     return facts
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _refusal(path: Path, *, sealed: bool) -> CheckpointCorruptError | CheckpointForeignError:

@@ -13,6 +13,7 @@ import platform
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -36,15 +37,19 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import MetricTracker
 
 import savepoint
+from savepoint.checkpoint import manifest
 from savepoint.checkpoint.look import Baseline, Look
+from savepoint.errors import CheckpointForeignError, ConfigError, ConfigMismatchError
 from savepoint.loader import derive
 
 # What `self.log(...)` was called with, apart from the value: enough to make the same entry again.
@@ -350,6 +355,8 @@ def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now:
         _restore_fetching(trainer, fetching)
     restore_metrics(trainer, saved)
     _restore_gradients(module, saved.get("gradients", {}))
+    if trainer.global_rank:
+        _restore_buffers(module, saved.get("buffers", {}))
     failed = baseline.restore(now, saved.get("attributes", []), module.device)
     for name, value in saved.get("settings", {}).items():
         setattr(trainer, name, value)
@@ -396,6 +403,13 @@ def _restore_fetching(trainer: Trainer, fetching: Mapping[str, Any] | None) -> N
         combined._iterator._consumed = list(fetching["consumed"])
     if not ahead:
         fetcher.fetched = fetching["fetched"]
+
+
+def _restore_buffers(module: LightningModule, buffers: Mapping[str, Tensor]) -> None:
+    own = dict(module.named_buffers())
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            own[name].copy_(buffer)
 
 
 def _restore_gradients(module: LightningModule, gradients: Mapping[str, Tensor]) -> None:
@@ -511,6 +525,59 @@ def set_up_validation(trainer: Trainer) -> None:
     trainer.training = True
 
 
+_MOST_BUFFER_BYTES = 64 * 2**20  # of what is copied at each validation, and saved for each rank
+
+# -- many ranks ------------------------------------------------------------------------------------
+
+
+class _WalkReducer(torch.autograd.Function):
+    """Tells a reducer in its backward, as it would hear in a model's, that each gradient is ready."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, reducer: Any, parameters: int) -> Tensor:
+        ctx.reducer, ctx.parameters = reducer, parameters
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        for index in reversed(range(ctx.parameters)):  # the order in which most models' backward comes to them
+            ctx.reducer._autograd_hook(index)
+        return None, None, None
+
+
+def lay_buckets(trainer: Trainer) -> None:
+    """Lays DDP's gradient buckets for good: before the first step of every start, on all ranks.
+
+    DDP lays them anew after its first backward, which in a resume is another step than in the straight run. From three
+    ranks on a sum depends on the place of a gradient in its bucket. No parameter is used, so that no hook of one runs.
+    """
+    ddp = trainer.strategy.model
+    if not isinstance(ddp, DistributedDataParallel) or ddp._use_python_reducer:
+        return
+    if ddp.find_unused_parameters and not ddp.static_graph:
+        return  # such buckets stay as they are
+    parameters, sparse = ddp._build_params_for_reducer()  # type: ignore[no-untyped-call]
+    if ddp.static_graph or ddp._comm_hooks or any(sparse):
+        # These look into the gradients of a backward: none is made, and the buckets are in the order of the parameters.
+        ddp.reducer._push_all_rebuilt_params()
+    else:
+        pending = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        ddp.reducer.prepare_for_backward([])
+        anchor = torch.zeros((), device=parameters[0].device, requires_grad=True)
+        _WalkReducer.apply(anchor, ddp.reducer, len(parameters)).backward()
+        for parameter, gradient in zip(parameters, pending, strict=True):
+            parameter.grad = gradient
+    ddp.reducer._rebuild_buckets()
+
+
+def own_buffers(module: LightningModule) -> dict[str, Tensor]:
+    """Buffers of this rank: each keeps its own running statistics, until a forward of DDP gives it those of rank 0."""
+    buffers = {name: buffer for name, buffer in module.named_buffers() if not buffer.is_sparse}
+    return buffers if sum(buffer.nbytes for buffer in buffers.values()) <= _MOST_BUFFER_BYTES else {}
+
+
 # -- around the loaders ------------------------------------------------------------------------------
 
 
@@ -553,18 +620,13 @@ def loader_states(trainer: Trainer) -> list[Any]:
 
 # -- around a validation -----------------------------------------------------------------------------
 
-_MOST_BUFFER_BYTES = 64 * 2**20
-
 
 def before_validation(trainer: Trainer) -> dict[str, Any]:
     """What a file made inside the validation takes from its start: counters, and buffers that its hooks may change."""
     module = trainer.lightning_module
-    buffers = {name: buffer for name, buffer in module.named_buffers() if not buffer.is_sparse}
-    if sum(buffer.nbytes for buffer in buffers.values()) > _MOST_BUFFER_BYTES:
-        buffers = {}
     return {
         "fit_loop": trainer.fit_loop.state_dict(),
-        "buffers": {name: buffer.detach().clone() for name, buffer in buffers.items()},
+        "buffers": {name: buffer.detach().clone() for name, buffer in own_buffers(module).items()},
         "versions": versions(module),
     }
 
@@ -650,6 +712,47 @@ def seed_validation(trainer: Trainer) -> None:
         if isinstance(loader, DataLoader) and loader.generator is own:
             seed = derive(torch.initial_seed(), trainer.global_step, number)
             loader.generator = loader._savepoint_generator = torch.Generator().manual_seed(seed)
+
+
+def ranks_changed(was: int, now: int) -> str:
+    """What a resume with another number of processes costs."""
+    return (
+        f"processes {was} -> {now}: random states, metric sums and each rank's place in the data are not restored; which "
+        "samples this epoch sees changes. Checkpoints say exact: false until the next epoch begins."
+    )
+
+
+def refuse_shards(trainer: Trainer) -> None:
+    """Raises ConfigError for a strategy that spreads the state over the ranks."""
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise ConfigError(
+            f"Sharded training is not supported yet: trainer.strategy is {type(trainer.strategy).__name__}. A strategy "
+            "that keeps the whole model on each rank was expected, as a checkpoint is one file. Use ddp."
+        )
+
+
+def refuse_different_starts(trainer: Trainer) -> None:
+    """Raises ConfigMismatchError, on all ranks, where they do not go on from one and the same checkpoint."""
+    if trainer.world_size == 1:
+        return
+    starts: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(starts, _start_of(trainer.ckpt_path))
+    rank, other = next(((rank, one) for rank, one in enumerate(starts) if one != starts[0]), (0, None))
+    if rank:
+        raise ConfigMismatchError(
+            f"The ranks begin differently: rank 0 from {starts[0]}, rank {rank} from {other}. One checkpoint for all "
+            "was expected. Give a run directory that all hosts share."
+        )
+
+
+def _start_of(path: Any) -> str:
+    if path is None:
+        return "the beginning"
+    try:
+        facts = manifest.read(path)
+    except CheckpointForeignError:
+        return f"{Path(path).name} of another program, {Path(path).stat().st_size} bytes"
+    return f"step {facts['step']} (digest {facts['digest'][:12]})"
 
 
 def averaging(trainer: Trainer) -> list[WeightAveraging]:

@@ -73,6 +73,7 @@ def write(path: Path | str, state: Mapping[str, Any], facts: Mapping[str, Any]) 
     """
     from savepoint.checkpoint import format  # torch, a second: those who only list do not wait for it
 
+    files.refuse_url(path, "the file to save")
     path = manifest.local_path(path)
     with files.replacing(path) as file:
         written = format.encode(state, facts, file)

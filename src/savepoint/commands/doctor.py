@@ -31,7 +31,11 @@ _FOREIGN = (
     ("tar archive", "Unpack it, and name what comes out: tar -xf {file}"),
     ("TorchScript", _EXPORT),
     ("safetensors", "Start from its weights: {python} train.py --init_from {file}"),
-    ("torch.save", "Start from its weights: {python} train.py --init_from {file}"),
+    (
+        "torch.save",
+        "Start from its weights: {python} train.py --init_from {file}\n"
+        "         or with its epoch and best as well: {python} resume.py {file} --config configs/mnist.yaml",
+    ),
     ("pickled", _EXPORT),
 )
 

@@ -1,12 +1,14 @@
-"""`savepoint verify PATH...`: exit code 0 if all verify, 1 if one does not, 2 if there is nothing to look at."""
+"""`savepoint verify PATH...`: exit code 0 if all verify, 1 if one does not or a directory holds none, 2 for a wrong path."""
 
 import argparse
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from savepoint.checkpoint import manifest
 from savepoint.commands import output
+from savepoint.entry import printable
 from savepoint.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 
 
@@ -22,8 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    results = []
+    results: list[dict[str, Any]] = []
+    empty = False
     for path in map(manifest.local_path, arguments.paths):
+        before = len(results)
         for file in _files(path):
             try:
                 result = check(file, deep=arguments.deep)
@@ -34,9 +38,19 @@ def run(arguments: argparse.Namespace) -> int:
             results.append(result)
             if not arguments.json:
                 output.put(_line(result))
+        if len(results) == before:
+            empty = True
+            print(
+                printable(
+                    f"savepoint verify: No checkpoint there: {path}. A directory with checkpoints/step-*.ckpt was expected. "
+                    "Check the path."
+                ),
+                file=sys.stderr,
+            )
     if arguments.json:
         output.put_json(results)
-    return 0 if all(result["verifies"] and result["finite"] is not False for result in results) else 1
+    well = all(result["verifies"] and result["finite"] is not False for result in results)
+    return 0 if well and not empty else 1
 
 
 def check(path: Path, *, deep: bool = False) -> dict[str, Any]:
@@ -47,6 +61,8 @@ def check(path: Path, *, deep: bool = False) -> dict[str, Any]:
     """
     result: dict[str, Any] = {"file": path, "verifies": False, "not_finite": []}
     result |= dict.fromkeys(("step", "epoch", "bytes", "finite", "reason"))
+    if path.is_dir():
+        return result | {"reason": "a directory, not a file"}
     try:
         facts = manifest.verify(path)
         result |= {"step": facts.get("step"), "epoch": facts.get("epoch"), "bytes": path.stat().st_size}
@@ -91,7 +107,7 @@ def _line(result: Mapping[str, Any]) -> str:
 
 
 def _files(path: Path) -> list[Path]:
-    """The checkpoints to look at: `last` and `best` count only where they are files of their own."""
+    """The checkpoints to look at, none in an empty directory: `last` and `best` count only as files of their own."""
     if not path.is_dir():
         return [path]
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -99,12 +115,6 @@ def _files(path: Path) -> list[Path]:
     for pointer in (directory / "last.ckpt", directory / "best.ckpt"):
         if pointer.exists() and not any(_is_same(pointer, file) for file in files):
             files.append(pointer)
-    if not files:
-        raise CheckpointNotFoundError(
-            f"No checkpoints there: {path}. A checkpoint, or a directory with checkpoints/step-*.ckpt, was expected. "
-            "Check the path.",
-            path,
-        )
     return files
 
 

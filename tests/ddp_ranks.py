@@ -1,0 +1,116 @@
+"""One rank of a DDP training on the CPU that is resumed from its safe points: see test_ddp_exact.py.
+
+python ddp_ranks.py DIRECTORY RANKS KIND EVERY      with LOCAL_RANK, MASTER_ADDR and MASTER_PORT set
+
+EVERY 1 takes each safe point, 2 every second one.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from small import EveryPoint, SmallData, SmallModel, difference, final_state, fit, rows
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from savepoint.checkpoint import store
+
+
+class Frozen(SmallModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].weight.requires_grad = False
+
+
+class Sparse(SmallModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.net[1] = nn.Identity()  # in manual optimization DDP leaves the statistics of each rank its own
+        self.table = nn.Embedding(5, 6, sparse=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.table((x[:, 0].abs() * 2).long() % 5))
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net.parameters(), lr=0.05), torch.optim.SparseAdam(self.table.parameters())]
+
+
+class Unused(SmallModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Linear(2, 2)
+
+
+class Hooked(SmallModel):
+    """Each gradient of a parameter is counted, by a hook that a step may rely on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        for parameter in self.parameters():
+            parameter.register_hook(self.see)
+            parameter.register_post_accumulate_grad_hook(self.see)
+
+    def see(self, gradient: Tensor) -> None:
+        self.seen += 1
+
+
+class Reduced(SmallModel):
+    def on_fit_start(self) -> None:
+        self.trainer.strategy.model.register_comm_hook(None, allreduce_hook)
+
+
+KINDS: dict[str, tuple[type[SmallModel], dict[str, Any]]] = {
+    "plain": (SmallModel, {}),
+    "accumulating": (SmallModel, {"accumulate_grad_batches": 2}),
+    "frozen parameters": (Frozen, {}),
+    "hooks of parameters": (Hooked, {}),
+    "a comm hook": (Reduced, {}),
+    "sparse gradients": (Sparse, {}),
+    "unused parameters": (Unused, {"find_unused_parameters": True}),
+    "a static graph": (SmallModel, {"static_graph": True}),
+    "buckets as gradients": (SmallModel, {"gradient_as_bucket_view": True}),
+}
+
+
+def small_data() -> SmallData:
+    return SmallData(samples=60)
+
+
+def main(directory: Path, ranks: int, kind: str, every: int) -> None:
+    model, flags = KINDS[kind]
+    flags = dict(flags)
+    accumulate = flags.pop("accumulate_grad_batches", 1)
+
+    def train(directory: Path, **arguments: Any) -> Trainer:
+        strategy = DDPStrategy(**flags)
+        arguments |= {"accumulate_grad_batches": accumulate, "max_epochs": 2, "devices": ranks, "strategy": strategy}
+        return fit(directory, model=model, data=small_data, **arguments)
+
+    torch.set_num_threads(1)
+    straight = directory / "straight"
+    checkpointing = EveryPoint(directory / "points", monitor="val/loss", mode="min")
+    trainer = train(straight, checkpointing=checkpointing)
+    found = {}
+    for file in trainer.strategy.broadcast(checkpointing.kept[:-1:every]):  # at the last one all is done
+        work = directory / f"from-{file.stem}"
+        if trainer.is_global_zero:
+            work.mkdir()
+            shutil.copy(straight / "metrics.csv", work)
+        torch.distributed.barrier()
+        train(work, ckpt_path=file, keep_rows=store.load(file)[0]["logged_rows"])
+        if trainer.is_global_zero:
+            found[file.stem] = list(difference(final_state(straight), final_state(work)))
+            found[file.stem] += ["rows differ"] if rows(straight) != rows(work) else []
+    if trainer.is_global_zero:
+        (directory / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
