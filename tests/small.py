@@ -121,6 +121,7 @@ class EveryPoint(CheckpointCallback):
 
     def _save(self, trainer: Trainer, at: Any, **arguments: Any) -> None:
         super()._save(trainer, at, **arguments)
+        self._finish_writing(trainer)
         if trainer.is_global_zero:
             copy = self.keep_in / f"{len(self.kept):03d}-{at}-{trainer.global_step}.ckpt"
             shutil.copy(self.store.path(trainer.global_step), copy)

@@ -349,8 +349,10 @@ class ResumableLoader(_Resumable):
         self._indices = loader.sampler if self._own_batches is None else None
         shuffle = not isinstance(self._indices, SequentialSampler)
         super().__init__(seed=seed, shuffle=shuffle, rank=rank, world_size=world_size)
+        # A batch_sampler that was given leaves these None on the loader.
+        self._size, self._drops_last = loader.batch_size, loader.drop_last
         if self._own_batches is None and isinstance(own, BatchSampler):
-            self._indices = own.sampler
+            self._indices, self._size, self._drops_last = own.sampler, own.batch_size, own.drop_last
         self.num_workers, self.persistent_workers = loader.num_workers, loader.persistent_workers
         self._order: list[Any] | None = None  # of this epoch and rank; None until it begins
         self._keys = _Keys()
@@ -359,7 +361,8 @@ class ResumableLoader(_Resumable):
             len(self)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "loader":
+        # A loader that has a data set, Lightning takes for a DataLoader, and gives it another sampler (overfit_batches).
+        if name.startswith("__") or name in ("loader", "dataset"):
             raise AttributeError(name)
         return getattr(self.loader, name)
 
@@ -380,11 +383,11 @@ class ResumableLoader(_Resumable):
             raise TypeError(f"{type(self._source).__name__} has no length")
         _, world_size = self._ranks()
         share = self._share(number) if world_size > 1 else number
-        if self._own_batches is not None or self.loader.batch_size is None:
+        if self._size is None:
             return share
-        if self.loader.drop_last:
-            return share // self.loader.batch_size
-        return math.ceil(share / self.loader.batch_size)
+        if self._drops_last:
+            return share // self._size
+        return math.ceil(share / self._size)
 
     def user_parts(self) -> dict[str, Any]:
         return {
@@ -421,7 +424,7 @@ class ResumableLoader(_Resumable):
 
     def _read(self, start: int) -> Iterator[Any]:
         batches = islice(self._batches(), start, None)
-        if self.loader.batch_size is None and self._own_batches is None:
+        if self._size is None and self._own_batches is None:
             keys: Iterator[Any] = ((self.epoch, index) for index in batches)
         else:
             keys = ([(self.epoch, index) for index in batch] for batch in batches)
@@ -477,19 +480,18 @@ class ResumableLoader(_Resumable):
             number += 1
 
     def _cut(self, order: Iterator[Any]) -> Iterator[Any]:
-        size = self.loader.batch_size
-        if self._own_batches is not None or size is None:
+        if self._size is None:
             yield from order
             return
         while True:
-            batch = list(islice(order, size))
-            if not batch or (len(batch) < size and self.loader.drop_last):
+            batch = list(islice(order, self._size))
+            if not batch or (len(batch) < self._size and self._drops_last):
                 return
             yield batch
 
     def _make_inner(self) -> DataLoader[Any]:
         like = self.loader
-        batched = like.batch_size is not None or self._own_batches is not None
+        batched = self._size is not None or self._own_batches is not None
         keyed = like.collate_fn not in _PLAIN_COLLATE
         collate = like.collate_fn
         if keyed:

@@ -51,13 +51,6 @@ class Unfreeze(c.BaseFinetuning):
             self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=0.01)
 
 
-class Spikes(c.SpikeDetection):
-    """Notes a spike where Lightning's own ends the training."""
-
-    def _handle_spike(self, fabric: Any, batch_idx: int) -> None:
-        self.bad_batches.append(batch_idx)
-
-
 class Slow(Callback):
     """Counts, without a state_dict."""
 
@@ -77,7 +70,7 @@ class Slow(Callback):
 
 class SlowWithState(Slow):
     def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {name: vars(self)[name] for name in ("batches", "epochs", "validations")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         vars(self).update(state_dict)
@@ -193,7 +186,7 @@ SHAPES = {
     ),
     "backbone": shape(doubling(), model=Backboned),
     "backbone_val_interval": shape(
-        doubling(initial_ratio_lr=0.2, should_align=False), model=Backboned, trainer=INTERVAL,
+        doubling(backbone_initial_ratio_lr=0.2, should_align=False), model=Backboned, trainer=INTERVAL,
     ),
     "finetuning": shape(Unfreeze),
     "finetuning_accumulate": shape(Unfreeze, trainer={"accumulate_grad_batches": 3}),
@@ -214,8 +207,6 @@ SHAPES = {
         lambda: c.ThroughputMonitor(batch_size_fn=lambda batch: len(batch[0]), window_size=5),
         trainer={"log_every_n_steps": 5}, clocks=("train|", "train/", "validate|", "val"),
     ),
-    "device_stats": shape(c.DeviceStatsMonitor, clocks=("DeviceStats",)),
-    "spikes": shape(lambda: Spikes(warmup=3, atol=0.05, exclude_batches_path="/tmp")),
     "counter": shape(Slow, extra=counted),
     "counter_val_interval": shape(Slow, extra=counted, trainer=INTERVAL),
     "counter_with_state": shape(SlowWithState, extra=counted),

@@ -108,6 +108,7 @@ class CheckpointCallback(Checkpoint):
         self._baseline: Baseline | None = None
         self._settings: dict[str, Any] = {}
         self._versions: dict[str, Any] = {}
+        self._groups: list[int] = []  # of each optimizer, at the start
         self._before: dict[str, Any] = {}  # what a save inside a validation takes from its start
         self._held: dict[Any, Any] = {}  # what the running epoch goes by
         self._loader_states: list[Any] | None = None  # before the batch that was fetched in advance
@@ -215,8 +216,10 @@ class CheckpointCallback(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
             return
+        self._groups = state.group_counts(trainer)
         if self._pending:
             state.prepare(trainer, self._pending)
+            state.add_groups(trainer, self._pending.get("groups", {}))
         state.wake_finders(trainer)
         assert self._baseline is not None
         self._baseline.begin(state.look(trainer))
@@ -253,7 +256,7 @@ class CheckpointCallback(Checkpoint):
         least = format.size_bytes(checkpoint)
         parameters = format.size_bytes([p for p in trainer.lightning_module.parameters() if p.requires_grad])
         # Before its first step an optimizer has no state. Most keep two numbers for each of the model's.
-        fresh = not any(optimizer["state"] for optimizer in checkpoint["optimizer_states"])
+        fresh = not any(optimizer.get("state") for optimizer in checkpoint["optimizer_states"])
         warning = self.store.preflight(least, least + 2 * parameters * fresh, alone=self.alone)
         if warning:
             print(warning, file=sys.stderr, flush=True)
@@ -539,6 +542,7 @@ class CheckpointCallback(Checkpoint):
             own["loaders"] = self._loader_states if ahead else state.loader_states(trainer)
             own["buffers"] = state.own_buffers(trainer.lightning_module)
         own["found"] = state.found(trainer)
+        own["groups"] = state.grown_groups(trainer, self._groups)
         return own
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

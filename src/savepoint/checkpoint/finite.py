@@ -32,7 +32,7 @@ class FiniteWatch:
         self._first_bad = torch.tensor(NEVER, device=device)
 
     def see(self, loss: Tensor, step: int) -> None:
-        self._first_bad = torch.where(torch.isfinite(loss), self._first_bad, self._first_bad.clamp(max=step))
+        self._first_bad = torch.where(torch.isfinite(loss).all(), self._first_bad, self._first_bad.clamp(max=step))
 
     def check_loss(self, trainer: Trainer, store: CheckpointStore) -> int | None:
         """The first step with a loss that is not finite, told once; None if there is none. All ranks ask at the same steps.

@@ -11,7 +11,7 @@ named      what has changed and is no plain value: `inexact`
 import copy
 import platform
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
-from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _PrefetchDataFetcher
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -261,13 +261,13 @@ def capture(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
             "size": result.cumulated_batch_size if result.is_tensor and result.meta.is_mean_reduction else None,
         }
         for result in fit.epoch_loop._results.values()
-        if result.meta.on_epoch and not result.has_reset
+        if not result.has_reset
     ]
     for part in module.modules():
         if isinstance(part, MetricCollection) and part._groups_checked:
             part._compute_groups_create_state_ref()  # of a group, one metric alone is kept up to date
     fetcher, combined = fit._data_fetcher, fit._combined_loader
-    iterator = combined._iterator if combined else None
+    iterator = None if combined is None else combined._iterator
     state = {
         "rng": capture_rng(module.device),
         "metric_states": {
@@ -281,12 +281,14 @@ def capture(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         "callback_metrics": dict(connector._callback_metrics),
         "logged_metrics": dict(connector._logged_metrics),
         "progress_bar_metrics": dict(connector._progress_bar_metrics),
-        "gradients": _pending_gradients(module),
+        "gradients": _pending_gradients(trainer, module),
         "fetching": {
             "first": connector._first_loop_iter,
-            "fetched": fetcher.fetched if fetcher else 0,
-            "index": iterator._idx if iterator else 0,
+            "fetched": 0 if fetcher is None else fetcher.fetched,
+            "index": 0 if iterator is None else iterator._idx,
             "consumed": list(getattr(iterator, "_consumed", [])),
+            "batch": getattr(fetcher, "_batch_idx", 0),
+            "seen": dict(fit.epoch_loop.val_loop._seen_batches_per_dataloader),
             "reloaded": _reloaded(trainer),
         },
     }  # fmt: skip
@@ -303,12 +305,44 @@ def _reloaded(trainer: Trainer) -> list[int | None]:
     return [None if epoch == float("-inf") else int(epoch) for epoch in last]
 
 
-def _pending_gradients(module: LightningModule) -> dict[str, Tensor]:
-    """Gradients that the next step may add to: Lightning's own zero_grad comes before any it computes."""
+def _pending_gradients(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+    """Gradients that the next step may add to: elsewhere Lightning's own zero_grad comes before any it computes.
+
+    A step that takes the iterator is counted before its batch is known, and zeroes by the number of the batch before.
+    """
     own = ("optimizer_zero_grad", "optimizer_step", "backward", "on_before_zero_grad")
-    if module.automatic_optimization and not any(is_overridden(name, module) for name in own):
+    overridden = any(is_overridden(name, module) for name in own)
+    takes_iterator = isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
+    late = takes_iterator and trainer.accumulate_grad_batches > 1
+    if module.automatic_optimization and not overridden and not late:
         return {}
     return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def group_counts(trainer: Trainer) -> list[int]:
+    return [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+
+
+def grown_groups(trainer: Trainer, before: Sequence[int]) -> dict[int, list[list[str]]]:
+    """Names of the parameters in each group that an optimizer was given in mid-training, by the optimizer's number."""
+    names = {id(parameter): name for name, parameter in trainer.lightning_module.named_parameters()}
+    grown = {}
+    for number, (optimizer, count) in enumerate(zip(trainer.optimizers, before, strict=False)):
+        groups = optimizer.param_groups[count:]
+        if groups:
+            grown[number] = [[names.get(id(p), "") for p in group["params"]] for group in groups]
+    return grown
+
+
+def add_groups(trainer: Trainer, grown: Mapping[int, list[list[str]]]) -> None:
+    """Before Lightning restores the optimizers: what a group holds besides its parameters is in their state."""
+    parameters = dict(trainer.lightning_module.named_parameters())
+    for number, groups in grown.items():
+        there = {id(p) for group in trainer.optimizers[number].param_groups for p in group["params"]}
+        for names in groups:
+            new = [parameters[name] for name in names if name in parameters]
+            if new and not there.intersection(map(id, new)):
+                trainer.optimizers[number].add_param_group({"params": new})
 
 
 # -- put back --------------------------------------------------------------------------------------
@@ -340,6 +374,7 @@ def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now:
             last = [float("-inf") if number is None else number for number in fetching["reloaded"]]
             fit._last_train_dl_reload_epoch, epoch.val_loop._last_val_dl_reload_epoch = last
         connector._first_loop_iter = fetching["first"]
+        epoch.val_loop._seen_batches_per_dataloader.update(fetching["seen"])
     else:
         connector._first_loop_iter = True  # of an older file
     for name, length in saved.get("trackers", {}).items():
@@ -403,6 +438,8 @@ def _restore_fetching(trainer: Trainer, fetching: Mapping[str, Any] | None) -> N
         combined._iterator._consumed = list(fetching["consumed"])
     if not ahead:
         fetcher.fetched = fetching["fetched"]
+    if isinstance(fetcher, _DataLoaderIterDataFetcher):
+        fetcher._batch_idx = fetching["batch"]
 
 
 def _restore_buffers(module: LightningModule, buffers: Mapping[str, Tensor]) -> None:
@@ -608,7 +645,7 @@ def states_before_prefetching(trainer: Trainer) -> list[Any] | None:
     None where nothing is fetched in advance.
     """
     fetcher, combined = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
-    if not isinstance(fetcher, _PrefetchDataFetcher) or fetcher.length is not None or not combined:
+    if not isinstance(fetcher, _PrefetchDataFetcher) or fetcher.length is not None or combined is None:
         return None
     return copy.deepcopy(combined._state_dicts())
 
