@@ -306,16 +306,24 @@ class Colour(Enum):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_a_stock_data_loader_is_said_to_be_not_exact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stock_data_loader_is_exact_where_an_epoch_begins_and_said_to_be_not_exact_inside_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Stock(SmallData):
         def train_dataloader(self) -> Any:
             return DataLoader(TensorDataset(self.x[:22], self.y[:22]), 4, shuffle=True)
 
-    fit(tmp_path, data=Stock)
-    assert "savepoint.loader.resumable(loader)" in capsys.readouterr().out
-    latest = store.CheckpointStore(tmp_path / "checkpoints").latest()
-    assert latest is not None
-    assert latest.manifest["exact"] is False
+    with one_thread():
+        fit(tmp_path / "straight", data=Stock, checkpointing=saving(save_every_steps=4))
+        assert "savepoint.loader.resumable(loader)" in capsys.readouterr().out
+        found = store.CheckpointStore(tmp_path / "straight" / "checkpoints").checkpoints()
+        assert {one.step: one.manifest["exact"] for one in found} == {
+            4: False, 6: True, 8: False, 12: True, 16: False, 18: True,
+        }  # fmt: skip
+        for step in (6, 12):
+            file = tmp_path / "straight" / "checkpoints" / f"step-{step:08d}.ckpt"
+            arguments = {"data": Stock, "checkpointing": saving()}
+            assert resume_differs(tmp_path / "straight", file, tmp_path / "resumed", **arguments) == []
 
 
 def test_what_cannot_be_read_back_is_refused_before_the_first_step(tmp_path: Path) -> None:

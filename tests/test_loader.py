@@ -1,13 +1,25 @@
 """Order is a function of (seed, epoch), position is state."""
 
 import random
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 from savepoint.errors import ConfigError
 from savepoint.loader import Batches, ResumableLoader, resumable
@@ -66,12 +78,10 @@ class TestBoth:
         loader.set_epoch(2)
         assert [int(i) for batch in iterator for i in batch[-1]] == samples(make(), 2)
 
-    def test_the_boundary_is_called_with_the_number_of_batches_that_are_complete(self, make: Any) -> None:
-        loader, seen = make(), []
-        loader.at_boundary = lambda: seen.append(loader.state_dict()["position"])
+    def test_the_position_is_the_number_of_batches_that_were_handed_out(self, make: Any) -> None:
+        loader = make()
         for number, _ in enumerate(loader, 1):
             assert loader.state_dict()["position"] == number
-        assert seen == [0, 1, 2, 3, 4]
 
     def test_ranks_share_an_epoch_in_batches_of_equal_number(self, make: Any) -> None:
         ranks = [make(rank=rank, world_size=2) for rank in (0, 1)]
@@ -113,11 +123,104 @@ def test_augmentation_is_a_function_of_seed_epoch_and_batch() -> None:
     assert next(iter(loader))[0].frac().tolist() != whole[0][0].frac().tolist()
 
 
-def test_an_order_that_cannot_be_derived_is_refused() -> None:
-    with pytest.raises(ConfigError, match="WeightedRandomSampler"):
-        resumable(DataLoader(Noisy(), 5, sampler=WeightedRandomSampler([1.0] * 23, 23)))
-    with pytest.raises(ConfigError, match="batch_size"):
-        resumable(DataLoader(Noisy(), batch_size=None))
+class EveryOther(Sampler[int]):
+    """Goes by a count of its own, and draws from the global generator and from one of its own."""
+
+    def __init__(self) -> None:
+        self.passes, self.generator = 0, np.random.default_rng(5)
+
+    def __len__(self) -> int:
+        return 12
+
+    def __iter__(self) -> Iterator[int]:
+        self.passes += 1
+        first = int(torch.randint(2, ())) + int(self.generator.integers(2))
+        return iter([(first + self.passes + 2 * i) % 23 for i in range(12)])
+
+
+WEIGHTS = [float(i % 3 + 1) for i in range(23)]
+SAMPLERS: dict[str, Callable[[], dict[str, Any]]] = {
+    "replacement": lambda: {"sampler": RandomSampler(range(23), replacement=True, num_samples=17)},
+    "weighted": lambda: {"sampler": WeightedRandomSampler(WEIGHTS, 15)},
+    "subset": lambda: {"sampler": SubsetRandomSampler([1, 3, 5, 7, 9, 11])},
+    "own": lambda: {"sampler": EveryOther()},
+    "batches of a random one": lambda: {"batch_sampler": BatchSampler(RandomSampler(range(23)), 5, True)},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_any_sampler_runs_under_a_seed_that_is_derived(name: str) -> None:
+    def make() -> ResumableLoader:
+        given = SAMPLERS[name]()
+        size = {} if "batch_sampler" in given else {"batch_size": 4}
+        return resumable(DataLoader(Noisy(), **size, **given), seed=1)
+
+    whole = make()
+    whole.set_epoch(2)
+    iterator = iter(whole)
+    expected = [batch[1].tolist() for batch in islice(iterator, 2)]
+    position = whole.state_dict()
+    expected_rest = [batch[1].tolist() for batch in iterator]
+    torch.rand(3)
+    rest = make()
+    rest.load_state_dict(position)
+    assert [batch[1].tolist() for batch in rest] == expected_rest
+    again = make()
+    again.set_epoch(2)
+    assert [batch[1].tolist() for batch in again] == expected + expected_rest
+
+
+class Owning(Noisy):
+    """Draws from generators of its own."""
+
+    def __init__(self) -> None:
+        self.generator, self.transforms = np.random.default_rng(3), [random.Random(4)]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        drawn = float(self.generator.normal()) + self.transforms[0].random()
+        return torch.full((2,), drawn), index
+
+
+def mixed(samples: list[Any]) -> tuple[Tensor, Tensor]:
+    xs, indices = default_collate(samples)
+    return xs + torch.rand(()) + float(np.random.rand()), indices
+
+
+@pytest.mark.parametrize("arguments", [{}, {"collate_fn": mixed}], ids=["samples", "batches"])
+def test_what_samples_and_batches_draw_is_the_same_with_workers_that_stay_or_go_and_without(
+    arguments: dict[str, Any],
+) -> None:
+    given = []
+    for workers in ({}, {"num_workers": 2}, {"num_workers": 2, "persistent_workers": True}):
+        loader = resumable(DataLoader(Owning(), 5, shuffle=True, **workers, **arguments), seed=1)
+        found = []
+        for epoch in (0, 1):
+            loader.set_epoch(epoch)
+            found.append([batch[0].tolist() for batch in loader])
+        given.append(found)
+    assert given[0] == given[1] == given[2]
+    assert given[0][0] != given[0][1]
+
+
+def test_without_a_seed_the_order_is_state() -> None:
+    torch.manual_seed(8)
+    straight = resumable(DataLoader(Noisy(), 5, shuffle=True))
+    iterator = iter(straight)
+    next(iterator)
+    state = straight.state_dict()
+    torch.manual_seed(9)  # another process
+    resumed = resumable(DataLoader(Noisy(), 5, shuffle=True))
+    resumed.load_state_dict(state)
+    assert [b[1].tolist() for b in resumed] == [b[1].tolist() for b in iterator]
+
+
+def test_an_iterable_data_set_is_refused_as_nobody_else_knows_its_place() -> None:
+    class Stream(IterableDataset[int]):
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(4))
+
+    with pytest.raises(ConfigError, match=r"Stream.*state_dict"):
+        resumable(DataLoader(Stream()))
 
 
 def test_more_processes_than_samples_are_refused() -> None:

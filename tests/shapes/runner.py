@@ -233,6 +233,8 @@ def _tensors(one: Tensor, other: Any, path: str) -> Iterator[str]:
         yield f"{path}: {repr(one)[:40]} and {repr(other)[:40]}"
         return
     a, b = one.detach(), other.detach()
+    if a.layout is not torch.strided:
+        a, b = a.to_dense(), b.to_dense()
     if not torch.equal(a, b) and not torch.allclose(a, b, rtol=0, atol=0, equal_nan=True):
         yield f"{path}: tensors differ by {(a.double() - b.double()).abs().max():.3g}"
 

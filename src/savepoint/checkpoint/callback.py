@@ -305,7 +305,8 @@ class CheckpointCallback(Checkpoint):
     # -- the safe points ---------------------------------------------------------------------------------------------
 
     def _on_epoch(self, trainer: Trainer) -> None:
-        self._ranks_changed = False
+        if not trainer.fit_loop.restarted_mid_epoch:
+            self._ranks_changed = False
         self._accept(trainer)
         if not self._arrived(trainer, "epoch") and trainer.global_step > self._began:
             self.scores.measure_training(trainer.callback_metrics, trainer.global_step)

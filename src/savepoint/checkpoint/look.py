@@ -119,6 +119,13 @@ class Look:
         length = len(top)
         return {path: place.mark for path, place in self.places.items() if path[:length] == top}
 
+    def weight_storages(self) -> set[int]:
+        """The memory of the weights that Lightning restores: an attribute may be a view of it."""
+        modules = [root for root in self.roots.values() if isinstance(root, nn.Module)]
+        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        whole = [t for t in tensors if t.layout is torch.strided and not is_lazy(t)]
+        return {t.untyped_storage().data_ptr() for t in whole}
+
     # -- modules -----------------------------------------------------------------------------------
 
     def _register(self, path: Path, module: nn.Module) -> None:
@@ -155,7 +162,7 @@ class Look:
                 self._weight((*path, ("parameter", name)), parameter, prefix + name in persisted)
             for name, buffer in module._buffers.items():
                 self._weight((*path, ("buffer", name)), buffer, prefix + name in persisted)
-            self._attributes(path, module)
+            self._attributes(path, module, _made_of_weights(module))
         for name, child in module._modules.items():
             if child is None:
                 continue
@@ -321,14 +328,14 @@ class Look:
         for at in [at for at in self.objects if at[: len(path)] == path]:
             del self.objects[at]
 
-    def _attributes(self, path: Path, value: Any) -> None:
+    def _attributes(self, path: Path, value: Any, derived: frozenset[str] = frozenset()) -> None:
         self._classes.add(type(value))
         own = dict(getattr(value, "__dict__", {}))
         for base in type(value).__mro__:
             for name in _slots(base):
                 with contextlib.suppress(AttributeError):
                     own[name] = getattr(value, name)
-        self._attributes_of(path, value, own)
+        self._attributes_of(path, value, {k: v for k, v in own.items() if k not in derived})
 
     def _attributes_of(self, path: Path, value: Any, own: Mapping[str, Any]) -> None:
         kind: Any = type(value)
@@ -468,9 +475,10 @@ class Baseline:
                 continue
             if before.small:
                 meant[path] = before.packed
+        weights = look.weight_storages()
         for path, packed in meant.items():
             try:
-                _put_back(look.roots, path, packed, device)
+                _put_back(look.roots, path, packed, device, weights)
             except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, Unpackable):
                 failed.append(in_words(path))
         return failed
@@ -481,6 +489,14 @@ def changed_since(marks: Mapping[Path, Any], look: Look) -> list[str]:
     now = {path: look.places[path].mark for path in marks if path in look.places}
     changed = [path for path, mark in marks.items() if now.get(path) != mark]
     return [f"{in_words(path)} (changed while the epoch goes by what it was)" for path in changed]
+
+
+def _made_of_weights(module: nn.Module) -> frozenset[str]:
+    """What the hooks of `spectral_norm`, `weight_norm` and `prune` set anew from parameters, before each forward."""
+    names = module._parameters
+    derived = {name.removesuffix("_orig") for name in names if name.endswith("_orig")}
+    derived |= {name.removesuffix("_g") for name in names if name.endswith("_g")}
+    return frozenset(derived)
 
 
 def _without_large(place: _Place) -> _Place:
@@ -555,7 +571,7 @@ def _resolve(roots: Mapping[str, Any], path: Path) -> Any:
     return value
 
 
-def _put_back(roots: Mapping[str, Any], path: Path, packed: Any, device: torch.device) -> None:
+def _put_back(roots: Mapping[str, Any], path: Path, packed: Any, device: torch.device, weights: set[int]) -> None:
     if any(type(key) is str and key.startswith("__") and key != "__self__" for _, key in path):
         raise ValueError(f"no place for a checkpoint to change: {in_words(path)}")
     owner, step = _resolve(roots, path[:-1]), path[-1]
@@ -567,6 +583,8 @@ def _put_back(roots: Mapping[str, Any], path: Path, packed: Any, device: torch.d
     live = None
     with contextlib.suppress(LookupError, AttributeError, ValueError):
         live = _get(owner, step)
+    if step[0] == "attr" and _storage(live) in weights:
+        live = None  # written in place, it would change the weight itself
     if isinstance(packed, dict) and packed["!"] == "same":
         value = _resolve(roots, path_of(packed["of"]))
     else:
@@ -574,6 +592,12 @@ def _put_back(roots: Mapping[str, Any], path: Path, packed: Any, device: torch.d
     if value is not live:
         _refuse_another_kind(live, value)
         _set(roots, path, owner, value)
+
+
+def _storage(value: Any) -> int | None:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return None
+    return value.untyped_storage().data_ptr()
 
 
 def _refuse_another_kind(live: Any, value: Any) -> None:

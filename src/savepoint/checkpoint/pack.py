@@ -244,7 +244,8 @@ def _into_dict(packed: Any, live: Any, device: Any) -> Any:
     keys = unpack(packed["keys"], None, device)
     values = _items(_inside(packed["values"]), [there.get(key) for key in keys], device)
     there.clear()
-    there.update(zip(keys, values, strict=True))
+    for key, value in zip(keys, values, strict=True):
+        there[key] = value  # not by update(), with which a Counter counts
     return there
 
 
