@@ -61,8 +61,8 @@ lint: setup ## ruff and mypy
 tensorboard: setup ## the curves of all runs in outputs/
 	$(VENV)/bin/tensorboard --logdir outputs $(ARGS)
 
-prove: setup ## a straight run against one that is killed and resumed: both digests
-	$(VENV)/bin/python benchmarks/prove.py $(ARGS)
+prove: setup ## a straight run against one that is killed and resumed, both digests: CONFIG, ARGS
+	$(VENV)/bin/python benchmarks/prove.py --config $(call quoted,$(CONFIG)) $(ARGS)
 
 TEMPLATE = PYTHONPATH=src $(or $(PYTHON),$(error No Python that is recent enough. Expected 3.11 or newer. Name one: make $@ PYTHON=/path/to/python3.12)) -m savepoint.template
 

@@ -1,11 +1,12 @@
 """Proof of exact resume in front of you: a straight run against one that is killed at random points and resumed.
 
     make prove
-    make prove ARGS="--epochs 1 --kills 2 --seed 3"
+    make prove CONFIG=configs/mine.yaml ARGS="--epochs 1 --kills 2 --seed 3"
 
-Both run side by side with one thread each, on the default config. At the end the two final checkpoints are compared
-whole (weights, optimizer, schedule, counters, random states, metric states), and every value in metrics.csv that is not
-derived from the clock. What is left out of the comparison is what `savepoint diff` leaves out.
+Both run side by side with one thread each, on the default config or yours: the test of a new model of your own. At the end
+the two final checkpoints are compared whole (weights, optimizer, schedule, counters, random states, metric states), and
+every value in metrics.csv that is not derived from the clock. What is left out of the comparison is what `savepoint diff`
+leaves out.
 """
 
 import argparse

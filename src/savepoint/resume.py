@@ -184,7 +184,7 @@ def choose(request: Request, *, may_rename: bool) -> Source:
 
 def _require_facts(source: Source) -> None:
     """Of a file that some other program has sealed: what a resume compares may be missing."""
-    needed = ("epoch", "exact", "dataset", "world_size", "device")
+    needed = ("epoch", "at", "exact", "dataset", "world_size", "device")
     if lacking := [key for key in needed if source.manifest.get(key) is None]:
         raise ConfigError(
             f"Not saved by a training of Savepoint: {source.path}. Its manifest does not say {', '.join(lacking)}; a "
@@ -291,12 +291,19 @@ def _restored(source: Source, allow: Sequence[str]) -> str:
     parts = ["weights"]
     parts += ["optimizer"] if state["optimizer_states"] else []
     parts += ["schedule"] if state["lr_schedulers"] else []
-    if source.manifest["exact"]:
+    if source.manifest["at"]:
         only = f" (with {source.manifest['world_size']} processes only)" if "world_size" in allow else ""
         parts.append(f"random states, metrics, place in the data{only}")
     best = source.manifest.get("best_score")
     parts += [f"best {source.manifest['monitor']} {best:.4f}"] if best is not None else []
-    return ", ".join(parts) + ("" if source.manifest["exact"] else " (not exact: as Lightning resumes)")
+    return ", ".join(parts) + _inexact(source.manifest)
+
+
+def _inexact(manifest: Mapping[str, Any]) -> str:
+    if manifest["exact"]:
+        return ""
+    unsaved = manifest.get("unsaved") or ["as Lightning resumes"]
+    return f" (not exact: {'; '.join(unsaved[:3])})"
 
 
 def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]], config: Any) -> list[str]:
@@ -327,10 +334,6 @@ def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, An
         )
     if manifest.get("ended") in ("max_steps", "max_time") and inside:
         notes.append("it ended inside an epoch, which counts as done: not what a longer run without the stop would be")
-    if source.state["at"] == "validation" and 0 <= config.trainer.max_steps <= manifest["step"]:
-        notes.append(
-            "stopped in the validation after max_steps: for Lightning the run is done, that validation is lost"
-        )
     if "trainer.max_epochs" in changed or "trainer.max_steps" in changed:
         rates = [group["lr"] for optimizer in source.state["optimizer_states"] for group in optimizer["param_groups"]]
         here = f"learning rate is {rates[0]:.3g} here; " if rates else ""

@@ -74,13 +74,17 @@ class _Place:
         mark: Equal to that of an earlier look if nothing has changed.
         packed: What a checkpoint would hold; meaningless where `what` is given.
         what: Words for a value that no checkpoint can hold, else "".
-        weight: Number of values in it.
+        small: Whether the first look keeps a copy.
     """
 
     mark: Any
     packed: Any = None
     what: str = ""
     small: bool = False
+
+    @property
+    def is_alias(self) -> bool:
+        return isinstance(self.mark, tuple) and self.mark[:1] in (("same",), ("view",))
 
 
 class Look:
@@ -107,6 +111,7 @@ class Look:
             if isinstance(root, nn.Module):
                 self._register((("root", name),), root)
                 self._registered |= set(map(id, root.modules()))
+        self.weights = self._weight_storages()
         for name, root in roots.items():
             self._root((("root", name),), root)
         self._look_at_classes()
@@ -119,12 +124,11 @@ class Look:
         length = len(top)
         return {path: place.mark for path, place in self.places.items() if path[:length] == top}
 
-    def weight_storages(self) -> set[int]:
+    def _weight_storages(self) -> set[int | None]:
         """The memory of the weights that Lightning restores: an attribute may be a view of it."""
         modules = [root for root in self.roots.values() if isinstance(root, nn.Module)]
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-        whole = [t for t in tensors if t.layout is torch.strided and not is_lazy(t)]
-        return {t.untyped_storage().data_ptr() for t in whole}
+        return {_storage(t) for t in tensors if not is_lazy(t)} - {None}
 
     # -- modules -----------------------------------------------------------------------------------
 
@@ -200,7 +204,9 @@ class Look:
             return
         if not isinstance(value, _ITSELF):
             self._first[id(value)] = path
-        if isinstance(value, Tensor | np.ndarray | np.generic) or is_generator(value):
+        if _storage(value) in self.weights:
+            self.places[path] = _Place(("view", tuple(value.shape)), what="a view of a weight")
+        elif isinstance(value, Tensor | np.ndarray | np.generic) or is_generator(value):
             self._packed(path, value)
         elif isinstance(value, list | tuple | collections.deque | set | frozenset | dict):
             self._container(path, value)
@@ -450,7 +456,7 @@ class Baseline:
                 continue
             if not place.what:
                 saved.append([packed_path(path), place.packed])
-            elif before is not None or path[-1][0] != "hooks":
+            elif before is not None or (path[0][0] == "root" and path[-1][0] != "hooks"):
                 named.append(f"{in_words(path)} ({place.what})")
         for path in self.places:
             gone = path[-1][0] == "attr" and path not in look.visited and path[:-1] in look.objects
@@ -475,10 +481,12 @@ class Baseline:
                 continue
             if before.small:
                 meant[path] = before.packed
-        weights = look.weight_storages()
         for path, packed in meant.items():
+            before = self.places.get(path)
+            # What was the same object as at another place, and no more is, is not written into that one.
+            shared = before is not None and before.is_alias
             try:
-                _put_back(look.roots, path, packed, device, weights)
+                _put_back(look, path, packed, device, in_place=not shared)
             except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, Unpackable):
                 failed.append(in_words(path))
         return failed
@@ -571,7 +579,8 @@ def _resolve(roots: Mapping[str, Any], path: Path) -> Any:
     return value
 
 
-def _put_back(roots: Mapping[str, Any], path: Path, packed: Any, device: torch.device, weights: set[int]) -> None:
+def _put_back(look: Look, path: Path, packed: Any, device: torch.device, in_place: bool) -> None:
+    roots = look.roots
     if any(type(key) is str and key.startswith("__") and key != "__self__" for _, key in path):
         raise ValueError(f"no place for a checkpoint to change: {in_words(path)}")
     owner, step = _resolve(roots, path[:-1]), path[-1]
@@ -583,8 +592,8 @@ def _put_back(roots: Mapping[str, Any], path: Path, packed: Any, device: torch.d
     live = None
     with contextlib.suppress(LookupError, AttributeError, ValueError):
         live = _get(owner, step)
-    if step[0] == "attr" and _storage(live) in weights:
-        live = None  # written in place, it would change the weight itself
+    if not in_place or (step[0] == "attr" and _storage(live) in look.weights):
+        live = None  # written in place, it would change a weight, or what another attribute holds
     if isinstance(packed, dict) and packed["!"] == "same":
         value = _resolve(roots, path_of(packed["of"]))
     else:

@@ -267,6 +267,7 @@ _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "digest": (lambda value: isinstance(value, str), "a sha256"),
     **dict.fromkeys(("at", "reason", "ended", "run_id", "parent", "created", "device"), _TEXT),
     "exact": (lambda value: value is None or isinstance(value, bool), "true or false"),
+    "unsaved": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of texts"),
     "metrics": (lambda value: isinstance(value, dict), "a table"),
     "versions": (_is_table, "a table"),
     "dataset": (_is_dataset, "a name and a fingerprint"),

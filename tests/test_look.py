@@ -1,0 +1,231 @@
+"""What a training changes is seen, saved where it is plain and put back in place; else it is named."""
+
+import collections
+import io
+import random
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from savepoint.checkpoint.look import Baseline, Look, changed_since
+from savepoint.checkpoint.pack import mark, pack, unpack
+
+CPU = torch.device("cpu")
+
+
+class Phase(Enum):
+    WARM = 1
+    COLD = 2
+
+
+class Helper:
+    __slots__ = ("count", "recent")
+
+    def __init__(self) -> None:
+        self.count, self.recent = 0, collections.deque([1], maxlen=3)
+
+
+class Model(nn.Module):
+    savepoint_skip = frozenset({"cache"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+        self.register_buffer("mean", torch.zeros(2), persistent=False)
+        self.number, self.text, self.history = 0, "a", [1, 2]
+        self.table: Any = {"x": [1], (1, 2): {3}}
+        self.array, self.tensor = np.zeros(3), torch.zeros(2)
+        self.phase, self.helper, self.generator = Phase.WARM, Helper(), np.random.default_rng(0)
+        self.python, self.cache = random.Random(1), 0
+        self.view = self.net[0].weight.data
+        self.alias = self.history
+        count = 0
+
+        def counted() -> int:
+            nonlocal count
+            count += 1
+            return count
+
+        self.counted = counted
+
+
+def look(model: nn.Module) -> Look:
+    return Look({"model": model}, {}, model.state_dict().keys())
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "number": lambda m: setattr(m, "number", 2**80),
+    "text": lambda m: setattr(m, "text", "b"),
+    "list": lambda m: m.history.append(3.5),
+    "dict": lambda m: m.table.update(y=(1, b"z")),
+    "inner list": lambda m: m.table["x"].append(2),
+    "array": lambda m: m.array.__setitem__(1, 5.0),
+    "tensor in place": lambda m: m.tensor.add_(1),
+    "tensor by its data": lambda m: m.tensor.data.add_(1),
+    "tensor replaced": lambda m: setattr(m, "tensor", torch.ones(5)),
+    "buffer": lambda m: m.mean.add_(1),
+    "enum": lambda m: setattr(m, "phase", Phase.COLD),
+    "slot of a helper": lambda m: setattr(m.helper, "count", 9),
+    "deque of a helper": lambda m: m.helper.recent.extend([2, 3, 4]),
+    "generator of numpy": lambda m: m.generator.normal(),
+    "generator of python": lambda m: m.python.random(),
+    "dropout": lambda m: setattr(m.net[1], "p", 0.1),
+    "eval of a part": lambda m: m.net[1].eval(),
+    "requires_grad": lambda m: m.net[0].bias.requires_grad_(False),
+    "a cell of a function": lambda m: m.counted(),
+    "a new attribute": lambda m: setattr(m, "later", {"a": torch.ones(1)}),
+    "an attribute that is gone": lambda m: delattr(m, "text"),
+    "many of one kind": lambda m: m.history.extend(range(500)),
+    "many tuples": lambda m: setattr(m, "history", [(torch.ones(2) * i, i, str(i)) for i in range(99)]),
+}
+
+
+def marks(model: nn.Module) -> dict[Any, Any]:
+    seen = look(model)
+    return {path: place.mark for path, place in seen.places.items() if not place.what}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_has_changed_is_saved_and_put_back_into_a_fresh_object(name: str) -> None:
+    model, fresh = Model(), Model()
+    base, fresh_base = Baseline(look(model)), Baseline(look(fresh))
+    CHANGES[name](model)
+    saved, named = base.changes(look(model))
+    assert named == []
+    assert saved
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    read = torch.load(file, weights_only=True)
+    assert fresh_base.restore(look(fresh), read, CPU) == []
+    assert marks(fresh) == marks(model)
+
+
+def test_nothing_is_saved_of_what_has_not_changed_so_that_an_override_holds() -> None:
+    model, overridden = Model(), Model()
+    overridden.number = 7
+    base, other = Baseline(look(model)), Baseline(look(overridden))
+    model.history.append(1)
+    saved, _ = base.changes(look(model))
+    assert [path[-1] for path, _ in saved] == [["attr", "history"]]
+    other.restore(look(overridden), saved, CPU)
+    assert overridden.number == 7
+
+
+def test_what_the_hooks_of_a_new_start_have_changed_is_taken_back() -> None:
+    model = Model()
+    base = Baseline(look(model))
+    model.number, model.history[:] = 13, [9]
+    base.restore(look(model), [], CPU)
+    assert (model.number, model.history) == (0, [1, 2])
+
+
+def test_values_are_put_back_into_the_very_objects_that_others_hold() -> None:
+    model, fresh = Model(), Model()
+    held = (fresh.history, fresh.table, fresh.tensor, fresh.array, fresh.helper.recent)
+    base, fresh_base = Baseline(look(model)), Baseline(look(fresh))
+    for name in ("list", "dict", "tensor in place", "array", "deque of a helper"):
+        CHANGES[name](model)
+    fresh_base.restore(look(fresh), base.changes(look(model))[0], CPU)
+    now = (fresh.history, fresh.table, fresh.tensor, fresh.array, fresh.helper.recent)
+    assert all(one is other for one, other in zip(held, now, strict=True))
+    assert fresh.alias == [1, 2, 3.5]
+
+
+def test_a_view_of_a_weight_is_never_written_to() -> None:
+    model, fresh = Model(), Model()
+    weight = fresh.net[0].weight.detach().clone()
+    base, fresh_base = Baseline(look(model)), Baseline(look(fresh))
+    model.view = torch.full((2, 2), 3.0)
+    fresh_base.restore(look(fresh), base.changes(look(model))[0], CPU)
+    assert torch.equal(fresh.net[0].weight, weight)
+    assert torch.equal(fresh.view, model.view)
+
+
+NAMED: dict[str, tuple[Callable[[Any, Path], Any], str]] = {
+    "a file": (lambda m, p: setattr(m, "log", (p / "log").open("w")), "model.log (a file handle)"),
+    "an iterator": (lambda m, p: setattr(m, "source", iter([1])), "model.source (an iterator"),
+    "an object": (lambda m, p: setattr(m, "other", Helper()), "model.other (a new Helper)"),
+    "objects": (lambda m, p: setattr(m, "others", [Helper()]), "model.others (a list of objects)"),
+    "a function": (lambda m, p: setattr(m, "counted", lambda: 1), "model.counted (another function"),
+    "a layer": (lambda m, p: setattr(m, "net", nn.Identity()), "model.net (a new Identity)"),
+    "a hook": (lambda m, p: m.net[0].register_forward_hook(print), "model.net.0 (other hooks"),
+    "a graph": (lambda m, p: setattr(m, "tensor", m.net[0].weight * 2), "a gradient's history"),
+    "a class": (lambda m, p: setattr(Model, "savepoint_count", 1), "Model.savepoint_count (shared"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_what_is_no_plain_value_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Model, "savepoint_count", 0, raising=False)
+    model = Model()
+    base = Baseline(look(model))
+    change, words = NAMED[name]
+    change(model, tmp_path)
+    if hasattr(model, "log"):
+        model.log.close()
+    assert any(words in one for one in base.changes(look(model))[1])
+
+
+def test_what_a_class_leaves_out_is_not_looked_at() -> None:
+    model = Model()
+    base = Baseline(look(model))
+    model.cache = object()  # type: ignore[assignment]
+    assert base.changes(look(model)) == ([], [])
+
+
+def test_another_kind_of_value_than_the_code_of_today_has_is_named_and_left() -> None:
+    model, fresh = Model(), Model()
+    fresh.history = {1, 2}  # type: ignore[assignment]
+    base, fresh_base = Baseline(look(model)), Baseline(look(fresh))
+    model.history.append(3)
+    assert fresh_base.restore(look(fresh), base.changes(look(model))[0], CPU) == ["model.history"]
+    assert fresh.history == {1, 2}
+
+
+def test_a_file_changes_no_class_and_no_inner_name() -> None:
+    model = Model()
+    base = Baseline(look(model))
+    path = [["root", "model"], ["attr", "__class__"], ["attr", "number"]]
+    assert base.restore(look(model), [[path, 3]], CPU) == ["model.__class__.number"]
+    assert not hasattr(Model, "number")
+
+
+def test_a_compiled_part_has_the_place_of_what_was_compiled() -> None:
+    model, compiled = Model(), Model()
+    compiled.net = torch.compile(compiled.net, backend="eager")  # type: ignore[assignment]
+    base, other = Baseline(look(model)), Baseline(look(compiled))
+    model.net[1].p = 0.2
+    assert other.restore(look(compiled), base.changes(look(model))[0], CPU) == []
+    assert compiled.net._orig_mod[1].p == 0.2
+
+
+def test_what_an_epoch_goes_by_is_named_when_it_changes() -> None:
+    model = Model()
+    marks = look(model).marks_below(model.helper)
+    assert changed_since(marks, look(model)) == []
+    model.helper.count = 1
+    assert "model.helper.count" in changed_since(marks, look(model))[0]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, 3, 2**70, 1.5, float("inf"), 1j, "x", b"", b"ab", (), [1, [2]], {1: (2,)}, {1, 2}, frozenset({1}),
+     collections.deque([1], 2), np.float32(2), np.arange(6).reshape(2, 3), torch.ones(2, dtype=torch.bfloat16),
+     torch.device("cpu"), Path("a/b"), ["a"] * 200, list(range(200)), [torch.ones(1)] * 20],
+    ids=repr,
+)  # fmt: skip
+def test_a_packed_value_is_read_back_as_it_was(value: Any) -> None:
+    file = io.BytesIO()
+    torch.save(pack(value), file)
+    file.seek(0)
+    found = unpack(torch.load(file, weights_only=True))
+    assert mark(pack(found)) == mark(pack(value))
+    assert isinstance(found, type(value) if not isinstance(value, Path) else object)
