@@ -134,7 +134,6 @@ class CheckpointCallback(Checkpoint):
         self._pending, self._ranks_changed = None, False
         self._enabled = not trainer.fast_dev_run  # type: ignore[attr-defined]
         self._baseline = Baseline(state.look(trainer))
-        self._settings = state.settings(trainer)
 
     def use(self, directory: Path) -> None:
         """Keeps the checkpoints in `directory`; `setup` does it with the Trainer's."""
@@ -273,6 +272,7 @@ class CheckpointCallback(Checkpoint):
         if self._accepted:
             return
         self._accepted = True
+        self._settings = state.settings(trainer)
         now = self._see(trainer)
         assert self._baseline is not None
         self._baseline.accept(now)
@@ -537,7 +537,7 @@ class CheckpointCallback(Checkpoint):
             own["attributes"], named = self._baseline.changes(now)
             own["unsaved"] += [*named, *changed_since(self._held, now)]
             before = self._settings
-            own["settings"] = {k: v for k, v in state.settings(trainer).items() if v != before[k]}
+            own["settings"] = {k: v for k, v in state.settings(trainer).items() if v != before.get(k, v)}
         if trainer.world_size > 1:
             ahead = at != "epoch" and self._loader_states is not None
             own["loaders"] = self._loader_states if ahead else state.loader_states(trainer)

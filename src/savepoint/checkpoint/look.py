@@ -347,7 +347,9 @@ class Look:
         kind: Any = type(value)
         left_out = assigned_by_frameworks(kind)
         skipped = getattr(type(value), "savepoint_skip", ())
-        left_out = left_out.union(skipped, _NO_STATE) - {"_hparams"}
+        left_out = left_out.union(skipped, _NO_STATE)
+        if own.get("_hparams"):  # assigned by Lightning, and the user's own
+            left_out -= {"_hparams"}
         if isinstance(value, Metric):
             if id(value) in self._registered:  # its states are always saved, whatever they are
                 left_out |= set(value._defaults)
