@@ -99,7 +99,7 @@ def straight(work: Path, case: dict[str, Any]) -> list[Path]:
     return keep.kept[:-1]
 
 
-@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter")
 @pytest.mark.parametrize("name", CASES)
 def test_a_resume_from_every_point_equals_the_straight_run(name: str, tmp_path: Path) -> None:
     with one_thread():
@@ -156,7 +156,7 @@ def without(line: str, monkeypatch: pytest.MonkeyPatch) -> type:
     raise AssertionError(f"not in the source: {line}")
 
 
-@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter")
 @pytest.mark.parametrize("line", LINES)
 def test_without_this_line_a_resume_goes_wrong(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[LINES[line]]

@@ -69,6 +69,10 @@ class Data(LightningDataModule):
 class Signals(Callback):
     """First one that asks for a save, then one that stops: from another thread at a random time, or within a step."""
 
+    savepoint_skip = frozenset(
+        {"randoms", "signals", "within_a_step", "left", "began"}
+    )  # each start has signals of its own
+
     def __init__(self, randoms: random.Random, *signals: int) -> None:
         self.randoms, self.signals = randoms, list(signals)
         self.within_a_step = randoms.random() < 0.5

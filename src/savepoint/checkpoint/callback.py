@@ -541,7 +541,7 @@ class CheckpointCallback(Checkpoint):
         if trainer.world_size > 1:
             ahead = at != "epoch" and self._loader_states is not None
             own["loaders"] = self._loader_states if ahead else state.loader_states(trainer)
-            own["buffers"] = state.own_buffers(trainer.lightning_module)
+            own |= state.own_rank(trainer)
         own["found"] = state.found(trainer)
         own["groups"] = state.grown_groups(trainer, self._groups)
         return own

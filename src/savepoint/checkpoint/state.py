@@ -392,6 +392,8 @@ def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now:
     _restore_gradients(module, saved.get("gradients", {}))
     if trainer.global_rank:
         _restore_buffers(module, saved.get("buffers", {}))
+    if "syncs_buffers" in saved and isinstance(trainer.strategy.model, DistributedDataParallel):
+        trainer.strategy.model.require_forward_param_sync = saved["syncs_buffers"]
     failed = baseline.restore(now, saved.get("attributes", []), module.device)
     for name, value in saved.get("settings", {}).items():
         setattr(trainer, name, value)
@@ -609,8 +611,14 @@ def lay_buckets(trainer: Trainer) -> None:
     ddp.reducer._rebuild_buckets()
 
 
+def own_rank(trainer: Trainer) -> dict[str, Any]:
+    """What each rank has of its own: in manual optimization DDP leaves it its running statistics after the first step."""
+    ddp = trainer.strategy.model
+    syncs = not isinstance(ddp, DistributedDataParallel) or ddp.require_forward_param_sync
+    return {"buffers": own_buffers(trainer.lightning_module), "syncs_buffers": bool(syncs)}
+
+
 def own_buffers(module: LightningModule) -> dict[str, Tensor]:
-    """Buffers of this rank: each keeps its own running statistics, until a forward of DDP gives it those of rank 0."""
     buffers = {name: buffer for name, buffer in module.named_buffers() if not buffer.is_sparse}
     return buffers if sum(buffer.nbytes for buffer in buffers.values()) <= _MOST_BUFFER_BYTES else {}
 
