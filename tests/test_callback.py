@@ -301,6 +301,46 @@ class TestLightning:
             assert latest.manifest["ended"] == name
 
 
+@pytest.mark.parametrize(("max_steps", "exact"), [(6, True), (4, False)])
+def test_an_end_inside_an_epoch_is_said_to_be_not_exact(tmp_path: Path, max_steps: int, exact: bool) -> None:
+    fit(tmp_path, max_steps=max_steps, max_epochs=-1)
+    latest = store.CheckpointStore(tmp_path / "checkpoints").latest()
+    assert latest is not None
+    assert latest.manifest["exact"] is exact
+    assert any("inside an epoch" in reason for reason in latest.manifest["unsaved"]) is not exact
+
+
+def test_what_cannot_be_saved_is_named_in_the_manifest_and_once_in_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Model(SmallModel):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.source = iter([1])
+
+    fit(tmp_path, model=Model, checkpointing=saving())
+    latest = store.CheckpointStore(tmp_path / "checkpoints").latest()
+    assert latest is not None
+    assert latest.manifest["exact"] is False
+    assert latest.manifest["unsaved"] == ["model.source (an iterator (list_iterator))"]
+    assert capsys.readouterr().out.count("A resume will not be exact: model.source") == 1
+
+
+def test_a_loader_without_a_position_is_saved_inside_an_epoch_all_the_same(tmp_path: Path) -> None:
+    class Plain(SmallData):
+        def train_dataloader(self) -> Any:
+            return self
+
+        def __len__(self) -> int:
+            return 2
+
+        def __iter__(self) -> Any:
+            return iter([(self.x[:4], self.y[:4]), (self.x[4:8], self.y[4:8])])
+
+    fit(tmp_path, data=Plain, checkpointing=saving(save_every_steps=1, monitor=None), max_epochs=2)
+    found = store.CheckpointStore(tmp_path / "checkpoints").checkpoints()
+    assert [(one.step, one.manifest["exact"]) for one in found] == [(1, False), (2, True), (3, False), (4, True)]
+
+
 class Colour(Enum):
     RED = 1
 

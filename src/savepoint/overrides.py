@@ -71,8 +71,14 @@ class ApplyOverrides(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._hook.remove()
-        if "canary" not in self.allow:
+        if "canary" in self.allow:
+            return
+        try:
             check_canary(pl_module, checkpoint)
+        except ConfigMismatchError:
+            # A forward may go by what the training has changed in the model, which comes back at the point of the file.
+            if not any(path[0][1] == "model" for path, _ in checkpoint.get("attributes", [])):
+                raise
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if any(_reaches_the_rates(key) for key in self.changed) and len(self.schedulers) == len(

@@ -14,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from savepoint import cli, training, weights
 from savepoint.checkpoint import store
+from savepoint.checkpoint.look import put_back_into_model
 from savepoint.errors import ConfigError
 from savepoint.overrides import check_canary, mismatches, shapes, under_names_of
 
@@ -72,6 +73,7 @@ def rebuild(path: Path, overrides: Sequence[str] = (), *, allow: Sequence[str] =
     # A run in `64-true` or `bf16-true` has weights of that type: the model gets it before the weights, as in training.
     trainer.precision_plugin.convert_module(model)
     weights.restore(model, state)
+    put_back_into_model(model, state.get("attributes", []), model.device)
     if "canary" not in allow:
         check_canary(model, {**state, "state_dict": model.state_dict()})
     return Rebuilt(path, state, facts, config, model.eval(), data, trainer)

@@ -501,6 +501,17 @@ def changed_since(marks: Mapping[Path, Any], look: Look) -> list[str]:
     return [f"{in_words(path)} (changed while the epoch goes by what it was)" for path in changed]
 
 
+def put_back_into_model(module: nn.Module, saved: Iterable[Any], device: torch.device) -> None:
+    """Of what a training has changed, that of the model: for a model that is used and not trained on."""
+    now = Look({"model": module}, {}, module.state_dict().keys())
+    for packed_place, packed in saved:
+        path = path_of(packed_place)
+        kept_as_it_is = path[-1] == ("attr", "training") or path[-1][0] == "requires_grad"
+        if path[0] == ("root", "model") and not kept_as_it_is:
+            with contextlib.suppress(LookupError, AttributeError, TypeError, ValueError, RuntimeError, Unpackable):
+                _put_back(now, path, packed, device, in_place=True)
+
+
 def _made_of_weights(module: nn.Module) -> frozenset[str]:
     """What the hooks of `spectral_norm`, `weight_norm` and `prune` set anew from parameters, before each forward."""
     names = module._parameters
