@@ -326,15 +326,19 @@ def test_what_cannot_be_saved_is_named_in_the_manifest_and_once_in_the_log(
 
 
 def test_a_loader_without_a_position_is_saved_inside_an_epoch_all_the_same(tmp_path: Path) -> None:
-    class Plain(SmallData):
-        def train_dataloader(self) -> Any:
-            return self
+    class Two:
+        def __init__(self, x: Any, y: Any) -> None:
+            self.batches = [(x[:4], y[:4]), (x[4:8], y[4:8])]
 
         def __len__(self) -> int:
             return 2
 
         def __iter__(self) -> Any:
-            return iter([(self.x[:4], self.y[:4]), (self.x[4:8], self.y[4:8])])
+            return iter(self.batches)
+
+    class Plain(SmallData):
+        def train_dataloader(self) -> Any:
+            return Two(self.x, self.y)
 
     fit(tmp_path, data=Plain, checkpointing=saving(save_every_steps=1, monitor=None), max_epochs=2)
     found = store.CheckpointStore(tmp_path / "checkpoints").checkpoints()
