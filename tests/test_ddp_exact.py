@@ -44,3 +44,14 @@ def test_with_three_ranks_a_resume_equals_the_straight_run(tmp_path: Path) -> No
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_every_kind_of_ddp_resumes_exactly(tmp_path: Path, ranks: int, kind: str) -> None:
     assert differences(tmp_path, ranks, kind) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_launchers_that_make_their_own_processes_train_and_resume(tmp_path: Path, strategy: str) -> None:
+    program = PROGRAM.with_name("spawned.py")
+    command = [sys.executable, str(program), strategy, str(tmp_path)]
+    done = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
