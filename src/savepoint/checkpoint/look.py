@@ -33,7 +33,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from savepoint.checkpoint.pack import Packer, Unpackable, is_generator, mark, unpack
+from savepoint.checkpoint.pack import Packer, Unpackable, is_generator, mark, pack, unpack
 
 # How to go on from an object: ("attr", name), ("item", key), ("nth", place), ("cell", place),
 # ("module", name), ("buffer", name), ("parameter", name), ("requires_grad", name), ("state", "").
@@ -85,6 +85,9 @@ class _Place:
     @property
     def is_alias(self) -> bool:
         return isinstance(self.mark, tuple) and self.mark[:1] in (("same",), ("view",))
+
+
+_TRUE, _FALSE = (_Place(("bool", value), value, small=True) for value in (True, False))
 
 
 class Look:
@@ -160,7 +163,8 @@ class Look:
         compiled = "_orig_mod" in module._modules
         if not compiled:
             self._put((*path, ("attr", "training")), module.training)
-            hooks = sum(len(getattr(module, name)) for name in _HOOKS)
+            members = module.__dict__
+            hooks = sum([len(members[name]) for name in _HOOKS if name in members])
             self.places[(*path, ("hooks", ""))] = _Place(hooks, what="other hooks than at the start")
             for name, parameter in module._parameters.items():
                 self._weight((*path, ("parameter", name)), parameter, prefix + name in persisted)
@@ -228,11 +232,10 @@ class Look:
             self._object(path, value)
 
     def _put(self, path: Path, value: Any) -> None:
-        try:
-            packed = Packer().pack(value)
-        except Unpackable as error:
-            self._opaque(path, value, _words(error.args[0]))
+        if value is True or value is False:
+            self.places[path] = _TRUE if value else _FALSE
             return
+        packed = pack(value)
         self.places[path] = _Place(mark(packed), packed, small=True)
 
     def _packed(self, path: Path, value: Any) -> None:
@@ -341,23 +344,23 @@ class Look:
             for name in _slots(base):
                 with contextlib.suppress(AttributeError):
                     own[name] = getattr(value, name)
-        self._attributes_of(path, value, {k: v for k, v in own.items() if k not in derived})
+        for name in derived:
+            own.pop(name, None)
+        self._attributes_of(path, value, own)
 
     def _attributes_of(self, path: Path, value: Any, own: Mapping[str, Any]) -> None:
         kind: Any = type(value)
-        left_out = assigned_by_frameworks(kind)
-        skipped = getattr(type(value), "savepoint_skip", ())
-        left_out = left_out.union(skipped, _NO_STATE)
-        if own.get("_hparams"):  # assigned by Lightning, and the user's own
-            left_out -= {"_hparams"}
+        left_out = _left_out(kind)
         if isinstance(value, Metric):
             if id(value) in self._registered:  # its states are always saved, whatever they are
-                left_out |= set(value._defaults)
+                left_out = left_out.union(value._defaults)
             else:
                 self._visit((*path, ("attr", "_update_count")), value._update_count)
         for name in list(own):
             if name not in left_out:
                 self._visit((*path, ("attr", name)), own[name])
+        if own.get("_hparams"):  # assigned by Lightning, and the user's own
+            self._visit((*path, ("attr", "_hparams")), own["_hparams"])
 
     # -- classes and modules, seen but never put back -----------------------------------------------
 
@@ -515,6 +518,8 @@ def put_back_into_model(module: nn.Module, saved: Iterable[Any], device: torch.d
 def _made_of_weights(module: nn.Module) -> frozenset[str]:
     """What the hooks of `spectral_norm`, `weight_norm` and `prune` set anew from parameters, before each forward."""
     names = module._parameters
+    if not any(name.endswith(("_orig", "_g")) for name in names):
+        return frozenset()
     derived = {name.removesuffix("_orig") for name in names if name.endswith("_orig")}
     derived |= {name.removesuffix("_g") for name in names if name.endswith("_g")}
     return frozenset(derived)
@@ -667,6 +672,12 @@ def _set(roots: Mapping[str, Any], path: Path, owner: Any, value: Any) -> None:
 
 
 # -- what a class is -------------------------------------------------------------------------------
+
+
+@functools.cache
+def _left_out(kind: type) -> frozenset[str]:
+    skipped = getattr(kind, "savepoint_skip", ())
+    return assigned_by_frameworks(kind).union(skipped, _NO_STATE, {"_hparams"})
 
 
 @functools.cache
