@@ -196,7 +196,7 @@ class CheckpointCallback(Checkpoint):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         state.load_in_precision(trainer, pl_module, checkpoint)
-        if not checkpoint.get("at"):
+        if not checkpoint.get("at") or not self._enabled:
             return
         rank, others = trainer.global_rank, checkpoint.get("other_ranks", [])
         if len(others) + 1 != trainer.world_size:

@@ -398,6 +398,8 @@ def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now:
     for name, value in saved.get("settings", {}).items():
         setattr(trainer, name, value)
     trainer.should_stop = saved["should_stop"]
+    if saved["at"] == "validation" and _by_the_clock(trainer):
+        vars(trainer)["_last_val_time"] = float("-inf")  # it is due, whatever the clock of this process says
     restore_rng(saved["rng"], module.device)
     return failed
 
@@ -717,6 +719,8 @@ def inexact(trainer: Trainer, at: str | None) -> list[str]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging):
             reasons.append(f"{type(callback).__name__} does not save all it changes")
+    if _by_the_clock(trainer):
+        reasons.append("validations go by the clock (val_check_interval)")
     for loader in _validation_loaders(trainer):
         if isinstance(loader, DataLoader) and loader.num_workers and loader.persistent_workers:
             reasons.append(
@@ -724,6 +728,10 @@ def inexact(trainer: Trainer, at: str | None) -> list[str]:
                 "wrap it: savepoint.loader.resumable(loader)"
             )
     return [reason for reason in dict.fromkeys(reasons) if reason]
+
+
+def _by_the_clock(trainer: Trainer) -> bool:
+    return getattr(trainer, "_val_check_time_interval", None) is not None
 
 
 def _without_position(loader: Any, at: str, trainer: Trainer) -> str:
