@@ -8,7 +8,8 @@ CUT = [
     "flags/accumulate_3", "flags/max_steps_inside", "flags/precision_64", "flags/val_interval_3",
     "loaders/combined_max_size", "loaders/keeps_position", "loaders/stock_shuffled",
     "logs/rank_zero_only", "manual/every_fourth", "manual/fetches", "manual/gan_dict",
-    "metrics/running_mean", "optimizers/lbfgs", "samplers/noise_own_numpy", "samplers/weighted",
+    "metrics/running_mean", "optimizers/lbfgs", "optimizers/own_classes",
+    "samplers/noise_own_numpy", "samplers/weighted",
     "schedules/plateau_step_val", "state/buffer_left_out", "state/held_nested",
 ]  # fmt: skip
 

@@ -74,6 +74,49 @@ class GrowingGroups(Net):
             optimizer.add_param_group({"params": list(self.net[0].parameters()), "lr": 0.01})
 
 
+class Counting(optim.SGD):
+    """Every fourth step goes half the way from slow weights, and counts: nothing of that is in its state_dict."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr)
+        self.steps = 0
+        self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = super().step(closure)
+        self.steps += 1
+        fast = [p for group in self.param_groups for p in group["params"]]
+        for slow, parameter in zip(self.slow, fast, strict=True) if self.steps % 4 == 0 else ():
+            slow.add_(parameter.detach() - slow, alpha=0.5)
+            parameter.data.copy_(slow)
+        return loss
+
+
+class Stateless:
+    """A schedule that is no class of torch, and whose state_dict is empty."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.steps = optimizer, 0
+
+    def step(self, *args: Any) -> None:
+        self.steps += 1
+        self.optimizer.param_groups[0]["lr"] = 0.1 / (1 + self.steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class OwnOptimizer(Net):
+    def configure_optimizers(self) -> Any:
+        optimizer = Counting(self.parameters(), lr=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": Stateless(optimizer), "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step()
+
+
 class EverySecond(Net):
     def optimizer_step(
         self,
@@ -155,6 +198,7 @@ SHAPES |= {
         trainer={"val_check_interval": 4},
     ),
     "sparse_adam": Shape(model=Sparse),
+    "own_classes": Shape(model=OwnOptimizer, extra=lambda m, t: t.optimizers[0].slow),
     "growing_groups": Shape(model=GrowingGroups),
     "every_second": Shape(model=EverySecond),
     "warmup": Shape(model=Warmup),

@@ -584,11 +584,29 @@ def own(*names: str) -> Any:
 
 
 INTERVAL = {"val_check_interval": 3}
+
+
+class Anchored(Net):
+    """Copies of the weights, made when the training starts: of those that a resume has loaded, they would be others."""
+
+    def on_fit_start(self) -> None:
+        self.teacher = [copy.deepcopy(self.net)]
+
+    def on_train_start(self) -> None:
+        self.anchor = self.net[0].weight.detach().clone()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        away = (self.net[0].weight - self.anchor).square().sum()
+        teacher = (self.net(batch[0]) - self.teacher[0](batch[0])).square().mean()
+        return super().training_step(batch, batch_idx) + 0.1 * away + teacher
+
+
 SHAPES = {
     f"held_{name}": Shape(model=lambda parts=parts: Held(*parts), extra=value)
     for name, parts in HELD.items()
 }  # fmt: skip
 SHAPES |= {
+    "anchored": Shape(model=Anchored, extra=lambda m, t: m.anchor),
     "held_torch_generator": Shape(model=Generating, extra=lambda m, t: m.generator.get_state()),
     "held_int_interval": Shape(model=lambda: Held(0, add, float), extra=value, trainer=INTERVAL),
     "held_int_accumulate": Shape(

@@ -133,6 +133,11 @@ class Look:
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         return {_storage(t) for t in tensors if not is_lazy(t)} - {None}
 
+    def weight_marks(self) -> set[Any]:
+        modules = [root for root in self.roots.values() if isinstance(root, nn.Module)]
+        weights = [t for module in modules for t in module.parameters() if not is_lazy(t)]
+        return {mark(weight.detach()) for weight in weights}
+
     # -- modules -----------------------------------------------------------------------------------
 
     def _register(self, path: Path, module: nn.Module) -> None:
@@ -153,6 +158,9 @@ class Look:
     def _root(self, path: Path, root: Any) -> None:
         if isinstance(root, nn.Module):
             self._module(path, root, prefix="", persisted=self._persisted)
+        elif isinstance(root, Optimizer):  # what its state_dict holds, Lightning saves
+            self._first[id(root)] = path
+            self._object(path, root)
         elif id(root) not in self._first:
             self._visit(path, root)
 
@@ -303,7 +311,7 @@ class Look:
             self._visit((*path, ("attr", "args")), value.args)
             self._visit((*path, ("attr", "keywords")), value.keywords)
             return
-        if _is_library(value.__module__):
+        if is_library(value.__module__):
             return
         self._codes.append(value)
         for place, cell in enumerate(value.__closure__ or ()):
@@ -319,7 +327,7 @@ class Look:
 
     def _object(self, path: Path, value: Any) -> None:
         self.objects[path] = type(value)
-        library = _is_library(type(value).__module__)
+        library = is_library(type(value).__module__)
         if library:
             if self._library_values > _THIRD_PARTY_VALUES:
                 return
@@ -367,7 +375,7 @@ class Look:
     def _look_at_classes(self) -> None:
         bases = {base for kind in self._classes for base in kind.__mro__}
         for kind in sorted(bases, key=lambda base: (base.__module__, base.__qualname__)):
-            if not _is_library(kind.__module__):
+            if not is_library(kind.__module__):
                 self._class(kind)
                 self._codes += _functions(kind)
         for function in self._codes:
@@ -384,7 +392,7 @@ class Look:
             if name not in function.__globals__:
                 continue
             value = function.__globals__[name]
-            if isinstance(value, type) and not _is_library(value.__module__):
+            if isinstance(value, type) and not is_library(value.__module__):
                 self._class(value)
             elif not isinstance(value, _ITSELF):
                 self._shared((("module", function.__module__), ("attr", name)), value)
@@ -421,11 +429,15 @@ class Baseline:
         """After the hooks that set up: what they have made is as it was at the start.
 
         What they have changed counts as changed, if it is small: a resume may set up other values (a finder, say).
+        So do copies of the weights: a resume makes them of the weights that it has loaded.
         """
+        weights = look.weight_marks()
         for path, place in look.places.items():
             before = self.places.get(path)
             if before is None or not (before.small and place.small):
                 self.places[path] = _without_large(place)
+            if before is None and any(mark(tensor) in weights for tensor in _tensors(place.packed)):
+                self.places[path].mark = object()
         for path in [path for path in self.places if path not in look.places]:
             del self.places[path]
         self.objects = dict(look.objects)
@@ -529,6 +541,14 @@ def _without_large(place: _Place) -> _Place:
     if place.small:
         return _Place(place.mark, _copied(place.packed), place.what, small=True)
     return _Place(place.mark, None, place.what)
+
+
+def _tensors(packed: Any) -> Iterator[Tensor]:
+    if isinstance(packed, Tensor):
+        yield packed
+    elif isinstance(packed, list | dict):
+        for item in packed.values() if isinstance(packed, dict) else packed:
+            yield from _tensors(item)
 
 
 def _copied(packed: Any) -> Any:
@@ -728,7 +748,7 @@ def _slots(kind: type) -> tuple[str, ...]:
 
 
 @functools.cache
-def _is_library(module: str | None) -> bool:
+def is_library(module: str | None) -> bool:
     """Installed code, as against the user's own."""
     if module is None or module == "builtins":
         return True

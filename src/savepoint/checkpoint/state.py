@@ -42,13 +42,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import MetricTracker
 
 import savepoint
 from savepoint.checkpoint import manifest
-from savepoint.checkpoint.look import Baseline, Look
+from savepoint.checkpoint.look import Baseline, Look, is_library
 from savepoint.errors import CheckpointForeignError, ConfigError, ConfigMismatchError
 from savepoint.loader import derive
 
@@ -198,7 +199,8 @@ def _parts(name: str, loader: Any) -> dict[str, Any]:
 def look(trainer: Trainer) -> Look:
     """At everything of this training that its state_dicts may leave out."""
     module = trainer.lightning_module
-    roots: dict[str, Any] = {"model": module}
+    roots: dict[str, Any] = _own_optimizers(trainer)
+    roots["model"] = module
     if trainer.datamodule is not None:  # type: ignore[attr-defined]
         roots["data"] = trainer.datamodule  # type: ignore[attr-defined]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -224,7 +226,18 @@ def look(trainer: Trainer) -> Look:
             known[id(callback._average_model)] = "the averaged weights"
     if trainer.model is not module:
         known[id(trainer.model)] = "the wrapped model"
+    for root in roots.values():
+        known.pop(id(root), None)
     return Look(roots, known, module.state_dict().keys())
+
+
+def _own_optimizers(trainer: Trainer) -> dict[str, Any]:
+    """Optimizers and schedules of the user's own classes: their state_dict may leave out what they count."""
+    own: dict[str, Any] = {f"optimizer {i}": one for i, one in enumerate(trainer.optimizers)}
+    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+    # The state_dict of torch's own base class of schedules holds every attribute.
+    own |= {f"schedule {i}": one for i, one in enumerate(schedules) if not isinstance(one, LRScheduler)}
+    return {name: one for name, one in own.items() if not is_library(type(one).__module__)}
 
 
 def settings(trainer: Trainer) -> dict[str, Any]:
