@@ -484,19 +484,21 @@ class Baseline:
                 named.append(f"{in_words(path)} (a new {kind.__name__})")
         return saved, named
 
-    def restore(self, look: Look, saved: Iterable[Any], device: torch.device) -> list[str]:
+    def restore(self, look: Look, saved: Iterable[Any], device: torch.device, loaded: Iterable[str] = ()) -> list[str]:
         """Puts every place where it was when `saved` was made; returns words for what has no place here.
 
         Args:
             look: At the objects as they are now: what the hooks of this start have changed is taken back too.
+            loaded: Roots that have loaded a state of their own since the first look: what that changed stays.
         """
+        loaded = set(loaded)
         failed = []
         meant = {path_of(packed): value for packed, value in saved}
         for path, place in look.places.items():
             before = self.places.get(path)
             if path in meant or before is None or before.mark == place.mark or place.what:
                 continue
-            if before.small:
+            if before.small and path[0][1] not in loaded:
                 meant[path] = before.packed
         for path, packed in meant.items():
             before = self.places.get(path)

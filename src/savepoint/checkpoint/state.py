@@ -407,7 +407,8 @@ def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now:
         _restore_buffers(module, saved.get("buffers", {}))
     if "syncs_buffers" in saved and isinstance(trainer.strategy.model, DistributedDataParallel):
         trainer.strategy.model.require_forward_param_sync = saved["syncs_buffers"]
-    failed = baseline.restore(now, saved.get("attributes", []), module.device)
+    loaded = _own_optimizers(trainer)
+    failed = baseline.restore(now, saved.get("attributes", []), module.device, loaded)
     for name, value in saved.get("settings", {}).items():
         setattr(trainer, name, value)
     trainer.should_stop = saved["should_stop"]
