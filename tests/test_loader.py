@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 from savepoint.errors import ConfigError
-from savepoint.loader import Batches, ResumableLoader, resumable
+from savepoint.loader import Batches, ResumableLoader, generators_of, resumable
 
 
 class Noisy(Dataset[tuple[Tensor, int]]):
@@ -200,6 +200,21 @@ def test_what_samples_and_batches_draw_is_the_same_with_workers_that_stay_or_go_
         given.append(found)
     assert given[0] == given[1] == given[2]
     assert given[0][0] != given[0][1]
+
+
+def test_generators_are_found_beside_modules_and_empty_cells() -> None:
+    def holding() -> Any:
+        def transform() -> Any:
+            return late
+
+        owner = Noisy()
+        owner.library, owner.transform, owner.own = np, transform, random.Random(3)  # type: ignore[attr-defined]
+        if owner is None:
+            late = 1  # never bound: its cell stays empty
+        return owner
+
+    owner = holding()
+    assert generators_of(owner) == [owner.own]
 
 
 def test_without_a_seed_the_order_is_state() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from savepoint.checkpoint.look import Baseline, Look, changed_since
+from savepoint.checkpoint.look import Baseline, Look, changed_since, put_back_into_model
 from savepoint.checkpoint.pack import mark, pack, unpack
 
 CPU = torch.device("cpu")
@@ -229,3 +229,26 @@ def test_a_packed_value_is_read_back_as_it_was(value: Any) -> None:
     found = unpack(torch.load(file, weights_only=True))
     assert mark(pack(found)) == mark(pack(value))
     assert isinstance(found, type(value) if not isinstance(value, Path) else object)
+
+
+def test_a_model_that_is_used_gets_its_own_changes_and_not_those_of_what_a_training_made() -> None:
+    model, used = Model(), Model()
+    base = Baseline(look(model))
+    model.teacher = Helper()
+    base.accept(look(model))
+    model.teacher.count, model.number = 3, 5
+    model.eval()
+    saved, named = base.changes(look(model))
+    assert named == []
+    assert put_back_into_model(used, saved, CPU) == []
+    assert used.number == 5
+    assert used.training
+    assert not hasattr(used, "teacher")
+
+
+def test_a_model_that_is_used_says_what_is_of_another_kind_in_it() -> None:
+    model, used = Model(), Model()
+    used.history = {1, 2}  # type: ignore[assignment]
+    base = Baseline(look(model))
+    model.history.append(3)
+    assert put_back_into_model(used, base.changes(look(model))[0], CPU) == ["model.history"]

@@ -18,8 +18,9 @@ import os
 import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,10 @@ _PLAIN_COLLATE = (default_collate, default_convert)
 _DERIVED = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
 
 
+# Where no generator of the user's is looked for; a module's belong to everybody.
+_NO_OWNERS = (Tensor, np.ndarray, nn.Module, ModuleType, type, str, bytes)
+
+
 def derive(*numbers: int) -> int:
     """One 63-bit seed from several numbers, such as (seed, epoch, index): neighbours give unrelated streams."""
     entropy = [number % 2**64 for number in numbers]
@@ -66,7 +71,7 @@ def generators_of(value: Any) -> list[Any]:
     waiting = [value]
     while waiting and len(seen) < 10_000:
         one = waiting.pop()
-        if id(one) in seen or isinstance(one, Tensor | np.ndarray | type | nn.Module | str | bytes):
+        if id(one) in seen or isinstance(one, _NO_OWNERS):
             continue
         seen.add(id(one))
         if is_generator(one):
@@ -77,8 +82,9 @@ def generators_of(value: Any) -> list[Any]:
             waiting += list(one)[:1000]
         else:
             waiting += list(getattr(one, "__dict__", {}).values())
-            cells = getattr(one, "__closure__", None) or ()
-            waiting += [cell.cell_contents for cell in cells]
+            for cell in getattr(one, "__closure__", None) or ():
+                with suppress(ValueError):  # an empty one
+                    waiting.append(cell.cell_contents)
             waiting += [getattr(one, name) for name in ("__self__", "func", "args") if hasattr(one, name)]
     return found
 
@@ -106,7 +112,8 @@ class _Randomness:
             restore_generator(generator, state)
 
     @contextmanager
-    def seeded(self, seed: int) -> Iterator[None]:
+    def seeded(self, seed: int, *, keep: bool = False) -> Iterator[None]:
+        # `keep` is for `gone_on`, which goes on from the end of this block: reading it costs as much as all the rest.
         before = self._now()
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -116,10 +123,9 @@ class _Randomness:
         try:
             yield
         finally:
-            self._private = self._now() if self._keeps else None
+            if keep:
+                self._private = self._now()
             self._put(before)
-
-    _keeps = False
 
     @contextmanager
     def gone_on(self) -> Iterator[None]:
@@ -131,10 +137,6 @@ class _Randomness:
         finally:
             self._private = self._now()
             self._put(before)
-
-
-class _LastingRandomness(_Randomness):
-    _keeps = True
 
 
 class _Resumable:
@@ -465,8 +467,8 @@ class ResumableLoader(_Resumable):
 
     def _endless(self) -> Iterator[Any]:
         rank, world_size = self._ranks()
-        randomness = _LastingRandomness(generators_of(self._source))
-        with randomness.seeded(derive(self.seed, self.epoch)):
+        randomness = _Randomness(generators_of(self._source))
+        with randomness.seeded(derive(self.seed, self.epoch), keep=True):
             source = self._begun()
         number = 0
         while True:

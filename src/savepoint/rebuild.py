@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from savepoint import cli, training, weights
 from savepoint.checkpoint import store
 from savepoint.checkpoint.look import put_back_into_model
-from savepoint.errors import ConfigError
+from savepoint.errors import ConfigError, ConfigMismatchError
 from savepoint.overrides import check_canary, mismatches, shapes, under_names_of
 
 # In place of what the run was trained on and logged to; a flag of the user comes after them and wins.
@@ -73,7 +73,12 @@ def rebuild(path: Path, overrides: Sequence[str] = (), *, allow: Sequence[str] =
     # A run in `64-true` or `bf16-true` has weights of that type: the model gets it before the weights, as in training.
     trainer.precision_plugin.convert_module(model)
     weights.restore(model, state)
-    put_back_into_model(model, state.get("attributes", []), model.device)
+    lost = put_back_into_model(model, state.get("attributes", []), model.device)
+    if lost and "canary" not in allow:
+        raise ConfigMismatchError(
+            f"The model's code is another one: {', '.join(lost[:3])} is of another kind. Expected the code that made the "
+            f"checkpoint, whose training has changed it: {path}. Put it back, or go on with this one: --allow canary"
+        )
     if "canary" not in allow:
         check_canary(model, {**state, "state_dict": model.state_dict()})
     return Rebuilt(path, state, facts, config, model.eval(), data, trainer)

@@ -106,6 +106,7 @@ class CheckpointCallback(Checkpoint):
         self._before_validation: dict[str, Tensor] = {}
         self._points: state.Points | None = None
         self._baseline: Baseline | None = None
+        self._accepted = False  # whether the hooks before the first batch have been looked at
         self._settings: dict[str, Any] = {}
         self._versions: dict[str, Any] = {}
         self._groups: list[int] = []  # of each optimizer, at the start

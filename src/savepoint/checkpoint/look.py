@@ -20,7 +20,7 @@ import sysconfig
 import threading
 import types
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -492,7 +492,6 @@ class Baseline:
             loaded: Roots that have loaded a state of their own since the first look: what that changed stays.
         """
         loaded = set(loaded)
-        failed = []
         meant = {path_of(packed): value for packed, value in saved}
         for path, place in look.places.items():
             before = self.places.get(path)
@@ -500,15 +499,22 @@ class Baseline:
                 continue
             if before.small and path[0][1] not in loaded:
                 meant[path] = before.packed
-        for path, packed in meant.items():
-            before = self.places.get(path)
-            # What was the same object as at another place, and no more is, is not written into that one.
-            shared = before is not None and before.is_alias
-            try:
-                _put_back(look, path, packed, device, in_place=not shared)
-            except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, Unpackable):
-                failed.append(in_words(path))
-        return failed
+        # What was the same object as at another place, and no more is, is not written into that one.
+        aliases = {path for path in meant if path in self.places and self.places[path].is_alias}
+        return _put_all_back(look, meant, device, aliases)
+
+
+def _put_all_back(
+    look: Look, meant: Mapping[Path, Any], device: torch.device, aliases: Collection[Path] = ()
+) -> list[str]:
+    """Returns words for the places that are no more, or hold another kind of value now."""
+    failed = []
+    for path, packed in meant.items():
+        try:
+            _put_back(look, path, packed, device, in_place=path not in aliases)
+        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, Unpackable):
+            failed.append(in_words(path))
+    return failed
 
 
 def changed_since(marks: Mapping[Path, Any], look: Look) -> list[str]:
@@ -518,15 +524,32 @@ def changed_since(marks: Mapping[Path, Any], look: Look) -> list[str]:
     return [f"{in_words(path)} (changed while the epoch goes by what it was)" for path in changed]
 
 
-def put_back_into_model(module: nn.Module, saved: Iterable[Any], device: torch.device) -> None:
-    """Of what a training has changed, that of the model: for a model that is used and not trained on."""
-    now = Look({"model": module}, {}, module.state_dict().keys())
-    for packed_place, packed in saved:
-        path = path_of(packed_place)
-        kept_as_it_is = path[-1] == ("attr", "training") or path[-1][0] == "requires_grad"
-        if path[0] == ("root", "model") and not kept_as_it_is:
-            with contextlib.suppress(LookupError, AttributeError, TypeError, ValueError, RuntimeError, Unpackable):
-                _put_back(now, path, packed, device, in_place=True)
+def put_back_into_model(module: nn.Module, saved: Iterable[Any], device: torch.device) -> list[str]:
+    """Of what a training has changed, that of the model: for a model that is used and not trained on.
+
+    What belongs to an object that only a training makes, such as a teacher of `on_fit_start`, is left out.
+
+    Returns:
+        Words for what is of another kind in this model.
+    """
+    look = Look({"model": module}, {}, module.state_dict().keys())
+    meant = {}
+    for packed_path, value in saved:
+        path = path_of(packed_path)
+        of_training = path[-1] == ("attr", "training") or path[-1][0] == "requires_grad"
+        if path[0] == ("root", "model") and not of_training and _can_be_had(look, path[:-1]):
+            same_as = isinstance(value, dict) and value["!"] == "same" and path_of(value["of"])
+            if not same_as or _can_be_had(look, same_as):
+                meant[path] = value
+    return _put_all_back(look, meant, device)
+
+
+def _can_be_had(look: Look, path: Path) -> bool:
+    try:
+        _resolve(look.roots, path)
+    except (LookupError, AttributeError, TypeError):
+        return False
+    return True
 
 
 def _made_of_weights(module: nn.Module) -> frozenset[str]:
