@@ -156,7 +156,8 @@ class _Resumable:
     def seed(self) -> int:
         """By default the one that `seed_everything` set, as it is when the first batch is asked for."""
         if self._seed is None:
-            self._seed = _common_seed() if self.world_size > 1 else torch.initial_seed()
+            common = _common_seed() if self.world_size > 1 else torch.initial_seed()
+            self._seed = common % 2**63  # so that a checkpoint holds it as a plain number
         return self._seed
 
     @property
