@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import small_checkpoint
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
-from small import SmallData, SmallModel, difference, final_state, fit, one_thread, resume_differs, rows
+from support.checkpoint_files import small_checkpoint
+from support.small import SmallData, SmallModel, difference, final_state, fit, one_thread, resume_differs, rows
 from torch.utils.data import DataLoader, TensorDataset
 
 from savepoint.checkpoint import state, store

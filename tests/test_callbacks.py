@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
-from small import difference, final_state, one_thread, rows
-from test_signals import ROOT, SMALL, call, handlers  # noqa: F401  (handlers is a fixture)
+from support.programs import ROOT, call
+from support.programs import SIX_AN_EPOCH as SMALL
+from support.small import difference, final_state, one_thread, rows
+from support.stopping import handlers  # noqa: F401  (handlers is a fixture)
 
 CONFIGS = [*sorted((ROOT / "configs/callbacks").glob("*.yaml")), ROOT / "configs/debug/profile.yaml"]
 # lr_finder.yaml looks at 100 batches before the run, which has to be long enough for them.

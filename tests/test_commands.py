@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoint_files import facts, names, small_state
-from run_dirs import flip, fork, latest, make_run, say, store, training_in, truncate
+from support.checkpoint_files import facts, names, small_state
+from support.run_dirs import flip, fork, latest, make_run, say, store, training_in, truncate
 
-from savepoint import commands
-from savepoint.commands import output
+from savepoint import commands, words
 from savepoint.errors import RunLockedError
 from savepoint.run import Run
 
@@ -31,7 +30,7 @@ def run_dir(tmp_path: Path) -> Path:
 LOOKING = ("ls", "runs", "show", "diff", "verify", "gc", "doctor", "lineage")
 
 
-def words(name: str, path: Path) -> list[str]:
+def command_line(name: str, path: Path) -> list[str]:
     return [name, *[str(path)] * (2 if name == "diff" else 1)]
 
 
@@ -47,7 +46,7 @@ def test_every_command_says_what_it_takes(name: str, capsys: Capture) -> None:
 
 @pytest.mark.parametrize("name", LOOKING)
 def test_an_unknown_flag_is_refused_with_the_nearest_one(name: str, capsys: Capture) -> None:
-    code, out, err = say(capsys, *words(name, Path("a")), "--jsn")
+    code, out, err = say(capsys, *command_line(name, Path("a")), "--jsn")
     assert (code, out) == (2, "")
     assert "Unknown flag: --jsn. Did you mean --json?" in err
     assert len(err.splitlines()) <= 5
@@ -56,7 +55,7 @@ def test_an_unknown_flag_is_refused_with_the_nearest_one(name: str, capsys: Capt
 @pytest.mark.parametrize("name", LOOKING)
 def test_a_path_that_is_not_there_is_bad_input(name: str, tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "none"
-    code, out, err = say(capsys, *words(name, path))
+    code, out, err = say(capsys, *command_line(name, path))
     assert (code, out) == (2, "")
     assert str(path) in err
     assert len(err.splitlines()) <= 5
@@ -71,7 +70,7 @@ def test_a_file_in_the_place_of_a_run_is_bad_input(name: str, run_dir: Path, cap
 
 @pytest.mark.parametrize("name", LOOKING)
 def test_every_command_speaks_json_with_the_same_exit_code(name: str, run_dir: Path, capsys: Capture) -> None:
-    command = words(name, run_dir.parent if name == "runs" else run_dir)
+    command = command_line(name, run_dir.parent if name == "runs" else run_dir)
     text = say(capsys, *command)
     code, out, err = say(capsys, *command, "--json")
     assert json.loads(out)
@@ -158,7 +157,7 @@ def test_a_name_cannot_act_on_the_terminal(tmp_path: Path, capsys: Capture) -> N
 
 
 def test_columns_of_numbers_stand_to_the_right() -> None:
-    assert output.table(("a", "b", "c"), [("x", "1 MB", "y"), ("long", "-", "zz")]) == (
+    assert words.table(("a", "b", "c"), [("x", "1 MB", "y"), ("long", "-", "zz")]) == (
         "a        b  c\nx     1 MB  y\nlong     -  zz"
     )
 

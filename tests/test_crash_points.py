@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import facts, names, small_state
-from file_calls import Call, watched
+from support.checkpoint_files import facts, names, small_state
+from support.file_calls import Call, watched
 
 from savepoint import run
 from savepoint.checkpoint import manifest
@@ -246,7 +246,7 @@ def made(directory: Path) -> None:
 
 def train(directory: Path, async_save: bool = False, ckpt_path: Path | None = None, keep_rows: int = 0) -> None:
     """Three saves, one of them within an epoch; the last one deletes the two before it."""
-    from small import fit
+    from support.small import fit
 
     from savepoint.checkpoint.callback import CheckpointCallback
 
@@ -300,7 +300,7 @@ class CheckTraining:
             self.resume(directory, checkpoint.path, state["logged_rows"])
 
     def resume(self, directory: Path, path: Path, keep_rows: int) -> None:
-        from small import difference, final_state
+        from support.small import difference, final_state
 
         assert in_a_fork(lambda: train(directory, False, path, keep_rows)) == DONE
         assert list(difference(final_state(self.straight), final_state(directory))) == []
@@ -432,7 +432,7 @@ def test_wherever_a_process_dies_or_a_call_fails_a_checkpoint_is_left(program: s
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] != "store":
-        import small  # noqa: F401 - once, not in each fork
+        from support import small  # noqa: F401 - once, not in each fork
     run._git = lambda: None  # type: ignore[assignment]  # two processes a start
     os.fsync = lambda _: None  # counted, but not done: what a dead process wrote, the next one sees
     folder = Path(sys.argv[2])

@@ -9,26 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small import difference, final_state, rows
-from test_entry_points import SMALL, run, start, wait_for_a_checkpoint
+from support.programs import TWO_RANKS as TWO
+from support.programs import run, start, wait_for_a_checkpoint
+from support.small import difference, final_state, rows
 
 from savepoint.checkpoint import store
 
 pytestmark = pytest.mark.slow
 
-# ClassicNet has dropout: each rank draws from its own generator.
-PLAIN = [word for pair in zip(SMALL[::2], SMALL[1::2], strict=True) if "width" not in pair[0] for word in pair]
-TWO = [
-    *PLAIN,
-    "--model.net",
-    "ClassicNet",
-    "--trainer.accelerator",
-    "cpu",
-    "--trainer.devices",
-    "2",
-    "--trainer.strategy",
-    "ddp",
-]
 Send = Callable[[int, int], None]  # to the process of rank 0 and to that of rank 1
 
 
@@ -136,7 +124,7 @@ def test_a_signal_to_rank_1_before_and_after_the_training_ends_both(
 ) -> None:
     """Lightning's handlers would wait for the other rank, which waits for this one."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-    waiting = f"{{class_path: waiting.Waiting, init_args: {{where: {where}, mark: {tmp_path / 'there'}}}}}"
+    waiting = f"{{class_path: support.waiting.Waiting, init_args: {{where: {where}, mark: {tmp_path / 'there'}}}}}"
     command = [*TWO, "--output_dir", str(tmp_path), "--run_name", "run", "--trainer.callbacks+", waiting]
     process = start("train.py", *command)
     while not (tmp_path / "there").exists():

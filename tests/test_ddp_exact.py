@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from ddp_ranks import KINDS
+from support.ddp_ranks import KINDS
 
-PROGRAM = Path(__file__).with_name("ddp_ranks.py")
+TESTS = {"PYTHONPATH": str(Path(__file__).parents[0])}
 
 
 def differences(directory: Path, ranks: int, kind: str, every: int = 1) -> dict[str, list[str]]:
@@ -23,8 +23,8 @@ def differences(directory: Path, ranks: int, kind: str, every: int = 1) -> dict[
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(directory), str(ranks), kind, str(every)],
-            env=os.environ | address | {"LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-m", "support.ddp_ranks", str(directory), str(ranks), kind, str(every)],
+            env=os.environ | TESTS | address | {"LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(ranks)
     ]  # fmt: skip
@@ -49,9 +49,8 @@ def test_every_kind_of_ddp_resumes_exactly(tmp_path: Path, ranks: int, kind: str
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
 def test_launchers_that_make_their_own_processes_train_and_resume(tmp_path: Path, strategy: str) -> None:
-    program = PROGRAM.with_name("spawned.py")
-    command = [sys.executable, str(program), strategy, str(tmp_path)]
+    command = [sys.executable, "-m", "support.spawned", strategy, str(tmp_path)]
     done = subprocess.run(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
+        command, env=os.environ | TESTS | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import State, facts, small_state
-from run_dirs import flip, make_run, say
+from support.checkpoint_files import State, facts, small_state
+from support.run_dirs import flip, make_run, say
 
 from savepoint.checkpoint.store import write
 

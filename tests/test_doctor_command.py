@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoint_files import facts, small_checkpoint, small_state
-from run_dirs import flip, latest, make_run, say, store, training_in, truncate
+from support.checkpoint_files import facts, small_checkpoint, small_state
+from support.run_dirs import flip, latest, make_run, say, store, training_in, truncate
 
-from savepoint.run import python
+from savepoint.words import python
 
 Capture = pytest.CaptureFixture[str]
 

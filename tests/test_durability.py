@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from checkpoint_files import facts, names, small_state
-from file_calls import Call, watched
-from small import fit
+from support.checkpoint_files import facts, names, small_state
+from support.file_calls import Call, watched
+from support.small import fit
 
 from savepoint.checkpoint import manifest, store
 from savepoint.checkpoint.callback import CheckpointCallback
@@ -246,7 +246,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 """
 STORE = """
-from checkpoint_files import facts, small_state
+from support.checkpoint_files import facts, small_state
 from savepoint.checkpoint.store import CheckpointStore
 
 kept = CheckpointStore(Path(sys.argv[2]) / "checkpoints")
@@ -254,7 +254,7 @@ for step in (10, 20, 30):
     print(f"saved {kept.save(small_state(), facts(step)).path.name}", flush=True)
 """
 TRAINING = """
-from small import fit
+from support.small import fit
 
 fit(Path(sys.argv[2]))
 """

@@ -1,7 +1,6 @@
 """The real programs, as processes: what they print, how they end, what they leave behind."""
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -11,36 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from small import difference, final_state, rows
-
-ROOT = Path(__file__).resolve().parents[1]
-# The digits that need no data, one thread, small enough for an epoch to take a second.
-SMALL = [
-    "--data", "configs/data/digits.yaml", "--trainer.limit_train_batches", "12", "--trainer.max_epochs", "3",
-    "--trainer.log_every_n_steps", "3", "--model.net.width", "4",
-]  # fmt: skip
-
-
-def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=170, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )  # fmt: skip
-
-
-def start(script: str, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *arguments],
-        cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-def wait_for_a_checkpoint(run_dir: Path, process: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 120
-    while not list((run_dir / "checkpoints").glob("step-*.ckpt")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.02)
+from support.programs import ROOT, run, start, wait_for_a_checkpoint
+from support.programs import TWELVE_AN_EPOCH as SMALL
+from support.small import difference, final_state, rows
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from PIL import Image
-from test_resume import begin
+from support.programs import begin
+from support.trained import Capture, best, say, trained
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from trained import Capture, best, say, trained
 
 from project.figures import draw_confusion, per_class
 from savepoint.checkpoint import store

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateMonitor,
 )
-from small import EveryPoint, SmallData, SmallModel, fit, one_thread, resume_differs
+from support.small import EveryPoint, SmallData, SmallModel, fit, one_thread, resume_differs
 
 from savepoint.checkpoint import callback as callback_module
 from savepoint.checkpoint import state as state_module

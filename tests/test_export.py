@@ -12,8 +12,8 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from support.trained import Capture, altered, best, say, trained
 from torch import Tensor
-from trained import Capture, altered, best, say, trained
 
 import project
 from savepoint import export

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import facts, small_state
+from support.checkpoint_files import facts, small_state
 
 from savepoint.checkpoint import foreign, store
 from savepoint.errors import CheckpointCorruptError, CheckpointForeignError, CheckpointNotFoundError

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_resume import SMALL, begin, go, steps
+from support.programs import FOUR_AN_EPOCH as SMALL
+from support.programs import begin, go, steps
 
 import project
 from savepoint.checkpoint import store

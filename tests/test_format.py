@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_files import facts, small_state
 from hypothesis import given, reject
 from hypothesis import strategies as st
+from support.checkpoint_files import facts, small_state
 
 from savepoint.checkpoint import format, manifest, store
 from savepoint.errors import CheckpointContentError, CheckpointCorruptError

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filesystems import Disk, command, disk, enter_private_namespace, fill
-from forked import Program, run, without_privileges
-from small import difference, final_state, rows
+from support.filesystems import Disk, command, disk, enter_private_namespace, fill
+from support.forked import Program, run, without_privileges
+from support.small import difference, final_state, rows
 
 from savepoint.checkpoint import manifest, store
 

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from checkpoint_files import facts, names, small_state
-from run_dirs import flip, latest, make_run, say, store, training_in
+from support.checkpoint_files import facts, names, small_state
+from support.run_dirs import flip, latest, make_run, say, store, training_in
 
 from savepoint.checkpoint.store import write
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import EveryPoint, SmallModel, fit, resume_differs
+from support.small import EveryPoint, SmallModel, fit, resume_differs
 
 from savepoint.checkpoint import store
 

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import facts, names, small_checkpoint, small_state
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from support.checkpoint_files import facts, names, small_checkpoint, small_state
 from torch.utils.data import DataLoader
 
-from savepoint.checkpoint import files, format, manifest, store
+from savepoint import files
+from savepoint.checkpoint import format, manifest, store
 from savepoint.checkpoint import io as plugin
 from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.store import CheckpointStore

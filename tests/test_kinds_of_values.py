@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from run_dirs import say
-from small import SmallModel, difference, final_state, fit
+from support.run_dirs import say
+from support.small import SmallModel, difference, final_state, fit
 from torch import Tensor, nn
 
 from savepoint.checkpoint import format, store

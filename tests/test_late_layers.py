@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import late_layers
 import pytest
 import torch
-from late_layers import config
-from run_dirs import say
-from small import difference
-from test_resume import begin, go
+from support import late_layers
+from support.late_layers import config
+from support.programs import begin, go
+from support.run_dirs import say
+from support.small import difference
 
 from savepoint.checkpoint import store
 from savepoint.commands.diff import comparable

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Program
-from small import rows
-from test_entry_points import run, start, wait_for_a_checkpoint
-from test_signals import ROOT, SMALL, call, handlers, latest, send_in  # noqa: F401  (handlers is a fixture)
+from support.forked import Program
+from support.programs import SIX_AN_EPOCH as SMALL
+from support.programs import call, latest, run, start, wait_for_a_checkpoint
+from support.small import rows
+from support.stopping import handlers, send_in  # noqa: F401  (handlers is a fixture)
 
 from project.model import ImageClassifier
 from savepoint.checkpoint.store import CheckpointStore

@@ -1,6 +1,5 @@
 """The logs go on after a resume, and through a full disk, as if nothing had happened."""
 
-import csv
 import errno
 import os
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.small import read
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from savepoint.logs import RunCSVLogger, RunTensorBoardLogger, last_step
@@ -39,11 +39,6 @@ class Disk:
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return [{k: v for k, v in row.items() if k != "time/secs"} for row in csv.DictReader(file)]
 
 
 def test_rows_stand_in_the_order_of_the_calls_in_full_precision(tmp_path: Path) -> None:

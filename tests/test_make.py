@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_readme import LITTLE
-from test_template import committed  # noqa: F401  (a fixture)
+from support.copies import committed  # noqa: F401  (a fixture)
+from support.programs import LITTLE
 
 from savepoint.commands import main
 
@@ -56,7 +56,7 @@ def wrap(program: Path, command: str) -> None:
     program.chmod(0o755)
 
 
-def test_each_command_of_the_table_runs_as_it_is_written_there(committed: Path) -> None:  # noqa: F811
+def test_each_command_of_the_table_runs_as_it_is_written_there(committed: Path) -> None:
     wrap(committed / ".venv/bin/python", shlex.quote(sys.executable))
     (committed / ".venv/ready").touch()
     (committed / "one.yaml").write_text(SWEEP)
@@ -88,7 +88,7 @@ def test_the_console_script_is_the_same_program() -> None:
     ["make", "drill", "ARGS=--help"],
     ["make", "bench", "ARGS=--help"],
 ], ids=lambda words: words[1])  # fmt: skip
-def test_what_takes_minutes_starts(committed: Path, words: list[str]) -> None:  # noqa: F811
+def test_what_takes_minutes_starts(committed: Path, words: list[str]) -> None:
     wrap(committed / ".venv/bin/python", shlex.quote(sys.executable))
     (committed / ".venv/ready").touch()
     environment = os.environ | {"PYTHONPATH": str(committed / "src")}

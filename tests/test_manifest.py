@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import bytes_of_tensors, facts, small_checkpoint, small_state
+from support.checkpoint_files import bytes_of_tensors, facts, small_checkpoint, small_state
 
 from savepoint.checkpoint import manifest, store
 from savepoint.errors import (

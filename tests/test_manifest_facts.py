@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from run_dirs import latest, make_run, say
+from support.run_dirs import latest, make_run, say
 
 from savepoint import choose
 from savepoint.checkpoint import io, manifest, store

@@ -8,8 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from small import SmallModel, final_state, fit, rows
-from test_logs import read
+from support.small import SmallModel, final_state, fit, read, rows
 
 from savepoint import compose
 from savepoint.checkpoint.callback import CheckpointCallback

@@ -19,9 +19,9 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from filesystems import disk, enter_private_namespace, require_tools
-from forked import Program, run, without_fsync
-from small import difference, final_state, rows, zip_rows
+from support.filesystems import disk, enter_private_namespace, require_tools
+from support.forked import Program, run, without_fsync
+from support.small import difference, final_state, rows, zip_rows
 
 from savepoint.checkpoint import manifest, store
 from savepoint.errors import CheckpointError

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trained import Capture, altered, best, say, trained
+from support.trained import Capture, altered, best, say, trained
 
 from project import predict
 from project.pictures import Pixels, read

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from checkpoint_files import facts, names, small_state
-from small import SmallModel, fit
+from support.checkpoint_files import facts, names, small_state
+from support.small import SmallModel, fit
 
-from savepoint.checkpoint import files
+from savepoint import files
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.errors import RunDirectoryError

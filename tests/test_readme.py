@@ -6,18 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_resume import as_a_new_process
+from support.programs import LITTLE, ROOT, as_a_new_process
 
 import project  # noqa: F401
 from savepoint import choose, commands, precheck, resume
 from savepoint.checkpoint import store
-
-ROOT = Path(__file__).resolve().parents[1]
-# The same commands on little data that needs no download.
-LITTLE = [
-    "--data.dataset", "digits", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1",
-    "--trainer.limit_test_batches", "1", "--trainer.log_every_n_steps", "1",
-]  # fmt: skip
 
 
 def commands_in(text: str) -> list[str]:

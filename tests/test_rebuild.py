@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.trained import altered, best, trained
 from torch import Tensor, nn
-from trained import altered, best, trained
 
 import project
 from savepoint.checkpoint import store

@@ -12,10 +12,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import chromium
 import pytest
 import torch
-from checkpoint_files import small_state
+from support import chromium
+from support.checkpoint_files import small_state
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -25,7 +25,7 @@ from savepoint.checkpoint import store
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.commands import main
-from savepoint.run import python
+from savepoint.words import python
 
 CONFIG = "model: {lr: 0.1}\ncheckpoint: {keep_last: 2, keep_best: 1, keep_every_n_epochs: null, mode: max}\n"
 HOSTILE = """<script>document.title='hacked'</script><img src=x onerror="document.title='hacked'">'"&"""
@@ -402,7 +402,7 @@ EDITED |= {"versions": [], "step": "a", "checkpoint": 3, "host": 7, "world_size"
     (write("events.out.*", os.urandom(3000)), "first finished"),
     (write("events.out.*", record(b"no event")), "The TensorBoard events cannot be read (DecodeError): there are no pictures."),
     (write("events.out.*", picture(b"<svg>")), "The picture test/confusion is no PNG, JPEG or GIF: it is left out."),
-    (write("events.out.*", picture(b"GIF8" + bytes(3_000_000))), "The picture test/confusion has 3.0 MB: it is left out."),
+    (write("events.out.*", picture(b"GIF8" + bytes(3_000_000))), "The picture test/confusion has 3.00 MB: it is left out."),
     (remove("metrics.csv", "config.yaml", "summary.json", "checkpoints", "rewound"), "There is no checkpoint."),
 ])  # fmt: skip
 def test_a_damaged_run_is_shown_with_what_is_missing(

@@ -5,18 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from small import rows
+from support.programs import FOUR_AN_EPOCH as SMALL
+from support.programs import begin, go, steps
+from support.small import rows
 
 import project
-from savepoint import choose, cli, progress, resume
+from savepoint import choose, progress, resume
 from savepoint.checkpoint import format, store
 from savepoint.errors import (
     CheckpointCorruptError,
@@ -28,12 +29,6 @@ from savepoint.errors import (
     RunLockedError,
     SavepointError,
 )
-
-SMALL = [
-    "--data", "configs/data/digits.yaml", "--trainer.limit_train_batches", "4", "--trainer.max_epochs", "3",
-    "--trainer.log_every_n_steps", "2", "--model.net.width", "4", "--checkpoint.keep_last", "9",
-    "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1", "--trainer.accelerator", "cpu",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -56,33 +51,6 @@ def at_epoch_2(run_dir: Path) -> Path:
         (run_dir / "checkpoints" / name).unlink()
     (run_dir / "summary.json").unlink()
     return run_dir
-
-
-def begin(*argv: str) -> int:
-    with as_a_new_process():
-        return resume.start(argv)
-
-
-def go(*argv: str) -> int:
-    asked = choose.request(argv)
-    assert asked is not None
-    with as_a_new_process():
-        return resume.resume(asked)
-
-
-@contextmanager
-def as_a_new_process() -> Iterator[None]:
-    """A run tells its directory and its checkpoint, through the environment, to the ranks that it starts."""
-    cli._parser.cache_clear()  # a new process knows the classes that it imports
-    try:
-        yield
-    finally:
-        for name in ("SAVEPOINT_RUN_DIR", "SAVEPOINT_CHECKPOINT"):
-            os.environ.pop(name, None)
-
-
-def steps(run_dir: Path) -> list[int]:
-    return [one.step for one in store.CheckpointStore(run_dir / "checkpoints").checkpoints()]
 
 
 class TestChoosing:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import bytes_of_tensors, facts, names, small_state
-from forked import run
-from small import difference, final_state, rows
+from support.checkpoint_files import bytes_of_tensors, facts, names, small_state
+from support.forked import run
+from support.small import difference, final_state, rows
 
 from savepoint import choose, resume, weights
 from savepoint.checkpoint import store

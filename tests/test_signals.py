@@ -7,21 +7,20 @@ call of a hook, so that it certainly falls into a step, a validation, the start 
 import hashlib
 import os
 import re
-import runpy
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Program
-from small import SmallModel, difference, final_state, fit, one_thread, rows
-from test_entry_points import wait_for_a_checkpoint
-from test_resume import as_a_new_process
+from support.forked import Program
+from support.programs import ROOT, call, latest, wait_for_a_checkpoint
+from support.programs import SIX_AN_EPOCH as SMALL
+from support.small import SmallModel, difference, final_state, fit, one_thread, rows
+from support.stopping import STOPPING, handlers, send_in  # noqa: F401  (handlers is a fixture)
 
 from project.data import ImageData
 from project.model import ImageClassifier
@@ -30,66 +29,12 @@ from savepoint.checkpoint import store
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.preemption import Preempted
 
-ROOT = Path(__file__).resolve().parents[1]
-STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-# Epochs of six steps; a validation of four batches.
-SMALL = [
-    "--data", "configs/data/digits.yaml", "--data.batch_size", "32", "--model.net.width", "4", "--trainer.accelerator", "cpu",
-    "--trainer.limit_train_batches", "6", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "2",
-    "--trainer.limit_test_batches", "2",
-]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Those of the tests' own process come back, whatever a test did to them."""
-    before = {signum: signal.getsignal(signum) for signum in (*STOPPING, signal.SIGUSR1)}
-    monkeypatch.setattr(preemption, "requests", preemption._Requests())
-    yield
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-
-
-def call(script: str, *argv: str) -> int:
-    """The exit code of a program, run in this process."""
-    with pytest.MonkeyPatch.context() as patch, as_a_new_process():
-        patch.setattr(preemption, "requests", preemption._Requests())
-        patch.setattr(sys, "argv", [str(ROOT / script), *argv])
-        for name in ("stdout", "stderr", "unraisablehook"):  # which the program wraps
-            patch.setattr(sys, name, getattr(sys, name))
-        with pytest.raises(SystemExit) as left:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-    return int(left.value.code or 0)
-
-
-def send_in(
-    patch: pytest.MonkeyPatch, owner: type, hook: str, *, nth: int, signum: int, before: Callable[[Any], Any] = id
-) -> list[Any]:
-    """This process gets `signum` at the `nth` call of a hook. Returns what `before` makes of the hook's object then."""
-    original, calls, seen = getattr(owner, hook), [], []
-
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        calls.append(hook)
-        if len(calls) == nth:
-            seen.append(before(self))
-            os.kill(os.getpid(), signum)
-        return original(self, *args, **kwargs)
-
-    patch.setattr(owner, hook, wrapped)
-    return seen
-
 
 def of_best(run_dir: Path) -> tuple[str, int, str]:
     """The bytes of best.ckpt, the file it is, and the name of that file."""
     path, best = run_dir / "checkpoints" / "best.ckpt", CheckpointStore(run_dir / "checkpoints").best()
     assert best is not None
     return hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_ino, best.path.name
-
-
-def latest(run_dir: Path) -> store.Checkpoint:
-    found = CheckpointStore(run_dir / "checkpoints").latest()
-    assert found is not None
-    return found
 
 
 # -- training and validation -----------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from small import difference, final_state, rows
-from test_ddp import TWO
-from test_entry_points import start, wait_for_a_checkpoint
-from test_signals import ROOT, SMALL, call, handlers, latest, send_in  # noqa: F401  (handlers is a fixture)
+from support.programs import ROOT, call, latest, start, wait_for_a_checkpoint
+from support.programs import SIX_AN_EPOCH as SMALL
+from support.programs import TWO_RANKS as TWO
+from support.small import difference, final_state, rows
+from support.stopping import handlers, send_in  # noqa: F401  (handlers is a fixture)
 
 from project.model import ImageClassifier
 from savepoint import choose, cli, resume, training

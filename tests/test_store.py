@@ -11,9 +11,10 @@ from typing import Any, BinaryIO
 
 import pytest
 import torch
-from checkpoint_files import facts, names, small_state
+from support.checkpoint_files import facts, names, small_state
 
-from savepoint.checkpoint import files, format, manifest, store
+from savepoint import files
+from savepoint.checkpoint import format, manifest, store
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.errors import (

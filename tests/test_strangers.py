@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_files import facts, small_state
-from forked import Program
-from test_resume import as_a_new_process
+from support.checkpoint_files import facts, small_state
+from support.forked import Program
+from support.programs import as_a_new_process
 
 from savepoint import commands, compose, entry, preemption
 from savepoint.checkpoint import manifest, store

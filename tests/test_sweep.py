@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_entry_points import ROOT
+from support.programs import ROOT
 
 from savepoint import sweep, sweep_file
 from savepoint.errors import ConfigError

@@ -17,58 +17,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from small import difference, final_state, rows
+from support.copies import call, commit, committed, files, git  # noqa: F401  (committed is a fixture)
+from support.programs import ROOT
+from support.small import difference, final_state, rows
 
-ROOT = Path(__file__).resolve().parents[1]
 NEXT = "  cd {}\n  make train\n  make test\n"
-
-
-def git(at: Path, *arguments: str) -> str:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    done = subprocess.run(["git", *arguments], cwd=at, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.rstrip("\n")
-
-
-def commit(at: Path) -> str:
-    git(at, "add", "--all")
-    git(at, "-c", "user.name=A", "-c", "user.email=a@a", "commit", "--quiet", "--message", "more")
-    return git(at, "rev-parse", "HEAD")
-
-
-def call(at: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The program of the template or the copy in `at`, as its Makefile calls it."""
-    return subprocess.run(
-        [sys.executable, "-m", "savepoint.template", *arguments],
-        cwd=at, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(at / "src")} | environment,
-    )  # fmt: skip
-
-
-def files(at: Path) -> dict[str, bytes]:
-    found = (path for path in at.rglob("*") if path.is_file() and ".git" not in path.relative_to(at).parts)
-    return {path.relative_to(at).as_posix(): path.read_bytes() for path in found if "__pycache__" not in path.parts}
 
 
 def replace(path: Path, old: str, new: str) -> None:
     assert path.read_text().count(old) == 1, f"{old!r} in {path}"
     path.write_text(path.read_text().replace(old, new))
-
-
-@pytest.fixture(scope="module")
-def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("not a git repository: which files are the template's is not known")
-    template = tmp_path_factory.mktemp("committed") / "template"
-    for name in filter(None, listed.stdout.split("\0")):
-        if (ROOT / name).is_file():
-            (template / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, template / name)
-    git(template, "init", "--quiet")
-    commit(template)
-    call(template, "--help")  # compiled once, not in each test
-    return template
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import rows
+from support.small import rows
 
 import project  # noqa: F401
 from savepoint import choose, resume

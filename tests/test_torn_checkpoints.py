@@ -12,8 +12,8 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from small import fit
-from test_signals import STOPPING, handlers  # noqa: F401  (a fixture)
+from support.small import fit
+from support.stopping import STOPPING, handlers  # noqa: F401  (handlers is a fixture)
 from torch import Tensor, nn
 
 from savepoint import preemption

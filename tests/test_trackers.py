@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_readme import LITTLE, ROOT
+from support.programs import LITTLE, ROOT
 
 from savepoint.errors import ConfigError
 from savepoint.trackers import RunMLFlowLogger, RunWandbLogger

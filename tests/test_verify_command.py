@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import facts, small_checkpoint, small_state
+from support.checkpoint_files import facts, small_checkpoint, small_state
 
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.retention import Retention

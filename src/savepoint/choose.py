@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from savepoint import compose, precheck
-from savepoint.checkpoint import files, manifest
+from savepoint import compose, files, precheck, words
+from savepoint.checkpoint import manifest
 from savepoint.errors import CheckpointForeignError, CheckpointNotFoundError, ConfigError
-from savepoint.run import Run, check_name, requeued, show
+from savepoint.job import requeued
+from savepoint.run import Run, check_name
+from savepoint.words import show
 
 USAGE = """\
 usage: python resume.py [CKPT | RUN_DIR] [--KEY VALUE]...
@@ -133,7 +135,7 @@ def _parse(argv: list[str]) -> tuple[Request | None, str | None]:
             named = equals or (argv and not argv[0].startswith("--") and not os.path.exists(argv[0]))
             asked.fork = take() if named else ""
         elif word.startswith("-"):
-            if flag.removeprefix("--").split(".")[0] not in compose.KEYS and (near := compose.nearest(flag, FLAGS)):
+            if flag.removeprefix("--").split(".")[0] not in compose.KEYS and (near := words.nearest(flag, FLAGS)):
                 raise ConfigError(f"Unknown flag: {flag}.{near}")
             asked.overrides.append(word)
             if not equals and argv and not argv[0].startswith("--"):

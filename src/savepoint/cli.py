@@ -27,7 +27,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from savepoint import compose, precheck
+from savepoint import compose, precheck, words
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.errors import ConfigError, SavepointError
 
@@ -353,16 +353,16 @@ def _unknown_key(key: str, composed: compose.Composed) -> str:
     chosen = _class_at(owner, composed)
     known = sorted(_arguments(chosen))
     hint = f" {chosen.__name__} takes {', '.join(known) or 'no arguments'}." if chosen else " See --print_config."
-    return f"Unknown key: {composed.place(key)}.{compose.nearest(name, known, prefix=f'{owner}.') or hint}"
+    return f"Unknown key: {composed.place(key)}.{words.nearest(name, known, prefix=f'{owner}.') or hint}"
 
 
 def _unknown_class(key: str, name: str, where: str, because: str = "") -> str:
     short, files = name.rpartition(".")[2], Path("configs", key)
     everywhere = {c.__name__ for c in _below(_base(key)) if not c.__name__.startswith("_")}
     near = (
-        compose.nearest(short, _own_classes(key))
-        or compose.nearest(short, [path.name for path in (compose.ROOT / files).glob("*.yaml")], prefix=f"{files}/")
-        or compose.nearest(short, everywhere)
+        words.nearest(short, _own_classes(key))
+        or words.nearest(short, [path.name for path in (compose.ROOT / files).glob("*.yaml")], prefix=f"{files}/")
+        or words.nearest(short, everywhere)
     )
     return f"No such class for {where}: {name}{because}.{near or _known_classes(key)}"
 

@@ -16,10 +16,9 @@ said about the class that stood there.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 import yaml
 
 from savepoint.errors import ConfigError
+from savepoint.words import nearest
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = ROOT / "configs" / "mnist.yaml"
@@ -133,13 +133,6 @@ def config_name(argv: Sequence[str]) -> str:
     names = [after for before, after in pairwise(argv) if before in ("-c", "--config")]
     names += [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
     return Path(names[-1] if names else DEFAULT_CONFIG).stem
-
-
-def nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """A sentence that names up to three names that are like `name`; empty where none is."""
-    by_fold = {n.lower(): n for n in sorted(set(known), reverse=True)}
-    close = [by_fold[n] for n in difflib.get_close_matches(name.lower(), by_fold, n=3, cutoff=0.6)]
-    return f" Did you mean {' or '.join(prefix + n for n in close)}?" if close else ""
 
 
 # --- the command line ---

@@ -23,7 +23,8 @@ from typing import Any, TextIO
 import savepoint
 from savepoint import preemption
 from savepoint.errors import ConfigError, SavepointError
-from savepoint.run import rank
+from savepoint.job import rank
+from savepoint.words import printable
 
 _STARTED_AS_RANK = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
 _WAIT_SECS, _FRESH_SECS = 3.0, 60.0
@@ -174,15 +175,6 @@ def require_whole_output() -> None:
         raise ConfigError(
             f"The output could not be written: {lost.strerror}. Expected room for it. Make some, and call again."
         )
-
-
-def printable(text: str) -> str:
-    """What is no printable character (in a file's name, say) escaped, so that nothing acts on a terminal."""
-    return "\n".join(line if line.isprintable() else "".join(map(_escaped, line)) for line in text.split("\n"))
-
-
-def _escaped(letter: str) -> str:
-    return letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
 
 
 def refuse_foreign_install(script: Path) -> None:

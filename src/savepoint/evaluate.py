@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from savepoint.checkpoint import files
+from savepoint import files
 from savepoint.errors import ConfigError, ConfigMismatchError
 from savepoint.rebuild import Rebuilt
 from savepoint.weights import Once, makes_layers_late, restore

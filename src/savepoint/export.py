@@ -23,7 +23,8 @@ from numpy.lib.npyio import NpzFile
 from torch import Tensor
 
 import savepoint
-from savepoint.checkpoint import canary, files
+from savepoint import files
+from savepoint.checkpoint import canary
 from savepoint.checkpoint.format import fingerprint
 from savepoint.errors import ConfigError, SavepointError
 from savepoint.overrides import plain_name, under_names_of

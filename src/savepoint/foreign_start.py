@@ -11,8 +11,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from savepoint import training
 from savepoint.checkpoint import foreign
 from savepoint.overrides import check_shapes, shapes, under_names_of
-from savepoint.run import Run, show
+from savepoint.run import Run
 from savepoint.weights import fit_names, when_made
+from savepoint.words import show
 
 
 def start(path: Path, config: Any, config_name: str) -> int:

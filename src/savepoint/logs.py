@@ -22,7 +22,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
-from savepoint.checkpoint import files
+from savepoint import files
 
 TAIL = 1 << 16
 """Bytes at the end of metrics.csv in which its last row surely begins."""
@@ -179,20 +179,13 @@ class RunCSVLogger(Logger):
                 )
                 self.rows -= lost
                 self._keep = len(kept)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", newline="") as file:
-                writer = csv.DictWriter(file, columns, lineterminator="\n", restval="")
-                writer.writeheader()
-                writer.writerows(kept)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)  # a crash before this line leaves the old file whole, after it the new one
-            files.sync_directory(
-                self.path.parent
-            )  # or a power cut could leave a checkpoint that counts rows of no file
-        finally:
-            temporary.unlink(missing_ok=True)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(kept)
+        # Synced, or a power cut could leave a checkpoint that counts rows of no file.
+        with files.rewriting(self.path) as file:
+            file.write(text.getvalue().encode())
         self._columns = columns
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import yaml
 
-from savepoint import compose
-from savepoint.checkpoint import files
+from savepoint import compose, files, words
 from savepoint.errors import ConfigError
-from savepoint.run import Run, check_name, is_empty, rank, requeued
+from savepoint.job import rank, requeued
+from savepoint.run import Run, check_name, is_empty
 
 USAGE = """\
 usage: python train.py [--config FILE]... [--KEY VALUE]...
@@ -68,12 +68,12 @@ def check_keys(composed: compose.Composed) -> None:
     """Unknown keys of the top level, of `trainer` and of `checkpoint`; a model and data that nobody chose."""
     for key in composed.config:
         if key not in compose.KEYS:
-            near = compose.nearest(str(key), compose.KEYS) or f" Expected one of {', '.join(compose.KEYS)}."
+            near = words.nearest(str(key), compose.KEYS) or f" Expected one of {', '.join(compose.KEYS)}."
             raise ConfigError(f"Unknown key in {composed.origin(str(key))}: {key}.{near}")
     for group in compose.MERGED:
         for name in composed.config.get(group, {}):
             if not _is_member(group, name):
-                near = compose.nearest(str(name), members(group) or (), prefix=f"{group}.")
+                near = words.nearest(str(name), members(group) or (), prefix=f"{group}.")
                 hint = near or f" See --{group}.help for its keys."
                 raise ConfigError(f"Unknown key in {composed.origin(f'{group}.{name}')}: {group}.{name}.{hint}")
     for key, _ in composed.flags:
@@ -106,7 +106,7 @@ def _check_arguments(composed: compose.Composed, group: str) -> None:
     for name in [*(chosen.get("init_args") or {}), *(parts[1] for parts in flags if parts[0] == group and parts[1:])]:
         if name not in known and name not in compose.CLASS_KEYS:
             hint = f" It takes {', '.join(sorted(known)) or 'no arguments'}."
-            near = compose.nearest(str(name), known, prefix=f"{group}.") or hint
+            near = words.nearest(str(name), known, prefix=f"{group}.") or hint
             raise ConfigError(f"Unknown key: {composed.place(f'{group}.{name}')}.{near}")
 
 
@@ -117,10 +117,10 @@ def _check_flag(key: str) -> None:
     if (group in compose.REPLACED and rest) or (group in compose.SCALARS and not rest):
         return
     if group in compose.MERGED and rest:
-        near = compose.nearest(rest[0], members(group) or (), prefix=f"--{group}.")
+        near = words.nearest(rest[0], members(group) or (), prefix=f"--{group}.")
         raise ConfigError(f"Unknown flag: --{key}.{near or f' See --{group}.help.'}")
     known = [*compose.SCALARS, "config", "print_config", "help", *(".".join([name, *rest]) for name in compose.GROUPS)]
-    near = compose.nearest(key, known, prefix="--")
+    near = words.nearest(key, known, prefix="--")
     raise ConfigError(f"Unknown flag: --{key}.{near or _by_last_name(key)}")
 
 

@@ -13,13 +13,15 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, Timer
 
-from savepoint import cli, compose, foreign_start, training
-from savepoint.checkpoint import files, store
+from savepoint import cli, compose, files, foreign_start, training
+from savepoint.checkpoint import store
 from savepoint.checkpoint.state import environment
 from savepoint.choose import Request
 from savepoint.errors import CheckpointNotFoundError, ConfigError, ConfigMismatchError
+from savepoint.job import rank, requeued, scheduled
 from savepoint.overrides import ApplyOverrides
-from savepoint.run import Run, default_name, plural, rank, requeued, resume_command, scheduled, show
+from savepoint.run import Run, default_name, resume_command
+from savepoint.words import megabytes, plural, show
 
 # Where the checkpoint of this start is said to ranks that the launcher starts later.
 ENVIRONMENT_KEY = "SAVEPOINT_CHECKPOINT"
@@ -281,7 +283,7 @@ def plan(request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]
 
 def _size(path: Path) -> str:
     try:
-        return f", {path.stat().st_size / 1e6:.2f} MB"
+        return f", {megabytes(path.stat().st_size)}"
     except FileNotFoundError:  # it is in memory; a run that trains on has deleted it
         return ""
 

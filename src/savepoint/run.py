@@ -6,51 +6,33 @@ summary.json   the result
 lock           held while a process trains here
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import platform
 import shlex
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import savepoint
-from savepoint.checkpoint import files
-from savepoint.errors import ConfigError, RunDirectoryError, RunExistsError, RunLockedError, SavepointError
+from savepoint import files
+from savepoint.errors import ConfigError, RunExistsError, SavepointError
+from savepoint.job import rank, scheduled
+from savepoint.lock import LockedDirectory, unwritable
+from savepoint.words import python, show
 
 # Set by rank 0 before the launcher starts the other ranks, which inherit it.
 ENVIRONMENT_KEY = "SAVEPOINT_RUN_DIR"
 
 LOST_AND_FOUND = "lost+found"
-
-# C's struct flock, and which of its fields is the kind of the lock; all others are 0 for the whole file.
-_FLOCK, _KIND = ("qqihh", 3) if sys.platform == "darwin" else ("hhqqi0q", 0)
-
-
-def rank() -> int:
-    """Of this process, as its launcher says; 0 where there is none."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or 0)
-
-
-def scheduled() -> str | None:
-    """The id of the job, where a scheduler or torchrun starts this process: the same on every rank and after a requeue."""
-    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
-
-
-def requeued() -> bool:
-    """Whether SLURM has started this very job before: the same command is to go on, not to begin again."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
 
 
 def default_name(config_name: str) -> str:
@@ -87,16 +69,13 @@ def _project() -> str:
         return ""
 
 
-class Run:
+class Run(LockedDirectory):
     """One run directory."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory.absolute()
-        self._lock: int | None = None
-        self._place: os.stat_result | None = None  # of the directory, as it was locked
+        super().__init__(directory)
         self._created = False
         self._filled = False  # it was there, and empty
-        self.took_over: str | None = None  # whoever was killed while it held the lock
 
     # -- making one --------------------------------------------------------------------------------------------------
 
@@ -115,7 +94,7 @@ class Run:
         try:
             files.make_directory(run.directory.parent)
         except OSError as error:
-            raise _unwritable(directory, error) from error
+            raise unwritable(directory, error) from error
         for attempt in range(2, 100):
             try:
                 run.directory.mkdir()
@@ -130,7 +109,7 @@ class Run:
                     raise run.taken(directory) from None
                 run = cls(directory.with_name(f"{name}-{attempt}"))  # two runs that started in the same second
             except OSError as error:
-                raise _unwritable(directory, error) from error
+                raise unwritable(directory, error) from error
         run._created = not run._filled
         run.lock()
         os.environ[ENVIRONMENT_KEY] = str(run.directory)
@@ -156,145 +135,19 @@ class Run:
             return
         os.environ.pop(ENVIRONMENT_KEY, None)
 
-    # -- the lock ----------------------------------------------------------------------------------------------------
-
-    def lock(self) -> None:
-        """Takes the lock for the life of this process, or raises RunLockedError naming the holder.
-
-        A POSIX lock: the kernel drops it when the process dies, whatever its data workers do. It is also dropped when
-        any descriptor of the file is closed in this process, so the file is opened here, once, and never again.
-        """
-        path = self.directory / "lock"
-        with contextlib.suppress(OSError):
-            if _identity(path.stat()) in _locked:
-                raise self._in_use("this very process")
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise _unwritable(self.directory, error) from error
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            holder = _holder(_said(descriptor, wait_secs=1))
-            os.close(descriptor)
-            raise self._in_use(holder) from None
-        except OSError as error:  # a file system without locks
-            os.close(descriptor)
-            raise _unwritable(path, error) from error
-        said = _said(descriptor)
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": _boot_id()}
-        try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(mine).encode(), 0)
-            for stale in self.directory.glob(".*.tmp"):  # of a process that died here; we hold the lock
-                stale.unlink(missing_ok=True)
-        except OSError as error:
-            os.close(descriptor)
-            raise _unwritable(self.directory, error) from error
-        self._lock, self._place = descriptor, self.directory.stat()
-        _locked.add(_identity(os.fstat(descriptor)))
-        if said.strip():
-            self.took_over = _holder(said)
-            print(f"Taking over the lock of {self.took_over}, which is no longer running.")
-
-    def unlock(self) -> None:
-        if self._lock is not None:
-            with contextlib.suppress(OSError):  # the lock goes all the same: only the next start says one line too many
-                os.ftruncate(self._lock, 0)  # an empty file says that nobody died here
-            _locked.discard(_identity(os.fstat(self._lock)))
-            os.close(self._lock)
-            self._lock = None
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """The lock, for a command; what is said of a holder that died goes to stderr, as its output may be JSON."""
-        with contextlib.redirect_stdout(sys.stderr):
-            self.lock()
-        try:
-            yield
-        finally:
-            self.unlock()
-
-    def check(self) -> None:
-        """Before each save: this is still the directory that was locked.
-
-        Raises:
-            RunDirectoryError: it was moved, deleted or taken over. What was saved now would be in nobody's run.
-        """
-        if self._place is None or (self._lock is not None and self._is_there("lock", os.fstat(self._lock))):
-            return
-        lost = self._lock is None or not (self.directory / "lock").exists()
-        if lost and self._is_there("", self._place):
-            self.unlock()  # somebody took a lock that is held for a stale one; where this fails, the next save asks again
-            with contextlib.suppress(RunLockedError):
-                self.lock()
-                return
-        raise RunDirectoryError(
-            f"Not the run directory that this process began in any more: {self.directory} (moved, deleted or taken over). "
-            "Expected it in its place. Move it back: until then nothing is saved."
-        )
-
-    def _is_there(self, name: str, was: os.stat_result) -> bool:
-        try:
-            return _identity((self.directory / name).stat()) == _identity(was)
-        except OSError:
-            return False
-
-    def holder(self) -> str | None:
-        """The process that trains here: `pid 5 on host`; None where none does.
-
-        The kernel is asked who holds the lock; none is taken, so a training that starts now is not disturbed.
-        """
-        try:
-            if _identity((self.directory / "lock").stat()) in _locked:
-                return "this very process"
-            descriptor = os.open(self.directory / "lock", os.O_RDONLY | os.O_CLOEXEC)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        try:
-            asked = [0] * 5
-            asked[_KIND] = fcntl.F_WRLCK
-            answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, struct.pack(_FLOCK, *asked))
-            held = struct.unpack(_FLOCK, answer)[_KIND] != fcntl.F_UNLCK
-            return _holder(_said(descriptor, wait_secs=1)) if held else None
-        finally:
-            os.close(descriptor)
-
-    def left_by(self) -> str:
-        """Whoever took the lock and did not give it back, alive or dead: `pid 5 on host`; "" where the last one did."""
-        path = self.directory / "lock"
-        try:
-            if _identity(path.stat()) in _locked:  # closing it here would drop the lock
-                return "this very process"
-            said = path.read_text(errors="replace")
-        except OSError:
-            return ""
-        return _holder(said) if said.strip() else ""
-
     def taken(self, shown: Path) -> SavepointError:
         """What to say of a directory that is there, where a new one was to be made."""
         until = time.monotonic() + 1
         while not (holder := self.holder()) and not (self.directory / "run.json").exists() and time.monotonic() < until:
             time.sleep(0.01)  # without a record it may be a moment old: its maker is about to take the lock
         if holder:
-            return self._in_use(holder)
+            return self.in_use(holder)
         go_on = resume_command(self.directory)
         if not any((shown / "checkpoints").glob("step-*.ckpt")):
             go_on = "the same command with --resume auto (it has no checkpoint yet)"
         return RunExistsError(
             f"The run name is taken: {shown}. Expected a new one. Choose another --run_name, "
             f"or continue that run: {go_on}"
-        )
-
-    def refuse_if_held(self) -> None:
-        """Before the slow imports. Whoever comes between this look and `lock` is refused there."""
-        if rank() == 0 and (holder := self.holder()):
-            raise self._in_use(holder)
-
-    def _in_use(self, holder: str) -> RunLockedError:
-        return RunLockedError(
-            f"Another process trains in this run directory: {self.directory}, held by {holder}. "
-            "Expected it free. Wait for it or stop it, or start a run of another name."
         )
 
     # -- what is recorded --------------------------------------------------------------------------------------------
@@ -344,7 +197,7 @@ class Run:
                 path, path.with_name("run.json.corrupt")
             )  # a crash after this line leaves no record, as damage did
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise unwritable(path, error) from error
         print(f"Damaged, set aside as run.json.corrupt: {path} ({damage}). A new record begins.")
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -352,85 +205,23 @@ class Run:
         try:
             (self.directory / "RESUME.txt").unlink(missing_ok=True)  # there is nothing left to continue
         except OSError as error:
-            raise _unwritable(self.directory / "RESUME.txt", error) from error
+            raise unwritable(self.directory / "RESUME.txt", error) from error
 
     def write_resume_command(self, command: str) -> None:
         self._write("RESUME.txt", command + "\n")
 
     def _write(self, name: str, text: str) -> None:
         path = self.directory / name
-        temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
         try:
-            with temporary.open("w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)  # a crash before this line leaves the old file, one after it the new one
+            with files.rewriting(path) as file:
+                file.write(text.encode())
         except OSError as error:
-            with contextlib.suppress(OSError):  # what stays is swept at the next start; the first error matters more
-                temporary.unlink()
-            raise _unwritable(path, error) from error
-
-
-def show(directory: Path) -> str:
-    """The directory as a person would type it here."""
-    with contextlib.suppress(FileNotFoundError):  # the working directory may be deleted while a run trains
-        return os.path.relpath(directory) if directory.is_relative_to(Path.cwd()) else str(directory)
-    return str(directory)
-
-
-def python() -> str:
-    """The interpreter of this process as a person would type it here: `.venv/bin/python` after a `make train`."""
-    executable = Path(sys.executable)
-    if (shown := show(executable)) != str(executable):
-        return shown
-    found = shutil.which("python")  # which may be another one
-    return "python" if found and Path(found).parent == executable.parent else str(executable)
+            raise unwritable(path, error) from error
 
 
 def resume_command(directory: Path) -> str:
     """What continues a run, to be pasted where this process was started."""
     return shlex.join([python(), show(Path(__file__).resolve().parents[2] / "resume.py"), show(directory)])
-
-
-def plural(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
-
-
-def _unwritable(path: Path, error: OSError) -> RunDirectoryError:
-    return RunDirectoryError(
-        f"Cannot write the run directory: {path} ({error.strerror}). Expected a directory that this user may write, "
-        "with room in it. Make it so, or begin a run in another one: --output_dir DIR"
-    )
-
-
-# The lock files that this process has open. A forked one inherits the list and none of the locks: hence its number.
-_locked: set[tuple[int, int, int]] = set()
-
-
-def _identity(lock: os.stat_result) -> tuple[int, int, int]:
-    return os.getpid(), lock.st_dev, lock.st_ino
-
-
-def _said(lock: int, *, wait_secs: float = 0) -> str:
-    """What stands in a lock file. Whoever has just taken it is about to write its name."""
-    until = time.monotonic() + wait_secs
-    while not (said := os.pread(lock, 4096, 0).decode(errors="replace")) and time.monotonic() < until:
-        time.sleep(0.01)
-    return said
-
-
-def _holder(text: str) -> str:
-    try:
-        holder = json.loads(text)
-        return f"pid {holder['pid']} on {holder['host']}"
-    except (ValueError, KeyError, TypeError):
-        return "a process that left no name"
-
-
-def _boot_id() -> str:
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""
 
 
 def _now() -> str:

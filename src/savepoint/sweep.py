@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from savepoint import compose, sweep_file
-from savepoint.checkpoint.files import refuse_url, replacing
 from savepoint.errors import ConfigError, RunExistsError, RunLockedError
+from savepoint.files import refuse_url, replacing
 from savepoint.preemption import Preempted
-from savepoint.run import Run, plural, show
+from savepoint.run import Run
 from savepoint.sweep_file import Sweep
+from savepoint.words import plural, show
 
 _POLL_SECS = 0.2
 _DONE = ("COMPLETE", "PRUNED")

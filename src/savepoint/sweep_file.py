@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from savepoint import compose, precheck
+from savepoint import compose, precheck, words
 from savepoint.checkpoint.retention import Mode
 from savepoint.errors import ConfigError
 
@@ -70,15 +70,15 @@ def read(path: Path) -> Sweep:
         raise ConfigError(f"Not a sweep: {path}. Expected the keys `config` and `parameters`. See configs/sweep/.")
     for name in content:
         if name not in known:
-            near = compose.nearest(str(name), known) or f" Expected one of {', '.join(known)}."
+            near = words.nearest(str(name), known) or f" Expected one of {', '.join(known)}."
             raise ConfigError(f"Unknown key in {path}: {name}.{near}")
     sweep = Sweep(**content)
     for name, kind in KINDS.items():
         if not _is(getattr(sweep, name), kind):
             _refuse(path, name, getattr(sweep, name), f"a value of type {kind.__name__}")
-    for name, words in WORDS.items():
-        if getattr(sweep, name) not in words:
-            _refuse(path, name, getattr(sweep, name), " or ".join(words))
+    for name, choices in WORDS.items():
+        if getattr(sweep, name) not in choices:
+            _refuse(path, name, getattr(sweep, name), " or ".join(choices))
     if sweep.trials < 1:
         _refuse(path, "trials", sweep.trials, "1 or more")
     if not sweep.parameters:

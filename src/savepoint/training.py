@@ -24,10 +24,12 @@ from savepoint.checkpoint.facts import Provenance
 from savepoint.checkpoint.manifest import step_in_name
 from savepoint.checkpoint.state import capture_rng, isolated_rng, restore_rng
 from savepoint.errors import RunDirectoryError
+from savepoint.job import rank
 from savepoint.logs import RunCSVLogger, RunTensorBoardLogger, last_step
 from savepoint.preemption import Preempted
 from savepoint.progress import Meter, display
-from savepoint.run import Run, plural, python, rank, resume_command, show
+from savepoint.run import Run, resume_command
+from savepoint.words import metrics, plural, python, show
 
 _CPU = torch.device("cpu")
 
@@ -258,10 +260,7 @@ def _best(training: Training) -> tuple[str | None, Mapping[str, Any] | None]:
 
 def table(training: Training, summary: Mapping[str, Any]) -> str:
     directory = show(training.run.directory)
-    rows: list[tuple[str, str]] = []
-    for name, value in summary.items():
-        if name.startswith("test/"):
-            rows.append((name.replace("/", " "), f"{100 * value:.2f} %" if "accuracy" in name else f"{value:.4f}"))
+    rows = metrics((name, value) for name, value in summary.items() if name.startswith("test/"))
     if "limit_test_batches" in summary:
         rows.append(
             ("tested on", f"a part of the test data: trainer.limit_test_batches {summary['limit_test_batches']}")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from savepoint.checkpoint import foreign
 from savepoint.errors import ConfigMismatchError
+from savepoint.job import rank
 from savepoint.overrides import check_shapes, mismatches, plain_name, shapes, shortened, under_names_of
-from savepoint.run import rank
 
 
 class Once(Callback):

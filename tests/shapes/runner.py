@@ -39,7 +39,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, Checkpoint, Timer
-from small import EveryPoint, one_thread
+from support.small import EveryPoint, one_thread
 from torch import Tensor
 
 import shapes

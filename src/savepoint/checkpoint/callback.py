@@ -23,8 +23,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from savepoint import preemption
-from savepoint.checkpoint import facts, files, format, state
+from savepoint import files, preemption
+from savepoint.checkpoint import facts, format, state
 from savepoint.checkpoint.canary import canary
 from savepoint.checkpoint.facts import Provenance
 from savepoint.checkpoint.finite import FiniteWatch
@@ -35,6 +35,7 @@ from savepoint.checkpoint.scores import Scores
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.errors import CheckpointContentError, CheckpointNotFoundError, CheckpointSaveError, ConfigError
 from savepoint.preemption import Preempted
+from savepoint.words import megabytes
 
 Point = Literal["batch", "epoch", "validation"]
 RETRY_SECS = 60.0  # after a save that failed: an interval may be hours
@@ -496,7 +497,7 @@ class CheckpointCallback(Checkpoint):
         self.store.commit()
         self.failure = None
         milliseconds = 1000 * (time.perf_counter() - started)
-        print(f"{said}saved {path.name} ({path.stat().st_size / 1e6:.2f} MB, {milliseconds:.0f} ms)", flush=True)
+        print(f"{said}saved {path.name} ({megabytes(path.stat().st_size)}, {milliseconds:.0f} ms)", flush=True)
 
     def _when(self, trainer: Trainer, at: Point) -> str:
         return f"epoch {trainer.current_epoch}: " if at == "epoch" else f"step {trainer.global_step}: "

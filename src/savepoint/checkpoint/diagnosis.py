@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from savepoint import words
 from savepoint.checkpoint import manifest
 
 _ITEM_BYTES = {
@@ -36,7 +37,7 @@ def examine(path: Path) -> Finding:
         if not head:
             return Finding("empty", False)
         if not head.strip(b"\0") and _is_zero(file):
-            return Finding(f"all zero bytes ({_human(size)}), as after a write that never reached the disk", False)
+            return Finding(f"all zero bytes ({words.size(size)}), as after a write that never reached the disk", False)
         if head.startswith(b"PK\3\4") or zipfile.is_zipfile(file):
             return _examine_zip(path, file, size)
     return _examine_other(head)
@@ -74,13 +75,13 @@ def _broken_seal(file: BinaryIO, size: int) -> str:
 def _broken_end(file: BinaryIO, size: int) -> str:
     whole = _estimated_size(file)
     if whole is None:
-        return f"truncated: {_human(size)} are there, less than its first record"
+        return f"truncated: {words.size(size)} are there, less than its first record"
     if size < 0.99 * whole:
-        return f"truncated: {100 * size / whole:.0f} % of {_human(whole)}"
+        return f"truncated: {100 * size / whole:.0f} % of {words.size(whole)}"
     file.seek(max(0, size - 4096))
     if not file.read().strip(b"\0"):
         return "its end is zero bytes, as after a write that never reached the disk"
-    return f"truncated or damaged at its end: {_human(size)} of about {_human(whole)} are there"
+    return f"truncated or damaged at its end: {words.size(size)} of about {words.size(whole)} are there"
 
 
 def _estimated_size(file: BinaryIO) -> float | None:
@@ -153,11 +154,3 @@ def _is_zero(file: BinaryIO) -> bool:
         if chunk.strip(b"\0"):
             return False
     return True
-
-
-def _human(size: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.0f} {unit}" if size >= 100 or unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1000
-    raise AssertionError

@@ -16,7 +16,8 @@ import torch
 from lightning.pytorch.plugins.io import CheckpointIO as LightningCheckpointIO
 from torch import Tensor
 
-from savepoint.checkpoint import files, format, manifest, store
+from savepoint import files
+from savepoint.checkpoint import format, manifest, store
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.errors import CheckpointForeignError, ConfigError
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from savepoint import files
 from savepoint.errors import (
     CheckpointCorruptError,
     CheckpointForeignError,
@@ -140,17 +141,13 @@ def local_path(path: Path | str) -> Path:
     """`path` as a Path; a URL is refused (a Path made of one has lost a slash, so one slash is enough)."""
     if path == "":  # of a variable that is not set; pathlib would take it for the working directory
         raise CheckpointNotFoundError("An empty path. That of a file or a directory was expected. Name one.", path)
-    if is_url(path):
+    if files.is_url(path):
         raise CheckpointNotFoundError(
             f"No checkpoint is loaded from a URL: {path}. A path on this machine was expected. "
             "Download the file first and name the copy.",
             path,
         )
     return path if isinstance(path, Path) else Path(path)
-
-
-def is_url(path: Path | str) -> bool:
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
 
 
 def corrupt(path: Path, reason: str) -> CheckpointCorruptError:

@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from savepoint.checkpoint import files, manifest, retention
+from savepoint import files
+from savepoint.checkpoint import manifest, retention
 from savepoint.checkpoint.retention import Facts, Mode, Retention
 from savepoint.errors import (
     CheckpointCorruptError,
+    CheckpointError,
     CheckpointForeignError,
     CheckpointNotFoundError,
     CheckpointSaveError,
@@ -263,7 +265,7 @@ class CheckpointStore:
         for name, target in ((LAST, listed[-1] if listed else None), (BEST, self._best(listed))):
             if target:
                 with files.saving(self.directory / name):
-                    files.point(self.directory / name, target.path)
+                    files.point(self.directory / name, target.path, _is_copy)
 
     # -- starting again ----------------------------------------------------------------------------------------------
 
@@ -416,3 +418,10 @@ def _reason(error: Exception) -> str:
     if isinstance(error, CheckpointCorruptError):
         return error.reason
     return f"cannot be read: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+
+
+def _is_copy(pointer: Path, target: Path) -> bool:
+    try:
+        return manifest.read(pointer) == manifest.read(target)
+    except (CheckpointError, OSError):
+        return False

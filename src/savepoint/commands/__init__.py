@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from savepoint import entry
+from savepoint import entry, words
 from savepoint.errors import CheckpointSaveError, ConfigError, SavepointError
 
 COMMANDS = {
@@ -93,11 +93,11 @@ def _parse(name: str, module: ModuleType, words: Sequence[str]) -> argparse.Name
 
 
 def _nearest(name: str, known: Sequence[str] | dict[str, str]) -> str:
-    from savepoint.compose import nearest  # yaml, only for a message
+    from savepoint.words import nearest  # yaml, only for a message
 
     return nearest(name, known)
 
 
 def _refuse(name: str, message: str, code: int) -> int:
-    print(entry.printable(f"savepoint {name}: {message}"), file=sys.stderr)
+    print(words.printable(f"savepoint {name}: {message}"), file=sys.stderr)
     return code

@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from savepoint import words
 from savepoint.commands import output, rundir
 from savepoint.commands.show import norm
 
@@ -139,13 +140,13 @@ def _text(found: Mapping[str, Any]) -> str:
     else:
         same = f"Different in: {', '.join(found['parts'])}"
     sections = [
-        output.table((), [("A", str(found["a"])), ("B", str(found["b"]))]),
+        words.table((), [("A", str(found["a"])), ("B", str(found["b"]))]),
         _section("fact", found["facts"]),
         _section("config", found["config"]),
         _section("metric", {name: [_metric(one) for one in pair] for name, pair in found["metrics"].items()}),
-        output.table(
+        words.table(
             ("weights", "relative change"),
-            [(one["name"], one["why"] or output.number(one["change"])) for one in found["weights"]],
+            [(one["name"], one["why"] or words.number(one["change"])) for one in found["weights"]],
         )
         if found["weights"]
         else "",
@@ -157,11 +158,11 @@ def _text(found: Mapping[str, Any]) -> str:
 
 def _section(title: str, changed: Mapping[str, list[Any]]) -> str:
     rows = [(key, _value(was), _value(now)) for key, (was, now) in changed.items()]
-    return output.table((title, "A", "B"), rows) if rows else ""
+    return words.table((title, "A", "B"), rows) if rows else ""
 
 
 def _metric(one: Mapping[str, Any] | None) -> str:
-    return "-" if one is None else f"{output.number(one['value'])} at step {one['step']}"
+    return "-" if one is None else f"{words.number(one['value'])} at step {one['step']}"
 
 
 def _value(value: Any) -> str:

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from savepoint.checkpoint import files, manifest
+from savepoint import files, words
+from savepoint.checkpoint import manifest
 from savepoint.checkpoint.store import BEST, LAST
 from savepoint.commands import output, rundir, verify
 from savepoint.commands.rundir import RunDir
@@ -20,7 +21,7 @@ from savepoint.errors import (
     CheckpointVersionError,
     ConfigError,
 )
-from savepoint.run import plural, python
+from savepoint.words import plural, python
 
 _EXPORT = "Save its weights where it was made, with torch.save(model.state_dict(), FILE), and name that file."
 # What `manifest.diagnose` calls a file of another program -> what helps.
@@ -207,9 +208,9 @@ def _pointers(run: RunDir) -> Iterator[Finding]:
 
 
 def _left_over(run: RunDir) -> Iterator[Finding]:
-    temps = [path for path in run.checkpoints.iterdir() if files.is_stale_temp(path, alone=True)]
-    if temps := [*temps, *run.path.glob(".*.tmp")]:
-        size = output.megabytes(sum(path.lstat().st_size for path in temps))
+    temps = [*files.stale_temps(run.checkpoints), *files.stale_temps(run.path)]
+    if temps:
+        size = words.megabytes(sum(path.lstat().st_size for path in temps))
         what = f"{plural(len(temps), 'file')} that a process was writing when it died, {size}."
         yield Finding(False, what, f"The next resume deletes them, or: {run.command('-m', 'savepoint', 'gc')}")
 
@@ -270,5 +271,5 @@ def _room(run: RunDir) -> Iterator[Finding]:
     size, disk = run.latest.path.stat().st_size, os.statvfs(run.checkpoints)
     free = disk.f_bavail * disk.f_frsize
     if disk.f_blocks and free < 2 * size:  # no blocks: a file system that does not say
-        what = f"Too little room: {output.megabytes(free)} free, a checkpoint takes {output.megabytes(size)}."
+        what = f"Too little room: {words.megabytes(free)} free, a checkpoint takes {words.megabytes(size)}."
         yield Finding(True, what, f"Free some space; see {run.command('-m', 'savepoint', 'gc', '--dry-run')}")

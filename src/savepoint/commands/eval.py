@@ -3,12 +3,11 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from savepoint import entry
+from savepoint import entry, words
 from savepoint.commands import best, output
 from savepoint.errors import ConfigError, RunDirectoryError
-from savepoint.run import show
+from savepoint.words import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         output.put_json(facts | {"directory": directory})
         return 0
     on = f"{facts['split']} data of {facts['dataset']}, on {facts['device']}"
-    output.put("\n".join([said, on, "", output.table((), _rows(facts["metrics"]))]))
+    output.put("\n".join([said, on, "", words.table((), words.metrics(facts["metrics"].items()))]))
     for text in texts:
         output.put(f"\n{text}")
     output.put(f"\nwritten: {show(directory.absolute())}/")
@@ -71,10 +70,3 @@ def _sorted_out(words: Sequence[str]) -> tuple[str | None, list[str]]:
         else:
             target = word
     return target, overrides
-
-
-def _rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (name.replace("/", " "), f"{100 * value:.2f} %" if "accuracy" in name else f"{value:.4f}")
-        for name, value in metrics.items()
-    ]

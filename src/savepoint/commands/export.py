@@ -8,10 +8,10 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from savepoint import entry
+from savepoint import entry, words
 from savepoint.commands import best, output
 from savepoint.errors import ConfigError
-from savepoint.run import show
+from savepoint.words import show
 
 if TYPE_CHECKING:
     from savepoint.export import Parity
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
     lines += ["weights: the averaged ones, as in the run's test"] if made.averaged else []
     lines += [_parity(parity) if parity else "parity: not checked, this checkpoint has no canary"]
     opset = f", opset {export.OPSET}" if arguments.format == "onnx" else ""
-    lines += [f"written: {show(target)} ({output.megabytes(target.stat().st_size)}{opset})"]
+    lines += [f"written: {show(target)} ({words.megabytes(target.stat().st_size)}{opset})"]
     if shape := export.describe(made).get("input"):
         lines += [f"input: {shape}, what the model's forward takes"]
     output.put("\n".join(lines))

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from savepoint.checkpoint import files, manifest
+from savepoint import files, words
+from savepoint.checkpoint import manifest
 from savepoint.checkpoint.retention import RULES, Retention
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.commands import output, rundir
 from savepoint.errors import CheckpointError, CheckpointNotFoundError, ConfigError
-from savepoint.run import Run, plural
+from savepoint.run import Run
+from savepoint.words import plural
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,14 +130,14 @@ def _damage(path: Path) -> str | None:
 
 def _text(rows: list[dict[str, Any]], retention: Retention, *, dry_run: bool) -> str:
     rules = ", ".join(f"{rule} {value}" for rule in RULES if (value := getattr(retention, rule)) is not None)
-    lines = [(row["file"], output.megabytes(row["bytes"]), _fate(row), ", ".join(row["why"])) for row in rows]
+    lines = [(row["file"], words.megabytes(row["bytes"]), _fate(row), ", ".join(row["why"])) for row in rows]
     gone = [row for row in rows if row["goes"]]
-    total = f"{plural(len(gone), 'file')}, {output.megabytes(sum(row['bytes'] for row in gone))}"
+    total = f"{plural(len(gone), 'file')}, {words.megabytes(sum(row['bytes'] for row in gone))}"
     if any(row["damage"] for row in rows):
         last = "Nothing is deleted: one that would stay does not verify, and what would go may be needed."
     else:
         last = f"Would delete {total}." if dry_run else f"Deleted {total}."
-    return "\n".join([rules, output.table(("file", "size", "", "why"), lines), last])
+    return "\n".join([rules, words.table(("file", "size", "", "why"), lines), last])
 
 
 def _fate(row: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from savepoint import words
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.store import Checkpoint
 from savepoint.commands import output, rundir
@@ -106,10 +107,10 @@ def _text(found: Mapping[str, Any]) -> str:
     if file := found.get("file"):
         lines.append(("file", f"step {file['step']}, by a process that began from {_began(file)}"))
     starts = [_start(start) for start in found["starts"]]
-    text = output.table((), lines)
+    text = words.table((), lines)
     if not starts:
         return f"{text}\n\nNo record of its starts: run.json is missing or damaged."
-    return f"{text}\n\n{output.table(('start', 'host', 'commit', 'from', 'changed', 'command'), starts)}"
+    return f"{text}\n\n{words.table(('start', 'host', 'commit', 'from', 'changed', 'command'), starts)}"
 
 
 def _began(file: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from savepoint import words
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.store import Checkpoint
 from savepoint.commands import output, rundir
@@ -64,13 +65,13 @@ def _text(directory: rundir.RunDir, rows: list[dict[str, Any]]) -> str:
     monitor = next((row["monitor"] for row in rows if row["monitor"]), "score")
     lines = [
         (
-            row["file"], output.number(row["step"]), output.number(row["epoch"]), output.number(row["score"]),
-            "-" if row["bytes"] is None else output.megabytes(row["bytes"]), output.age(row["created"]),
+            row["file"], words.number(row["step"]), words.number(row["epoch"]), words.number(row["score"]),
+            "-" if row["bytes"] is None else words.megabytes(row["bytes"]), words.age(row["created"]),
             " ".join(mark for mark in ("latest", "best") if row[mark]), _verdict(row),
         )
         for row in rows
     ]  # fmt: skip
-    return output.table(("file", "step", "epoch", monitor, "size", "age", "mark", "verified"), lines)
+    return words.table(("file", "step", "epoch", monitor, "size", "age", "mark", "verified"), lines)
 
 
 def _verdict(row: dict[str, Any]) -> str:

@@ -1,14 +1,13 @@
 """`savepoint report [RUN_DIR] [-o FILE]`: exit code 0 once the file is written, whatever the state of the run."""
 
 import argparse
-import contextlib
-import os
 from pathlib import Path
 
+from savepoint import files
 from savepoint.commands import output, rundir
 from savepoint.errors import ConfigError, RunDirectoryError
 from savepoint.report import gather, page
-from savepoint.run import show
+from savepoint.words import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,13 +42,10 @@ def _refuse_other_file(path: Path) -> None:
 
 def _write(path: Path, text: str) -> int:
     data = text.encode("utf-8", "replace")  # a file's name may hold bytes that are no text
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)  # a crash before this line leaves the report that was there
+        with files.rewriting(path) as file:
+            file.write(data)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise RunDirectoryError(
             f"Cannot write the report: {path} ({error.strerror}). Expected a file that this user may write, with room for "
             f"{len(data) / 1e3:.0f} kB. Name another one: -o FILE"

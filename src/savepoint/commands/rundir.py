@@ -11,7 +11,8 @@ from typing import Any, Literal
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.store import Checkpoint, CheckpointStore
 from savepoint.errors import CheckpointNotFoundError
-from savepoint.run import Run, python, show
+from savepoint.run import Run
+from savepoint.words import python, show
 
 State = Literal["running", "finished", "stopped", "broken"]
 

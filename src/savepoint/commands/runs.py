@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from savepoint import words
 from savepoint.checkpoint import manifest
 from savepoint.commands import output, rundir
 from savepoint.errors import CheckpointNotFoundError
@@ -74,12 +75,12 @@ def _config(one: rundir.RunDir) -> str | None:
 def _text(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         (
-            row["run"], row["config"] or "-", f"{row['monitor'] or ''} {output.number(row['best'])}".strip(),
-            _test(row["test"]), output.number(row["step"]), row["state"], output.age(row["last"]),
+            row["run"], row["config"] or "-", f"{row['monitor'] or ''} {words.number(row['best'])}".strip(),
+            _test(row["test"]), words.number(row["step"]), row["state"], words.age(row["last"]),
         )
         for row in rows
     ]  # fmt: skip
-    text = [output.table(("run", "config", "best", "test", "steps", "state", "age"), lines)]
+    text = [words.table(("run", "config", "best", "test", "steps", "state", "age"), lines)]
     text += [f"{row['run']} cannot be read: {row['reason']}" for row in rows if row["reason"]]
     text += [
         f"{row['run']}: {rundir.RunDir(row['path']).command('-m', 'savepoint', 'doctor')}"
@@ -92,5 +93,5 @@ def _text(rows: Sequence[dict[str, Any]]) -> str:
 def _test(measured: dict[str, Any]) -> str:
     """The accuracy where there is one; else the first that was measured."""
     if isinstance(accuracy := measured.get("test/accuracy"), float):
-        return f"{100 * accuracy:.2f} %"
-    return next((f"{key.removeprefix('test/')} {output.number(value)}" for key, value in measured.items()), "-")
+        return words.metric("accuracy", accuracy)
+    return next((f"{key.removeprefix('test/')} {words.number(value)}" for key, value in measured.items()), "-")

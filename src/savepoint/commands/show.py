@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from savepoint import words
 from savepoint.checkpoint import manifest
 from savepoint.commands import output, rundir
 
@@ -80,22 +81,22 @@ def norm(tensor: "Tensor") -> float:
 
 def _text(part: str, content: Any) -> str:
     if part == "facts":
-        return output.table((), [(key, _fact(value)) for key, value in content.items()])
+        return words.table((), [(key, _fact(value)) for key, value in content.items()])
     if part == "metrics":
-        rows = [(name, output.number(one["value"]), str(one["step"])) for name, one in content.items()]
-        return output.table(("metric", "value", "measured at step"), rows)
+        rows = [(name, words.number(one["value"]), str(one["step"])) for name, one in content.items()]
+        return words.table(("metric", "value", "measured at step"), rows)
     if part == "config":
         return str(content).rstrip()
     weights = [
-        (one["name"], str(tuple(one["shape"])), one["dtype"], output.number(one["norm"]), str(one["bytes"]))
+        (one["name"], str(tuple(one["shape"])), one["dtype"], words.number(one["norm"]), str(one["bytes"]))
         for one in content["weights"]
     ]
-    text = output.table(("weights", "shape", "dtype", "norm", "bytes"), weights)
+    text = words.table(("weights", "shape", "dtype", "norm", "bytes"), weights)
     others = [(one["name"], str(one["tensors"]), str(one["bytes"])) for one in content["others"]]
-    return f"{text}\n\n{output.table(('beside them', 'tensors', 'bytes'), others)}" if others else text
+    return f"{text}\n\n{words.table(('beside them', 'tensors', 'bytes'), others)}" if others else text
 
 
 def _fact(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {inner}" for key, inner in value.items())
-    return output.number(value)
+    return words.number(value)

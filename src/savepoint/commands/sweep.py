@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from savepoint import preemption, sweep
+from savepoint import preemption, sweep, words
 from savepoint.commands import output
-from savepoint.run import plural, show
+from savepoint.words import plural, show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +33,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _text(told: dict[str, Any]) -> str:
     keys = list(told["trials"][0]["parameters"])
     rows = [
-        (one["trial"], *map(sweep.short, one["parameters"].values()), output.number(one["value"]), one["state"])
+        (one["trial"], *map(sweep.short, one["parameters"].values()), words.number(one["value"]), one["state"])
         for one in told["trials"]
     ]
-    lines = [output.table(("trial", *keys, told["monitor"], "state"), rows)]
+    lines = [words.table(("trial", *keys, told["monitor"], "state"), rows)]
     best = told["trials"][0]
     if best["state"] == "complete":
         flags = " ".join(f"--{key} {sweep.short(value)}" for key, value in best["parameters"].items())
-        lines.append(f"best: {best['trial']}, {told['monitor']} {output.number(best['value'])}: {flags}")
+        lines.append(f"best: {best['trial']}, {told['monitor']} {words.number(best['value'])}: {flags}")
         lines.append(f"plot: {show(told['plot'])}")
     if told["failed"]:
         logs = f"{show(told['directory'])}/trial-*.log"

@@ -8,8 +8,8 @@ from typing import Any
 
 from savepoint.checkpoint import manifest
 from savepoint.commands import output
-from savepoint.entry import printable
 from savepoint.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from savepoint.words import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

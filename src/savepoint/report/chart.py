@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from savepoint.report import words
+from savepoint import words
 from savepoint.report.curves import Chart, Series, means, thinned
 from savepoint.report.markup import Markup, element, joined
 

@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from savepoint.run import plural
+from savepoint.words import SHARE, plural
 
 PREFIX = re.compile(r"(train|training|val|valid|validation|test)[/_](.+)")
 SUFFIX = re.compile(r"(?:_(step|epoch))?(?:/dataloader_idx_(\d+))?$")
-SHARE = re.compile(r"(?:.*[^a-z])?acc(?:uracy)?(?:[^a-z].*)?")
 NO_METRICS = ("step", "epoch", "time/secs")
 ROLES = {"train": "train", "training": "train", "test": "test"}
 POINTS, MOST_POINTS, LONG = 1000, 40_000, 300

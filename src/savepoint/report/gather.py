@@ -17,7 +17,7 @@ from savepoint.report import curves, pictures
 from savepoint.report.chart import Mark
 from savepoint.report.curves import Curves
 from savepoint.report.pictures import Picture
-from savepoint.run import plural
+from savepoint.words import plural
 
 
 class Start(NamedTuple):

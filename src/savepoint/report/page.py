@@ -8,13 +8,14 @@ from datetime import UTC, datetime
 from importlib import resources
 from typing import Any
 
-from savepoint.report import chart, record, words
+from savepoint import words
+from savepoint.report import chart, record
 from savepoint.report.chart import Mark
 from savepoint.report.curves import Chart, Series, means, thinned
 from savepoint.report.gather import Report
 from savepoint.report.markup import Markup, command, element, facts, folded, section
 from savepoint.report.pictures import Picture
-from savepoint.run import plural
+from savepoint.words import plural
 
 GENERATOR = "savepoint report"
 """By which a report is known again."""

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from savepoint import words
+
 LARGEST_BYTES, MOST = 2_000_000, 12
 KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
 
@@ -37,7 +39,7 @@ def read(directory: Path, missing: list[str]) -> Iterator[Picture]:
         data = image.encoded_image_string
         kind = next((kind for magic, kind in KINDS.items() if data.startswith(magic)), None)
         if kind is None or len(data) > LARGEST_BYTES:
-            why = f"has {len(data) / 1e6:.1f} MB" if kind else "is no PNG, JPEG or GIF"
+            why = f"has {words.megabytes(len(data))}" if kind else "is no PNG, JPEG or GIF"
             missing.append(f"The picture {tag} {why}: it is left out.")
         else:
             yield Picture(tag, int(image.step), kind, data, int(image.width), int(image.height))

@@ -4,11 +4,12 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from savepoint.report import chart, words
+from savepoint import words
+from savepoint.report import chart
 from savepoint.report.chart import Dot
 from savepoint.report.gather import File, Report, Start
 from savepoint.report.markup import Markup, command, element, facts, folded, section
-from savepoint.run import plural
+from savepoint.words import plural
 
 AT_ONCE = 12
 """Starts that are shown before those that came earlier are folded away."""
@@ -52,7 +53,7 @@ def _row(file: File, monitor: str) -> Markup:
         "step": "" if file.step is None else f"{file.step:,}",
         "epoch": "" if file.epoch is None else str(file.epoch),
         monitor: "" if file.score is None else words.metric(monitor, file.score),
-        "size": "" if file.size_bytes is None else f"{file.size_bytes / 1e6:.2f} MB",
+        "size": "" if file.size_bytes is None else words.megabytes(file.size_bytes),
     }
     return element(
         "tr",

@@ -90,9 +90,9 @@ class Split(LightningDataModule):
 
 def config(folder: Path, **model: Any) -> list[str]:
     """The flags of a run of such a model."""
-    text = "seed_everything: 1\nmodel:\n  class_path: late_layers.Late\n  init_args:\n"
+    text = "seed_everything: 1\nmodel:\n  class_path: support.late_layers.Late\n  init_args:\n"
     text += "".join(f"    {key}: {str(value).lower()}\n" for key, value in model.items()) or "    made_in: init\n"
-    text += "data: {class_path: late_layers.Split}\ncheckpoint: {monitor: val/loss, mode: min, keep_last: 9}\n"
+    text += "data: {class_path: support.late_layers.Split}\ncheckpoint: {monitor: val/loss, mode: min, keep_last: 9}\n"
     text += "trainer: {max_epochs: 2, accelerator: cpu, enable_progress_bar: false, log_every_n_steps: 1}\n"
     file = folder / "config.yaml"
     file.write_text(text)

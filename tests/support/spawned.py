@@ -1,6 +1,6 @@
 """A training by a launcher that makes its own processes, and a resume of it: see test_ddp_exact.py.
 
-python spawned.py STRATEGY DIRECTORY
+python -m support.spawned STRATEGY DIRECTORY
 """
 
 import sys
@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from small import SmallData, SmallModel
 
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.checkpoint.store import CheckpointStore
+from support.small import SmallData, SmallModel
 
 
 def fit(directory: Path, strategy: str, ckpt_path: Path | None = None) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_dirs import say
-from test_resume import SMALL, begin
 
 from savepoint.checkpoint import store
+from support.programs import FOUR_AN_EPOCH as SMALL
+from support.programs import begin
+from support.run_dirs import say
 
 Capture = pytest.CaptureFixture[str]
 __all__ = ["Capture", "altered", "best", "say", "trained"]

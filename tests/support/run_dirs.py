@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_files import facts, small_state
 
 from savepoint import commands
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import Checkpoint, CheckpointStore
 from savepoint.run import Run
+from support.checkpoint_files import facts, small_state
 
 CONFIG = "model: {class_path: Net}\ncheckpoint: {keep_last: 1, keep_best: 1, monitor: val/loss, mode: min}\n"
 

@@ -155,6 +155,11 @@ def fit(
     return trainer
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "time/secs"} for row in csv.DictReader(file)]
+
+
 def rows(directory: Path) -> list[dict[str, str]]:
     with (directory / "metrics.csv").open(newline="") as file:
         return [{k: v for k, v in row.items() if not k.startswith("time/") and v} for row in csv.DictReader(file)]

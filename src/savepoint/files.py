@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from savepoint.checkpoint import manifest
-from savepoint.errors import CheckpointError, CheckpointSaveError, ConfigError
+from savepoint.errors import CheckpointSaveError, ConfigError
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 _ADVICE: dict[int | None, str] = {
@@ -25,33 +24,47 @@ _ADVICE: dict[int | None, str] = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make that directory writable, or choose another."),
 }
 _HOST = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
-_TEMP_NAME = re.compile(r"\.(?:step-\d+|last|best)\.ckpt\.tmp-(?P<host>[^-]+)-(?P<pid>\d+)-[0-9a-f]+")
+_TEMP_NAME = re.compile(r"\..+\.tmp-(?P<host>[^-]+)-(?P<pid>\d+)-[0-9a-f]+")
 _temps_in_use: set[str] = set()  # this process's own: in a container the process before may have had the same pid
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, open for writing and reading, that is `path` once the block ends; if that fails, nothing changed."""
-    with saving(path):
-        make_directory(path.parent)
-        with _temp_for(path) as temp:
-            # 0o666 less the umask, as any file a user makes. A crash in here leaves a temp: the next sweep takes it.
-            descriptor = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            with os.fdopen(descriptor, "w+b") as file:
-                yield file
-                file.flush()
-                # Without this, a power cut after the rename can leave the new name without bytes and the old file gone.
-                os.fsync(file.fileno())
-            # A crash before this line costs the new file: the old one stands, a temp is left for the next sweep. The
-            # name changes in one step, and only ever to bytes that are on disk.
-            os.replace(temp, path)
-        # A crash before this line costs, at a power cut only, the new name: the directory shows the old file again.
-        sync_directory(path.parent)
+    """A new file, open for writing and reading, that is `path` once the block ends; if that fails, nothing changed.
+
+    Raises:
+        CheckpointSaveError: what the file system says, in words.
+    """
+    with saving(path), rewriting(path) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def rewriting(path: Path) -> Iterator[BinaryIO]:
+    """As `replacing`, for callers with words of their own: raises the OSError itself."""
+    make_directory(path.parent)
+    with _temp_for(path) as temp:
+        # 0o666 less the umask, as any file a user makes. A crash in here leaves a temp: the next sweep takes it.
+        descriptor = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with os.fdopen(descriptor, "w+b") as file:
+            yield file
+            file.flush()
+            # Without this, a power cut after the rename can leave the new name without bytes and the old file gone.
+            os.fsync(file.fileno())
+        # A crash before this line costs the new file: the old one stands, a temp is left for the next sweep. The
+        # name changes in one step, and only ever to bytes that are on disk.
+        os.replace(temp, path)
+    # A crash before this line costs, at a power cut only, the new name: the directory shows the old file again.
+    sync_directory(path.parent)
+
+
+def is_url(path: Path | str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
 
 
 def refuse_url(path: Path | str, given: str) -> None:
     """Raises ConfigError where something was to be saved at `path`, the value of `given`."""
-    if manifest.is_url(path):
+    if is_url(path):
         raise ConfigError(
             f"Nothing is saved to a URL: {given} is {path}. A directory on this machine was expected, as a save must be "
             "synced and renamed there. Give a local or a mounted one."
@@ -113,13 +126,23 @@ def is_stale_temp(path: Path, *, alone: bool) -> bool:
     return False
 
 
-def point(pointer: Path, target: Path) -> None:
-    """Make `pointer` another name of `target`, in one step: there is no moment without it."""
+def stale_temps(directory: Path) -> list[Path]:
+    """What processes that died were writing in a directory whose lock this process holds."""
+    earlier = directory.glob(".*.tmp")  # as they were named once
+    return [*earlier, *(path for path in directory.iterdir() if is_stale_temp(path, alone=True))]
+
+
+def point(pointer: Path, target: Path, is_copy: Callable[[Path, Path], bool]) -> None:
+    """Make `pointer` another name of `target`, in one step: there is no moment without it.
+
+    Args:
+        is_copy: Whether two files have the same content. Asked where a file system knows no links.
+    """
     if pointer.exists() and pointer.samefile(target):
         return
     with _temp_for(pointer) as temp:
         if not _link(target, temp):
-            if _is_copy(pointer, target):
+            if is_copy(pointer, target):
                 return
             _copy(target, temp)
         # A crash before this line costs a pointer to an earlier checkpoint, which still exists: deletions come later,
@@ -166,13 +189,6 @@ def _copy(source: Path, copy: Path) -> None:
         shutil.copyfileobj(reader, writer)
         writer.flush()
         os.fsync(writer.fileno())
-
-
-def _is_copy(pointer: Path, target: Path) -> bool:
-    try:
-        return manifest.read(pointer) == manifest.read(target)
-    except (CheckpointError, OSError):
-        return False
 
 
 def move(path: Path, target: Path) -> Path:

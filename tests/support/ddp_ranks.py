@@ -1,6 +1,6 @@
 """One rank of a DDP training on the CPU that is resumed from its safe points: see test_ddp_exact.py.
 
-python ddp_ranks.py DIRECTORY RANKS KIND EVERY      with LOCAL_RANK, MASTER_ADDR and MASTER_PORT set
+python -m support.ddp_ranks DIRECTORY RANKS KIND EVERY      with LOCAL_RANK, MASTER_ADDR and MASTER_PORT set
 
 EVERY 1 takes each safe point, 2 every second one.
 """
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from small import EveryPoint, SmallData, SmallModel, difference, final_state, fit, rows
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from savepoint.checkpoint import store
+from support.small import EveryPoint, SmallData, SmallModel, difference, final_state, fit, rows
 
 
 class Frozen(SmallModel):

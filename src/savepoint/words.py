@@ -1,0 +1,146 @@
+"""Words for people: how numbers, sizes, times, paths and tables are printed. Plain text that reads the same in a pipe."""
+
+import contextlib
+import difflib
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+_NUMBER = re.compile(r"[-+]?(\d.*|inf|nan)")
+_UNITS = (("d", 86400), ("h", 3600), ("min", 60))
+SHARE = re.compile(r"(?:.*[^a-z])?acc(?:uracy)?(?:[^a-z].*)?")
+
+
+def plural(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """A sentence that names up to three names that are like `name`; empty where none is."""
+    by_fold = {n.lower(): n for n in sorted(set(known), reverse=True)}
+    close = [by_fold[n] for n in difflib.get_close_matches(name.lower(), by_fold, n=3, cutoff=0.6)]
+    return f" Did you mean {' or '.join(prefix + n for n in close)}?" if close else ""
+
+
+def printable(text: str) -> str:
+    """What is no printable character (in a file's name, say) escaped, so that nothing acts on a terminal."""
+    return "\n".join(line if line.isprintable() else "".join(map(_escaped, line)) for line in text.split("\n"))
+
+
+def _escaped(letter: str) -> str:
+    return letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need; those of numbers to the right. Without a header where it is empty."""
+    lines = [[printable(cell).replace("\n", "\\n") for cell in row] for row in ([header, *rows] if header else rows)]
+    columns = []
+    for place, cells in enumerate(zip(*lines, strict=True)):
+        width = max(map(len, cells))
+        values = [cell for cell in cells[bool(header) :] if cell not in ("", "-")]
+        right = place > 0 and values and all(map(_NUMBER.fullmatch, values))
+        columns.append([cell.rjust(width) if right else cell.ljust(width) for cell in cells])
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+
+
+# -- paths -----------------------------------------------------------------------------------------
+
+
+def show(path: Path) -> str:
+    """The path as a person would type it here."""
+    with contextlib.suppress(FileNotFoundError):  # the working directory may be deleted while a run trains
+        return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    return str(path)
+
+
+def python() -> str:
+    """The interpreter of this process as a person would type it here: `.venv/bin/python` after a `make train`."""
+    executable = Path(sys.executable)
+    shown = show(executable)
+    if shown != str(executable):
+        return shown
+    found = shutil.which("python")  # which may be another one
+    return "python" if found and Path(found).parent == executable.parent else str(executable)
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e5 else f"{value:.3g}"
+    return "-" if value is None else str(value)
+
+
+def measured(value: float, unit: str = "") -> str:
+    if unit and math.isfinite(value):
+        return f"{value:.2f}{unit}"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:,.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+    return f"{value:.3g}"
+
+
+def metric(name: str, value: float) -> str:
+    """Of a metric: an accuracy as a percentage."""
+    is_share = SHARE.fullmatch(name.split("/")[-1]) and 0 <= value <= 1
+    return measured(100 * value, " %") if is_share else measured(value)
+
+
+def metrics(values: Iterable[tuple[str, float]]) -> list[tuple[str, str]]:
+    """Rows of a table: `test/accuracy` is "test accuracy"."""
+    return [(name.replace("/", " "), metric(name, value)) for name, value in values]
+
+
+def count(steps: float) -> str:
+    """A number of steps, as short as a tick has to be: 1,290, 40k, 2.5M."""
+    if steps < 20_000:
+        return f"{steps:,.0f}"
+    return f"{steps / 1e6:g}M" if steps >= 1e6 else f"{steps / 1e3:g}k"
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 1e6:.2f} MB"
+
+
+def size(value: float) -> str:
+    """In the unit that fits."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if value >= 100 or unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+# -- times -----------------------------------------------------------------------------------------
+
+
+def age(when: str | None) -> str:
+    """How long ago an ISO time with a zone was: "5 min"."""
+    try:
+        secs = (datetime.now(UTC) - datetime.fromisoformat(when or "")).total_seconds()
+    except (ValueError, TypeError):
+        return "-"
+    unit, length = next(((unit, length) for unit, length in _UNITS if secs >= length), ("s", 1))
+    return f"{max(0, int(secs // length))} {unit}"
+
+
+def moment(time: str) -> str:
+    """An ISO time, in UTC, to the minute; what is no time as it is."""
+    try:
+        return datetime.fromisoformat(time).astimezone(UTC).strftime("%Y-%m-%d %H:%M")
+    except (ValueError, OverflowError):
+        return time
+
+
+def duration(secs: float) -> str:
+    if secs < 60 or not math.isfinite(secs):
+        return f"{secs:.1f} s"
+    minutes, seconds = divmod(round(secs), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes} min" if hours else f"{minutes} min {seconds} s"
