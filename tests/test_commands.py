@@ -130,11 +130,11 @@ def test_without_a_path_the_newest_run_under_outputs_is_meant(
 
 
 def test_what_the_file_system_refuses_is_said_in_words(run_dir: Path, capsys: Capture) -> None:
-    (run_dir / "run.json").unlink()
-    (run_dir / "run.json").mkdir()
-    code, _, err = say(capsys, "lineage", run_dir)
+    (run_dir / "summary.json").unlink(missing_ok=True)
+    (run_dir / "summary.json").mkdir()
+    code, _, err = say(capsys, "report", run_dir)
     assert (code, len(err.splitlines())) == (2, 1)
-    assert f"No access: {run_dir / 'run.json'} (Is a directory)" in err
+    assert f"No access: {run_dir / 'summary.json'} (Is a directory)" in err
 
 
 def test_a_reader_that_goes_away_ends_a_command_silently(run_dir: Path) -> None:

@@ -51,21 +51,22 @@ def direct(module: str, *, when_loaded: bool = False) -> set[str]:
 
 
 @cache
-def reached(module: str) -> frozenset[str]:
+def reached(module: str, *, when_loaded: bool = False) -> frozenset[str]:
     """The modules of ours that are imported with a module, the packages they lie in included."""
     found, todo = set(), [module]
     while todo:
         name = todo.pop()
         parents = {name.rsplit(".", n)[0] for n in range(1, name.count(".") + 1)}
-        new = (direct(name) | parents) & set(MODULES) - found
+        new = (direct(name, when_loaded=when_loaded) | parents) & set(MODULES) - found
         found |= new
         todo += new
     return frozenset(found)
 
 
-def libraries(module: str) -> set[str]:
+def libraries(module: str, *, when_loaded: bool = False) -> set[str]:
     """Top-level names of what is not ours and not of the standard library."""
-    names = {name.split(".")[0] for m in reached(module) | {module} for name in imported(m)}
+    modules = reached(module, when_loaded=when_loaded) | {module}
+    names = {name.split(".")[0] for m in modules for name in imported(m, when_loaded=when_loaded)}
     return names - sys.stdlib_module_names - {"savepoint", "project"}
 
 
@@ -108,7 +109,7 @@ def test_what_must_start_at_once_needs_the_standard_library_only(module: str) ->
 
 @pytest.mark.parametrize("module", ["compose", "precheck"])
 def test_the_check_before_lightning_needs_yaml_only(module: str) -> None:
-    assert libraries(f"savepoint.{module}") == {"yaml"}
+    assert libraries(f"savepoint.{module}", when_loaded=True) == {"yaml"}
 
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"savepoint.cli"}))

@@ -143,7 +143,7 @@ def test_a_look_at_a_damaged_record_changes_nothing(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert run.record["starts"] == []
     assert run.record_damage()
-    assert run.made("an id") is None
+    assert run.id() is None
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 

@@ -24,9 +24,9 @@ from torch import Tensor
 from project.pictures import SIDE, SUFFIXES, Picture, Pixels, read
 from savepoint import entry, rebuild
 from savepoint.commands import Parser
-from savepoint.commands.best import file_or_best
 from savepoint.errors import CheckpointSaveError, ConfigError
 from savepoint.files import replacing
+from savepoint.find import file_or_best
 from savepoint.rebuild import Rebuilt
 from savepoint.words import plural
 

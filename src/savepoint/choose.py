@@ -1,16 +1,15 @@
 """What `python resume.py ...` was asked to do, as far as it can be told without torch: which run, which file, what flags."""
 
 import difflib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from savepoint import compose, files, precheck, words
 from savepoint.checkpoint import manifest
 from savepoint.errors import CheckpointForeignError, CheckpointNotFoundError, ConfigError
+from savepoint.find import newest_run
 from savepoint.job import requeued
 from savepoint.run import Run, check_name
 from savepoint.words import show
@@ -84,7 +83,8 @@ def request(argv: Sequence[str]) -> Request | None:
 
 def _once(asked: Request, target: str | None) -> str | None:
     """A requeued job gives the same command again: a fork that was begun goes on, and nothing is set aside twice."""
-    if asked.fork and _step_files(fork := Path(asked.output_dir) / asked.fork):
+    fork = Path(asked.output_dir) / (asked.fork or "")
+    if asked.fork and manifest.step_files(fork / "checkpoints"):
         asked.fork, asked.best = None, False
         return str(fork)
     if asked.rewind or asked.fork == "":
@@ -164,7 +164,7 @@ def _find(asked: Request, target: str) -> None:
         path = path.absolute()
         is_run = path.name != "checkpoints" or (path / "checkpoints").is_dir()  # a run may be called so
         asked.run_dir = path if is_run else path.parent
-        if not _step_files(asked.run_dir):
+        if not manifest.step_files(asked.run_dir / "checkpoints"):
             raise CheckpointNotFoundError(
                 f"No checkpoint in this directory: {show(path)}. Expected a run directory with checkpoints/step-*.ckpt in it. "
                 f"{_nearest(target, asked)}",
@@ -183,32 +183,9 @@ def _find(asked: Request, target: str) -> None:
         asked.run_dir = parent.parent
 
 
-def newest_run(output_dir: Path) -> Path:
-    """The run that was started or resumed last, by what its run.json says."""
-    found = [(_last_start(path.parent), path.parent) for path in sorted(output_dir.glob("*/run.json"))]
-    runs = [(when, run_dir) for when, run_dir in found if _step_files(run_dir)]
-    if not runs:
-        raise CheckpointNotFoundError(
-            f"No run with a checkpoint under: {output_dir}. Expected one to continue. Start one: python train.py",
-            output_dir,
-        )
-    return max(runs)[1]
-
-
-def _last_start(run_dir: Path) -> str:
-    try:
-        record: dict[str, Any] = json.loads((run_dir / "run.json").read_text())
-        return str([record["created"], *(start["time"] for start in record["starts"])][-1])
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
-        return ""
-
-
-def _step_files(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / "checkpoints").glob("step-*.ckpt"))
-
-
 def _nearest(target: str, asked: Request) -> str:
     known = {show(path.absolute()): path for path in Path(asked.output_dir).glob("*/checkpoints/*.ckpt")}
-    known |= {show(path.absolute()): path for path in Path(asked.output_dir).glob("*") if _step_files(path)}
+    runs = Path(asked.output_dir).glob("*")
+    known |= {show(path.absolute()): path for path in runs if manifest.step_files(path / "checkpoints")}
     near = difflib.get_close_matches(target, known, n=3, cutoff=0.4)
     return f"Nearest: {', '.join(near)}." if near else "Runs are found by: ls outputs"

@@ -1,7 +1,6 @@
 """Continue a run: choose a checkpoint, compare configs, print the plan, go on."""
 
 import difflib
-import json
 import os
 import shutil
 import time
@@ -15,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint, Timer
 
 from savepoint import cli, compose, files, foreign_start, training
 from savepoint.checkpoint import store
+from savepoint.checkpoint.manifest import step_files
 from savepoint.checkpoint.state import environment
 from savepoint.choose import Request
 from savepoint.errors import CheckpointNotFoundError, ConfigError, ConfigMismatchError
@@ -54,7 +54,7 @@ def start(argv: Sequence[str]) -> int:
     if mode == "never":
         return training.train(config, argv)
     run_dir = Path(config.output_dir) / (config.run_name or _name_of_job(argv, config, mode))
-    if any((run_dir / "checkpoints").glob("step-*.ckpt")):
+    if step_files(run_dir / "checkpoints"):
         return _continue(Request(run_dir=run_dir), config)
     if damaged := sorted((run_dir / "checkpoints").glob("*.corrupt")):
         # Starting over would throw the log away, in a requeue loop without anybody noticing.
@@ -326,7 +326,7 @@ def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, An
         run = Run(request.run_dir)
         if run.record_damage():
             notes.append("run.json is damaged: it is set aside once the training begins, and a new record is begun")
-        if run.made(manifest.get("run_id")) is False:
+        if run.id() not in (None, manifest.get("run_id")):
             notes.append("this checkpoint was made by another run: somebody put it here")
     if "world_size" in request.allow:
         notes.append(
@@ -394,7 +394,7 @@ def _complete(run: Run, source: Source, config: Any) -> int:
     if rank() == 0:
         store.CheckpointStore(run.directory / "checkpoints").mend()
     reached = (source.manifest["step"], source.manifest["epoch"])
-    if _summarised(run) == reached[0]:
+    if run.summary().get("steps") == reached[0]:
         return 0
     begin = training.Start(checkpoint=source.path, keep_rows=source.state.get("logged_rows") or 0)
     made = training.build(config, run, begin)
@@ -403,15 +403,6 @@ def _complete(run: Run, source: Source, config: Any) -> int:
     for part in (made.checkpointing, made.meter):
         part.load_state_dict(source.state["callbacks"][part.state_key])
     return training.execute(made, trained=reached)
-
-
-def _summarised(run: Run) -> int | None:
-    """The step that summary.json speaks of."""
-    try:
-        found: int = json.loads((run.directory / "summary.json").read_text())["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found
 
 
 def _new_run(request: Request, source: Source) -> Run:
@@ -424,13 +415,11 @@ def _new_run(request: Request, source: Source) -> Run:
 
 def _is_begun(fork: Path, source: Source) -> bool:
     """Whether this very fork was begun and killed before its first save: then the same command begins it again."""
-    if any((fork / "checkpoints").glob("step-*.ckpt")):
+    starts = Run(fork).starts()
+    if step_files(fork / "checkpoints") or not starts:
         return False
-    try:
-        record = json.loads((fork / "run.json").read_text())
-        return bool(record["starts"][-1]["parent"]["id"] == source.state["run"]["id"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return False
+    parent = starts[-1].get("parent")
+    return isinstance(parent, dict) and parent.get("id") == source.state["run"]["id"]
 
 
 class _Rewind(Checkpoint):

@@ -8,22 +8,17 @@ lock           held while a process trains here
 
 import json
 import os
-import platform
 import shlex
 import shutil
-import socket
-import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
+from collections.abc import Mapping
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import savepoint
-from savepoint import files
+from savepoint import files, record
+from savepoint.checkpoint.store import Checkpoint, CheckpointStore
 from savepoint.errors import ConfigError, RunExistsError, SavepointError
 from savepoint.job import rank, scheduled
 from savepoint.lock import LockedDirectory, unwritable
@@ -67,6 +62,9 @@ def _project() -> str:
         return f"{json.loads((Path(__file__).parents[2] / '.template.json').read_text())['name']}-"
     except (OSError, ValueError, KeyError, TypeError):
         return ""
+
+
+State = Literal["running", "finished", "stopped", "broken"]
 
 
 class Run(LockedDirectory):
@@ -150,55 +148,109 @@ class Run(LockedDirectory):
             f"or continue that run: {go_on}"
         )
 
-    # -- what is recorded --------------------------------------------------------------------------------------------
+    # -- looking: nothing in it is created, renamed or opened for writing ----------------------------
+
+    @cached_property
+    def checkpoints(self) -> Path:
+        """A directory that holds checkpoints and no run has no record; it is looked at as well."""
+        below = self.directory / "checkpoints"
+        return below if os.path.isdir(below) or (self.directory / record.NAME).exists() else self.directory
+
+    @cached_property
+    def store(self) -> CheckpointStore:
+        return CheckpointStore(self.checkpoints)
+
+    @property
+    def shown(self) -> str:
+        return show(self.directory)
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    def is_begun(self) -> bool:
+        names = (record.NAME, f"{record.NAME}.corrupt", "checkpoints", "lock")
+        return any(os.path.exists(self.directory / name) for name in names)
+
+    def is_readable(self) -> bool:
+        return os.access(self.directory, os.R_OK | os.X_OK)
+
+    @cached_property
+    def latest(self) -> Checkpoint | None:
+        """As it was when it was first asked for: for those who look."""
+        return self.store.latest()
+
+    def corrupt(self) -> list[Path]:
+        """The checkpoints that were set aside, by name."""
+        return sorted(self.checkpoints.glob("*.corrupt"))
+
+    def state(self) -> State:
+        if self.holder():
+            return "running"
+        if self.latest is None:
+            return "broken"
+        return "finished" if self.latest.manifest.get("ended") and self.is_summarised() else "stopped"
+
+    def command(self, *words: str) -> str:
+        """`python WORDS`, the last of them this directory."""
+        return shlex.join([python(), *words, self.shown])
+
+    # -- what is recorded ----------------------------------------------------------------------------
 
     @property
     def record(self) -> dict[str, Any]:
         """run.json; a fresh one where there is none, or one that is damaged."""
-        new = {"id": uuid.uuid4().hex, "name": self.directory.name, "created": _now(), "starts": []}
-        return self._read_record()[0] or new
+        return record.read(self.directory)[0] or record.new(self.name)
 
     def record_damage(self) -> str:
         """What is wrong with run.json; "" where it is whole, or not there."""
-        return self._read_record()[1]
+        return record.read(self.directory)[1]
 
-    def made(self, run_id: str | None) -> bool | None:
-        """Whether a checkpoint that names this id is of this run; None where no record says so."""
-        found = self._read_record()[0]
-        return None if found is None else bool(found["id"] == run_id)
+    def id(self) -> str | None:
+        """None where no record says it."""
+        found = record.read(self.directory)[0]
+        return found["id"] if found else None
 
-    def _read_record(self) -> tuple[dict[str, Any] | None, str]:
-        try:
-            found = json.loads((self.directory / "run.json").read_text())
-            if not isinstance(found, dict) or not {"id", "name", "created", "starts"} <= found.keys():
-                raise ValueError("not a record of a run")
-            if not isinstance(found["starts"], list):
-                raise ValueError("its starts are no list")
-        except FileNotFoundError:
-            return None, ""
-        except (ValueError, RecursionError, IsADirectoryError) as error:
-            return None, str(error)
-        return found, ""
+    def starts(self) -> list[dict[str, Any]]:
+        return record.starts(record.read(self.directory)[0])
 
-    def record_start(self, record: Mapping[str, Any], config: str, **facts: Any) -> None:
-        """Adds an entry to `record` and writes it, with the config of this start. For the holder of the lock."""
+    def last_start(self) -> str:
+        """When it was started or resumed last, as an ISO time; "" where no record says it."""
+        found = record.read(self.directory)[0]
+        if found is None:
+            return ""
+        return str([found["created"], *(start["time"] for start in record.starts(found))][-1])
+
+    def record_start(self, before: Mapping[str, Any], config: str, **facts: Any) -> None:
+        """Adds an entry to the record and writes it, with the config of this start. For the holder of the lock."""
         self._created = self._filled = False  # from here on it is never removed, whatever becomes of its files
         if damage := self.record_damage():  # the checkpoints hold all that a resume needs
             self._set_record_aside(damage)
-        entry = {"time": _now(), "argv": sys.argv, "git": _git(), "versions": _versions(), "host": socket.gethostname()}
-        entry |= {"hardware": f"{platform.machine()}, {os.cpu_count()} cores"} | facts
-        self._write("run.json", json.dumps({**record, "starts": [*record["starts"], entry]}, indent=2) + "\n")
+        self._write(record.NAME, json.dumps(record.with_start(before, **facts), indent=2) + "\n")
         self._write("config.yaml", config)
 
     def _set_record_aside(self, damage: str) -> None:
-        path = self.directory / "run.json"
+        path = self.directory / record.NAME
         try:
-            os.replace(
-                path, path.with_name("run.json.corrupt")
-            )  # a crash after this line leaves no record, as damage did
+            os.replace(path, path.with_name(f"{record.NAME}.corrupt"))  # a crash here leaves no record, as damage did
         except OSError as error:
             raise unwritable(path, error) from error
-        print(f"Damaged, set aside as run.json.corrupt: {path} ({damage}). A new record begins.")
+        print(f"Damaged, set aside as {record.NAME}.corrupt: {path} ({damage}). A new record begins.")
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json; nothing where it is missing or damaged."""
+        try:
+            found = json.loads((self.directory / "summary.json").read_text())
+        except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def is_summarised(self) -> bool:
+        """Whether summary.json speaks of the newest checkpoint, not of an earlier end of this run."""
+        return self.latest is not None and self.summary().get("steps") == self.latest.step
+
+    def is_summary_damaged(self) -> bool:
+        return (self.directory / "summary.json").exists() and not isinstance(self.summary().get("steps"), int)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
@@ -222,31 +274,3 @@ class Run(LockedDirectory):
 def resume_command(directory: Path) -> str:
     """What continues a run, to be pasted where this process was started."""
     return shlex.join([python(), show(Path(__file__).resolve().parents[2] / "resume.py"), show(directory)])
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _git() -> dict[str, Any] | None:
-    def ask(*arguments: Sequence[str] | str) -> str | None:
-        here = Path(__file__).parent
-        try:
-            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)  # type: ignore[list-item]
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = ask("rev-parse", "HEAD")
-    return None if commit is None else {"commit": commit, "dirty": bool(ask("status", "--porcelain"))}
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "torchvision", "lightning", "torchmetrics", "numpy")
-    found = {"python": platform.python_version(), "savepoint": savepoint.__version__}
-    for distribution in names:
-        try:
-            found[distribution] = metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

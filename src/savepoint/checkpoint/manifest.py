@@ -62,6 +62,9 @@ def step_entries(directory: Path) -> list[os.DirEntry[str]]:
 
 
 def step_files(directory: Path) -> list[Path]:
+    """The same, as paths; nothing where there is no directory."""
+    if not directory.is_dir():
+        return []
     return [directory / entry.name for entry in step_entries(directory)]
 
 

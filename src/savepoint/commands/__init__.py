@@ -64,7 +64,7 @@ def usage() -> str:
 
 def _execute(name: str, *words: str) -> int:
     module = importlib.import_module(f"savepoint.commands.{name}")
-    code: int = module.run(_parse(name, module, words))
+    code: int = module.main(_parse(name, module, words))
     return code
 
 

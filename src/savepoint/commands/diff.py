@@ -8,8 +8,8 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from savepoint import words
-from savepoint.commands import output, rundir
+from savepoint import find, words
+from savepoint.commands import output
 from savepoint.commands.show import norm
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, metavar=f"{name.upper()}", help="a checkpoint, or a run directory: its newest one")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    paths = [rundir.file_or_latest(arguments.a), rundir.file_or_latest(arguments.b)]
+def main(arguments: argparse.Namespace) -> int:
+    paths = [find.file_or_latest(arguments.a), find.file_or_latest(arguments.b)]
     from savepoint.checkpoint import store  # and with its load, torch
 
     (state, facts), (other_state, other_facts) = map(store.load, paths)

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from savepoint import files, words
+from savepoint import files, find, words
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.store import BEST, LAST
-from savepoint.commands import output, rundir, verify
-from savepoint.commands.rundir import RunDir
+from savepoint.commands import output, verify
 from savepoint.errors import (
     CheckpointError,
     CheckpointForeignError,
@@ -21,6 +20,7 @@ from savepoint.errors import (
     CheckpointVersionError,
     ConfigError,
 )
+from savepoint.run import Run
 from savepoint.words import plural, python
 
 _EXPORT = "Save its weights where it was made, with torch.save(model.state_dict(), FILE), and name that file."
@@ -54,14 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="FILE|RUN_DIR", nargs="?", help="default: the newest run under outputs/")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     given = arguments.path and manifest.local_path(arguments.path)
     if given and not given.is_dir():
         if not given.exists():
-            raise rundir.missing(given, "a checkpoint or a run directory")
+            raise find.missing(given, "a checkpoint or a run directory")
         title, findings = str(given), list(_file(given))
     else:
-        examined = rundir.find(arguments.path)
+        examined = find.run(arguments.path)
         title, findings = f"{examined.shown}: {_state(examined)}", list(_run(examined))
     wrong = [finding for finding in findings if finding.wrong]
     if arguments.json:
@@ -88,7 +88,7 @@ def _file(path: Path) -> Iterator[Finding]:
         yield Finding(True, f"It cannot be read: {error.strerror}.", f"Permit it: {_quoted('chmod', 'u+r', path)}")
     else:
         what = f"It verifies: step {facts['step']}, epoch {facts.get('epoch')}, every byte as it was written."
-        run = rundir.run_of(path)
+        run = find.run_of(path)
         older = run is not None and run.latest is not None and run.latest.step > facts["step"]
         command = _quoted(python(), "resume.py", path)
         yield Finding(
@@ -108,7 +108,7 @@ def _advice(path: Path) -> str:
         return "Use the version of this project that wrote it."
     except (CheckpointError, OSError):
         pass
-    run = rundir.run_of(path)
+    run = find.run_of(path)
     if run is None:
         return "Copy it again from where it came from; here it cannot be mended."
     if whole := run.store.newest_whole():
@@ -132,12 +132,12 @@ def _quoted(*words: str | Path) -> str:
 # -- a run -----------------------------------------------------------------------------------------------------------
 
 
-def _state(run: RunDir) -> str:
+def _state(run: Run) -> str:
     where = f" at step {run.latest.step}, epoch {run.latest.epoch}" if run.latest else ""
     return f"{run.state()}{where}"
 
 
-def _run(run: RunDir) -> Iterator[Finding]:
+def _run(run: Run) -> Iterator[Finding]:
     yield from _process(run)
     yield from _checkpoints(run)
     yield from _records(run)
@@ -148,7 +148,7 @@ def _run(run: RunDir) -> Iterator[Finding]:
         yield from _room(run)
 
 
-def _process(run: RunDir) -> Iterator[Finding]:
+def _process(run: Run) -> Iterator[Finding]:
     go_on = f"Go on: {run.command('resume.py')}"
     state = run.state()
     if holder := run.holder():
@@ -158,13 +158,13 @@ def _process(run: RunDir) -> Iterator[Finding]:
     elif state == "stopped":
         ended = run.latest is not None and run.latest.manifest.get("ended")
         yield Finding(False, "Its training ended, the test was not made." if ended else "It was stopped.", go_on)
-    for directory in (run.path, run.checkpoints):
+    for directory in (run.directory, run.checkpoints):
         if not os.access(directory, os.W_OK):
             what = f"This user cannot write in {directory}: it cannot go on here."
             yield Finding(True, what, _quoted("chmod", "u+w", directory))
 
 
-def _checkpoints(run: RunDir) -> Iterator[Finding]:
+def _checkpoints(run: Run) -> Iterator[Finding]:
     for one in run.store.checkpoints():
         if reason := _damage(one.path):
             yield Finding(True, f"{one.path.name} does not verify: {reason}.", _advice(one.path))
@@ -177,7 +177,7 @@ def _checkpoints(run: RunDir) -> Iterator[Finding]:
         yield Finding(True, "It has no checkpoint that verifies.", _start_again(run))
 
 
-def _start_again(run: RunDir) -> str:
+def _start_again(run: Run) -> str:
     """The command that began the run: under its own name where no checkpoint was ever made, else under another."""
     argv: list[str] = next((start["argv"] for start in run.starts()), [])
     if not argv:
@@ -190,7 +190,7 @@ def _start_again(run: RunDir) -> str:
     return f"Start it again: {shlex.join([*words, '--run_name', run.name, '--resume', 'auto'])}"
 
 
-def _pointers(run: RunDir) -> Iterator[Finding]:
+def _pointers(run: Run) -> Iterator[Finding]:
     for name, target in ((LAST, run.latest), (BEST, run.store.best())):
         if target is None:
             continue
@@ -207,27 +207,27 @@ def _pointers(run: RunDir) -> Iterator[Finding]:
             yield Finding(True, what, f"Point it there: {run.command('-m', 'savepoint', 'gc')}")
 
 
-def _left_over(run: RunDir) -> Iterator[Finding]:
-    temps = [*files.stale_temps(run.checkpoints), *files.stale_temps(run.path)]
+def _left_over(run: Run) -> Iterator[Finding]:
+    temps = [*files.stale_temps(run.checkpoints), *files.stale_temps(run.directory)]
     if temps:
         size = words.megabytes(sum(path.lstat().st_size for path in temps))
         what = f"{plural(len(temps), 'file')} that a process was writing when it died, {size}."
         yield Finding(False, what, f"The next resume deletes them, or: {run.command('-m', 'savepoint', 'gc')}")
 
 
-def _records(run: RunDir) -> Iterator[Finding]:
+def _records(run: Run) -> Iterator[Finding]:
     if not run.starts():
         do = "Nothing to do: the next resume begins a new one; the checkpoints hold all that it needs."
         yield Finding(True, f"run.json is {_lack(run, 'run.json')}: the record of the starts is lost.", do)
     if run.is_summary_damaged():
         yield Finding(True, "summary.json is damaged.", f"Write it again: {run.command('resume.py')}")
-    if not _reads_as_config(run.path / "config.yaml"):
-        do = f"{run.command('-m', 'savepoint', 'show', '--only', 'config')} > {_quoted(run.path / 'config.yaml')}"
+    if not _reads_as_config(run.directory / "config.yaml"):
+        do = f"{run.command('-m', 'savepoint', 'show', '--only', 'config')} > {_quoted(run.directory / 'config.yaml')}"
         yield Finding(True, f"config.yaml is {_lack(run, 'config.yaml')}.", do if run.latest else "")
 
 
-def _lack(run: RunDir, name: str) -> str:
-    return "damaged" if (run.path / name).exists() else "missing"
+def _lack(run: Run, name: str) -> str:
+    return "damaged" if (run.directory / name).exists() else "missing"
 
 
 def _reads_as_config(path: Path) -> bool:
@@ -238,7 +238,7 @@ def _reads_as_config(path: Path) -> bool:
     return False
 
 
-def _newest(run: RunDir) -> Iterator[Finding]:
+def _newest(run: Run) -> Iterator[Finding]:
     """What stands inside the newest checkpoint, and so needs torch."""
     if run.latest is None or _damage(run.latest.path):
         return
@@ -249,7 +249,7 @@ def _newest(run: RunDir) -> Iterator[Finding]:
         where = f"{plural(len(bad), 'tensor')}: {', '.join(bad[:3])}"
         what = f"{run.latest.path.name} holds numbers that are not finite, in {where}."
         yield Finding(True, what, f"Choose an older one, with --rewind: {run.command('-m', 'savepoint', 'ls')}")
-    counted, rows = state.get("logged_rows") or 0, _rows(run.path / "metrics.csv")
+    counted, rows = state.get("logged_rows") or 0, _rows(run.directory / "metrics.csv")
     if rows < counted:
         what = f"metrics.csv has {rows} of the {counted} rows that {run.latest.path.name} counts: the others are lost."
         yield Finding(
@@ -265,7 +265,7 @@ def _rows(path: Path) -> int:
         return 0
 
 
-def _room(run: RunDir) -> Iterator[Finding]:
+def _room(run: Run) -> Iterator[Finding]:
     if run.latest is None:
         return
     size, disk = run.latest.path.stat().st_size, os.statvfs(run.checkpoints)

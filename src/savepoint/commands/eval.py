@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from savepoint import entry, words
-from savepoint.commands import best, output
+from savepoint import entry, find, words
+from savepoint.commands import output
 from savepoint.errors import ConfigError, RunDirectoryError
 from savepoint.words import show
 
@@ -25,16 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(words=[])
 
 
-def run(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     target, overrides = _sorted_out(arguments.words)
-    path, said = best.file_or_best(target)
+    path, said = find.file_or_best(target)
 
     with entry.importing():
         from savepoint import evaluate, rebuild
 
     made = rebuild.rebuild(path, overrides, allow=arguments.allow)
     name = f"eval-{made.manifest['step']:08d}" if path.parent.name == "checkpoints" else f"eval-{path.stem}"
-    directory = arguments.directory or best.beside(path, name if arguments.split == "test" else f"{name}-val")
+    directory = arguments.directory or find.beside(path, name if arguments.split == "test" else f"{name}-val")
     try:
         facts, texts = evaluate.evaluate(made, arguments.split, directory, overrides=overrides, allow=arguments.allow)
     except OSError as error:

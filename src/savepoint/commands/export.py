@@ -8,8 +8,8 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from savepoint import entry, words
-from savepoint.commands import best, output
+from savepoint import entry, find, words
+from savepoint.commands import output
 from savepoint.errors import ConfigError
 from savepoint.words import show
 
@@ -32,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow", choices=["canary"], default="", help="go on though the model's code has changed")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    path, said = best.file_or_best(arguments.ckpt)
-    target: Path = arguments.file or best.beside(path, path.stem + SUFFIXES[arguments.format])
+def main(arguments: argparse.Namespace) -> int:
+    path, said = find.file_or_best(arguments.ckpt)
+    target: Path = arguments.file or find.beside(path, path.stem + SUFFIXES[arguments.format])
     _check(target, arguments.format, force=arguments.force)
 
     with entry.importing():

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from savepoint import files, words
+from savepoint import files, find, words
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.retention import RULES, Retention
 from savepoint.checkpoint.store import CheckpointStore
-from savepoint.commands import output, rundir
+from savepoint.commands import output
 from savepoint.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from savepoint.run import Run
 from savepoint.words import plural
@@ -27,42 +27,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{rule}", type=int, metavar="N", help="instead of the value in the run's config")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    directory = rundir.find(arguments.run_dir)
-    if directory.checkpoints == directory.path:
-        raise ConfigError(f"No run: {directory.path}. Expected a run directory with checkpoints/ in it. Name that one.")
-    config = _checkpoint_group(directory)
+def main(arguments: argparse.Namespace) -> int:
+    run = find.run(arguments.run_dir)
+    if run.checkpoints == run.directory:
+        raise ConfigError(f"No run: {run.directory}. Expected a run directory with checkpoints/ in it. Name that one.")
+    config = _checkpoint_group(run)
     numbers: dict[str, Any] = {rule: config.get(rule) for rule in RULES}
     numbers |= {rule: value for rule in RULES if (value := getattr(arguments, rule)) is not None}
     retention = Retention(**numbers)
-    store = CheckpointStore(
-        directory.checkpoints, retention=retention, monitor=config.get("monitor"), mode=config["mode"]
-    )
-    with contextlib.nullcontext() if arguments.dry_run else Run(directory.path).locked():
+    store = CheckpointStore(run.checkpoints, retention=retention, monitor=config.get("monitor"), mode=config["mode"])
+    with contextlib.nullcontext() if arguments.dry_run else run.locked():
         rows = _plan(store)
         damaged = [row for row in rows if row["damage"]]
         if not damaged and not arguments.dry_run:
             store.commit()
             store.sweep(alone=True)
     if arguments.json:
-        output.put_json({"run_dir": directory.path, "dry_run": arguments.dry_run, "files": rows})
+        output.put_json({"run_dir": run.directory, "dry_run": arguments.dry_run, "files": rows})
     else:
         output.put(_text(rows, retention, dry_run=arguments.dry_run))
     return 1 if damaged else 0
 
 
-def _checkpoint_group(directory: rundir.RunDir) -> Mapping[str, Any]:
+def _checkpoint_group(run: Run) -> Mapping[str, Any]:
     """`checkpoint` of the run's config: of its last start, else of its newest checkpoint."""
     from savepoint.compose import parse_yaml
 
-    for text in _configs(directory):
+    for text in _configs(run):
         with contextlib.suppress(ConfigError):
             config = parse_yaml(text, "the config")
             group: Any = config.get("checkpoint") if isinstance(config, dict) else None
             if _is_sound(group):
                 return dict(group)
     raise ConfigError(
-        f"No config that says what to keep: {directory.shown}. Expected config.yaml, or a checkpoint that holds one. "
+        f"No config that says what to keep: {run.shown}. Expected config.yaml, or a checkpoint that holds one. "
         "Put config.yaml back."
     )
 
@@ -75,13 +73,13 @@ def _is_sound(group: Any) -> bool:
     return numbers and all(isinstance(group.get(rule), int | None) for rule in RULES)
 
 
-def _configs(directory: rundir.RunDir) -> Iterator[str]:
+def _configs(run: Run) -> Iterator[str]:
     with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
-        yield (directory.path / "config.yaml").read_text()
-    if directory.latest is not None:
+        yield (run.directory / "config.yaml").read_text()
+    if run.latest is not None:
         from savepoint.checkpoint import store  # and with its load, torch
 
-        yield store.load(directory.latest.path)[0].get("config") or ""
+        yield store.load(run.latest.path)[0].get("config") or ""
 
 
 def _plan(store: CheckpointStore) -> list[dict[str, Any]]:
@@ -114,7 +112,7 @@ def _plan(store: CheckpointStore) -> list[dict[str, Any]]:
 
 
 def _row(path: Path, step: int | None = None, *, goes: bool = False, why: list[str] | None = None) -> dict[str, Any]:
-    size = rundir.size(path) or 0
+    size = find.size(path) or 0
     return {"file": path.name, "step": step, "bytes": size, "goes": goes, "why": why or [], "damage": None}
 
 

@@ -9,17 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from savepoint import words
+from savepoint import find, words
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.store import Checkpoint
-from savepoint.commands import output, rundir
-from savepoint.commands.rundir import RunDir
+from savepoint.commands import output
+from savepoint.run import Run
 
 
 class Place(NamedTuple):
     """A checkpoint and the run directory it lies in."""
 
-    run: RunDir
+    run: Run
     checkpoint: Checkpoint
 
 
@@ -27,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="RUN_DIR|FILE", nargs="?", help="default: the newest run under outputs/")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     run, file = _target(arguments.path)
     family = [Place(one, checkpoint) for one in _family(run) for checkpoint in one.store.checkpoints()]
     found: dict[str, Any] = {
-        "run": run.name, "path": run.path, "id": run.facts("run.json").get("id"),
+        "run": run.name, "path": run.directory, "id": run.id(),
         "ancestors": _ancestors(run, family), "starts": run.starts(), "forks": _forks(run, family),
     }  # fmt: skip
     if file:
@@ -43,17 +43,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _target(argument: str | None) -> tuple[RunDir, Path | None]:
+def _target(argument: str | None) -> tuple[Run, Path | None]:
     if argument is None or manifest.local_path(argument).is_dir():
-        return rundir.find(argument), None
-    file = rundir.file_or_latest(argument)
-    return rundir.run_of(file) or RunDir(file.absolute().parent), file
+        return find.run(argument), None
+    file = find.file_or_latest(argument)
+    return find.run_of(file) or Run(file.absolute().parent), file
 
 
-def _family(run: RunDir) -> list[RunDir]:
+def _family(run: Run) -> list[Run]:
     """The runs beside this one, itself the first."""
-    others = [one for one in rundir.runs_in(run.path.absolute().parent) if one.is_readable()]
-    return [run, *(one for one in others if one.path != run.path.absolute())]
+    others = [one for one in find.runs_in(run.directory.parent) if one.is_readable()]
+    return [run, *(one for one in others if one.directory != run.directory)]
 
 
 def _origin(facts: Mapping[str, Any], family: list[Place]) -> dict[str, Any]:
@@ -64,33 +64,33 @@ def _origin(facts: Mapping[str, Any], family: list[Place]) -> dict[str, Any]:
     return found | ({"parent_run": where.run.name, "parent_step": where.checkpoint.step} if where else {})
 
 
-def _ancestors(run: RunDir, family: list[Place]) -> list[dict[str, Any]]:
+def _ancestors(run: Run, family: list[Place]) -> list[dict[str, Any]]:
     """The checkpoints of other runs that this run, the run of that one and so on were forked from; nearest first."""
     found: list[dict[str, Any]] = []
-    seen = {run.path.absolute()}
+    seen = {run.directory}
     while place := _forked_from(run, family):
-        if place.run.path.absolute() in seen:
+        if place.run.directory in seen:
             break
-        seen.add(place.run.path.absolute())
+        seen.add(place.run.directory)
         found.append({"run": place.run.name, "step": place.checkpoint.step, "path": place.checkpoint.path})
         run = place.run
     return found
 
 
-def _forked_from(run: RunDir, family: list[Place]) -> Place | None:
+def _forked_from(run: Run, family: list[Place]) -> Place | None:
     own = [one.manifest for one in run.store.checkpoints()]
     ids, parents = {facts.get("run_id") for facts in own}, {facts.get("parent") for facts in own}
     others = [place for place in family if place.checkpoint.manifest.get("run_id") not in ids]
     return next((place for place in others if place.checkpoint.manifest["digest"] in parents), None)
 
 
-def _forks(run: RunDir, family: list[Place]) -> list[dict[str, Any]]:
-    others = {place.run.path.absolute(): place.run for place in family if place.run is not run}
+def _forks(run: Run, family: list[Place]) -> list[dict[str, Any]]:
+    others = {place.run.directory: place.run for place in family if place.run is not run}
     origins = [(one, _forked_from(one, family)) for one in others.values()]
     return [
-        {"run": one.name, "path": one.path, "step": place.checkpoint.step}
+        {"run": one.name, "path": one.directory, "step": place.checkpoint.step}
         for one, place in origins
-        if place and place.run.path.absolute() == run.path.absolute()
+        if place and place.run.directory == run.directory
     ]
 
 

@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from savepoint import words
+from savepoint import find, words
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.store import Checkpoint
-from savepoint.commands import output, rundir
+from savepoint.commands import output
+from savepoint.run import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,20 +20,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    directory = rundir.find(arguments.run_dir)
-    rows = listing(directory)
+def main(arguments: argparse.Namespace) -> int:
+    run = find.run(arguments.run_dir)
+    rows = listing(run)
     if arguments.json:
-        output.put_json({"run_dir": directory.path, "checkpoints": rows})
+        output.put_json({"run_dir": run.directory, "checkpoints": rows})
     else:
-        output.put(_text(directory, rows))
+        output.put(_text(run, rows))
     wrong = any(not row["verifies"] and not row["set_aside"] for row in rows)
     return 1 if wrong or not any(row["verifies"] for row in rows) else 0
 
 
-def listing(directory: rundir.RunDir) -> list[dict[str, Any]]:
+def listing(run: Run) -> list[dict[str, Any]]:
     """Checkpoints by step, judged by structure and seal; then what does not verify, with the reason."""
-    store = directory.store
+    store = run.store
     listed, best = store.checkpoints(), store.best()
     monitor = listed[-1].manifest.get("monitor") if listed else None
     rows = [
@@ -40,12 +41,10 @@ def listing(directory: rundir.RunDir) -> list[dict[str, Any]]:
         | {"step": one.step, "epoch": one.epoch, "monitor": monitor, "score": one.score_of(monitor)}
         | {"created": one.manifest.get("created"), "latest": one is listed[-1], "best": _is(one, best)}
         for one in listed
-        if (size := rundir.size(one.path)) is not None
+        if (size := find.size(one.path)) is not None
     ]
-    rows += [_row(path, rundir.size(path), reason) for path, reason in store.rejected()]
-    return rows + [
-        _row(path, rundir.size(path), manifest.diagnose(path), set_aside=True) for path in directory.corrupt()
-    ]
+    rows += [_row(path, find.size(path), reason) for path, reason in store.rejected()]
+    return rows + [_row(path, find.size(path), manifest.diagnose(path), set_aside=True) for path in run.corrupt()]
 
 
 def _row(path: Path, size: int | None, reason: str | None = None, set_aside: bool = False) -> dict[str, Any]:
@@ -59,9 +58,9 @@ def _is(one: Checkpoint, best: Checkpoint | None) -> bool:
     return best is not None and one.path == best.path
 
 
-def _text(directory: rundir.RunDir, rows: list[dict[str, Any]]) -> str:
+def _text(run: Run, rows: list[dict[str, Any]]) -> str:
     if not rows:
-        return f"{directory.shown}: no checkpoints"
+        return f"{run.shown}: no checkpoints"
     monitor = next((row["monitor"] for row in rows if row["monitor"]), "score")
     lines = [
         (

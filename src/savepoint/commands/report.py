@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from savepoint import files
-from savepoint.commands import output, rundir
+from savepoint import files, find
+from savepoint.commands import output
 from savepoint.errors import ConfigError, RunDirectoryError
 from savepoint.report import gather, page
 from savepoint.words import show
@@ -15,14 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", help="default: report.html in the run directory")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    directory = rundir.find(arguments.run_dir)
-    path = Path(arguments.output or directory.path / "report.html")
+def main(arguments: argparse.Namespace) -> int:
+    run = find.run(arguments.run_dir)
+    path = Path(arguments.output or run.directory / "report.html")
     _refuse_other_file(path)
-    report = gather.gather(directory)
+    report = gather.gather(run)
     size = _write(path, page.page(report))
     if arguments.json:
-        facts = {"run_dir": directory.path, "file": path, "bytes": size, "state": report.state}
+        facts = {"run_dir": run.directory, "file": path, "bytes": size, "state": report.state}
         output.put_json(facts | {"missing": report.missing + report.curves.missing})
     else:
         output.put(

@@ -5,17 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from savepoint import words
+from savepoint import find, words
 from savepoint.checkpoint import manifest
-from savepoint.commands import output, rundir
+from savepoint.commands import output
 from savepoint.errors import CheckpointNotFoundError
+from savepoint.run import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", nargs="?", default="outputs", help="default: outputs")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     rows = [_facts(one) for one in _runs(manifest.local_path(arguments.output_dir))]
     rows.sort(key=lambda row: str(row["last"]))
     if arguments.json:
@@ -25,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if any(row["state"] in ("broken", "unreadable") for row in rows) else 0
 
 
-def _runs(directory: Path) -> list[rundir.RunDir]:
+def _runs(directory: Path) -> list[Run]:
     if not directory.is_dir():
         what = "A file, not a directory of runs" if directory.exists() else "No such directory"
         hint = "Name another one, or start a run: python train.py"
@@ -33,15 +34,15 @@ def _runs(directory: Path) -> list[rundir.RunDir]:
     if (directory / "run.json").exists():
         raise CheckpointNotFoundError(
             f"A run, not a directory of runs: {directory}. The directory above it was expected. "
-            f"To list its checkpoints: {rundir.RunDir(directory).command('-m', 'savepoint', 'ls')}",
+            f"To list its checkpoints: {Run(directory).command('-m', 'savepoint', 'ls')}",
             directory,
         )
-    return rundir.runs_in(directory)
+    return find.runs_in(directory)
 
 
-def _facts(one: rundir.RunDir) -> dict[str, Any]:
+def _facts(one: Run) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(("config", "monitor", "best", "step", "epoch", "reason"))
-    row = {"run": one.name, "path": one.path, "state": "unreadable", "test": {}, "last": ""} | row
+    row = {"run": one.name, "path": one.directory, "state": "unreadable", "test": {}, "last": ""} | row
     try:
         row["config"], row["state"] = _config(one), one.state()
         times = [start["time"] for start in one.starts()]
@@ -52,14 +53,14 @@ def _facts(one: rundir.RunDir) -> dict[str, Any]:
             times.append(facts.get("created") or "")
         row["last"] = max(times, default="")
         if one.is_summarised():
-            summary = one.facts("summary.json")
+            summary = one.summary()
             row["test"] = {key: value for key, value in summary.items() if key.startswith("test/")}
     except OSError as error:
         row["reason"] = f"{error.filename}: {error.strerror}"
     return row
 
 
-def _config(one: rundir.RunDir) -> str | None:
+def _config(one: Run) -> str | None:
     """The name of the config file of the first start; a fork has none, but a parent."""
     from savepoint.compose import config_name
 
@@ -83,7 +84,7 @@ def _text(rows: Sequence[dict[str, Any]]) -> str:
     text = [words.table(("run", "config", "best", "test", "steps", "state", "age"), lines)]
     text += [f"{row['run']} cannot be read: {row['reason']}" for row in rows if row["reason"]]
     text += [
-        f"{row['run']}: {rundir.RunDir(row['path']).command('-m', 'savepoint', 'doctor')}"
+        f"{row['run']}: {Run(row['path']).command('-m', 'savepoint', 'doctor')}"
         for row in rows
         if row["state"] == "broken"
     ]

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from savepoint import words
+from savepoint import find, words
 from savepoint.checkpoint import manifest
-from savepoint.commands import output, rundir
+from savepoint.commands import output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    path = rundir.file_or_latest(arguments.path)
+def main(arguments: argparse.Namespace) -> int:
+    path = find.file_or_latest(arguments.path)
     parts = [arguments.only] if arguments.only else list(PARTS)
     facts: dict[str, Any] = manifest.read(path)
     state: dict[str, Any] = {}

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", metavar="DIR", default="outputs", help="default: outputs")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     preemption.install()
     progress = sys.stderr if arguments.json else sys.stdout
     try:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def main(arguments: argparse.Namespace) -> int:
     results: list[dict[str, Any]] = []
     empty = False
     for path in map(manifest.local_path, arguments.paths):

@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.retention import RULES, Retention
 from savepoint.checkpoint.store import Checkpoint, CheckpointStore
-from savepoint.commands.rundir import RunDir
 from savepoint.report import curves, pictures
 from savepoint.report.chart import Mark
 from savepoint.report.curves import Curves
 from savepoint.report.pictures import Picture
+from savepoint.run import Run
 from savepoint.words import plural
 
 
@@ -108,8 +108,8 @@ class Report:
         return max(steps + [file.step for file in self.files if file.step is not None])
 
 
-def gather(run: RunDir) -> Report:
-    latest, starts, config, missing = run.latest, _starts(run), _text(run.path / "config.yaml"), list[str]()
+def gather(run: Run) -> Report:
+    latest, starts, config, missing = run.latest, _starts(run), _text(run.directory / "config.yaml"), list[str]()
     if not starts:
         missing.append("run.json is missing or damaged: how and where the run was started is not known.")
     if config is None:
@@ -118,23 +118,23 @@ def gather(run: RunDir) -> Report:
         missing.append("config.yaml is damaged.")
     if run.is_summary_damaged():
         missing.append("summary.json is damaged: the results are not known.")
-    elif (run.path / "summary.json").exists() and not run.is_summarised():
+    elif (run.directory / "summary.json").exists() and not run.is_summarised():
         missing.append("summary.json tells of an earlier end of this run: its results are left out.")
     state, rules = run.state(), _rules(config or "")
-    files = [*_in_the_run(run, rules), *_damaged(run), *_rewound(run.path)]
+    files = [*_in_the_run(run, rules), *_damaged(run), *_rewound(run.directory)]
     return Report(
         name=run.name,
         shown=run.shown,
         state=state,
         holder=run.holder(),
         latest=latest.manifest if latest else {},
-        summary=run.facts("summary.json") if run.is_summarised() else {},
+        summary=run.summary() if run.is_summarised() else {},
         starts=starts,
-        curves=curves.read(run.path / "metrics.csv", latest.manifest.get("monitor") if latest else None),
+        curves=curves.read(run.directory / "metrics.csv", latest.manifest.get("monitor") if latest else None),
         files=files,
         rules=rules,
         marks=_marks(starts, files),
-        pictures=list(pictures.read(run.path, missing)),
+        pictures=list(pictures.read(run.directory, missing)),
         config=config,
         commands=_commands(run, state, latest),
         missing=missing,
@@ -144,7 +144,7 @@ def gather(run: RunDir) -> Report:
 # -- starts ----------------------------------------------------------------------------------------------------------
 
 
-def _starts(run: RunDir) -> list[Start]:
+def _starts(run: Run) -> list[Start]:
     return [_start(number, entry) for number, entry in enumerate(run.starts(), 1)]
 
 
@@ -225,7 +225,7 @@ def _seconds(time: str) -> float:
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def _in_the_run(run: RunDir, rules: Mapping[str, int] | None) -> list[File]:
+def _in_the_run(run: Run, rules: Mapping[str, int] | None) -> list[File]:
     listed = CheckpointStore(run.checkpoints, retention=Retention(**rules or {}))
     best, why = listed.best(), listed.reasons()
     fates = {step: _stays(words) for step, words in why.items()} if rules is not None else {}
@@ -240,7 +240,7 @@ def _in_the_run(run: RunDir, rules: Mapping[str, int] | None) -> list[File]:
     ]
 
 
-def _damaged(run: RunDir) -> list[File]:
+def _damaged(run: Run) -> list[File]:
     found = [(path, f"does not verify: {_wrong(path, reason)}") for path, reason in run.store.rejected()]
     found += [(path, f"was set aside: {_wrong(path, 'it verifies now')}") for path in run.corrupt()]
     return [File(path.name, "damaged", fate, manifest.step_in_name(path.name), *_size(path)) for path, fate in found]
@@ -311,7 +311,7 @@ def _parsed(config: str) -> Any:
 # -- the rest --------------------------------------------------------------------------------------------------------
 
 
-def _commands(run: RunDir, state: str, latest: Checkpoint | None) -> list[tuple[str, str]]:
+def _commands(run: Run, state: str, latest: Checkpoint | None) -> list[tuple[str, str]]:
     if state == "running":
         return [("Save now, and go on", shlex.join(["touch", f"{run.shown}/save-now"]))]
     if state == "broken" or latest is None:

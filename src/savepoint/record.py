@@ -1,0 +1,81 @@
+"""run.json: id, name and creation of a run, then one entry a start. Read as anybody may have left it."""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import savepoint
+
+NAME = "run.json"
+
+
+def new(name: str) -> dict[str, Any]:
+    return {"id": uuid.uuid4().hex, "name": name, "created": _now(), "starts": []}
+
+
+def read(directory: Path) -> tuple[dict[str, Any] | None, str]:
+    """The record, and what is wrong with it: (None, "") where there is none, (None, words) where it is damaged."""
+    try:
+        found = json.loads((directory / NAME).read_text())
+        if not isinstance(found, dict) or not {"id", "name", "created", "starts"} <= found.keys():
+            raise ValueError("not a record of a run")
+        if not isinstance(found["starts"], list):
+            raise ValueError("its starts are no list")
+    except (FileNotFoundError, NotADirectoryError):
+        return None, ""
+    except (ValueError, RecursionError, IsADirectoryError) as error:
+        return None, str(error)
+    return found, ""
+
+
+def starts(record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The entries that are as `with_start` makes them."""
+    return [start for start in (record or {}).get("starts", []) if _is_start(start)]
+
+
+def with_start(record: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+    entry = {"time": _now(), "argv": sys.argv, "git": _git(), "versions": _versions(), "host": socket.gethostname()}
+    entry |= {"hardware": f"{platform.machine()}, {os.cpu_count()} cores"} | facts
+    return {**record, "starts": [*record["starts"], entry]}
+
+
+def _is_start(found: Any) -> bool:
+    kinds = {"time": str, "argv": list, "changed": dict, "git": dict | None}
+    return isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _git() -> dict[str, Any] | None:
+    def ask(*arguments: Sequence[str] | str) -> str | None:
+        here = Path(__file__).parent
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)  # type: ignore[list-item]
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = ask("rev-parse", "HEAD")
+    return None if commit is None else {"commit": commit, "dirty": bool(ask("status", "--porcelain"))}
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "torchvision", "lightning", "torchmetrics", "numpy")
+    found = {"python": platform.python_version(), "savepoint": savepoint.__version__}
+    for distribution in names:
+        try:
+            found[distribution] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
