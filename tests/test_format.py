@@ -40,7 +40,7 @@ class Config:
 # Ordinary values of hyper-parameters. Whether torch reads one back may change with its version; silence may not.
 VALUES = {
     "path": Path("/data"),
-    "numpy scalar": np.float64(0.5),
+    "numpy scalar": np.float32(0.5),
     "numpy array": np.ones(3),
     "enum": Colour.RED,
     "enum of str": Text.A,
@@ -311,3 +311,16 @@ def test_a_fingerprint_is_the_same_for_another_order_and_layout() -> None:
     one = {"a": square.T.contiguous(), "b": {"x": 1, "y": (None, {2, 3})}}
     two = {"b": {"y": (None, {3, 2}), "x": 1}, "a": square.T}
     assert format.fingerprint(one) == format.fingerprint(two)
+
+
+def test_numpy_numbers_are_saved_as_pythons_own(tmp_path: Path) -> None:
+    named = collections.OrderedDict({np.int64(3): [np.float64(0.1)]})
+    named.extra = {"flag": np.bool_(True)}  # type: ignore[attr-defined]
+    state = {"lr": np.float64(0.3), "inner": (named, {np.int32(7)})}
+    with (tmp_path / "a.ckpt").open("w+b") as file:
+        format.encode(state, {"step": 1}, file)
+    read = format.decode(tmp_path / "a.ckpt")
+    assert read == {"lr": 0.3, "inner": (collections.OrderedDict({3: [0.1]}), {7})}
+    assert read["inner"][0].extra == {"flag": True}
+    assert type(read["lr"]) is float
+    assert type(state["lr"]) is np.float64

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn, optim
 
@@ -193,6 +194,7 @@ class NoOptimizer(Net):
 
 SHAPES = {name: Shape(model=lambda make=make: Optimized(make)) for name, make in OPTIMIZERS.items()}
 SHAPES |= {
+    "numpy_rate": Shape(model=lambda: Optimized(lambda m: optim.SGD(m.parameters(), lr=np.logspace(-3, -1, 5)[2]))),
     "lbfgs_val_interval": Shape(
         model=lambda: Optimized(OPTIMIZERS["lbfgs"]),
         trainer={"val_check_interval": 4},

@@ -4,6 +4,7 @@ A state holds plain Python values and tensors only, so that `torch.load(path, we
 nothing here ever loads in another way. The manifest is written last (see `manifest`), by the same call.
 """
 
+import copy
 import hashlib
 import io
 import pickle
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +32,8 @@ MIGRATIONS: dict[int, Callable[[State], State]] = {}
 _PLAIN = {type(None), bool, float, complex, str, bytes, bytearray, torch.Size, torch.dtype, torch.device}
 _CONTAINERS = {dict, OrderedDict, Counter, list, tuple, set}
 _TENSORS = {Tensor, torch.nn.Parameter}
+# NumPy numbers that are equal to Python's in every computation. Of np.float32 that is not true.
+_NUMBERS = (np.float64, np.integer, np.bool_)
 
 
 def encode(state: Mapping[str, Any], facts: Mapping[str, Any], file: BinaryIO) -> State:
@@ -39,7 +43,8 @@ def encode(state: Mapping[str, Any], facts: Mapping[str, Any], file: BinaryIO) -
         CheckpointContentError: a value that could not be read back; nothing was written.
         OSError: what the file system says.
     """
-    check_readable(state)
+    if check_readable(state):
+        state = _with_plain_numbers(state)
     try:
         torch.save(dict(state), file)
     except RuntimeError as error:
@@ -70,14 +75,20 @@ def decode(path: Path | str, map_location: Any = "cpu", mmap: bool = False) -> S
     return state
 
 
-def check_readable(state: Any) -> None:
+def check_readable(state: Any) -> bool:
     """Refuse a state that could be written but not read back. Costs a walk, no copy of a tensor.
 
+    Returns:
+        Whether it holds NumPy numbers that are saved as Python's own.
+
     Raises:
-        CheckpointContentError: names the key and the type of the first such value.
+        CheckpointContentError: names the key and the type of the first value that cannot be read back.
     """
+    holds_numbers = False
     for key, value in leaves(state):
-        if not _reads_back(value):
+        if isinstance(value, _NUMBERS):
+            holds_numbers = True
+        elif not _reads_back(value):
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             group, *names = key.replace("[", ".").split(".")
             advice = "Store it as one of them, such as a str or a list."
@@ -89,6 +100,25 @@ def check_readable(state: Any) -> None:
                 "",
                 key,
             )
+    return holds_numbers
+
+
+def _with_plain_numbers(tree: Any) -> Any:
+    """The tree with Python's numbers in place of NumPy's: `lr=np.logspace(-4, -1, 7)[2]` is an np.float64."""
+    if isinstance(tree, _NUMBERS):
+        return tree.item()
+    kind = type(tree)
+    if kind in (list, tuple, set):
+        return kind(map(_with_plain_numbers, tree))
+    if kind not in _CONTAINERS:
+        return tree
+    changed = copy.copy(tree)
+    changed.clear()
+    for key, value in tree.items():
+        changed[_with_plain_numbers(key)] = _with_plain_numbers(value)
+    if hasattr(changed, "__dict__"):
+        vars(changed).update(_with_plain_numbers(vars(tree)))
+    return changed
 
 
 def size_bytes(state: Any) -> int:
