@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from savepoint.checkpoint import format, store
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.checkpoint.finite import _all_finite
-from savepoint.overrides import ApplyOverrides
+from savepoint.resume.overrides import ApplyOverrides
 
 warnings.filterwarnings("ignore", message=".*[Ss]parse.*")
 pytestmark = pytest.mark.filterwarnings("ignore:.*[Ss]parse:UserWarning")

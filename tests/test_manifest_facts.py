@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.run_dirs import latest, make_run, say
 
-from savepoint import choose
 from savepoint.checkpoint import io, manifest, store
 from savepoint.errors import CheckpointCorruptError, SavepointError
+from savepoint.resume import request
 
 GATHERED = {
     "at": "epoch", "exact": True, "reason": "end", "ended": None, "parent": None, "world_size": 1, "threads": 1,
@@ -109,4 +109,4 @@ def test_no_command_ends_in_a_traceback_whatever_a_manifest_says(
         assert say(capsys, *words)[0] in (0, 1, 2)
     for target in (path, run_dir):
         with contextlib.suppress(SavepointError):
-            choose.request([str(target)])
+            request.requested([str(target)])

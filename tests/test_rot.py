@@ -14,13 +14,14 @@ from support.checkpoint_files import bytes_of_tensors, facts, names, small_state
 from support.forked import run
 from support.small import difference, final_state, rows
 
-from savepoint import choose, resume, weights
+from savepoint import weights
 from savepoint.checkpoint import store
 from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.commands import main
 from savepoint.errors import CheckpointCorruptError
+from savepoint.resume import request, source
 
 Damages = Iterator[tuple[str, bytes]]
 
@@ -101,8 +102,8 @@ DOORS: dict[str, Callable[[Path], Any]] = {
     "store.load": store.load,
     "Trainer.fit(ckpt_path=)": CheckpointIO().load_checkpoint,
     "train.py --init_from": weights.read,
-    "resume.py FILE": lambda path: resume.choose(choose.Request(file=path), may_rename=True),
-    "resume.py FILE, before the imports": lambda path: choose.request([str(path)]),
+    "resume.py FILE": lambda path: source.choose(request.Request(file=path), may_rename=True),
+    "resume.py FILE, before the imports": lambda path: request.requested([str(path)]),
 }
 
 
@@ -141,8 +142,8 @@ def check_fallback(kept: CheckpointStore, what: str, capsys: pytest.CaptureFixtu
     (line,) = lines
     assert line.startswith("step-00000020.ckpt does not verify: "), what
     assert line.endswith(". Going on from step 10 costs 10 steps."), what
-    source = resume.choose(choose.Request(run_dir=kept.directory.parent), may_rename=False)
-    assert source.path == kept.path(10), what
+    found = source.choose(request.Request(run_dir=kept.directory.parent), may_rename=False)
+    assert found.path == kept.path(10), what
     assert capsys.readouterr().out.splitlines() == [line], what
 
 

@@ -141,4 +141,4 @@ def _csv(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    entry.run(main, str(Path(__file__).parent))  # the code of savepoint must be that beside this package
+    entry.run(main, str(Path(__file__).parents[1]))  # src/ lies in the project, as train.py does

@@ -231,7 +231,7 @@ def _lack(run: Run, name: str) -> str:
 
 
 def _reads_as_config(path: Path) -> bool:
-    from savepoint.compose import parse_yaml
+    from savepoint.config.compose import parse_yaml
 
     with contextlib.suppress(OSError, UnicodeDecodeError, ConfigError):
         return isinstance(parse_yaml(path.read_text(), path.name), dict)

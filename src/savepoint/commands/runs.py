@@ -62,7 +62,7 @@ def _facts(one: Run) -> dict[str, Any]:
 
 def _config(one: Run) -> str | None:
     """The name of the config file of the first start; a fork has none, but a parent."""
-    from savepoint.compose import config_name
+    from savepoint.config.compose import config_name
 
     first = next(iter(one.starts()), None)
     if first is None:

@@ -301,7 +301,7 @@ def _rules(config: str) -> Mapping[str, int] | None:
 
 
 def _parsed(config: str) -> Any:
-    from savepoint.compose import parse_yaml
+    from savepoint.config.compose import parse_yaml
 
     with contextlib.suppress(ValueError, TypeError, RecursionError):
         return parse_yaml(config, "config.yaml")
