@@ -181,7 +181,7 @@ def test_ls_shows_step_score_and_which_is_latest_and_best(run_dir: Path, capsys:
 
 def test_ls_shows_no_score_that_was_measured_at_another_step(run_dir: Path, capsys: Capture) -> None:
     measured = {"val/loss": {"value": 1.0, "step": 30}}
-    store(run_dir).save(small_state(), {**facts(40), "metrics": measured})
+    store(run_dir).add(small_state(), {**facts(40), "metrics": measured})
     last = json.loads(say(capsys, "ls", run_dir, "--json")[1])["checkpoints"][-1]
     assert (last["step"], last["monitor"], last["score"]) == (40, "val/loss", None)
 
@@ -222,7 +222,7 @@ def test_runs_tells_finished_stopped_running_and_broken_apart(tmp_path: Path, ca
     make_run(tmp_path, "finished", ended="max_epochs")
     make_run(tmp_path, "stopped")
     make_run(tmp_path, "longer", ended="max_epochs")
-    store(tmp_path / "longer").save(small_state(), facts(40, 40.0))
+    store(tmp_path / "longer").add(small_state(), facts(40, 40.0))
     (make_run(tmp_path, "untested", ended="max_epochs") / "summary.json").unlink()
     make_run(tmp_path, "broken", steps=())
     running = make_run(tmp_path, "running", ended="max_epochs")
@@ -240,7 +240,7 @@ def test_runs_tells_finished_stopped_running_and_broken_apart(tmp_path: Path, ca
 def test_runs_shows_config_best_and_test_of_the_newest_state_alone(tmp_path: Path, capsys: Capture) -> None:
     finished = make_run(tmp_path, ended="max_epochs")
     make_run(tmp_path, "second", ended="max_epochs")
-    store(tmp_path / "second").save(small_state(), facts(40, 40.0))  # the summary is of step 30
+    store(tmp_path / "second").add(small_state(), facts(40, 40.0))  # the summary is of step 30
     fork(finished, "third", 20)
     code, out, _ = say(capsys, "runs", tmp_path)
     rows = {line.split()[0]: line.split()[1:-2] for line in out.splitlines()}
@@ -320,7 +320,7 @@ def test_a_damaged_file_is_not_shown(run_dir: Path, capsys: Capture) -> None:
 def test_a_norm_that_is_no_number_is_a_text_in_json(run_dir: Path, capsys: Capture) -> None:
     state = small_state()
     state["state_dict"]["weight"][0, 0] = float("inf")
-    store(run_dir).save(state, facts(40, "nan"))
+    store(run_dir).add(state, facts(40, "nan"))
     shown = json.loads(say(capsys, "show", run_dir, "--json")[1])
     assert shown["tensors"]["weights"][0]["norm"] == "inf"
     assert shown["metrics"]["val/loss"]["value"] == "nan"
@@ -355,7 +355,7 @@ def test_lineage_of_a_file_names_where_its_process_began(run_dir: Path, capsys: 
 
 def test_a_copy_of_a_run_is_not_its_fork(run_dir: Path, capsys: Capture) -> None:
     parent = latest(run_dir).manifest["digest"]
-    store(run_dir).save(small_state(), facts(40, 40.0, parent=parent, run_id=latest(run_dir).manifest["run_id"]))
+    store(run_dir).add(small_state(), facts(40, 40.0, parent=parent, run_id=latest(run_dir).manifest["run_id"]))
     subprocess.run(["cp", "-r", run_dir, run_dir.with_name("copy")], check=True)
     found = json.loads(say(capsys, "lineage", run_dir, "--json")[1])
     assert (found["ancestors"], found["forks"]) == ([], [])

@@ -111,7 +111,7 @@ def test_damaged_records_are_said(name: str, run_dir: Path, capsys: Capture) -> 
 
 
 def test_rows_that_the_newest_checkpoint_counts_and_the_log_has_not_are_missed(run_dir: Path, capsys: Capture) -> None:
-    store(run_dir).save(small_state() | {"logged_rows": 3}, facts(40, 40.0))
+    store(run_dir).add(small_state() | {"logged_rows": 3}, facts(40, 40.0))
     for text, there in (("step,loss\n1,2\n", 1), ("", 0), (None, 0)):
         (run_dir / "metrics.csv").unlink(missing_ok=True)
         if text is not None:
@@ -125,7 +125,7 @@ def test_rows_that_the_newest_checkpoint_counts_and_the_log_has_not_are_missed(r
 def test_weights_that_are_not_finite_are_said(run_dir: Path, capsys: Capture) -> None:
     state = small_state()
     state["state_dict"]["bias"][3] = float("nan")
-    store(run_dir).save(state, facts(40, 40.0))
+    store(run_dir).add(state, facts(40, 40.0))
     assert findings(capsys, run_dir).keys() == {
         "step-00000040.ckpt holds numbers that are not finite, in 1 tensor: state_dict.bias."
     }

@@ -28,7 +28,14 @@ CHAIN = [
 
 @cache
 def tree(module: str) -> ast.Module:
-    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    found = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    found.body = [node for node in found.body if not _is_for_types(node)]
+    return found
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    """`if TYPE_CHECKING:`, which nothing runs."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
 def imported(module: str, *, when_loaded: bool = False) -> set[str]:

@@ -99,8 +99,8 @@ def make_run(directory: Path, pictures: bool = False) -> Path:
     checkpoints = directory / "checkpoints"
     kept = CheckpointStore(checkpoints, retention=Retention(keep_last=2), monitor="val/accuracy", mode="max")
     for step, score in ((20, 0.9), (30, 0.85)):
-        kept.save(small_state(), facts(step, score))
-    kept.save(small_state(), facts(40, 0.88, reason="end", ended="max_epochs"))
+        kept.add(small_state(), facts(step, score))
+    kept.add(small_state(), facts(40, 0.88, reason="end", ended="max_epochs"))
     damaged = kept.path(30).with_name("step-00000030.ckpt.corrupt")
     damaged.write_bytes(kept.path(20).read_bytes()[:-200])
     store.write(

@@ -82,8 +82,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> CheckpointStore:
     directory = tmp_path_factory.mktemp("run") / "checkpoints"
     kept = CheckpointStore(directory, monitor="val/loss", retention=Retention(keep_last=9))
     big = {"state_dict": small_state()["state_dict"] | {"big": torch.randn(200, 370)}}
-    kept.save(small_state(10), facts(10, 1.0))
-    kept.save(small_state(20) | big, facts(20, 2.0))
+    kept.add(small_state(10), facts(10, 1.0))
+    kept.add(small_state(20) | big, facts(20, 2.0))
     for name in ("last.ckpt", "best.ckpt"):
         (directory / name).unlink()  # they are the same file
     return kept
@@ -159,7 +159,7 @@ def flip(path: Path) -> bytes:
 def run_of_four(tmp_path: Path) -> CheckpointStore:
     kept = CheckpointStore(tmp_path / "checkpoints", monitor="val/loss", retention=Retention(keep_last=3))
     for step in (10, 20, 30, 40):
-        kept.save(small_state(step), facts(step, float(step)))
+        kept.add(small_state(step), facts(step, float(step)))
     for name in ("last.ckpt", "best.ckpt"):
         (kept.directory / name).unlink()
     return kept
@@ -171,7 +171,7 @@ def test_a_file_that_was_set_aside_is_kept_and_counts_for_nothing(run_of_four: C
     aside = run_of_four.directory / "step-00000040.ckpt.corrupt"
     for step in (31, 32, 33):
         fresh = CheckpointStore(run_of_four.directory, monitor="val/loss", retention=Retention(keep_last=3))
-        fresh.save(small_state(step), facts(step, float(step)))
+        fresh.add(small_state(step), facts(step, float(step)))
         assert aside.read_bytes() == damaged
     assert [one.step for one in fresh.checkpoints()] == [10, 31, 32, 33]  # the best, and three
     checkpoint, _, lines = fresh.load_latest(lock_holder=True)

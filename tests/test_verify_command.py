@@ -18,7 +18,7 @@ from savepoint.commands import main
 def run_dir(tmp_path: Path) -> Path:
     kept = CheckpointStore(tmp_path / "checkpoints", retention=Retention(keep_last=9), monitor="val/loss")
     for step in (10, 20, 30):
-        kept.save(small_state(), facts(step, float(step)))
+        kept.add(small_state(), facts(step, float(step)))
     return tmp_path
 
 
@@ -106,7 +106,7 @@ def test_a_deep_look_finds_weights_that_are_not_finite(run_dir: Path, capsys: py
     state = small_state()
     state["state_dict"]["weight"][3, 4] = float("nan")
     state["optimizer_states"][0]["state"][0]["exp_avg"][0] = float("inf")
-    CheckpointStore(run_dir / "checkpoints", retention=Retention(keep_last=9)).save(state, facts(40))
+    CheckpointStore(run_dir / "checkpoints", retention=Retention(keep_last=9)).add(state, facts(40))
     assert main(["verify", str(run_dir)]) == 0
     capsys.readouterr()
     assert main(["verify", "--deep", str(run_dir)]) == 1

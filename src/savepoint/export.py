@@ -27,7 +27,7 @@ from savepoint import files
 from savepoint.checkpoint import canary
 from savepoint.checkpoint.format import fingerprint
 from savepoint.errors import ConfigError, SavepointError
-from savepoint.rebuild import Rebuilt
+from savepoint.rebuilding import Rebuilt
 from savepoint.resume.overrides import plain_name, under_names_of
 
 OPSET = 18
