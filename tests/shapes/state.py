@@ -569,6 +569,20 @@ class OddBuffer(Net):
         self.register_buffer("odd", tensor)
 
 
+class Listed(Net):
+    """Counts in an attribute with a name that frameworks use too."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.called = name
+        setattr(self, name, [])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        held = getattr(self, self.called)
+        held.append(batch_idx)
+        return super().training_step(batch, batch_idx) * (1 + 0.1 * len(held))
+
+
 def value(model: Any, trainer: Trainer) -> Any:
     held = model.value
     if isinstance(held, np.random.Generator):
@@ -699,4 +713,9 @@ BUFFERS = {
 SHAPES |= {
     f"buffer_{name}": Shape(model=lambda make=make: OddBuffer(make()))
     for name, make in BUFFERS.items()
+}  # fmt: skip
+NAMES = ("data", "grad", "_cache", "_groups", "update", "_metadata")
+SHAPES |= {
+    f"attribute_called_{name}": Shape(model=lambda name=name: Listed(name))
+    for name in NAMES
 }  # fmt: skip

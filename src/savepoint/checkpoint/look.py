@@ -14,6 +14,7 @@ import dis
 import functools
 import inspect
 import io
+import itertools
 import logging
 import sys
 import sysconfig
@@ -31,7 +32,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from savepoint.checkpoint.pack import Packer, Unpackable, is_generator, mark, pack, unpack
 
@@ -49,13 +50,15 @@ _FRAMEWORK_CLASSES = (nn.Module, Metric, Optimizer, DataLoader, object)
 _OPEN = "lightning.pytorch.callbacks."  # its concrete classes keep state that no state_dict has
 _CALLBACK = "lightning.pytorch.callbacks.callback"
 
-# Caches, hooks, and what metric states bring along by themselves.
-_NO_STATE = frozenset({
-    "_computed", "_cache", "_is_synced", "_update_called", "_update_count", "_forward_cache", "_groups",
-    "_groups_checked", "_state_is_copy", "_compute_groups_create_state_ref", "_orig_mod", "training",
-    "_compiled_call_impl", "update", "compute", "_update_signature", "_flat_weight_refs", "_flat_weights",
-    "__orig_class__", "savepoint_skip",
-})  # fmt: skip
+# Caches, and what metric states bring along by themselves. Of these classes only: a user's own `_cache` is state.
+_NO_STATE = frozenset({"__orig_class__", "savepoint_skip"})
+_NO_STATE_OF: tuple[tuple[Any, frozenset[str]], ...] = (
+    (nn.Module, frozenset({"_orig_mod", "training", "_compiled_call_impl", "_flat_weight_refs", "_flat_weights"})),
+    (Metric, frozenset({"_update_called", "_computed", "_update_signature", "update", "compute"})),
+    (MetricCollection, frozenset({
+        "_groups", "_groups_checked", "_state_is_copy", "_compute_groups_create_state_ref",
+    })),
+)  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _IGNORED = (
     weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType, logging.Logger, threading.Thread,
@@ -722,12 +725,13 @@ def _set(roots: Mapping[str, Any], path: Path, owner: Any, value: Any) -> None:
 @functools.cache
 def _left_out(kind: type) -> frozenset[str]:
     skipped = getattr(kind, "savepoint_skip", ())
-    return assigned_by_frameworks(kind).union(skipped, _NO_STATE, {"_hparams"})
+    no_state = [names for base, names in _NO_STATE_OF if issubclass(kind, base)]
+    return assigned_by_frameworks(kind).union(skipped, _NO_STATE, {"_hparams"}, *no_state)
 
 
 @functools.cache
 def assigned_by_frameworks(kind: type) -> frozenset[str]:
-    """The names of attributes that the frameworks' classes among its bases assign anywhere in their code."""
+    """The names of attributes that the frameworks' classes among its bases assign to `self` anywhere in their code."""
     names: set[str] = set()
     for base in kind.__mro__:
         framework = base.__module__.startswith(_FRAMEWORK) or base in _FRAMEWORK_CLASSES
@@ -749,13 +753,19 @@ def _functions(kind: type) -> list[types.FunctionType]:
     return found
 
 
-def _assigned(code: types.CodeType) -> Iterator[str]:
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "STORE_ATTR":
+def _assigned(code: types.CodeType, loads: tuple[str, ...] = ("LOAD_FAST", "LOAD_DEREF")) -> Iterator[str]:
+    """Of `self` alone: `parameter.data = ...` in a framework's code is no reason to leave out a user's `self.data`."""
+    for before, instruction in itertools.pairwise(dis.get_instructions(code)):
+        of_self = before.opname.startswith(loads) and _last(before.argval) == "self"
+        if instruction.opname == "STORE_ATTR" and of_self:
             yield instruction.argval
     for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _assigned(constant)
+        if isinstance(constant, types.CodeType):  # an inner class has another `self`, an inner function this one
+            yield from _assigned(constant, ("LOAD_DEREF",))
+
+
+def _last(loaded: Any) -> Any:
+    return loaded[-1] if isinstance(loaded, tuple) else loaded  # newer Pythons load two with one instruction
 
 
 @functools.cache
