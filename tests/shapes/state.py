@@ -3,10 +3,14 @@
 import copy
 import random
 import sys
-from collections import Counter, defaultdict, deque
+from array import array
+from collections import Counter, OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
+from datetime import date, timedelta
+from enum import IntEnum
+from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from shapes.base import Net, Shape
+from shapes.base import Manual, Net, Shape
 
 
 class Held(Net):
@@ -122,6 +126,96 @@ HELD: dict[str, tuple[Any, Any, Any]] = {
     "random": (random.Random(0), draw_random, none),
     "big_int": (2**80, add, lambda v: float(v - 2**80)),
 }  # fmt: skip
+
+
+class Move(NamedTuple):
+    x: Tensor
+    worth: float
+
+
+class Step(IntEnum):
+    FIRST, SECOND, THIRD = range(3)
+
+
+def remember(value: Any, i: int, batch: Any) -> None:
+    value.extend(Move(x, float(y)) for x, y in zip(*batch, strict=True))
+
+
+def recent(value: Any, i: int, batch: Any) -> None:
+    inner = value.setdefault(i % 2, OrderedDict())
+    inner[i % 5] = i
+    inner.move_to_end(i % 5)
+
+
+def count_far(value: Any, i: int, batch: Any) -> None:
+    value[7 * i + 3] += 1
+
+
+HELD |= {
+    "moves": (deque(maxlen=50), remember, lambda v: sum(move.worth for move in v)),
+    "last_move": (None, lambda v, i, b: Move(b[0], (v.worth if v else 0) + 1), lambda v: v.worth),
+    "ordered_dicts": ({}, recent, lambda v: sum(sum(inner) for inner in v.values())),
+    "nested_defaultdict": (
+        defaultdict(lambda: defaultdict(int)),
+        lambda v, i, b: count_up(v[i % 2], i, b),
+        lambda v: sum(map(summed, v.values())),
+    ),
+    "enum": (Step.FIRST, lambda v, i, b: Step((v + 1) % 3), float),
+    "none_then_enum": (None, lambda v, i, b: Step(((v or 0) + 1) % 3), float),
+    "fraction": (Fraction(1, 2), lambda v, i, b: v + Fraction(1, 3), float),
+    "date": (date(2020, 1, 1), lambda v, i, b: v + timedelta(days=1), lambda v: v.day),
+    "range": (range(0), lambda v, i, b: range(len(v) + 1), len),
+    "bytearray": (bytearray(), lambda v, i, b: v.append(i), len),
+    "array_array": (array("d"), append, len),
+    "records_array": (np.zeros(3, [("a", "f4"), ("n", "i4")]), lambda v, i, b: count_up(v["n"], i, b),
+                      lambda v: v["n"].sum()),
+    "masked_array": (np.ma.masked_array(np.ones(9), np.zeros(9, bool)),
+                     lambda v, i, b: v.__setitem__(i % 5, np.ma.masked), lambda v: float(v.sum())),
+    "object_array": (np.array([0, "a", None], object), lambda v, i, b: v.__setitem__(0, v[0] + 1), lambda v: v[0]),
+    "large_array": (np.zeros(400_000, np.float32), count_far, total),
+    "large_list": ([0] * 150_000, count_far, sum),
+    "bit_generator": (np.random.PCG64(4), lambda v, i, b: draw_numpy(np.random.Generator(v), i, b), none),
+    "seed_sequence": (np.random.SeedSequence(3),
+                      lambda v, i, b: draw_numpy(np.random.default_rng(v.spawn(1)[0]), i, b), none),
+    "generator_with_children": (np.random.default_rng(0), lambda v, i, b: draw_numpy(v.spawn(1)[0], i, b), none),
+}  # fmt: skip
+
+
+class Perturbs(Manual):
+    """Inputs are moved by a tensor with a gradient that is summed up, made when it is first needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.away: Any = None
+
+    def loss(self, batch: Any) -> Tensor:
+        if not self.training:
+            return super().loss(batch)
+        if self.away is None:
+            self.away = torch.zeros(4, requires_grad=True)
+        elif self.away.grad is not None:
+            self.away.data.add_(self.away.grad, alpha=0.01)
+        return nn.functional.mse_loss(self(batch[0] + self.away), batch[1])
+
+
+class PrivateSlots:
+    __slots__ = ("__count",)
+
+    def __init__(self) -> None:
+        self.__count = 0
+
+    def up(self) -> int:
+        self.__count += 1
+        return self.__count
+
+
+class CountsInSlots(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter = PrivateSlots()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) / self.counter.up()
 
 
 class Generating(Net):
@@ -589,6 +683,8 @@ def value(model: Any, trainer: Trainer) -> Any:
         return str(held.bit_generator.state)
     if isinstance(held, random.Random):
         return held.getstate()
+    if isinstance(held, np.random.BitGenerator | np.random.SeedSequence):
+        return str(held.state)
     kinds = int | float | str | list | dict | set | tuple | deque | np.ndarray | Tensor
     return held if isinstance(held, kinds) else None
 
@@ -621,6 +717,8 @@ SHAPES = {
 }  # fmt: skip
 SHAPES |= {
     "anchored": Shape(model=Anchored, extra=lambda m, t: m.anchor),
+    "perturbs": Shape(model=Perturbs, extra=own("away")),
+    "counts_in_slots": Shape(model=CountsInSlots),
     "held_torch_generator": Shape(model=Generating, extra=lambda m, t: m.generator.get_state()),
     "held_int_interval": Shape(model=lambda: Held(0, add, float), extra=value, trainer=INTERVAL),
     "held_int_accumulate": Shape(

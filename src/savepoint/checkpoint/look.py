@@ -11,6 +11,7 @@ An attribute counts unless a base class of a framework assigns it: those names a
 import collections
 import contextlib
 import dis
+import enum
 import functools
 import inspect
 import io
@@ -34,7 +35,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
-from savepoint.checkpoint.pack import Packer, Unpackable, is_generator, mark, pack, unpack
+from savepoint.checkpoint.pack import Packer, Unpackable, is_atom, is_generator, mark, pack, unpack
 
 # How to go on from an object: ("attr", name), ("item", key), ("nth", place), ("cell", place),
 # ("module", name), ("buffer", name), ("parameter", name), ("requires_grad", name), ("state", "").
@@ -130,6 +131,10 @@ class Look:
         length = len(top)
         return {path: place.mark for path, place in self.places.items() if path[:length] == top}
 
+    def mentions(self, names: Collection[str], but_in: Collection[str]) -> bool:
+        """Whether the user's own code mentions one of these names, in other functions than those left out."""
+        return any(not _names(one.__code__).isdisjoint(names) for one in self._codes if one.__name__ not in but_in)
+
     def _weight_storages(self) -> set[int | None]:
         """The memory of the weights that Lightning restores: an attribute may be a view of it."""
         modules = [root for root in self.roots.values() if isinstance(root, nn.Module)]
@@ -203,7 +208,7 @@ class Look:
 
     def _visit(self, path: Path, value: Any) -> None:
         self.visited.add(path)
-        if type(value) in _SCALARS:
+        if type(value) in _SCALARS or isinstance(value, enum.Enum):
             self._put(path, value)
             return
         if isinstance(value, _IGNORED):
@@ -221,7 +226,7 @@ class Look:
             self._first[id(value)] = path
         if _storage(value) in self.weights:
             self.places[path] = _Place(("view", tuple(value.shape)), what="a view of a weight")
-        elif isinstance(value, Tensor | np.ndarray | np.generic) or is_generator(value):
+        elif isinstance(value, Tensor | np.ndarray | np.generic) or is_generator(value) or is_atom(value):
             self._packed(path, value)
         elif isinstance(value, list | tuple | collections.deque | set | frozenset | dict):
             self._container(path, value)
@@ -779,7 +784,9 @@ def _names(code: types.CodeType) -> frozenset[str]:
 def _slots(kind: type) -> tuple[str, ...]:
     slots = vars(kind).get("__slots__", ())
     names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+    private = kind.__name__.lstrip("_")
+    mangled = [f"_{private}{name}" if name[:2] == "__" and name[-2:] != "__" else name for name in names]
+    return tuple(name for name in mangled if name not in ("__dict__", "__weakref__"))
 
 
 @functools.cache
