@@ -10,6 +10,7 @@ from datetime import date, timedelta
 from enum import IntEnum
 from fractions import Fraction
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -553,6 +554,76 @@ class Global(Net):
         return super().training_step(batch, batch_idx) / (1 + 0.1 * len(SEEN))
 
 
+class Meter:
+    def __init__(self) -> None:
+        self.count = 0
+
+
+METER = Meter()
+
+
+def count_all(seen: list[int] = []) -> int:  # noqa: B006 - its default is its memory
+    seen.append(1)
+    METER.count += 1
+    count_all.calls += 1  # type: ignore[attr-defined]
+    return len(seen)
+
+
+def forget() -> None:
+    count_all.__defaults__[0].clear()  # type: ignore[index]
+    METER.count = count_all.calls = 0  # type: ignore[attr-defined]
+
+
+forget()
+
+
+class Shared(Net):
+    """Counts in an object of its module, in a default, in a function's attribute; the function is called by its name."""
+
+    def __init__(self, scale: Any) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        count_all()
+        return super().training_step(batch, batch_idx) / (1 + 0.1 * self.scale())
+
+
+class HooksCount(Net):
+    """Hooks of a layer, a weight, the optimizer, and a schedule's function, each with a count that nobody else holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].register_forward_hook(counting(lambda n, layer, x, y: y * (1 + 0.001 * n)))
+        self.net[2].weight.register_hook(counting(lambda n, gradient: gradient / n))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        optimizer.register_step_post_hook(counting(self.shift))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, counting(lambda n, step: 1 / n))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def shift(self, n: int, *args: Any) -> None:
+        self.net[2].bias.data += 0.001 * n
+
+
+def counting(function: Any) -> Any:
+    calls = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return function(calls, *args)
+
+    return counted
+
+
+class HookedLate(Net):
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.net[0].weight.register_hook(lambda gradient: gradient * 0.1)
+
+
 class HoldsAnything(Net):
     """Values that no file can hold; none of them is state."""
 
@@ -607,6 +678,24 @@ class OwnOptimizer(Net):
         (self.scale - batch[1].mean()).pow(2).sum().backward()
         self.inner.step()
         return super().training_step(batch, batch_idx) * self.scale.detach().item()
+
+
+class MadeWhenNeeded(Net):
+    """What the first batch makes, a resume does not."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.scale, self.make, self.made = torch.ones(1, requires_grad=True), make, None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.made = self.made or self.make(self.scale)
+        if isinstance(self.made, SimpleNamespace):
+            self.made.count += 1
+            return super().training_step(batch, batch_idx) / self.made.count
+        self.made.zero_grad()
+        (self.scale - batch[1].mean()).pow(2).sum().backward()
+        self.made.step()
+        return super().training_step(batch, batch_idx) * self.scale.item()
 
 
 class Compiled(Net):
@@ -776,9 +865,14 @@ SHAPES |= {
     "leaves_out": Shape(model=LeavesOut),
     "class_level": Shape(model=ClassLevel, reset=lambda: setattr(ClassLevel, "batches", 0)),
     "global": Shape(model=Global, reset=SEEN.clear),
+    "shared_object": Shape(model=lambda: Shared(lambda: METER.count), reset=forget),
+    "hooks_count": Shape(model=HooksCount),
+    "hooked_late": Shape(model=HookedLate),
     "holds_anything": Shape(model=HoldsAnything),
     "iterates": Shape(model=Iterates),
     "records": Shape(model=Records, extra=lambda m, t: vars(m.progress_so_far)),
+    "optimizer_made_when_needed": Shape(model=lambda: MadeWhenNeeded(lambda scale: torch.optim.Adam([scale]))),
+    "object_made_when_needed": Shape(model=lambda: MadeWhenNeeded(lambda scale: SimpleNamespace(count=1))),
     "own_optimizer": Shape(model=OwnOptimizer, extra=own("scale")),
     "compiled": Shape(model=Compiled),
     "recomputes": Shape(model=Recomputes),

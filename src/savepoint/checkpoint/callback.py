@@ -112,6 +112,7 @@ class CheckpointCallback(Checkpoint):
         self._kinds: dict[str, Any] = {}
         self._shared: list[tuple[Any, Any, str]] = []  # of optimizers that wrap others
         self._reads_gradients = False
+        self._made_by: list[Any] = []  # of the data module: by what the loaders of this epoch were made
         self._versions: dict[str, Any] = {}
         self._groups: list[int] = []  # of each optimizer, at the start
         self._before: dict[str, Any] = {}  # what a save inside a validation takes from its start
@@ -229,6 +230,8 @@ class CheckpointCallback(Checkpoint):
         state.wake_finders(trainer)
         assert self._baseline is not None
         self._baseline.begin(state.look(trainer))
+        if self._pending:
+            state.put_data_back(trainer, self._pending, self._baseline)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
@@ -294,6 +297,7 @@ class CheckpointCallback(Checkpoint):
         state.set_up_validation(trainer)
         failed = state.reenter(trainer, saved, self._baseline, self._see(trainer))
         state.share_again(self._shared)
+        self._made_by = saved.get("made_by", [])
         self._unmute(trainer)
         if failed and trainer.is_global_zero:
             print(
@@ -317,7 +321,10 @@ class CheckpointCallback(Checkpoint):
         if not trainer.fit_loop.restarted_mid_epoch:
             self._ranks_changed = False
         self._accept(trainer)
-        if not self._arrived(trainer, "epoch") and trainer.global_step > self._began:
+        arrived = self._arrived(trainer, "epoch")
+        if not self._pending and self._baseline is not None:
+            self._made_by = state.data_as_loaders_are_made(trainer, self._baseline)
+        if not arrived and trainer.global_step > self._began:
             self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
             self._poll(trainer, "epoch")
 
@@ -552,7 +559,7 @@ class CheckpointCallback(Checkpoint):
             ahead = at != "epoch" and self._loader_states is not None
             own["loaders"] = self._loader_states if ahead else state.loader_states(trainer)
             own |= state.own_rank(trainer)
-        own["found"] = state.found(trainer)
+        own["found"], own["made_by"] = state.found(trainer), self._made_by
         own["groups"] = state.grown_groups(trainer, self._groups)
         return own
 

@@ -43,6 +43,7 @@ Step = tuple[str, Any]
 Path = tuple[Step, ...]
 
 _SMALL_VALUES, _SMALL_BYTES = 1_000, 64 * 1024  # of what the first look keeps a copy
+_SHARED_DEPTH = 5  # how far an object that a class or a module holds is entered
 _THIRD_PARTY_VALUES = 500  # how far an object of a library is entered
 
 # What these assign is saved by other means, or is no state.
@@ -61,6 +62,7 @@ _NO_STATE_OF: tuple[tuple[Any, frozenset[str]], ...] = (
     })),
 )  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _IGNORED = (
     weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType, logging.Logger, threading.Thread,
     type(threading.Lock()), type(threading.RLock()), threading.local, threading.Event, threading.Condition,
@@ -113,6 +115,7 @@ class Look:
         self._library_values = 0
         self._classes: set[type] = set()
         self._codes: list[types.FunctionType] = []
+        self._followed: set[int] = set()
         self._registered: set[int] = set()
         for name, root in roots.items():
             if isinstance(root, nn.Module):
@@ -180,8 +183,11 @@ class Look:
         if not compiled:
             self._put((*path, ("attr", "training")), module.training)
             members = module.__dict__
-            hooks = sum([len(members[name]) for name in _HOOKS if name in members])
-            self.places[(*path, ("hooks", ""))] = _Place(hooks, what="other hooks than at the start")
+            hooks: list[tuple[Any, ...]] = [(("attr", name), members[name]) for name in _HOOKS if name in members]
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_leaf:
+                    hooks += [(("parameter", name), ("attr", kind), getattr(parameter, kind)) for kind in _TENSOR_HOOKS]
+            self._hooks(path, hooks)
             for name, parameter in module._parameters.items():
                 self._weight((*path, ("parameter", name)), parameter, prefix + name in persisted)
             for name, buffer in module._buffers.items():
@@ -194,6 +200,15 @@ class Look:
             if self._first.get(id(child), at) == at:
                 self._first[id(child)] = at
                 self._module(at, child, f"{prefix}{name}.", persisted)
+
+    def _hooks(self, path: Path, hooks: Iterable[tuple[Any, ...]]) -> None:
+        """How many there are, and what they carry along: nothing else may hold it."""
+        number = 0
+        for *steps, functions in hooks:
+            for place, function in enumerate((functions or {}).values()):
+                number += 1
+                self._visit((*path, *steps, ("nth", place)), function)
+        self.places[(*path, ("hooks", ""))] = _Place(number, what="other hooks than at the start")
 
     def _weight(self, path: Path, tensor: Tensor | None, persisted: bool) -> None:
         if tensor is None:
@@ -234,6 +249,7 @@ class Look:
             self._register(path, value)
             self._module(path, value, "", frozenset())
         elif isinstance(value, Optimizer | LRScheduler):
+            self.objects[path] = type(value)  # one that a training has made, no start makes
             self._packed((*path, ("state", "")), value.state_dict())
         elif isinstance(value, types.FunctionType | types.MethodType | functools.partial):
             self._function(path, value)
@@ -350,7 +366,8 @@ class Look:
             place = self.places[at]
             if place.what and "iterator" not in place.what:
                 del self.places[at]
-        for at in [at for at in self.objects if at[: len(path)] == path]:
+        holds = any(at[: len(path)] == path for at in self.places)  # one that a training has made, no start makes
+        for at in [at for at in self.objects if at[: len(path)] == path and not (holds and at == path)]:
             del self.objects[at]
 
     def _attributes(self, path: Path, value: Any, derived: frozenset[str] = frozenset()) -> None:
@@ -386,8 +403,8 @@ class Look:
             if not is_library(kind.__module__):
                 self._class(kind)
                 self._codes += _functions(kind)
-        for function in self._codes:
-            self._globals(function)
+        for function in self._codes:  # grows: functions that they call
+            self._shared_by(function)
 
     def _class(self, kind: type) -> None:
         for name, value in list(vars(kind).items()):
@@ -395,15 +412,35 @@ class Look:
                 continue
             self._shared((("class", f"{kind.__module__}.{kind.__qualname__}"), ("attr", name)), value)
 
-    def _globals(self, function: types.FunctionType) -> None:
-        for name in _names(function.__code__):
-            if name not in function.__globals__:
-                continue
-            value = function.__globals__[name]
-            if isinstance(value, type) and not is_library(value.__module__):
+    def _shared_by(self, function: types.FunctionType) -> None:
+        """What a function keeps for all calls: attributes, defaults that can change, globals."""
+        path = (("function", f"{function.__module__}.{function.__qualname__}"),)
+        defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        for place, value in enumerate(defaults):
+            if not isinstance(value, _SCALARS):
+                self._shared((*path, ("default", place)), value)
+        for name, value in vars(function).items():
+            if name != "__wrapped__":
+                self._shared((*path, ("attr", name)), value)
+        names = _names(function.__code__)
+        for name in names:
+            if name in function.__globals__:
+                self._global(function.__module__, name, function.__globals__[name], names)
+
+    def _global(self, module: str, name: str, value: Any, names: frozenset[str]) -> None:
+        if isinstance(value, types.ModuleType):
+            if not is_library(value.__name__):
+                for inner in [inner for inner in names if inner in vars(value)]:
+                    self._global(value.__name__, inner, vars(value)[inner], frozenset())
+        elif isinstance(value, type):
+            if not is_library(value.__module__):
                 self._class(value)
-            elif not isinstance(value, _ITSELF):
-                self._shared((("module", function.__module__), ("attr", name)), value)
+        elif isinstance(value, types.FunctionType):
+            if not is_library(value.__module__) and id(value) not in self._followed:
+                self._followed.add(id(value))
+                self._codes.append(value)
+        elif not isinstance(value, _ITSELF):
+            self._shared((("module", module), ("attr", name)), value)
 
     def _shared(self, path: Path, value: Any) -> None:
         """Of a class or a module: others may share it, so a change is named, and nobody's else is put back."""
@@ -416,6 +453,9 @@ class Look:
         except Unpackable:
             if hasattr(type(value), "__next__"):
                 self._opaque(path, value, "an iterator", always=True)
+            elif not is_library(type(value).__module__) and len(path) < _SHARED_DEPTH:
+                for name, inner in list(getattr(value, "__dict__", {}).items()):
+                    self._shared((*path, ("attr", name)), inner)
             return
         self.places[path] = _Place(mark(packed), what="shared by all that use it")
 
@@ -492,16 +532,19 @@ class Baseline:
                 named.append(f"{in_words(path)} (a new {kind.__name__})")
         return saved, named
 
-    def restore(self, look: Look, saved: Iterable[Any], device: torch.device, loaded: Iterable[str] = ()) -> list[str]:
+    def restore(
+        self, look: Look, saved: Iterable[Any], device: torch.device, loaded: Iterable[str] = (), alone: bool = False
+    ) -> list[str]:
         """Puts every place where it was when `saved` was made; returns words for what has no place here.
 
         Args:
             look: At the objects as they are now: what the hooks of this start have changed is taken back too.
             loaded: Roots that have loaded a state of their own since the first look: what that changed stays.
+            alone: Put back what was saved, and nothing else.
         """
         loaded = set(loaded)
         meant = {path_of(packed): value for packed, value in saved}
-        for path, place in look.places.items():
+        for path, place in look.places.items() if not alone else ():
             before = self.places.get(path)
             if path in meant or before is None or before.mark == place.mark or place.what:
                 continue

@@ -224,6 +224,7 @@ def look(trainer: Trainer) -> Look:
         roots |= _parts(f"training loader {number}", loader)
     for number, loader in enumerate(_validation_loaders(trainer)):
         roots |= _parts(f"validation loader {number}", loader)
+    roots |= _functions(trainer)
     known: dict[int, str] = {id(trainer): "the trainer", id(trainer.strategy): "the strategy"}
     known |= {id(logger): "a logger" for logger in trainer.loggers}
     optimizers = [*trainer.optimizers, *trainer.strategy._lightning_optimizers]
@@ -249,6 +250,18 @@ def _own_optimizers(trainer: Trainer) -> dict[str, Any]:
     # The state_dict of torch's own base class of schedules holds every attribute.
     own |= {f"schedule {i}": one for i, one in enumerate(schedules) if not isinstance(one, LRScheduler)}
     return {name: one for name, one in own.items() if not is_library(type(one).__module__)}
+
+
+def _functions(trainer: Trainer) -> dict[str, Any]:
+    """What optimizers and schedules call: a function may count, and no state_dict holds what it does."""
+    found: dict[str, Any] = {}
+    for i, optimizer in enumerate(trainer.optimizers):
+        hooks = [getattr(optimizer, f"_optimizer_step_{when}_hooks", {}) for when in ("pre", "post")]
+        found[f"hooks of optimizer {i}"] = [hook for one in hooks for hook in one.values()]
+    for i, config in enumerate(trainer.lr_scheduler_configs):
+        parts = [config.scheduler, *getattr(config.scheduler, "_schedulers", [])]
+        found[f"functions of schedule {i}"] = [one for part in parts for one in getattr(part, "lr_lambdas", [])]
+    return found
 
 
 def bounds(trainer: Trainer) -> dict[str, Any]:
@@ -295,6 +308,7 @@ def capture(trainer: Trainer, module: LightningModule, reads_gradients: bool = T
                 "rank_zero_only": result.meta.sync.rank_zero_only,
             },
             "dataloader_idx": result.meta.dataloader_idx,
+            "builtin": result.meta.reduce_fx in (min, max, sum),
             "last": result._forward_cache,
             "value": result.value if result.is_tensor else None,
             "size": result.cumulated_batch_size if result.is_tensor and result.meta.is_mean_reduction else None,
@@ -442,6 +456,20 @@ def prepare(trainer: Trainer, saved: dict[str, Any]) -> None:
         loop.max_steps = saved["global_step"] + 1
 
 
+def data_as_loaders_are_made(trainer: Trainer, baseline: Baseline) -> list[Any]:
+    """What the data module has changed, where its loaders are made anew in each epoch: of a growing batch size, say."""
+    if not trainer.reload_dataloaders_every_n_epochs or trainer.datamodule is None:  # type: ignore[attr-defined]
+        return []
+    changed, _ = baseline.changes(look(trainer))
+    return copy.deepcopy([[path, value] for path, value in changed if path[0][1] == "data"])
+
+
+def put_data_back(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline) -> None:
+    """Before the loaders are made."""
+    if saved.get("made_by"):
+        baseline.restore(look(trainer), saved["made_by"], trainer.lightning_module.device, alone=True)
+
+
 def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now: Look) -> list[str]:
     """Puts everything where it was when the checkpoint was made, at the very same point. Random states come last.
 
@@ -570,7 +598,10 @@ def restore_logged(trainer: Trainer, module: LightningModule, state: Mapping[str
     for row in state["logged"]:
         results.dataloader_idx = row["dataloader_idx"]
         value = module.get_submodule(row["log"]["metric_attribute"]) if row["value"] is None else row["value"]
-        results.log(value=value, batch_size=1, sync_dist_fn=trainer.strategy.reduce, **row["log"])
+        given = dict(row["log"])
+        if row.get("builtin"):  # Lightning takes Python's own `max` for another one than torch's
+            given["reduce_fx"] = {"min": min, "max": max, "sum": sum}[given["reduce_fx"]]
+        results.log(value=value, batch_size=1, sync_dist_fn=trainer.strategy.reduce, **given)
         result = list(results.values())[-1]
         result._forward_cache = row["last"]
         if row["value"] is not None:
