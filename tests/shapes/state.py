@@ -326,6 +326,16 @@ class Centered(Net):
             self.mean.copy_(new)
 
 
+class RegisteredLate(Net):
+    """A buffer that the first batch makes, and that `state_dict` leaves out."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if not hasattr(self, "late"):
+            self.register_buffer("late", torch.zeros(4), persistent=False)
+        self.late += batch[0].mean(0)
+        return super().training_step(batch, batch_idx) * (1 + 0.01 * self.late.sum())
+
+
 class Queue(nn.Module):
     """A sub-module with a buffer left out, and a place in it."""
 
@@ -831,6 +841,7 @@ SHAPES |= {
         extra=own("mean"),
         trainer={"precision": "64-true"},
     ),
+    "buffer_registered_late": Shape(model=RegisteredLate, extra=own("late")),
     "queue": Shape(model=Contrasts, extra=lambda m, t: [m.queue.keys, m.queue.place]),
     "validation_counts": Shape(model=ValidationCounts, extra=own("validations", "best", "since")),
     "validation_counts_interval": Shape(

@@ -758,6 +758,8 @@ def _set(roots: Mapping[str, Any], path: Path, owner: Any, value: Any) -> None:
     elif kind == "cell":
         owner.__closure__[key].cell_contents = value
     elif kind == "buffer":
+        if key not in owner._buffers:  # made in mid-training; of a state_dict it would be no place of the look
+            owner._non_persistent_buffers_set.add(key)
         owner._buffers[key] = value
     elif kind == "parameter":
         owner._parameters[key].data = value

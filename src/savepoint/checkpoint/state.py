@@ -842,11 +842,12 @@ def versions(module: LightningModule) -> dict[str, Any]:
 
 
 def left_out(module: LightningModule, weights: Mapping[str, Any], at_start: Mapping[str, Any]) -> list[str]:
-    """Words for weights that have changed and that the user's own code has taken out of the file."""
+    """Words for weights that have changed and that the user's own code has taken out of the file, and for new ones."""
     now = versions(module)
     persisted = {*dict(module.named_parameters()), *module.state_dict()}
     gone = [name for name in now if name in persisted and name not in weights]
-    return [f"model.{name} (left out of the file)" for name in gone if now[name] != at_start.get(name)]
+    new = [f"model.{name} (made in mid-training)" for name in now if name in weights and name not in at_start]
+    return [f"model.{name} (left out of the file)" for name in gone if now[name] != at_start.get(name)] + new
 
 
 def at_end_of_epoch(trainer: Trainer) -> bool:
