@@ -84,7 +84,7 @@ def drawn(charts: Sequence[Chart], steps: Axis) -> list[Drawn]:
 
 
 def flags(marks: Sequence[Mark], steps: Axis) -> list[tuple[float, str, str, list[int]]]:
-    """(step, kind, label, numbers) of marks that would run into each other, at the first of them."""
+    """(step, kind, label, numbers): marks that would run into each other, at the first."""
     found: list[tuple[float, str, str, list[int]]] = []
     for number, mark in sorted(enumerate(marks, 1), key=lambda one: one[1].step):
         step, kind, numbers = float(mark.step), mark.kind, [number]

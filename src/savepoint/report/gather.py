@@ -10,7 +10,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from savepoint import words
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.retention import RULES, Retention
 from savepoint.checkpoint.store import Checkpoint, CheckpointStore
@@ -40,7 +39,7 @@ class File:
     place: str
     fate: str
     checkpoint: Checkpoint | None = None
-    marks: Sequence[str] = ()
+    marks: tuple[str, ...] = ()
 
     @property
     def step(self) -> int | None:
@@ -78,9 +77,9 @@ class Report:
         self.run, self.state, self.holder = run, run.state(), run.holder()
         self.latest = run.latest.manifest if run.latest else {}
         self.monitor = str(self.latest.get("monitor") or "score")
-        self.dataset = _dict(self.latest.get("dataset"))
+        dataset = self.latest.get("dataset")
+        self.dataset = dataset if isinstance(dataset, dict) else {}
         self.summary = run.summary() if run.is_summarised() else {}
-        self.tested = _tested(self.summary)
         self.starts = [_start(number, one) for number, one in enumerate(run.starts(), 1)]
         self.config = _text(run.directory / "config.yaml")
         self.missing = _missing(run, self.config)
@@ -110,25 +109,17 @@ def _missing(run: Run, config: str | None) -> list[str]:
     return found
 
 
-def _tested(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    numbers = [(name, value) for name, value in summary.items() if isinstance(value, int | float)]
-    found = [(name, value) for name, value in numbers if name.startswith("test/")]
-    return words.metrics(sorted(found, key=lambda one: "acc" not in one[0]))
-
-
 def _start(number: int, entry: Mapping[str, Any]) -> Start:
-    """An entry of run.json. What is of another kind than a run writes is as if it were not there."""
+    """An entry of run.json; what is of another kind than a run writes is None."""
     known = {key: entry.get(key) for key in KINDS}
     known = {key: found if isinstance(found, KINDS[key]) else None for key, found in known.items()}
-    words = [str(word) for word in entry["argv"]]
+    words = ["python", *map(str, entry["argv"])] if entry["argv"] else []
     changes = ", ".join(f"{key}: {_change(pair)}" for key, pair in entry["changed"].items())
-    more = {"changes": changes, "command": shlex.join(["python", *words]) if words else ""}
-    return {**entry, **known, "number": number, **more}
+    return {**entry, **known, "number": number, "command": shlex.join(words), "changes": changes}
 
 
 def _change(pair: Any) -> str:
-    is_pair = isinstance(pair, list) and len(pair) == 2
-    return f"{pair[0]} → {pair[1]}" if is_pair else str(pair)
+    return " → ".join(map(str, pair if isinstance(pair, list) else [pair]))
 
 
 def _marks_of_starts(starts: Sequence[Start]) -> Iterator[Mark]:
@@ -149,7 +140,7 @@ def _marks_of_starts(starts: Sequence[Start]) -> Iterator[Mark]:
 
 
 def _marks_of_files(files: Sequence[File]) -> Iterator[Mark]:
-    rewinds = {file.fate: file for file in files if file.place == "rewound"}  # of each, the last
+    rewinds = {file.fate: file for file in files if file.place == "rewound" and file.step}
     for file in [file for file in files if file.place == "damaged"] + [*rewinds.values()]:
         what, changed = f"{file.path.name} {file.fate}", _stat(file.path)
         if file.place == "rewound":
@@ -175,8 +166,8 @@ def _in_the_run(run: Run, rules: Mapping[str, int] | None) -> Iterator[File]:
             kept = f"kept: {', '.join(map(_placed, why.get(one.step, ())))}"
             fate = kept if one.step in why else "goes with the next save"
         named = {"best": best, "latest": run.latest}
-        marks = [name for name, other in named.items() if other and other.path == one.path]
-        yield File(one.path, "in the run", fate, one, marks)
+        marks = (name for name, other in named.items() if other and other.path == one.path)
+        yield File(one.path, "in the run", fate, one, tuple(marks))
 
 
 def _placed(reason: str) -> str:
@@ -236,10 +227,6 @@ def _text(path: Path) -> str | None:
     with contextlib.suppress(FileNotFoundError):
         return path.read_text(errors="replace")
     return None
-
-
-def _dict(found: Any) -> Mapping[str, Any]:
-    return found if isinstance(found, dict) else {}
 
 
 def _command(run: Run, state: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -23,33 +23,23 @@ HERE = Path(__file__).parent
 
 def page(report: Report) -> str:
     steps, style, script = chart.step_axis(report.last_step), _own("page.css"), _own("page.js")
-    charts = chart.drawn([one for one in report.curves.charts if one.is_curve], steps)
-    return (
-        _templates()
-        .get_template("page.html")
-        .render(
-            vars(report),
-            generator=GENERATOR,
-            policy=_policy(script),
-            style=style,
-            script=script,
-            steps=steps,
-            charts=charts,
-            flags=chart.flags(report.marks, steps),
-            environment=_environment(report),
-            now=words.moment(datetime.now(UTC).isoformat()),
-        )
-    )
+    own = {"generator": GENERATOR, "policy": _policy(script), "style": style, "script": script}
+    shown = {
+        "charts": chart.drawn([one for one in report.curves.charts if one.is_curve], steps),
+        "flags": chart.flags(report.marks, steps),
+        "steps": steps,
+        "numbers": list(_numbers(report)),
+        "environment": list(_environment(report)),
+        "now": words.moment(datetime.now(UTC).isoformat()),
+    }
+    return _templates().get_template("page.html").render(vars(report) | own | shown)
 
 
 def _templates() -> Environment:
     found = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     found.filters["thousands"] = "{:,.0f}".format
     found.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     found.globals |= {"words": words, "high": chart.HEIGHT, "wide": chart.WIDE, "at_once": AT_ONCE}
@@ -61,24 +51,49 @@ def _own(name: str) -> Markup:
 
 
 def _policy(script: str) -> str:
-    """The one script that may run is ours, and nothing is fetched, whatever a name in a log says."""
+    """The one script that may run is ours, and nothing is fetched, whatever a log says."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     ours = f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return f"default-src 'none'; img-src data:; {ours}"
 
 
+def _numbers(report: Report) -> Iterator[tuple[str, str, str]]:
+    """(name, value, note) of what is looked for first."""
+    summary, latest, monitor = report.summary, report.latest, report.monitor
+    results = [one for one in summary.items() if one[0].startswith("test/") and _is_number(one[1])]
+    for name, value in words.metrics(sorted(results, key=lambda one: "acc" not in one[0])):
+        yield name, value, f"of {summary.get('tested_checkpoint') or 'the last weights'}"
+    if _is_number(best := latest.get("best_score")):
+        same = [file for file in report.files if file.checkpoint and file.checkpoint.score == best]
+        steps = [f"at step {file.step:,}" for file in same if "best" in file.marks]
+        yield f"best {monitor}", words.metric(monitor, best), "".join(steps)
+    if latest:
+        epochs = words.plural(int(latest.get("epoch") or 0), "epoch")
+        yield "steps", f"{latest['step']:,}", epochs
+    if _is_number(secs := summary.get("fit_secs")):
+        rate = summary.get("images_per_sec")
+        note = f"{rate:,.0f} samples/s" if _is_number(rate) else ""
+        yield "time in training", words.duration(secs), note
+    elif report.curves.secs:
+        about = f"about {words.duration(report.curves.secs)}"
+        yield "time in training", about, "by the clock of the log"
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float)
+
+
 def _environment(report: Report) -> Iterator[tuple[str, Any]]:
-    if not report.starts:
-        return
-    last, git = report.starts[-1], report.starts[-1]["git"] or {}
+    last = report.starts[-1] if report.starts else {}
+    git, versions = last.get("git") or {}, last.get("versions") or {}
     uncommitted = ", with changes that are not committed" if git.get("dirty") else ""
     commit = f"commit {str(git.get('commit'))[:12]}{uncommitted}"
-    yield "host", last["host"]
-    yield "hardware", last["hardware"]
-    yield "processes", last["world_size"]
+    yield "host", last.get("host")
+    yield "hardware", last.get("hardware")
+    yield "processes", last.get("world_size")
     yield "code", commit if git.get("commit") else "not under git"
     yield "data", ", ".join(str(value) for value in report.dataset.values() if value)
-    for name, version in (last["versions"] or {}).items():
-        found = dict.fromkeys(str((one["versions"] or {}).get(name, "")) for one in report.starts)
-        others = ", ".join(one for one in found if one not in ("", str(version)))
-        yield name, f"{version} ({others} before)" if others else version
+    for name, version in versions.items():
+        found = [str((start["versions"] or {}).get(name, version)) for start in report.starts]
+        others = ", ".join(one for one in dict.fromkeys(found) if one != str(version))
+        yield name, f"{version} ({others} before)" if others else str(version)
