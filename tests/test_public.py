@@ -13,6 +13,7 @@ from support.programs import ROOT
 import savepoint
 
 PAGE = ROOT / "src" / "savepoint" / "README.md"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
 
 
 def examples() -> dict[str, str]:
@@ -53,7 +54,7 @@ def test_each_example_of_the_page_runs_twice_and_goes_on_where_it_was(heading: s
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-W", "ignore", program], cwd=tmp_path, capture_output=True, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
+            env=ENVIRONMENT, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
     checkpoints = list(tmp_path.rglob("step-*.ckpt"))
@@ -69,9 +70,9 @@ def test_a_loop_of_ones_own_that_is_stopped_saves_and_goes_on(tmp_path: Path) ->
         "        open('stopped', 'w').close()\n        os.kill(os.getpid(), signal.SIGTERM)\n\n\nwith stoppable()",
     ))  # fmt: skip
     command = [sys.executable, "-W", "ignore", program]
-    stopped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    stopped = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
     assert (tmp_path / "checkpoints" / "step-00000024.ckpt").exists()
-    went_on = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    went_on = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert went_on.returncode == 0, went_on.stderr
     assert "going on from step 24" in went_on.stdout

@@ -94,6 +94,10 @@ def began(checkpoint: str | None, step: int, **more: Any) -> dict[str, Any]:
     } | more
 
 
+def run_json(starts: list[dict[str, Any]]) -> str:
+    return json.dumps({"id": "1", "name": "a", "created": "x", "starts": starts})
+
+
 def make_run(directory: Path, pictures: bool = False) -> Path:
     """Finished at step 40: stopped at 20, damaged at 30 and taken up again at 20, rewound from 50."""
     checkpoints = directory / "checkpoints"
@@ -110,7 +114,7 @@ def make_run(directory: Path, pictures: bool = False) -> Path:
         began(None, 0, versions={"python": "3.11.7", "torch": "2.14.0"}),
         began("step-00000020.ckpt", 20, changed={"model.lr": [0.2, 0.1]}),
     ]
-    (directory / "run.json").write_text(json.dumps({"id": "1", "name": "a", "created": "x", "starts": starts}))
+    (directory / "run.json").write_text(run_json(starts))
     summary = {"test/loss": 0.5, "test/accuracy": 0.9876, "steps": 40, "fit_secs": 75.2, "parameters": 1234}
     (directory / "summary.json").write_text(json.dumps(summary | {"dataset": "MNIST", "images_per_sec": 100}))
     (directory / "config.yaml").write_text(CONFIG)
@@ -285,7 +289,7 @@ def hostile_run(directory: Path) -> Path:
     (run_dir / "metrics.csv").write_text(f"{header}\n1,2\n2,3\n")
     changed = {"argv": [HOSTILE], "changed": {HOSTILE: [HOSTILE, 1]}, "host": HOSTILE, "versions": {HOSTILE: HOSTILE}}
     starts = [began(None, 0), began(HOSTILE, 20, **changed)]
-    (run_dir / "run.json").write_text(json.dumps({"starts": starts}))
+    (run_dir / "run.json").write_text(run_json(starts))
     (run_dir / "config.yaml").write_text(f"{CONFIG}# </pre>{HOSTILE}\n")
     with SummaryWriter(str(run_dir), filename_suffix="2") as writer:
         writer.add_image(HOSTILE, torch.zeros(3, 8, 8), 40)
@@ -389,7 +393,7 @@ EDITED |= {"versions": [], "step": "a", "checkpoint": 3, "host": 7, "world_size"
     (remove("run.json"), "run.json is missing or damaged: how and where the run was started is not known."),
     (write("run.json", "{"), "run.json is missing or damaged"),
     (write("run.json", '{"starts": [{"time": 3, "argv": "x"}]}'), "run.json is missing or damaged"),
-    (write("run.json", json.dumps({"starts": [EDITED]})), "noon · from the beginning Changed lr: 1"),
+    (write("run.json", run_json([EDITED])), "noon · from the beginning Changed lr: 1"),
     (remove("config.yaml"), "What retention keeps is not known"),
     (write("config.yaml", "checkpoint: {keep_last: x}"), "What retention keeps is not known"),
     (write("config.yaml", "checkpoint: [1"), "What retention keeps is not known"),

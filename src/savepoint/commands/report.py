@@ -19,7 +19,7 @@ def main(arguments: argparse.Namespace) -> int:
     run = find.run(arguments.run_dir)
     path = Path(arguments.output or run.directory / "report.html")
     _refuse_other_file(path)
-    report = gather.gather(run)
+    report = gather.Report(run)
     size = _write(path, page.page(report))
     if arguments.json:
         facts = {"run_dir": run.directory, "file": path, "bytes": size, "state": report.state}
@@ -43,11 +43,12 @@ def _refuse_other_file(path: Path) -> None:
 def _write(path: Path, text: str) -> int:
     data = text.encode("utf-8", "replace")  # a file's name may hold bytes that are no text
     try:
+        path.parent.stat()  # a directory that is not there is a slip of the pen: none is made
         with files.rewriting(path) as file:
             file.write(data)
     except OSError as error:
         raise RunDirectoryError(
-            f"Cannot write the report: {path} ({error.strerror}). Expected a file that this user may write, with room for "
-            f"{len(data) / 1e3:.0f} kB. Name another one: -o FILE"
+            f"Cannot write the report: {path} ({error.strerror}). Expected a file that this user "
+            f"may write, with room for {len(data) / 1e3:.0f} kB. Name another one: -o FILE"
         ) from error
     return len(data)

@@ -1,5 +1,6 @@
 """The pictures of a run: the newest under each tag of its TensorBoard events."""
 
+import base64
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,7 @@ class Picture(NamedTuple):
 
     tag: str
     step: int
-    kind: str
-    data: bytes
+    url: str
     width: int
     height: int
 
@@ -26,9 +26,13 @@ def read(directory: Path, missing: list[str]) -> Iterator[Picture]:
     """What cannot be shown is told in `missing`."""
     if not any(directory.glob("events.out.tfevents.*")):
         return
-    from tensorboard.backend.event_processing import event_accumulator  # type: ignore[import-untyped]  # half a second
+    # it takes half a second
+    from tensorboard.backend.event_processing import (  # type: ignore[import-untyped]
+        event_accumulator,
+    )
 
-    logging.getLogger("tensorboard").setLevel(logging.CRITICAL)  # it tells of each resume and each damaged file
+    # It tells of each resume and each damaged file.
+    logging.getLogger("tensorboard").setLevel(logging.CRITICAL)
     try:
         events = event_accumulator.EventAccumulator(str(directory), {"images": 1, "scalars": 1}).Reload()
         found = [(tag, events.Images(tag)[-1]) for tag in sorted(events.Tags()["images"])]
@@ -42,6 +46,7 @@ def read(directory: Path, missing: list[str]) -> Iterator[Picture]:
             why = f"has {words.megabytes(len(data))}" if kind else "is no PNG, JPEG or GIF"
             missing.append(f"The picture {tag} {why}: it is left out.")
         else:
-            yield Picture(tag, int(image.step), kind, data, int(image.width), int(image.height))
+            url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+            yield Picture(tag, int(image.step), url, int(image.width), int(image.height))
     if len(found) > MOST:
         missing.append(f"{len(found) - MOST} more pictures are in the TensorBoard events only.")
