@@ -315,7 +315,7 @@ def _commands(run: Run, state: str, latest: Checkpoint | None) -> list[tuple[str
     if state == "running":
         return [("Save now, and go on", shlex.join(["touch", f"{run.shown}/save-now"]))]
     if state == "broken" or latest is None:
-        return [("See what is wrong", run.command("-m", "savepoint", "doctor"))]
+        return [("See what is wrong", run.command("-m", "savepoint", "verify"))]
     limits, ended = {"max_epochs": latest.epoch, "max_steps": latest.step}, latest.manifest.get("ended")
     if state == "finished" and ended in limits:
         return [("Train longer", f"{run.command('resume.py')} --trainer.{ended} {2 * max(1, limits[ended])}")]
