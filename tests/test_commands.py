@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.checkpoint_files import facts, names, small_state
@@ -366,6 +367,22 @@ def test_show_ends_with_the_lineage_of_the_run(run_dir: Path, capsys: Capture) -
     assert say(capsys, "show", run_dir)[1].endswith(lineage(capsys, run_dir))
     assert say(capsys, "show", path)[1].endswith(lineage(capsys, path))
     assert "forked into  child, at step 20" in lineage(capsys, path)
+
+
+def test_lineage_goes_on_past_a_run_of_another_user(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    fork(run_dir, "child", 20)
+    theirs = make_run(run_dir.parent, "theirs") / "checkpoints"
+    scandir = os.scandir
+
+    def refusing(path: Path) -> Any:
+        if path == theirs:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert "forked into  child, at step 20" in lineage(capsys, run_dir)
 
 
 def test_lineage_tells_the_starts_and_finds_forks_in_both_directions(run_dir: Path, capsys: Capture) -> None:

@@ -5,7 +5,6 @@ for in the runs of the same output directory; retention may have deleted it.
 """
 
 import argparse
-import itertools
 import os
 import shlex
 from collections.abc import Mapping
@@ -58,10 +57,14 @@ def _target(argument: str | None) -> tuple[Run, Path | None]:
 
 
 def _text(part: str, content: Any) -> str:
+    if part == "facts":
+        return words.table((), [(key, _fact(value)) for key, value in content.items()])
+    if part == "metrics":
+        rows = [(key, words.number(one["value"]), str(one["step"])) for key, one in content.items()]
+        return words.table(("metric", "value", "measured at step"), rows)
     if part == "config":
         return str(content).rstrip()
-    shown = {"facts": _facts_text, "metrics": _metrics_text, "tensors": _tensors_text}
-    return shown.get(part, _lineage_text)(content)
+    return _tensors_text(content) if part == "tensors" else _lineage_text(content)
 
 
 # -- a checkpoint ----------------------------------------------------------------------------------
@@ -110,19 +113,10 @@ def norm(tensor: "Tensor") -> float:
     return float(format.dense(tensor).to(kind).norm())
 
 
-def _facts_text(facts: Mapping[str, Any]) -> str:
-    return words.table((), [(key, _fact(value)) for key, value in facts.items()])
-
-
 def _fact(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {inner}" for key, inner in value.items())
     return words.number(value)
-
-
-def _metrics_text(metrics: Mapping[str, Any]) -> str:
-    rows = [(name, words.number(one["value"]), str(one["step"])) for name, one in metrics.items()]
-    return words.table(("metric", "value", "measured at step"), rows)
 
 
 def _tensors_text(content: Mapping[str, Any]) -> str:
@@ -149,9 +143,13 @@ class Place(NamedTuple):
     run: Run
     checkpoint: Checkpoint
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self.checkpoint.manifest
+
 
 def _lineage(run: Run, file: Path | None) -> dict[str, Any]:
-    family = [Place(one, each) for one in _family(run) for each in one.store.checkpoints()]
+    family = [place for one in _family(run) for place in _places(one)]
     found: dict[str, Any] = {"run": run.name, "path": run.directory, "id": run.id()}
     found |= {"ancestors": _ancestors(run, family), "starts": run.starts()}
     found["forks"] = _forks(run, family)
@@ -168,13 +166,20 @@ def _family(run: Run) -> list[Run]:
     return [run, *others]
 
 
+def _places(run: Run) -> list[Place]:
+    try:
+        return [Place(run, one) for one in run.store.checkpoints()]
+    except PermissionError:  # another user's
+        return []
+
+
 def _origin(facts: Mapping[str, Any], family: list[Place]) -> dict[str, Any]:
     """What the process that made a checkpoint started from."""
     parent = facts.get("parent")
-    places = (one for one in family if one.checkpoint.manifest.get("digest") == parent)
+    where = next((one for one in family if one.facts.get("digest") == parent), None)
     found = {"step": facts["step"], "parent": parent, "parent_run": None, "parent_step": None}
-    for place in itertools.islice(places, 1):
-        found |= {"parent_run": place.run.name, "parent_step": place.checkpoint.step}
+    if where:
+        found |= {"parent_run": where.run.name, "parent_step": where.checkpoint.step}
     return found
 
 
@@ -192,8 +197,8 @@ def _ancestors(run: Run, family: list[Place]) -> list[dict[str, Any]]:
 def _forked_from(run: Run, family: list[Place]) -> Place | None:
     own = [one.manifest for one in run.store.checkpoints()]
     ids, parents = {facts.get("run_id") for facts in own}, {facts.get("parent") for facts in own}
-    others = [place for place in family if place.checkpoint.manifest.get("run_id") not in ids]
-    return next((place for place in others if place.checkpoint.manifest["digest"] in parents), None)
+    others = [one for one in family if one.facts.get("run_id") not in ids]
+    return next((one for one in others if one.facts["digest"] in parents), None)
 
 
 def _forks(run: Run, family: list[Place]) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def _look(path: Path, *, deep: bool, quiet: bool) -> dict[str, Any]:
     """What there is to say of a path; unless `quiet`, said as soon as it is known."""
     if not path.exists():
         raise find.missing(path, "a checkpoint or a run directory")
-    put = _say_nothing if quiet else output.put
+    put = (lambda text: None) if quiet else output.put
     run, results = _run_at(path), []
     for result in _results(path, run, deep):
         results.append(result)
@@ -89,23 +89,17 @@ def _look(path: Path, *, deep: bool, quiet: bool) -> dict[str, Any]:
     is_well = all(one["verifies"] and one["finite"] is not False for one in results)
     is_well = is_well and not any(one.wrong for one in findings) and bool(run or results)
     if run:
-        put("\n".join([_title(run), *map(_item, findings), *["  Nothing is wrong."] * is_well]))
+        where = f" at step {run.latest.step}, epoch {run.latest.epoch}" if run.latest else ""
+        put("\n".join([f"{run.shown}: {run.state()}{where}", *map(_item, findings)]))
+        put("  Nothing is wrong." if is_well else "  Something is wrong: see above.")
     found = {"path": path, "state": run.state() if run else None, "well": is_well}
     return found | {"files": results, "findings": [one._asdict() for one in findings]}
-
-
-def _say_nothing(text: str) -> None: ...
 
 
 def _run_at(path: Path) -> Run | None:
     run = find.run_at(path)
     is_run = run and any((run.directory / name).exists() for name in _OF_A_RUN)
     return run if is_run else None
-
-
-def _title(run: Run) -> str:
-    where = f" at step {run.latest.step}, epoch {run.latest.epoch}" if run.latest else ""
-    return f"{run.shown}: {run.state()}{where}"
 
 
 def _item(one: Finding) -> str:
