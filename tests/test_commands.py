@@ -206,7 +206,7 @@ def test_ls_shows_what_was_set_aside_which_is_no_longer_wrong(run_dir: Path, cap
     assert say(capsys, "ls", run_dir)[0] == 1
 
 
-def test_a_directory_of_runs_in_the_place_of_a_run_names_them(run_dir: Path, capsys: Capture) -> None:
+def test_a_directory_of_runs_is_none_and_names_them(run_dir: Path, capsys: Capture) -> None:
     for name in ("show", "gc"):
         code, _, err = say(capsys, name, run_dir.parent)
         assert code == 2
@@ -220,7 +220,7 @@ def test_ls_of_a_name_that_is_nearly_right_says_which(run_dir: Path, capsys: Cap
 # -- ls of a directory of runs ---------------------------------------------------------------------
 
 
-def test_ls_tells_finished_stopped_running_and_broken_apart(tmp_path: Path, capsys: Capture) -> None:
+def test_ls_tells_the_states_of_runs_apart(tmp_path: Path, capsys: Capture) -> None:
     make_run(tmp_path, "finished", ended="max_epochs")
     make_run(tmp_path, "stopped")
     make_run(tmp_path, "longer", ended="max_epochs")
@@ -236,10 +236,11 @@ def test_ls_tells_finished_stopped_running_and_broken_apart(tmp_path: Path, caps
     assert states == {"longer": "stopped", "untested": "stopped"} | {
         name: name for name in ("finished", "stopped", "broken", "running")
     }
-    assert say(capsys, "ls", tmp_path)[1].splitlines()[-1].endswith(f"-m savepoint verify {tmp_path / 'broken'}")
+    last = say(capsys, "ls", tmp_path)[1].splitlines()[-1]
+    assert last.endswith(f"-m savepoint verify {tmp_path / 'broken'}")
 
 
-def test_ls_shows_config_best_and_test_of_the_newest_state_alone(tmp_path: Path, capsys: Capture) -> None:
+def test_ls_shows_best_and_test_of_the_newest_state_alone(tmp_path: Path, capsys: Capture) -> None:
     finished = make_run(tmp_path, ended="max_epochs")
     make_run(tmp_path, "second", ended="max_epochs")
     store(tmp_path / "second").save(small_state(), facts(40, 40.0))  # the summary is of step 30
@@ -252,7 +253,7 @@ def test_ls_shows_config_best_and_test_of_the_newest_state_alone(tmp_path: Path,
     assert rows["third"][:3] == ["fork", "of", "first"]
 
 
-def test_ls_asks_for_the_lock_without_taking_dropping_or_making_it(run_dir: Path, capsys: Capture) -> None:
+def test_ls_neither_takes_nor_drops_nor_makes_the_lock(run_dir: Path, capsys: Capture) -> None:
     before = names(run_dir)
     say(capsys, "ls", run_dir.parent)
     assert names(run_dir) == before
@@ -274,7 +275,7 @@ def test_ls_goes_on_past_a_run_that_cannot_be_read(run_dir: Path, capsys: Captur
     assert next(line for line in out.splitlines() if line.startswith("first")).split()[-3] == "stopped"
 
 
-def test_ls_of_nothing_is_fine_and_of_a_file_is_not(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_ls_of_nothing_is_fine_of_a_file_not(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "empty").mkdir()
     assert say(capsys, "ls", tmp_path / "empty")[:2] == (0, f"{tmp_path / 'empty'}: no runs\n")
     assert "A file, not a run directory" in say(capsys, "ls", run_dir / "run.json")[2]
@@ -353,7 +354,7 @@ def lineage(capsys: Capture, path: Path) -> str:
     return out
 
 
-def test_a_run_without_a_checkpoint_has_a_lineage_of_its_own(tmp_path: Path, capsys: Capture) -> None:
+def test_a_run_without_a_checkpoint_has_a_lineage(tmp_path: Path, capsys: Capture) -> None:
     run_dir = make_run(tmp_path, steps=())
     assert "run  first, id " in lineage(capsys, run_dir)
     code, _, err = say(capsys, "show", run_dir)

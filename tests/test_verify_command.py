@@ -1,4 +1,4 @@
-"""`savepoint verify`: every byte of files; of a run what is wrong, in words, and a command that mends it."""
+"""`savepoint verify`: every byte; of a run what is wrong, in words, and what mends it."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def findings(capsys: Capture, path: Path, *, wrong: bool = True) -> dict[str, st
     return said
 
 
-# -- what verifies ----------------------------------------------------------------------------------
+# -- what verifies ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["", "checkpoints", "checkpoints/step-00000020.ckpt", "checkpoints/best.ckpt"])
@@ -117,7 +117,7 @@ def test_nothing_to_look_at_is_said_and_is_no_success(
     assert err.startswith(f"savepoint verify: No{said} there: {tmp_path / name}. ")
 
 
-def test_a_directory_under_a_checkpoint_s_name_does_not_verify(tmp_path: Path, capsys: Capture) -> None:
+def test_a_directory_that_is_named_as_a_checkpoint_is_none(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "checkpoints" / "step-00000020.ckpt").mkdir(parents=True)
     code, (line,), _ = verified(capsys, tmp_path)
     assert code == 1
@@ -159,7 +159,7 @@ def test_a_deep_look_finds_weights_that_are_not_finite(copied: Path, capsys: Cap
     assert lines[-1].endswith(f"verifies, but is not finite in 2 tensors: {names}")
 
 
-def test_several_paths_are_looked_at_and_one_that_is_damaged_is_enough(copied: Path, capsys: Capture) -> None:
+def test_one_damaged_path_of_several_is_enough(copied: Path, capsys: Capture) -> None:
     other = small_checkpoint(copied / "a b.ckpt").path
     flip(other)
     last = copied / "checkpoints" / "last.ckpt"
@@ -173,7 +173,7 @@ def test_several_paths_are_looked_at_and_one_that_is_damaged_is_enough(copied: P
     assert len(directory["files"]) == 3
 
 
-def test_of_checkpoints_without_their_run_nothing_else_is_asked(copied: Path, capsys: Capture) -> None:
+def test_of_checkpoints_alone_nothing_else_is_asked(copied: Path, capsys: Capture) -> None:
     found = looked_at(capsys, copied)
     assert (found["state"], found["findings"], found["well"]) == (None, [], True)
     (copied / "config.yaml").write_text("model: {}")
@@ -181,7 +181,7 @@ def test_of_checkpoints_without_their_run_nothing_else_is_asked(copied: Path, ca
     assert list(said) == ["run.json is missing: the record of the starts is lost."]
 
 
-def test_a_run_that_trains_is_looked_at_but_not_what_it_changes(run_dir: Path, capsys: Capture) -> None:
+def test_what_a_run_that_trains_changes_is_not_looked_at(run_dir: Path, capsys: Capture) -> None:
     (run_dir / "checkpoints" / "last.ckpt").unlink()
     with training_in(run_dir):
         found = looked_at(capsys, run_dir)
@@ -305,7 +305,8 @@ def test_weights_that_are_not_finite_are_said(run_dir: Path, capsys: Capture) ->
     state = small_state()
     state["state_dict"]["bias"][3] = float("nan")
     store(run_dir).save(state, facts(40, 40.0))
-    assert findings(capsys, run_dir).keys() == {"step-00000040.ckpt verifies, not finite: ['state_dict.bias']"}
+    what = "step-00000040.ckpt verifies, not finite: ['state_dict.bias']"
+    assert list(findings(capsys, run_dir)) == [what]
     code, out, _ = say(capsys, "verify", run_dir)
     assert code == 1
     assert "step-00000040.ckpt: verifies, but is not finite in 1 tensor: state_dict.bias\n" in out
@@ -323,7 +324,8 @@ def test_a_run_that_ended_before_its_first_save_is_started_again(
     broken = make_run(tmp_path, "broken", steps=())
     assert not (broken / "checkpoints").exists()
     do = f"{python()} train.py --config configs/fast.yaml --run_name broken --resume auto"
-    assert findings(capsys, broken) == {"It has no checkpoint that verifies.": f"Start it again: {do}"}
+    (found,) = findings(capsys, broken).items()
+    assert found == ("It has no checkpoint that verifies.", f"Start it again: {do}")
 
 
 def test_a_directory_that_cannot_be_written_is_said(
