@@ -136,4 +136,4 @@ def test_a_nan_in_a_value_of_any_kind_is_found(name: str, tmp_path: Path, capsys
     store.write(tmp_path / "a.ckpt", {"state_dict": {"held": bad}}, {"step": 1, "epoch": 0})
     code, out, _ = say(capsys, "verify", "--deep", tmp_path / "a.ckpt")
     assert code == 1
-    assert "not finite: state_dict.held" in out
+    assert "is not finite in 1 tensor: state_dict.held" in out

@@ -420,7 +420,7 @@ def test_a_damaged_run_is_shown_with_what_is_missing(
 
 def test_a_broken_run_says_how_to_see_what_is_wrong(run_dir: Path) -> None:
     write("checkpoints/*.ckpt", "x")(run_dir)
-    assert f"-m savepoint doctor {run_dir}" in report(run_dir).words
+    assert f"-m savepoint verify {run_dir}" in report(run_dir).words
 
 
 def test_the_results_of_an_earlier_end_are_not_shown(run_dir: Path) -> None:

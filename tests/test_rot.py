@@ -129,10 +129,11 @@ def test_no_damaged_file_loads_through_any_door_and_the_one_before_is_taken(
 
 
 def check_verify(path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """`savepoint verify` says of the file that it does not, in one line, and of no other."""
+    """`savepoint verify` says of the file that it does not, in one line, and what to do."""
     assert main(["verify", str(path)]) == 1, what
-    (line,) = capsys.readouterr().out.splitlines()
+    line, advice = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{path}: does not verify: "), what
+    assert advice.startswith("  Go on from step 10: "), what
 
 
 def check_fallback(kept: CheckpointStore, what: str, capsys: pytest.CaptureFixture[str]) -> None:

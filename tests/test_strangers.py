@@ -140,9 +140,10 @@ ENTRIES: dict[str, tuple[Callable[..., int], list[str]]] = {
     "best": (resume, ["RUN", "--best"]),
 }
 MORE_WORDS = {
-    "runs": [["OUTPUTS"]],
+    "ls": [["OUTPUTS"]],
     "diff": [["FILE", "FILE"], ["RUN", "RUN"]],
-    "show": [["FILE", "--only", "config"]],
+    "show": [["FILE", "--only", "config"], ["FILE", "--only", "lineage"]],
+    "verify": [["FILE", "--deep"]],
     "gc": [["RUN", "--dry-run"]],
     "export": [["FILE", "--format", kind] for kind in ("safetensors", "npz", "state_dict", "pt2")],
 }
