@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
+from savepoint import report as report_package
 from savepoint.checkpoint import store
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import CheckpointStore
@@ -280,6 +283,18 @@ def test_the_page_needs_nothing_from_elsewhere(seen: Seen) -> None:
     assert "https:" not in seen.source
     (policy,) = seen.all("meta", **{"http-equiv": "Content-Security-Policy"})
     assert str(policy["content"]).startswith("default-src 'none'; img-src data:;")
+
+
+def test_the_templates_are_part_of_the_package_and_loaded_by_this_command_alone(tmp_path: Path) -> None:
+    root = Path(report_package.__file__).parents[3]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["savepoint.report"]
+    beside = {path.name for path in Path(report_package.__file__).parent.glob("[!_]*.*")}
+    given = {name for name in beside for pattern in patterns if fnmatch(name, pattern)}
+    assert given == {name for name in beside if not name.endswith(".py")}
+    program = f"import sys; from savepoint.commands import main; main(['runs', {str(tmp_path)!r}]); "
+    program += "sys.exit('jinja2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL).returncode == 0
 
 
 def hostile_run(directory: Path) -> Path:
