@@ -86,7 +86,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 def _environment(report: Report) -> Iterator[tuple[str, Any]]:
     last = report.starts[-1] if report.starts else {}
     git, versions = last.get("git") or {}, last.get("versions") or {}
-    commit = git.get("commit")
+    commit = git.get("commit") or None
     uncommitted = ", with changes that are not committed" if git.get("dirty") else ""
     yield "host", last.get("host")
     yield "hardware", last.get("hardware")
