@@ -12,7 +12,7 @@ RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup extras train resume eval predict export report runs sweep test lint tensorboard prove drill new template-diff template-update clean
+.PHONY: help setup extras train resume eval predict export report ls sweep test lint tensorboard prove drill new template-diff template-update clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 25
@@ -46,8 +46,8 @@ export: setup ## the model in another format: CKPT, ARGS="--format safetensors -
 report: setup ## one HTML file that shows a run: RUN (the newest if not given), ARGS="-o FILE"
 	$(VENV)/bin/python -m savepoint report $(call quoted,$(RUN)) $(ARGS)
 
-runs: setup ## a table of all runs in outputs/
-	$(VENV)/bin/python -m savepoint runs $(ARGS)
+ls: setup ## a table of all runs in outputs/, or of the checkpoints of one: RUN
+	$(VENV)/bin/python -m savepoint ls $(call quoted,$(RUN)) $(ARGS)
 
 sweep: setup ## try values of config keys: CONFIG=configs/sweep/lr.yaml
 	$(VENV)/bin/python -m savepoint sweep $(call quoted,$(CONFIG)) $(ARGS)

@@ -10,15 +10,15 @@ from savepoint import entry
 
 
 def main(argv: Sequence[str]) -> int:
-    from savepoint import choose
+    from savepoint.resume.request import requested
 
-    request = choose.request(argv)  # a missing or damaged checkpoint is said before the slow imports
+    request = requested(argv)  # a missing or damaged checkpoint is said before the slow imports
     if request is None:
         return 0
 
     with entry.importing():
         import project  # noqa: F401  (its classes can be named shortly in a config)
-        from savepoint.resume import resume
+        from savepoint.resume.start import resume
 
     return resume(request)
 

@@ -10,16 +10,16 @@ from savepoint import entry
 
 
 def main(argv: Sequence[str]) -> int:
-    from savepoint import precheck
+    from savepoint.config import quick
 
-    precheck.check(argv)  # answers --help; says what is wrong with flags and files before the slow imports
+    composed = quick.check(argv)  # answers --help; says what is wrong with files before the slow imports
 
     with entry.importing():
         import project  # noqa: F401  (its classes can be named shortly in a config)
-        from savepoint.resume import start
+        from savepoint.resume.start import start
 
-    return start(argv)
+    return start(composed)
 
 
 if __name__ == "__main__":
-    entry.run(main, __file__)
+    entry.run(main, __file__, default_config="configs/mnist.yaml")

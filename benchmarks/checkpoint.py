@@ -36,9 +36,10 @@ def measure_saves(saves: int, work: Path, *flags: str) -> dict[str, list[float]]
     from lightning.pytorch.plugins.io import TorchCheckpointIO
 
     import project  # noqa: F401
-    from savepoint import cli, training
     from savepoint.checkpoint.callback import CheckpointCallback
+    from savepoint.config import typed
     from savepoint.run import Run
+    from savepoint.training import build
 
     found: dict[str, list[float]] = {"ours": [], "theirs": [], "raw": [], "our bytes": [], "their bytes": []}
 
@@ -60,11 +61,11 @@ def measure_saves(saves: int, work: Path, *flags: str) -> dict[str, list[float]]
             found["our bytes"].append(len(content))
             found["their bytes"].append(other.stat().st_size)
 
-    config = cli.parse(["--checkpoint.save_every_steps=1", f"--trainer.max_steps={saves + WARM_UP}", *flags])
+    config = typed.parse(["--checkpoint.save_every_steps=1", f"--trainer.max_steps={saves + WARM_UP}", *flags])
     directory = Path(tempfile.mkdtemp(dir=work))
     run = Run.open(directory)
     with contextlib.redirect_stdout(io.StringIO()):
-        built = training.build(config, run)
+        built = build.build(config, run)
         built.checkpointing.__class__ = Measured
         built.trainer.fit(built.model, datamodule=built.data)
     run.unlock()

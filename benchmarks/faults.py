@@ -294,7 +294,7 @@ def _import_all() -> None:
     import toy  # noqa: F401
 
     import project  # noqa: F401
-    import savepoint.resume  # noqa: F401
+    import savepoint.resume.go_on  # noqa: F401
 
     torch.set_num_threads(1)
 

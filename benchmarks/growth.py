@@ -79,7 +79,7 @@ def by_count(rounds: int, folder: Path) -> dict[int, dict[str, float]]:
             step = count + 1 + i
             anew = CheckpointStore(kept.directory, mode="max")
             row = found[count]
-            row.setdefault("save", []).append(secs(lambda k=kept, s=step: k.save({"w": torch.zeros(8)}, facts(s))))  # type: ignore[misc]
+            row.setdefault("save", []).append(secs(lambda k=kept, s=step: k.add({"w": torch.zeros(8)}, facts(s))))  # type: ignore[misc]
             row.setdefault("choose", []).append(secs(lambda a=anew: (a.latest(), a.best())))  # type: ignore[misc]
     return {count: {name: median(values[1:]) for name, values in row.items()} for count, row in found.items()}
 

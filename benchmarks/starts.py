@@ -43,6 +43,7 @@ def timed(command: Sequence[str], *, code: int = 0, steps: int | None = None, ma
 
 def small(rounds: int, work: Path) -> dict[str, float]:
     mark, run = work / "mark", work / "resumed"
+    last = run / "checkpoints" / "last.ckpt"  # of a run, the newest would be loaded as well
     train = ["train.py", "--trainer.callbacks", "mark.Mark", "--output_dir", str(work)]
     timed([*train, "--run_name", run.name], steps=435, mark=mark)  # leaves in its second epoch, after the first save
 
@@ -55,7 +56,7 @@ def small(rounds: int, work: Path) -> dict[str, float]:
             "import lightning": lambda: timed(["-c", "import lightning"]),
             "--help": lambda: timed(["train.py", "--help"]),
             "savepoint ls": lambda: timed(["-m", "savepoint", "ls", str(run)]),
-            "savepoint verify": lambda: timed(["-m", "savepoint", "verify", str(run)]),
+            "savepoint verify": lambda: timed(["-m", "savepoint", "verify", str(last)]),
             "a wrong key": lambda: timed(["train.py", "--model.learning_rate", "0.1"], code=2),
             "a fresh start": fresh,
             "a resume": lambda: timed(["resume.py", str(run)], steps=1, mark=mark),

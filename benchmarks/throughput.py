@@ -36,10 +36,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from project import ConvNet, ImageClassifier, ImageData
-from savepoint import cli, training
-from savepoint.progress import Meter
+from savepoint.config import typed
 from savepoint.run import Run
 from savepoint.schedules import one_cycle
+from savepoint.training import build
+from savepoint.training.progress import Meter
 
 MEAN, STD = 0.1307, 0.3081
 
@@ -54,7 +55,7 @@ def lightning_rate(config: Any, directory: Path) -> float:
     directory.mkdir()
     run = Run.open(directory)
     with contextlib.redirect_stdout(io.StringIO()):
-        built = training.build(config, run)
+        built = build.build(config, run)
         built.trainer.fit(built.model, datamodule=built.data)
         rate = whole_rate(built.meter)
     run.unlock()
@@ -140,7 +141,7 @@ def pass_rate(one_pass: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> float:
 
 def measure_fit(epochs: int, rounds: int) -> dict[str, float]:
     """Images/s of each way to train."""
-    config = cli.parse(["--config", str(ROOT / "configs/mnist.yaml"), f"--trainer.max_epochs={epochs}"])
+    config = typed.parse(["--config", str(ROOT / "configs/mnist.yaml"), f"--trainer.max_epochs={epochs}"])
     often = config.clone()
     often.checkpoint.save_every_steps = 50
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:

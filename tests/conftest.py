@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from savepoint import workspace
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True, scope="session")
 def at_the_root() -> None:
     os.chdir(ROOT)
+    workspace.enter(workspace.Project(ROOT, Path("configs/mnist.yaml")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

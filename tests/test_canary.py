@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from savepoint.checkpoint import format, store
 from savepoint.checkpoint.canary import canary
 from savepoint.errors import ConfigMismatchError
-from savepoint.overrides import check_canary
+from savepoint.resume.overrides import check_canary
 
 INF, NAN = float("inf"), float("nan")
 

@@ -12,8 +12,9 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 
-from savepoint import cli, compose
+from savepoint import workspace
 from savepoint.checkpoint.callback import CheckpointCallback
+from savepoint.config import compose, typed
 from savepoint.errors import ConfigError
 
 
@@ -91,7 +92,7 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def flat(*argv: str, base: str | None = None) -> dict[str, Any]:
-    return compose.flatten(cli.dump(cli.parse(argv, base=base)))
+    return compose.flatten(typed.dump(typed.parse(argv, base=base)))
 
 
 def only(values: dict[str, Any], group: str) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def test_a_class_replaces_itself_with_its_defaults(configs: Path) -> None:
     "over", [["--config", "counter.yaml"], ["--model", "Counter"], ["--model={class_path: Counter}"]]
 )
 def test_nothing_of_a_checkpoints_model_leaks_into_another(configs: Path, over: list[str]) -> None:
-    base = cli.dump(cli.parse(["--config", "sorter.yaml"]))
+    base = typed.dump(typed.parse(["--config", "sorter.yaml"]))
     assert only(flat(*over, base=base), "model") == {"model": "test_cli.Counter", "model.lr": 0.5, "model.count": 3}
 
 
@@ -150,7 +151,7 @@ def test_trainer_and_checkpoint_are_merged_key_by_key(configs: Path) -> None:
 
 def test_a_group_without_a_class_is_refused_because_it_cannot_be_mixed_in(configs: Path) -> None:
     with pytest.raises(ConfigError, match=r"No class chosen by `model`: half.yaml.*--model.NAME VALUE"):
-        cli.parse(["--config", "sorter.yaml", "--config", "half.yaml"])
+        typed.parse(["--config", "sorter.yaml", "--config", "half.yaml"])
 
 
 def test_a_logger_that_is_replaced_keeps_no_value_of_the_one_before_it(configs: Path) -> None:
@@ -183,7 +184,7 @@ def test_of_two_classes_for_one_key_nothing_of_the_earlier_stays(configs: Path) 
 
 def test_a_class_named_after_its_values_is_refused_instead_of_dropping_them(configs: Path) -> None:
     with pytest.raises(ConfigError, match=r"--model.net would undo what stands before it: --model.net.width"):
-        cli.parse(["--config=sorter.yaml", "--model.net.width=3", "--model.net", "DeepNet"])
+        typed.parse(["--config=sorter.yaml", "--model.net.width=3", "--model.net", "DeepNet"])
 
 
 def test_group_files_in_a_config_are_relative_to_that_config(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +194,7 @@ def test_group_files_in_a_config_are_relative_to_that_config(configs: Path, monk
 
 
 def test_the_default_config_is_found_from_any_working_directory(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compose, "DEFAULT_CONFIG", configs / "sorter.yaml")
+    monkeypatch.setattr(workspace, "_entered", workspace.Project(configs, Path("sorter.yaml")))
     monkeypatch.chdir("/")
     assert flat()["model.lr"] == 0.7
 
@@ -201,13 +202,13 @@ def test_the_default_config_is_found_from_any_working_directory(configs: Path, m
 def test_files_that_choose_no_model_go_on_top_of_the_default_config(
     configs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compose, "DEFAULT_CONFIG", configs / "sorter.yaml")
+    monkeypatch.setattr(workspace, "_entered", workspace.Project(configs, Path("sorter.yaml")))
     values = flat("--config", "trainer.yaml")
     assert (values["model.lr"], values["trainer.max_epochs"]) == (0.7, 9)
 
 
 def test_a_checkpoints_config_stands_in_for_the_default_config(configs: Path) -> None:
-    base = cli.dump(cli.parse(["--config", "sorter.yaml"]))
+    base = typed.dump(typed.parse(["--config", "sorter.yaml"]))
     values = flat("--trainer.max_epochs", "4", "--config", "trainer.yaml", base=base)
     assert (values["model.lr"], values["trainer.max_epochs"], values["trainer.precision"]) == (0.7, 4, "64-true")
 
@@ -238,13 +239,13 @@ def test_a_checkpoints_config_stands_in_for_the_default_config(configs: Path) ->
     ],
 )
 def test_a_dump_parses_to_the_same_dump(configs: Path, argv: list[str]) -> None:
-    text = cli.dump(cli.parse(["--config", "sorter.yaml", *argv]))
-    assert cli.dump(cli.parse([], base=text)) == text
+    text = typed.dump(typed.parse(["--config", "sorter.yaml", *argv]))
+    assert typed.dump(typed.parse([], base=text)) == text
 
 
 def test_a_dump_keeps_a_null_that_stands_against_a_default(configs: Path) -> None:
-    base = cli.dump(cli.parse(["--config=sorter.yaml", "--checkpoint.save_every_epochs", "null"]))
-    assert cli.parse([], base=base).checkpoint.save_every_epochs is None
+    base = typed.dump(typed.parse(["--config=sorter.yaml", "--checkpoint.save_every_epochs", "null"]))
+    assert typed.parse([], base=base).checkpoint.save_every_epochs is None
 
 
 @settings(max_examples=60, deadline=None)
@@ -257,13 +258,13 @@ def test_any_text_survives_a_dump(text: str) -> None:
 
 
 def test_a_text_that_looks_like_a_number_stays_a_text(configs: Path) -> None:
-    base = cli.dump(cli.parse(["--config=sorter.yaml", "--run_name=1e3", "--model.tag=2026-11-20"]))
-    config = cli.parse([], base=base)
+    base = typed.dump(typed.parse(["--config=sorter.yaml", "--run_name=1e3", "--model.tag=2026-11-20"]))
+    config = typed.parse([], base=base)
     assert (config.run_name, config.model.init_args.tag) == ("1e3", "2026-11-20")
 
 
 def test_a_dump_holds_the_keys_of_the_contract_and_nothing_of_the_way_they_were_given(configs: Path) -> None:
-    text = cli.dump(cli.parse(["--config", "sorter.yaml"]))
+    text = typed.dump(typed.parse(["--config", "sorter.yaml"]))
     assert tuple(compose.parse_yaml(text, "a test")) == compose.KEYS
     assert "sorter.yaml" not in text
 
@@ -316,7 +317,7 @@ def test_flatten_names_values_as_their_flags() -> None:
 )
 def test_a_mistake_is_one_line_that_names_the_flag(configs: Path, argv: str, message: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        cli.parse(["--config", "sorter.yaml", *argv.split()])
+        typed.parse(["--config", "sorter.yaml", *argv.split()])
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
 
@@ -339,15 +340,15 @@ def test_a_mistake_in_a_file_is_one_line_that_names_file_and_key(
 ) -> None:
     (configs / "sorter.yaml").write_text(SORTER.replace(old, new))
     with pytest.raises(ConfigError) as raised:
-        cli.parse(["--config", "sorter.yaml"])
+        typed.parse(["--config", "sorter.yaml"])
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
 
 
 def test_a_value_that_lightning_refuses_is_a_config_error(configs: Path) -> None:
-    config = cli.parse(["--config", "sorter.yaml", "--trainer.accelerator", "abacus"])
+    config = typed.parse(["--config", "sorter.yaml", "--trainer.accelerator", "abacus"])
     with pytest.raises(ConfigError, match=r"Trainer refuses its settings: .*abacus"):
-        cli.instantiate(config)
+        typed.instantiate(config)
 
 
 # --- help ---
@@ -355,14 +356,14 @@ def test_a_value_that_lightning_refuses_is_a_config_error(configs: Path) -> None
 
 def test_print_config_prints_the_dump_and_leaves(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        cli.parse(["--config", "sorter.yaml", "--print_config", "--model.lr", "3"])
+        typed.parse(["--config", "sorter.yaml", "--print_config", "--model.lr", "3"])
     assert left.value.code == 0
-    assert capsys.readouterr().out == cli.dump(cli.parse(["--config", "sorter.yaml", "--model.lr", "3"]))
+    assert capsys.readouterr().out == typed.dump(typed.parse(["--config", "sorter.yaml", "--model.lr", "3"]))
 
 
 def test_the_help_of_a_key_says_what_its_class_takes(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.parse(["--config", "sorter.yaml", "--model.help"])
+        typed.parse(["--config", "sorter.yaml", "--model.help"])
     assert capsys.readouterr().out.splitlines() == [
         "test_cli.Sorter takes, as --model.NAME VALUE or under `model` in a config:",
         "  net: Module (required)",
@@ -374,7 +375,7 @@ def test_the_help_of_a_key_says_what_its_class_takes(configs: Path, capsys: pyte
 
 def test_the_help_of_a_key_takes_another_class_by_name(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.parse(["--config", "sorter.yaml", "--model.net.help", "DeepNet"])
+        typed.parse(["--config", "sorter.yaml", "--model.net.help", "DeepNet"])
     assert "depth: int (default 2)" in capsys.readouterr().out
 
 
@@ -382,8 +383,8 @@ def test_the_help_of_a_key_takes_another_class_by_name(configs: Path, capsys: py
 
 
 def test_the_objects_are_those_of_the_config(configs: Path) -> None:
-    config = cli.parse(["--config", "sorter.yaml", "--model.net.width", "5", "--checkpoint.keep_last", "3"])
-    model, data, trainer = cli.instantiate(config, default_root_dir=str(configs))
+    config = typed.parse(["--config", "sorter.yaml", "--model.net.width", "5", "--checkpoint.keep_last", "3"])
+    model, data, trainer = typed.instantiate(config, default_root_dir=str(configs))
     assert isinstance(model, Sorter)
     assert isinstance(data, Pebbles)
     assert model.net.layer.in_features == 5
@@ -393,30 +394,30 @@ def test_the_objects_are_those_of_the_config(configs: Path) -> None:
 
 def test_building_twice_gives_the_same_weights_and_another_seed_others(configs: Path) -> None:
     def weights(*argv: str) -> torch.Tensor:
-        return cli.instantiate(cli.parse(["--config", "sorter.yaml", *argv]))[0].net.layer.weight
+        return typed.instantiate(typed.parse(["--config", "sorter.yaml", *argv]))[0].net.layer.weight
 
     assert torch.equal(weights(), weights())
     assert not torch.equal(weights(), weights("--seed_everything", "1"))
 
 
 def test_callbacks_of_the_caller_join_those_of_the_config_and_stand_before_the_checkpoint(configs: Path) -> None:
-    config = cli.parse(["--config=sorter.yaml", "--trainer.callbacks+=Timer"])
+    config = typed.parse(["--config=sorter.yaml", "--trainer.callbacks+=Timer"])
     mine = EarlyStopping("val/loss")
-    callbacks = cli.instantiate(config, callbacks=[mine])[2].callbacks
+    callbacks = typed.instantiate(config, callbacks=[mine])[2].callbacks
     assert [type(c).__name__ for c in callbacks[:2]] == ["Timer", "EarlyStopping"]
     assert mine is callbacks[1]
     assert isinstance(callbacks[-1], CheckpointCallback)
 
 
 def test_arguments_of_the_caller_take_the_place_of_the_configs(configs: Path) -> None:
-    config = cli.parse(["--config", "sorter.yaml", "--trainer.logger", "true"])
-    assert cli.instantiate(config, logger=False, max_epochs=8)[2].loggers == []
-    assert cli.instantiate(config, logger=False, max_epochs=8)[2].max_epochs == 8
+    config = typed.parse(["--config", "sorter.yaml", "--trainer.logger", "true"])
+    assert typed.instantiate(config, logger=False, max_epochs=8)[2].loggers == []
+    assert typed.instantiate(config, logger=False, max_epochs=8)[2].max_epochs == 8
 
 
 @pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of `nn.Module`")
 def test_a_model_can_be_loaded_from_a_checkpoint_alone(configs: Path) -> None:
-    model, _, _ = cli.instantiate(cli.parse(["--config", "sorter.yaml"]))
+    model, _, _ = typed.instantiate(typed.parse(["--config", "sorter.yaml"]))
     content = {
         "state_dict": model.state_dict(),
         "hyper_parameters": dict(model.hparams),
@@ -432,5 +433,36 @@ def test_the_command_line_of_the_process_is_neither_read_nor_changed(
     configs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--nonsense"])
-    cli.instantiate(cli.parse(["--config", "sorter.yaml"]))
+    typed.instantiate(typed.parse(["--config", "sorter.yaml"]))
     assert sys.argv == ["train.py", "--nonsense"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--model.lrr 1", "Unknown key: --model.lrr. Did you mean model.lr?"),
+        ("--data.rot x", "Unknown key: --data.rot. Did you mean data.root?"),
+        ("--modle.lr 1", "Unknown flag: --modle.lr. Did you mean --model.lr?"),
+        ("--epochs 3", "Unknown flag: --epochs. Did you mean --trainer.max_epochs?"),
+        ("--lr 3", "Unknown flag: --lr. Did you mean --model.lr?"),
+        ("--batch_size 3", "Unknown flag: --batch_size. Did you mean --data.batch_size?"),
+        ("--confg good.yaml", "Unknown flag: --confg. Did you mean --config?"),
+        ("--seed 3", "Unknown flag: --seed. See --help."),
+        ("--run_names 3", "Unknown flag: --run_names. Did you mean --run_name?"),
+        ("--trainer.max_epoch 3", "Unknown flag: --trainer.max_epoch. Did you mean --trainer.max_epochs?"),
+        ("--trainer.zzz 3", "Unknown flag: --trainer.zzz. See --trainer.help."),
+        ("--checkpoint.keep 3", "Unknown flag: --checkpoint.keep. Did you mean --checkpoint.keep_last?"),
+        ("--trainer {zzz: 3}", "Unknown key in --trainer: trainer.zzz. See --trainer.help for its keys."),
+        (
+            "--checkpoint {keep_lasts: 3}",
+            "Unknown key in --checkpoint: checkpoint.keep_lasts. Did you mean",
+        ),
+    ],
+)
+def test_a_mistyped_key_is_answered_with_the_nearest_ones(argv: str, message: str) -> None:
+    import project  # noqa: F401
+
+    flag, _, value = argv.partition(" ")
+    with pytest.raises(ConfigError) as raised:
+        typed.parse([flag, value])
+    assert str(raised.value).startswith(message.removesuffix("?"))

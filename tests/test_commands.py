@@ -1,10 +1,11 @@
-"""What all commands have in common, and ls, runs, show and lineage."""
+"""What all commands have in common, and ls and show."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.checkpoint_files import facts, names, small_state
@@ -27,7 +28,7 @@ def run_dir(tmp_path: Path) -> Path:
     return make_run(tmp_path)
 
 
-LOOKING = ("ls", "runs", "show", "diff", "verify", "gc", "doctor", "lineage")
+LOOKING = ("ls", "show", "diff", "verify", "gc")
 
 
 def command_line(name: str, path: Path) -> list[str]:
@@ -70,7 +71,7 @@ def test_a_file_in_the_place_of_a_run_is_bad_input(name: str, run_dir: Path, cap
 
 @pytest.mark.parametrize("name", LOOKING)
 def test_every_command_speaks_json_with_the_same_exit_code(name: str, run_dir: Path, capsys: Capture) -> None:
-    command = command_line(name, run_dir.parent if name == "runs" else run_dir)
+    command = command_line(name, run_dir)
     text = say(capsys, *command)
     code, out, err = say(capsys, *command, "--json")
     assert json.loads(out)
@@ -79,14 +80,14 @@ def test_every_command_speaks_json_with_the_same_exit_code(name: str, run_dir: P
 
 @pytest.mark.parametrize(
     "words",
-    [["ls"], ["runs", ".."], ["verify", "."], ["gc"], ["lineage"], ["show", "--only", "metrics"], ["doctor"]],
+    [
+        ["ls", "."], ["ls", ".."], ["verify", "checkpoints/last.ckpt"], ["gc", "."],
+        ["show", ".", "--only", "lineage"], ["show", ".", "--only", "metrics"],
+    ],
     ids=" ".join,
-)
+)  # fmt: skip
 def test_what_only_looks_at_files_starts_without_torch(words: list[str], run_dir: Path) -> None:
-    target = [*words, *([] if "." in words[-1] else [str(run_dir)])]
-    if words == ["doctor"]:  # of a run, the newest checkpoint is loaded
-        target = ["doctor", str(latest(run_dir).path)]
-    command = [sys.executable, "-X", "importtime", "-m", "savepoint", *target]
+    command = [sys.executable, "-X", "importtime", "-m", "savepoint", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=run_dir)
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not {"torch", "numpy", "lightning"} & imported
@@ -113,7 +114,7 @@ def test_without_words_the_commands_are_listed(capsys: Capture) -> None:
     assert say(capsys, "--help")[:2] == (0, err)
 
 
-@pytest.mark.parametrize("name", ["ls", "show", "doctor", "lineage", "gc"])
+@pytest.mark.parametrize("name", ["show", "verify", "gc"])
 def test_without_a_path_the_newest_run_under_outputs_is_meant(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -150,7 +151,7 @@ def test_a_name_cannot_act_on_the_terminal(tmp_path: Path, capsys: Capture) -> N
     make_run(tmp_path, "with space\x1b[2J", steps=(3,))
     (tmp_path / os.fsdecode(b"\xff")).mkdir()
     (tmp_path / os.fsdecode(b"\xff") / "run.json").touch()
-    out = say(capsys, "runs", tmp_path)[1]
+    out = say(capsys, "ls", tmp_path)[1]
     assert "with space\\x1b[2J" in out
     assert "\\udcff" in out
     assert "\x1b" not in out
@@ -181,7 +182,7 @@ def test_ls_shows_step_score_and_which_is_latest_and_best(run_dir: Path, capsys:
 
 def test_ls_shows_no_score_that_was_measured_at_another_step(run_dir: Path, capsys: Capture) -> None:
     measured = {"val/loss": {"value": 1.0, "step": 30}}
-    store(run_dir).save(small_state(), {**facts(40), "metrics": measured})
+    store(run_dir).add(small_state(), {**facts(40), "metrics": measured})
     last = json.loads(say(capsys, "ls", run_dir, "--json")[1])["checkpoints"][-1]
     assert (last["step"], last["monitor"], last["score"]) == (40, "val/loss", None)
 
@@ -205,44 +206,46 @@ def test_ls_shows_what_was_set_aside_which_is_no_longer_wrong(run_dir: Path, cap
     assert say(capsys, "ls", run_dir)[0] == 1
 
 
-def test_ls_of_a_directory_of_runs_names_them(run_dir: Path, capsys: Capture) -> None:
-    code, _, err = say(capsys, "ls", run_dir.parent)
-    assert code == 2
-    assert f"It holds runs: {run_dir}" in err
+def test_a_directory_of_runs_is_none_and_names_them(run_dir: Path, capsys: Capture) -> None:
+    for name in ("show", "gc"):
+        code, _, err = say(capsys, name, run_dir.parent)
+        assert code == 2
+        assert f"It holds runs: {run_dir}" in err
 
 
 def test_ls_of_a_name_that_is_nearly_right_says_which(run_dir: Path, capsys: Capture) -> None:
     assert f"Did you mean {run_dir}?" in say(capsys, "ls", run_dir.with_name("firts"))[2]
 
 
-# -- runs ------------------------------------------------------------------------------------------------------------
+# -- ls of a directory of runs ---------------------------------------------------------------------
 
 
-def test_runs_tells_finished_stopped_running_and_broken_apart(tmp_path: Path, capsys: Capture) -> None:
+def test_ls_tells_the_states_of_runs_apart(tmp_path: Path, capsys: Capture) -> None:
     make_run(tmp_path, "finished", ended="max_epochs")
     make_run(tmp_path, "stopped")
     make_run(tmp_path, "longer", ended="max_epochs")
-    store(tmp_path / "longer").save(small_state(), facts(40, 40.0))
+    store(tmp_path / "longer").add(small_state(), facts(40, 40.0))
     (make_run(tmp_path, "untested", ended="max_epochs") / "summary.json").unlink()
     make_run(tmp_path, "broken", steps=())
     running = make_run(tmp_path, "running", ended="max_epochs")
     (tmp_path / "another thing").mkdir()
     with training_in(running):
-        code, out, _ = say(capsys, "runs", tmp_path, "--json")
+        code, out, _ = say(capsys, "ls", tmp_path, "--json")
     assert code == 1
     states = {row["run"]: row["state"] for row in json.loads(out)}
     assert states == {"longer": "stopped", "untested": "stopped"} | {
         name: name for name in ("finished", "stopped", "broken", "running")
     }
-    assert say(capsys, "runs", tmp_path)[1].splitlines()[-1].endswith(f"-m savepoint doctor {tmp_path / 'broken'}")
+    last = say(capsys, "ls", tmp_path)[1].splitlines()[-1]
+    assert last.endswith(f"-m savepoint verify {tmp_path / 'broken'}")
 
 
-def test_runs_shows_config_best_and_test_of_the_newest_state_alone(tmp_path: Path, capsys: Capture) -> None:
+def test_ls_shows_best_and_test_of_the_newest_state_alone(tmp_path: Path, capsys: Capture) -> None:
     finished = make_run(tmp_path, ended="max_epochs")
     make_run(tmp_path, "second", ended="max_epochs")
-    store(tmp_path / "second").save(small_state(), facts(40, 40.0))  # the summary is of step 30
+    store(tmp_path / "second").add(small_state(), facts(40, 40.0))  # the summary is of step 30
     fork(finished, "third", 20)
-    code, out, _ = say(capsys, "runs", tmp_path)
+    code, out, _ = say(capsys, "ls", tmp_path)
     rows = {line.split()[0]: line.split()[1:-2] for line in out.splitlines()}
     assert code == 0
     assert rows["first"] == ["fast", "val/loss", "10.0000", "50.00", "%", "30", "finished"]
@@ -250,43 +253,59 @@ def test_runs_shows_config_best_and_test_of_the_newest_state_alone(tmp_path: Pat
     assert rows["third"][:3] == ["fork", "of", "first"]
 
 
-def test_runs_asks_for_the_lock_without_taking_dropping_or_making_it(run_dir: Path, capsys: Capture) -> None:
+def test_ls_neither_takes_nor_drops_nor_makes_the_lock(run_dir: Path, capsys: Capture) -> None:
     before = names(run_dir)
-    say(capsys, "runs", run_dir.parent)
+    say(capsys, "ls", run_dir.parent)
     assert names(run_dir) == before
     with training_in(run_dir) as pid:
         said = (run_dir / "lock").read_text()
-        assert "running" in say(capsys, "runs", run_dir.parent)[1]
+        assert "running" in say(capsys, "ls", run_dir.parent)[1]
         assert (run_dir / "lock").read_text() == said
         with pytest.raises(RunLockedError, match=f"pid {pid} on"):
             Run(run_dir).lock()
-    assert "stopped" in say(capsys, "runs", run_dir.parent)[1]
+    assert "stopped" in say(capsys, "ls", run_dir.parent)[1]
 
 
-def test_runs_goes_on_past_a_run_that_cannot_be_read(run_dir: Path, capsys: Capture) -> None:
+def test_ls_goes_on_past_a_run_that_cannot_be_read(run_dir: Path, capsys: Capture) -> None:
     unreadable = make_run(run_dir.parent, "unreadable")
     (unreadable / "lock").symlink_to("lock")
-    code, out, _ = say(capsys, "runs", run_dir.parent)
+    code, out, _ = say(capsys, "ls", run_dir.parent)
     assert code == 1
     assert f"unreadable cannot be read: {unreadable / 'lock'}: Too many levels of symbolic links" in out
     assert next(line for line in out.splitlines() if line.startswith("first")).split()[-3] == "stopped"
 
 
-def test_runs_of_nothing_is_fine_and_of_a_run_or_a_file_is_not(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_ls_of_nothing_is_fine_of_a_file_not(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "empty").mkdir()
-    assert say(capsys, "runs", tmp_path / "empty")[:2] == (0, f"{tmp_path / 'empty'}: no runs\n")
-    assert "A run, not a directory of runs" in say(capsys, "runs", run_dir)[2]
-    assert "A file, not a directory of runs" in say(capsys, "runs", run_dir / "run.json")[2]
+    assert say(capsys, "ls", tmp_path / "empty")[:2] == (0, f"{tmp_path / 'empty'}: no runs\n")
+    assert "A file, not a run directory" in say(capsys, "ls", run_dir / "run.json")[2]
+
+
+def test_ls_without_a_path_lists_the_runs_under_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = say(capsys, "ls")
+    assert code == 2
+    assert "No runs yet: outputs. A directory with runs was expected. Start one: " in err
+    for name in ("a", "checkpoints"):  # a run may be called so
+        make_run(tmp_path / "outputs", name, steps=(3,))
+    found = json.loads(say(capsys, "ls", "--json")[1])
+    assert {row["run"] for row in found} == {"a", "checkpoints"}
+    one = json.loads(say(capsys, "ls", "outputs/checkpoints", "--json")[1])
+    assert [row["step"] for row in one["checkpoints"]] == [3]
 
 
 @pytest.mark.parametrize("damage", ["", "{bad", "[]", '{"starts": 3}', '{"starts": [3, {"argv": 3, "time": 1}]}'])
 def test_a_damaged_record_costs_what_stood_in_it_alone(damage: str, run_dir: Path, capsys: Capture) -> None:
     (run_dir / "run.json").write_text(damage)
-    code, out, _ = say(capsys, "runs", run_dir.parent, "--json")
+    code, out, _ = say(capsys, "ls", run_dir.parent, "--json")
     (row,) = json.loads(out)
     assert code == 0
     assert (row["config"], row["step"], row["state"]) == (None, 30, "stopped")
-    assert "run.json is missing or damaged" in say(capsys, "lineage", run_dir)[1]
+    assert "run.json is missing or damaged" in lineage(capsys, run_dir)
+    (run_dir / "run.json").unlink()
+    assert "run.json is missing or damaged" in say(capsys, "show", run_dir)[1]
 
 
 # -- show ------------------------------------------------------------------------------------------------------------
@@ -320,24 +339,62 @@ def test_a_damaged_file_is_not_shown(run_dir: Path, capsys: Capture) -> None:
 def test_a_norm_that_is_no_number_is_a_text_in_json(run_dir: Path, capsys: Capture) -> None:
     state = small_state()
     state["state_dict"]["weight"][0, 0] = float("inf")
-    store(run_dir).save(state, facts(40, "nan"))
+    store(run_dir).add(state, facts(40, "nan"))
     shown = json.loads(say(capsys, "show", run_dir, "--json")[1])
     assert shown["tensors"]["weights"][0]["norm"] == "inf"
     assert shown["metrics"]["val/loss"]["value"] == "nan"
 
 
-# -- lineage ---------------------------------------------------------------------------------------------------------
+# -- show: lineage ---------------------------------------------------------------------------------
+
+
+def lineage(capsys: Capture, path: Path) -> str:
+    code, out, _ = say(capsys, "show", path, "--only", "lineage")
+    assert code == 0
+    return out
+
+
+def test_a_run_without_a_checkpoint_has_a_lineage(tmp_path: Path, capsys: Capture) -> None:
+    run_dir = make_run(tmp_path, steps=())
+    assert "run  first, id " in lineage(capsys, run_dir)
+    code, _, err = say(capsys, "show", run_dir)
+    assert code == 2
+    assert f"-m savepoint verify {run_dir}" in err
+
+
+def test_show_ends_with_the_lineage_of_the_run(run_dir: Path, capsys: Capture) -> None:
+    fork(run_dir, "child", 20)
+    path = run_dir / "checkpoints" / "step-00000020.ckpt"
+    assert say(capsys, "show", run_dir)[1].endswith(lineage(capsys, run_dir))
+    assert say(capsys, "show", path)[1].endswith(lineage(capsys, path))
+    assert "forked into  child, at step 20" in lineage(capsys, path)
+
+
+def test_lineage_goes_on_past_a_run_of_another_user(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    fork(run_dir, "child", 20)
+    theirs = make_run(run_dir.parent, "theirs") / "checkpoints"
+    scandir = os.scandir
+
+    def refusing(path: Path) -> Any:
+        if path == theirs:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert "forked into  child, at step 20" in lineage(capsys, run_dir)
 
 
 def test_lineage_tells_the_starts_and_finds_forks_in_both_directions(run_dir: Path, capsys: Capture) -> None:
     child = fork(run_dir, "child", 20)
     grandchild = fork(child, "grand child", 21)
-    code, out, _ = say(capsys, "lineage", child, "--json")
-    found = json.loads(out)
+    code, out, _ = say(capsys, "show", child, "--json")
+    found = json.loads(out)["lineage"]
     assert code == 0
     assert [(one["run"], one["step"]) for one in found["ancestors"]] == [("first", 20)]
     assert [(one["run"], one["step"]) for one in found["forks"]] == [("grand child", 21)]
-    text = say(capsys, "lineage", grandchild)[1]
+    text = lineage(capsys, grandchild)
     forked = [line for line in text.splitlines() if line.startswith("forked from")]
     assert [line.split("  ")[-1][:20].strip() for line in forked] == ["step 21 of child (/t", "step 20 of first (/t"]
     assert "step 21  model.lr 0.1 -> 0.2  train.py --config configs/fast.yaml" in text
@@ -346,22 +403,22 @@ def test_lineage_tells_the_starts_and_finds_forks_in_both_directions(run_dir: Pa
 def test_lineage_of_a_file_names_where_its_process_began(run_dir: Path, capsys: Capture) -> None:
     child = fork(run_dir, "child", 20)
     began = "by a process that began from"
-    assert f"step 30, {began} nothing" in say(capsys, "lineage", latest(run_dir).path)[1]
-    assert f"step 22, {began} step 20 of first" in say(capsys, "lineage", latest(child).path)[1]
+    assert f"step 30, {began} nothing" in lineage(capsys, latest(run_dir).path)
+    assert f"step 22, {began} step 20 of first" in lineage(capsys, latest(child).path)
     (run_dir / "checkpoints" / "step-00000020.ckpt").unlink()
-    assert f"step 22, {began} a checkpoint that is not here" in say(capsys, "lineage", latest(child).path)[1]
-    assert "forked from  step 20 of a run whose checkpoint is not here" in say(capsys, "lineage", child)[1]
+    assert f"step 22, {began} a checkpoint that is not here" in lineage(capsys, latest(child).path)
+    assert "forked from  step 20 of a run whose checkpoint is not here" in lineage(capsys, child)
 
 
 def test_a_copy_of_a_run_is_not_its_fork(run_dir: Path, capsys: Capture) -> None:
     parent = latest(run_dir).manifest["digest"]
-    store(run_dir).save(small_state(), facts(40, 40.0, parent=parent, run_id=latest(run_dir).manifest["run_id"]))
+    store(run_dir).add(small_state(), facts(40, 40.0, parent=parent, run_id=latest(run_dir).manifest["run_id"]))
     subprocess.run(["cp", "-r", run_dir, run_dir.with_name("copy")], check=True)
-    found = json.loads(say(capsys, "lineage", run_dir, "--json")[1])
+    found = json.loads(say(capsys, "show", run_dir, "--only", "lineage", "--json")[1])["lineage"]
     assert (found["ancestors"], found["forks"]) == ([], [])
 
 
-@pytest.mark.parametrize("command", ["ls", "show", "verify", "doctor", "lineage", "gc", "report", "export"])
+@pytest.mark.parametrize("command", ["ls", "show", "verify", "gc", "report", "export"])
 def test_an_empty_path_is_not_the_working_directory(
     command: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -394,5 +451,5 @@ def test_a_full_disk_behind_the_output_is_no_success(command: str, run_dir: Path
 def test_a_name_that_has_to_be_escaped_moves_no_column(tmp_path: Path, capsys: Capture) -> None:
     make_run(tmp_path, "plain")
     make_run(tmp_path, "\x1b[31mred")
-    header, *lines = say(capsys, "runs", tmp_path)[1].splitlines()
+    header, *lines = say(capsys, "ls", tmp_path)[1].splitlines()
     assert {line[header.index("config") :].split()[0] for line in lines[:2]} == {"fast"}

@@ -97,7 +97,7 @@ def opened(directory: Path) -> CheckpointStore:
 def prepared(directory: Path) -> None:
     """Step 10 is the best, step 20 the newest; files of other people beside them."""
     for step, score in ((10, 1.0), (20, 2.0)):
-        opened(directory).save(small_state(step), facts(step, score))
+        opened(directory).add(small_state(step), facts(step, score))
     for name, text in OTHERS.items():
         (directory / name).write_text(text)
 
@@ -133,12 +133,12 @@ def without_links(work: Callable[[Path], None]) -> Callable[[Path], None]:
 
 def save(directory: Path) -> None:
     """The newest and the best in one: both that were there go. Its large tensor is written in pieces."""
-    opened(directory).save(small_state(30) | {"large": [torch.ones(5000)] + [torch.ones(3000)] * 2}, facts(30, 0.5))
+    opened(directory).add(small_state(30) | {"large": [torch.ones(5000)] + [torch.ones(3000)] * 2}, facts(30, 0.5))
 
 
 def save_again(directory: Path) -> None:
     """The newest once more, over itself, as at an epoch's end after a validation."""
-    opened(directory).save(small_state(21), facts(20, 0.5))
+    opened(directory).add(small_state(21), facts(20, 0.5))
 
 
 def save_behind(directory: Path) -> None:
@@ -194,7 +194,7 @@ def check_store(
         if ended.code == DONE:
             assert (checkpoint.step, content) == (done, value or done), "what says nothing has done its work"
         assert {name: (directory / name).read_text() for name in OTHERS} == OTHERS, "other people's files"
-        assert fresh.save(small_state(50), facts(50, 9.0)).step == 50, "the run goes on"
+        assert fresh.add(small_state(50), facts(50, 9.0)).step == 50, "the run goes on"
         assert manifest.verify(directory / "last.ckpt")["step"] == 50
 
     return check

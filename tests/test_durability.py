@@ -106,7 +106,7 @@ class Events(list[Event]):
 def by_the_store(directory: Path, events: Events) -> None:
     kept = CheckpointStore(directory / "checkpoints", monitor="val/loss")
     for step in (10, 20, 30):
-        events.say(kept.save(small_state(), facts(step, 1.0)).path)
+        events.say(kept.add(small_state(), facts(step, 1.0)).path)
 
 
 def by_the_plugin_in_a_thread(directory: Path, events: Events) -> None:
@@ -218,7 +218,7 @@ def test_pointers_need_not_be_durable_as_the_store_never_reads_them_and_the_next
 ) -> None:
     kept = CheckpointStore(tmp_path, monitor="val/loss", retention=store.Retention(keep_last=3))
     for step, score in ((10, 3.0), (20, 1.0)):
-        kept.save(small_state(step), facts(step, score))
+        kept.add(small_state(step), facts(step, score))
     for name in ("last.ckpt", "best.ckpt"):
         (tmp_path / name).unlink()
         left(tmp_path / name)
@@ -226,7 +226,7 @@ def test_pointers_need_not_be_durable_as_the_store_never_reads_them_and_the_next
     assert (fresh.latest().step, fresh.best().step) == (20, 20)
     checkpoint, _, lines = fresh.load_latest(lock_holder=True)
     assert (checkpoint.step, lines) == (20, [])
-    fresh.save(small_state(30), facts(30, 2.0))
+    fresh.add(small_state(30), facts(30, 2.0))
     assert manifest.verify(tmp_path / "last.ckpt")["step"] == 30
     assert manifest.verify(tmp_path / "best.ckpt")["step"] == 20
     assert names(tmp_path) == ["best.ckpt", "last.ckpt", *(f"step-000000{step}.ckpt" for step in (10, 20, 30))]
@@ -251,7 +251,7 @@ from savepoint.checkpoint.store import CheckpointStore
 
 kept = CheckpointStore(Path(sys.argv[2]) / "checkpoints")
 for step in (10, 20, 30):
-    print(f"saved {kept.save(small_state(), facts(step)).path.name}", flush=True)
+    print(f"saved {kept.add(small_state(), facts(step)).path.name}", flush=True)
 """
 TRAINING = """
 from support.small import fit

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from project.figures import draw_confusion, per_class
 from savepoint.checkpoint import store
-from savepoint.rebuild import rebuild
+from savepoint.rebuilding import rebuild
 
 NAMES = tuple("0123456789")
 

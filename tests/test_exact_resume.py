@@ -136,7 +136,7 @@ LINES = {
     'trainer.should_stop = saved["should_stop"]': "early stopping before min_epochs",
     "fit._combined_loader._load_state_dicts(fit._combined_loader_states_to_load)": "validation after each epoch",
     'loop.max_steps = saved["global_step"] + 1': "stopped after max_steps",
-    "setattr(trainer, name, value)": "an accumulation that grows",
+    '_put_settings(trainer, saved.get("settings", {}))': "an accumulation that grows",
     "        self._mute(trainer)": "rows at the start",
 }
 

@@ -20,7 +20,7 @@ from savepoint import export
 from savepoint.checkpoint import store
 from savepoint.commands.export import SUFFIXES
 from savepoint.errors import ConfigError
-from savepoint.rebuild import rebuild
+from savepoint.rebuilding import rebuild
 
 READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "safetensors": safetensors.torch.load_file,

@@ -120,7 +120,7 @@ def test_the_config_in_the_newest_checkpoint_decides_where_the_file_is_lost(
     assert code == 2
     assert "No config that says what to keep" in err
     config = "checkpoint: {keep_last: 3, keep_best: 1, monitor: val/loss, mode: max}\n"
-    store(run_dir).save(small_state() | {"config": config}, facts(60, 60.0))
+    store(run_dir).add(small_state() | {"config": config}, facts(60, 60.0))
     assert say(capsys, "gc", run_dir)[0] == 0
     assert left(run_dir) == [40, 50, 60]  # the largest is the best now
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from savepoint.checkpoint import format, store
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.checkpoint.finite import _all_finite
-from savepoint.overrides import ApplyOverrides
+from savepoint.resume.overrides import ApplyOverrides
 
 warnings.filterwarnings("ignore", message=".*[Ss]parse.*")
 pytestmark = pytest.mark.filterwarnings("ignore:.*[Ss]parse:UserWarning")
@@ -136,4 +136,4 @@ def test_a_nan_in_a_value_of_any_kind_is_found(name: str, tmp_path: Path, capsys
     store.write(tmp_path / "a.ckpt", {"state_dict": {"held": bad}}, {"step": 1, "epoch": 0})
     code, out, _ = say(capsys, "verify", "--deep", tmp_path / "a.ckpt")
     assert code == 1
-    assert "not finite: state_dict.held" in out
+    assert "is not finite in 1 tensor: state_dict.held" in out

@@ -16,7 +16,7 @@ from support.small import difference
 from savepoint.checkpoint import store
 from savepoint.commands.diff import comparable
 from savepoint.errors import ConfigMismatchError
-from savepoint.rebuild import rebuild
+from savepoint.rebuilding import rebuild
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")
 

@@ -11,7 +11,7 @@ import torch
 from support.small import read
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from savepoint.logs import RunCSVLogger, RunTensorBoardLogger, last_step
+from savepoint.training.logs import RunCSVLogger, RunTensorBoardLogger, last_step
 
 
 class Disk:

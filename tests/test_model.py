@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from project import ClassicNet, ConvNet, ImageClassifier
 from project.figures import CELL, draw_confusion, draw_mistakes
-from savepoint import cli
+from savepoint.config import typed
 from savepoint.errors import ConfigError
 from savepoint.loader import Batches
 from savepoint.schedules import one_cycle
@@ -204,7 +204,7 @@ def test_a_checkpoint_of_a_config_names_its_net_and_loads_alone(
         "data: {class_path: ImageData}\nmodel:\n  class_path: ImageClassifier\n"
         "  init_args: {lr: 0.25, net: {class_path: ConvNet, init_args: {width: 4}}}\n"
     )
-    model, _, _ = cli.instantiate(cli.parse(["--config", "it.yaml"]))
+    model, _, _ = typed.instantiate(typed.parse(["--config", "it.yaml"]))
     train = trainer(tmp_path)
     train.fit(model, FewImages())
     train.save_checkpoint(tmp_path / "it.ckpt", weights_only=False)

@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from support.small import SmallModel, final_state, fit, read, rows
 
-from savepoint import compose
 from savepoint.checkpoint.callback import CheckpointCallback
+from savepoint.config import compose
 from savepoint.errors import ConfigError
 from savepoint.monitors import GradientNorm, LearningRateFinder, Resources
 

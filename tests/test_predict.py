@@ -272,8 +272,8 @@ def test_a_model_for_other_inputs_and_a_file_of_another_kind_are_refused(
     words = [str(best(run_dir)), str(tmp_path / "a.npy")]
     with pytest.raises(ConfigError, match="Neither CSV nor JSON"):
         predict.main([*words, "-o", str(tmp_path / "a.txt")])
-    made = predict.rebuild.rebuild(best(run_dir))
+    made = predict.rebuild(best(run_dir))
     made.model.example_input_array = torch.zeros(2, 4)
-    monkeypatch.setattr(predict.rebuild, "rebuild", lambda *_, **__: made)
+    monkeypatch.setattr(predict, "rebuild", lambda *_, **__: made)
     with pytest.raises(ConfigError, match=r"Not a model for images of 1x28x28: .*whose input is \[4\]"):
         predict.main(words)

@@ -67,8 +67,8 @@ def test_room_is_needed_for_all_that_retention_keeps_and_one_more(
 
 def test_what_is_there_already_takes_no_more_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = CheckpointStore(tmp_path, monitor="val/loss")
-    kept.save(small_state(10), facts(10, 1.0))
-    kept.save(small_state(20), facts(20, 2.0))
+    kept.add(small_state(10), facts(10, 1.0))
+    kept.add(small_state(20), facts(20, 2.0))
     with_free(monkeypatch, MB)
     assert kept.preflight(MB, MB) == ""
 

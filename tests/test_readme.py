@@ -9,8 +9,10 @@ import pytest
 from support.programs import LITTLE, ROOT, as_a_new_process
 
 import project  # noqa: F401
-from savepoint import choose, commands, precheck, resume
+from savepoint import commands
 from savepoint.checkpoint import store
+from savepoint.config import quick
+from savepoint.resume import request, start
 
 
 def commands_in(text: str) -> list[str]:
@@ -26,12 +28,12 @@ def execute(words: list[str]) -> int:
     program, argv = words[1], words[2:]
     with as_a_new_process():
         if program == "train.py":
-            precheck.check(argv)
-            return resume.start([*argv, *LITTLE])
+            quick.check(argv)
+            return start.start(quick.check([*argv, *LITTLE]))
         if program == "resume.py":
-            asked = choose.request(argv)
+            asked = request.requested(argv)
             assert asked is not None
-            return resume.resume(asked)
+            return start.resume(asked)
         assert words[1:3] == ["-m", "savepoint"]
         return commands.main(words[3:])
 
@@ -78,10 +80,10 @@ def test_the_edits_that_make_it_yours_train_and_resume(tmp_path: Path, monkeypat
 
     command = ["--config", str(tmp_path / "mine.yaml"), "--output_dir", str(tmp_path), "--run_name", "mine"]
     with as_a_new_process():
-        assert resume.start([*command, "--trainer.max_epochs", "2"]) == 0
-        asked = choose.request([str(tmp_path / "mine"), "--trainer.max_epochs", "3"])
+        assert start.start(quick.check([*command, "--trainer.max_epochs", "2"])) == 0
+        asked = request.requested([str(tmp_path / "mine"), "--trainer.max_epochs", "3"])
         assert asked is not None
-        assert resume.resume(asked) == 0
+        assert start.resume(asked) == 0
     latest = store.CheckpointStore(tmp_path / "mine" / "checkpoints").latest()
     assert latest is not None
     assert latest.epoch == 3
@@ -102,7 +104,7 @@ def test_every_config_trains(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
     command = [f"--{group}", str(path), "--output_dir", str(tmp_path), "--run_name", "x", "--trainer.max_epochs", "1"]
     more = ["--trainer.limit_train_batches", "40"] if path.stem == "lr_finder" else []  # too few to find one
     with as_a_new_process():
-        assert resume.start([*command, *LITTLE, *more]) == 0
+        assert start.start(quick.check([*command, *LITTLE, *more])) == 0
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import project
 from savepoint.checkpoint import store
 from savepoint.errors import ConfigError, ConfigMismatchError
-from savepoint.rebuild import rebuild
+from savepoint.rebuilding import rebuild
 
 
 @pytest.fixture(scope="module")

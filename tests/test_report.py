@@ -106,8 +106,8 @@ def make_run(directory: Path, pictures: bool = False) -> Path:
     checkpoints = directory / "checkpoints"
     kept = CheckpointStore(checkpoints, retention=Retention(keep_last=2), monitor="val/accuracy", mode="max")
     for step, score in ((20, 0.9), (30, 0.85)):
-        kept.save(small_state(), facts(step, score))
-    kept.save(small_state(), facts(40, 0.88, reason="end", ended="max_epochs"))
+        kept.add(small_state(), facts(step, score))
+    kept.add(small_state(), facts(40, 0.88, reason="end", ended="max_epochs"))
     damaged = kept.path(30).with_name("step-00000030.ckpt.corrupt")
     damaged.write_bytes(kept.path(20).read_bytes()[:-200])
     store.write(
@@ -440,7 +440,7 @@ def test_a_damaged_run_is_shown_with_what_is_missing(
 
 def test_a_broken_run_says_how_to_see_what_is_wrong(run_dir: Path) -> None:
     write("checkpoints/*.ckpt", "x")(run_dir)
-    assert f"-m savepoint doctor {run_dir}" in report(run_dir).words
+    assert f"-m savepoint verify {run_dir}" in report(run_dir).words
 
 
 def test_the_results_of_an_earlier_end_are_not_shown(run_dir: Path) -> None:

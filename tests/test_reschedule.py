@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.errors import ConfigMismatchError
-from savepoint.overrides import ApplyOverrides
+from savepoint.resume.overrides import ApplyOverrides
 
 BATCHES = 5
 Made = Callable[[Optimizer, int, float], Any]

@@ -17,7 +17,6 @@ from support.programs import begin, go, steps
 from support.small import rows
 
 import project
-from savepoint import choose, progress, resume
 from savepoint.checkpoint import format, store
 from savepoint.errors import (
     CheckpointCorruptError,
@@ -29,6 +28,8 @@ from savepoint.errors import (
     RunLockedError,
     SavepointError,
 )
+from savepoint.resume import plan, request
+from savepoint.training import progress
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ class TestChoosing:
         record = json.loads((older / "run.json").read_text())
         record["starts"][-1]["time"] = "2020-01-01T00:00:00+00:00"
         (older / "run.json").write_text(json.dumps(record))
-        asked = choose.request(["--output_dir", str(at_epoch_2.parent)])
+        asked = request.requested(["--output_dir", str(at_epoch_2.parent)])
         assert asked is not None
         assert asked.run_dir == at_epoch_2
 
@@ -268,10 +269,10 @@ class TestAfterAnAccident:
         self, at_epoch_2: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(at_epoch_2 / "checkpoints")
-        asked = choose.request(["step-00000008.ckpt"])
+        asked = request.requested(["step-00000008.ckpt"])
         assert asked is not None
         assert asked.run_dir == at_epoch_2
-        asked = choose.request(["."])
+        asked = request.requested(["."])
         assert asked is not None
         assert asked.run_dir == at_epoch_2
 
@@ -279,7 +280,7 @@ class TestAfterAnAccident:
     def test_what_is_no_file_is_refused_at_once(self, make: Callable[[Path], Any], tmp_path: Path) -> None:
         make(tmp_path / "odd.ckpt")
         with pytest.raises(CheckpointNotFoundError, match=r"odd\.ckpt"):
-            choose.request([str(tmp_path / "odd.ckpt")])
+            request.requested([str(tmp_path / "odd.ckpt")])
 
     def test_a_word_after_allow_that_names_nothing_is_refused(self, at_epoch_2: Path) -> None:
         with pytest.raises(ConfigError, match=r"modle\.lr.*model\.lr"):
@@ -389,25 +390,25 @@ def test_a_plan_of_a_run_with_a_damaged_record_says_so_and_leaves_it(
 
 def test_a_missing_file_is_said_with_the_nearest_ones(run_dir: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"Nearest: .*first"):
-        choose.request([str(run_dir.parent / "frist"), "--output_dir", str(run_dir.parent)])
+        request.requested([str(run_dir.parent / "frist"), "--output_dir", str(run_dir.parent)])
 
 
 @pytest.mark.parametrize("target", ["https://example.org/x.ckpt", "s3://bucket/x.ckpt"])
 def test_an_address_is_refused(target: str) -> None:
     with pytest.raises(SavepointError, match=r"x\.ckpt"):
-        choose.request([target])
+        request.requested([target])
 
 
 def test_a_foreign_file_needs_a_config(tmp_path: Path) -> None:
     torch.save({"epoch": 1, "state_dict": {}}, tmp_path / "foreign.pth")
     with pytest.raises(CheckpointForeignError, match="--config"):
-        choose.request([str(tmp_path / "foreign.pth")])
+        request.requested([str(tmp_path / "foreign.pth")])
 
 
 @pytest.mark.parametrize("argv", [["a", "b"], ["--allow"], ["--fork", "x", "--rewind"]])
 def test_a_command_line_that_cannot_be_meant_is_refused(argv: list[str]) -> None:
     with pytest.raises(ConfigError):
-        choose.request(argv)
+        request.requested(argv)
 
 
 class TestWhatABreakerFound:
@@ -441,8 +442,8 @@ class TestWhatABreakerFound:
 
     def test_a_run_may_be_called_checkpoints(self, run_dir: Path) -> None:
         named = run_dir.rename(run_dir.with_name("checkpoints"))
-        assert choose.request([str(named)]).run_dir == named
-        assert choose.request([str(named / "checkpoints")]).run_dir == named
+        assert request.requested([str(named)]).run_dir == named
+        assert request.requested([str(named / "checkpoints")]).run_dir == named
 
     def test_a_checkpoint_of_another_run_is_named_in_the_plan(
         self, run_dir: Path, capsys: pytest.CaptureFixture[str]
@@ -489,6 +490,6 @@ class TestWhatANewcomerMissed:
 
 def test_a_value_that_is_no_number_is_equal_to_itself() -> None:
     was = "model: {floor: .nan, all: [1, {deep: .nan}], lr: .nan}"
-    changed = resume.differences(was, was.replace("lr: .nan", "lr: 0.1"))
+    changed = plan.differences(was, was.replace("lr: .nan", "lr: 0.1"))
     assert list(changed) == ["model.lr"]
     assert changed["model.lr"][1] == 0.1

@@ -14,13 +14,14 @@ from support.checkpoint_files import bytes_of_tensors, facts, names, small_state
 from support.forked import run
 from support.small import difference, final_state, rows
 
-from savepoint import choose, resume, weights
+from savepoint import weights
 from savepoint.checkpoint import store
 from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.commands import main
 from savepoint.errors import CheckpointCorruptError
+from savepoint.resume import request, source
 
 Damages = Iterator[tuple[str, bytes]]
 
@@ -81,8 +82,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> CheckpointStore:
     directory = tmp_path_factory.mktemp("run") / "checkpoints"
     kept = CheckpointStore(directory, monitor="val/loss", retention=Retention(keep_last=9))
     big = {"state_dict": small_state()["state_dict"] | {"big": torch.randn(200, 370)}}
-    kept.save(small_state(10), facts(10, 1.0))
-    kept.save(small_state(20) | big, facts(20, 2.0))
+    kept.add(small_state(10), facts(10, 1.0))
+    kept.add(small_state(20) | big, facts(20, 2.0))
     for name in ("last.ckpt", "best.ckpt"):
         (directory / name).unlink()  # they are the same file
     return kept
@@ -101,8 +102,8 @@ DOORS: dict[str, Callable[[Path], Any]] = {
     "store.load": store.load,
     "Trainer.fit(ckpt_path=)": CheckpointIO().load_checkpoint,
     "train.py --init_from": weights.read,
-    "resume.py FILE": lambda path: resume.choose(choose.Request(file=path), may_rename=True),
-    "resume.py FILE, before the imports": lambda path: choose.request([str(path)]),
+    "resume.py FILE": lambda path: source.choose(request.Request(file=path), may_rename=True),
+    "resume.py FILE, before the imports": lambda path: request.requested([str(path)]),
 }
 
 
@@ -128,10 +129,11 @@ def test_no_damaged_file_loads_through_any_door_and_the_one_before_is_taken(
 
 
 def check_verify(path: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """`savepoint verify` says of the file that it does not, in one line, and of no other."""
+    """`savepoint verify` says of the file that it does not, in one line, and what to do."""
     assert main(["verify", str(path)]) == 1, what
-    (line,) = capsys.readouterr().out.splitlines()
+    line, advice = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{path}: does not verify: "), what
+    assert advice.startswith("  Go on from step 10: "), what
 
 
 def check_fallback(kept: CheckpointStore, what: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,8 +143,8 @@ def check_fallback(kept: CheckpointStore, what: str, capsys: pytest.CaptureFixtu
     (line,) = lines
     assert line.startswith("step-00000020.ckpt does not verify: "), what
     assert line.endswith(". Going on from step 10 costs 10 steps."), what
-    source = resume.choose(choose.Request(run_dir=kept.directory.parent), may_rename=False)
-    assert source.path == kept.path(10), what
+    found = source.choose(request.Request(run_dir=kept.directory.parent), may_rename=False)
+    assert found.path == kept.path(10), what
     assert capsys.readouterr().out.splitlines() == [line], what
 
 
@@ -158,7 +160,7 @@ def flip(path: Path) -> bytes:
 def run_of_four(tmp_path: Path) -> CheckpointStore:
     kept = CheckpointStore(tmp_path / "checkpoints", monitor="val/loss", retention=Retention(keep_last=3))
     for step in (10, 20, 30, 40):
-        kept.save(small_state(step), facts(step, float(step)))
+        kept.add(small_state(step), facts(step, float(step)))
     for name in ("last.ckpt", "best.ckpt"):
         (kept.directory / name).unlink()
     return kept
@@ -170,7 +172,7 @@ def test_a_file_that_was_set_aside_is_kept_and_counts_for_nothing(run_of_four: C
     aside = run_of_four.directory / "step-00000040.ckpt.corrupt"
     for step in (31, 32, 33):
         fresh = CheckpointStore(run_of_four.directory, monitor="val/loss", retention=Retention(keep_last=3))
-        fresh.save(small_state(step), facts(step, float(step)))
+        fresh.add(small_state(step), facts(step, float(step)))
         assert aside.read_bytes() == damaged
     assert [one.step for one in fresh.checkpoints()] == [10, 31, 32, 33]  # the best, and three
     checkpoint, _, lines = fresh.load_latest(lock_holder=True)

@@ -15,9 +15,11 @@ from support.small import difference, final_state, rows
 from support.stopping import handlers, send_in  # noqa: F401  (handlers is a fixture)
 
 from project.model import ImageClassifier
-from savepoint import choose, cli, resume, training
+from savepoint.config import typed
 from savepoint.errors import ConfigError
-from savepoint.run import _project, default_name
+from savepoint.resume import plan, request, start
+from savepoint.run import default_name
+from savepoint.training import build
 
 # What `srun` gives to the one task of a job.
 TASK = {
@@ -27,7 +29,7 @@ TASK = {
 
 
 # What a run of that job is called where no name is given.
-NAME = f"{_project()}mnist-4711"
+NAME = "mnist-4711"
 
 
 @pytest.fixture
@@ -177,17 +179,17 @@ def test_a_fork_with_a_name_that_a_requeued_job_began_goes_on(
 
 
 def test_a_config_that_says_never_as_older_checkpoints_do_is_resumed() -> None:
-    now = cli.dump(training.portable(cli.parse([])))
+    now = typed.dump(build.portable(typed.parse([])))
     older = now.replace("resume: null", "resume: never")
     assert older != now
-    assert resume.differences(cli.dump(cli.parse([], base=older)), now) == {}
+    assert plan.differences(typed.dump(typed.parse([], base=older)), now) == {}
 
 
 @pytest.mark.parametrize("flag", ["--rewind", "--fork"])
 def test_what_a_requeued_job_would_do_a_second_time_is_refused(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with pytest.raises(ConfigError, match=f"^{flag} in a job that SLURM requeued"):
-        choose.request(["outputs/run", flag])
+        request.requested(["outputs/run", flag])
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 143])

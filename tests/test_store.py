@@ -33,7 +33,7 @@ def kept(tmp_path: Path) -> CheckpointStore:
     """Four checkpoints, all kept; 20 is the best."""
     kept = CheckpointStore(tmp_path / "checkpoints", retention=ALL, monitor="val/loss")
     for step, score in ((10, 3.0), (20, 1.0), (30, 2.0), (40, 1.0)):
-        kept.save(small_state(step), facts(step, score))
+        kept.add(small_state(step), facts(step, score))
     return kept
 
 
@@ -95,7 +95,7 @@ def test_the_facts_rank_not_the_name_or_the_time(kept: CheckpointStore) -> None:
 
 @pytest.mark.parametrize("score", ["nan", "inf", "-inf", None])
 def test_a_score_that_is_no_number_never_wins(kept: CheckpointStore, score: Any) -> None:
-    kept.save(small_state(), facts(50, score))
+    kept.add(small_state(), facts(50, score))
     assert kept.best().step == 20
     assert kept.best(mode="max").step == 10
 
@@ -110,7 +110,7 @@ def test_any_metric_can_rank_afterwards(tmp_path: Path) -> None:
     kept = CheckpointStore(tmp_path, retention=ALL)
     for step, accuracy in ((10, 0.5), (20, 0.9), (30, 0.9)):
         metrics = {"val/accuracy": {"value": accuracy, "step": step}, "val/loss": {"value": -step, "step": step}}
-        kept.save(small_state(), facts(step) | {"metrics": metrics})
+        kept.add(small_state(), facts(step) | {"metrics": metrics})
     assert kept.best("val/accuracy", "max").step == 20
     assert kept.best("val/accuracy", "min").step == 10
     assert kept.best("val/other") is None
@@ -148,7 +148,7 @@ def test_a_file_that_did_not_change_is_not_read_again(kept: CheckpointStore, mon
 def test_retention_deletes_after_the_pointers_moved(tmp_path: Path) -> None:
     kept = CheckpointStore(tmp_path, retention=Retention(keep_last=2), monitor="val/loss")
     for step, score in ((10, 1.0), (20, 2.0), (30, 3.0), (40, 4.0)):
-        kept.save(small_state(step), facts(step, score))
+        kept.add(small_state(step), facts(step, score))
     assert names(tmp_path) == [
         "best.ckpt", "last.ckpt", "step-00000010.ckpt", "step-00000030.ckpt", "step-00000040.ckpt",
     ]  # fmt: skip
@@ -158,7 +158,7 @@ def test_retention_deletes_after_the_pointers_moved(tmp_path: Path) -> None:
 
 
 def test_saving_a_step_again_moves_the_pointers_too(kept: CheckpointStore) -> None:
-    kept.save(small_state(7), facts(40, 0.1, at="epoch"))
+    kept.add(small_state(7), facts(40, 0.1, at="epoch"))
     for name in ("last.ckpt", "best.ckpt"):
         assert os.path.samefile(kept.directory / name, kept.path(40))
 
@@ -171,7 +171,7 @@ def test_pointers_work_where_links_fail(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(Path, "symlink_to", failing(errno.EPERM))
     kept = CheckpointStore(tmp_path / "a", monitor="val/loss")
     for step, score in ((10, 1.0), (20, 2.0), (30, 3.0)):
-        kept.save(small_state(), facts(step, score))
+        kept.add(small_state(), facts(step, score))
     moved = (tmp_path / "a").rename(tmp_path / "b")
     assert names(moved) == ["best.ckpt", "last.ckpt", "step-00000010.ckpt", "step-00000030.ckpt"]
     assert (manifest.verify(moved / "last.ckpt")["step"], manifest.verify(moved / "best.ckpt")["step"]) == (30, 10)
@@ -193,7 +193,7 @@ def test_permissions_follow_the_umask(tmp_path: Path) -> None:
 def test_a_value_that_cannot_be_read_back_leaves_no_file(kept: CheckpointStore) -> None:
     before = kept.path(40).read_bytes()
     with pytest.raises(CheckpointContentError, match=r"hyper_parameters\.root"):
-        kept.save({"hyper_parameters": {"root": Path("x")}}, facts(40))
+        kept.add({"hyper_parameters": {"root": Path("x")}}, facts(40))
     assert kept.path(40).read_bytes() == before
     assert not [name for name in names(kept.directory) if "tmp" in name]
 
@@ -237,7 +237,7 @@ def test_an_interrupted_save_leaves_no_temp(kept: CheckpointStore, monkeypatch: 
     before = names(kept.directory)
     monkeypatch.setattr(files.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        kept.save(small_state(), facts(50))
+        kept.add(small_state(), facts(50))
     assert names(kept.directory) == before
 
 
@@ -258,22 +258,22 @@ def test_a_full_disk_is_freed_of_what_the_save_makes_superfluous(
 ) -> None:
     kept = CheckpointStore(tmp_path, retention=Retention(keep_last=3), monitor="val/loss")
     for step in (10, 20, 30, 40):
-        kept.save(small_state(), facts(step, float(step)))
+        kept.add(small_state(), facts(step, float(step)))
     assert [one.step for one in kept.checkpoints()] == [10, 20, 30, 40]
     full_until(monkeypatch, tmp_path, 4)
-    kept.save(small_state(), facts(50, 50.0))
+    kept.add(small_state(), facts(50, 50.0))
     assert [one.step for one in kept.checkpoints()] == [10, 30, 40, 50]
     assert manifest.verify(tmp_path / "last.ckpt")["step"] == 50
 
 
 def test_a_full_disk_never_costs_the_newest_or_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = CheckpointStore(tmp_path, monitor="val/loss")
-    kept.save(small_state(), facts(10, 1.0))
-    kept.save(small_state(), facts(20, 2.0))
+    kept.add(small_state(), facts(10, 1.0))
+    kept.add(small_state(), facts(20, 2.0))
     full_until(monkeypatch, tmp_path, 2)
     # This one would be both the newest and the best: were it counted as there, the two others would go.
     with pytest.raises(CheckpointSaveError, match="No space left"):
-        kept.save(small_state(), facts(30, 0.5))
+        kept.add(small_state(), facts(30, 0.5))
     assert [one.step for one in kept.checkpoints()] == [10, 20]
     assert manifest.verify(tmp_path / "last.ckpt")["step"] == 20
 
@@ -345,7 +345,7 @@ def test_where_none_verifies_all_are_named_and_none_is_deleted(kept: CheckpointS
 
 def test_a_second_damaged_file_of_a_name_replaces_none(kept: CheckpointStore) -> None:
     for _ in range(2):
-        damage(kept.save(small_state(), facts(50)).path)
+        damage(kept.add(small_state(), facts(50)).path)
         kept.load_latest(lock_holder=True)
     assert {"step-00000050.ckpt.corrupt", "step-00000050.ckpt.2.corrupt"} <= set(names(kept.directory))
 
@@ -458,7 +458,7 @@ def test_other_peoples_files_are_never_touched(kept: CheckpointStore) -> None:
     strict = CheckpointStore(kept.directory, monitor="val/loss")
     damage(kept.path(40))
     strict.load_latest(lock_holder=True)
-    strict.save(small_state(), facts(50, 5.0))
+    strict.add(small_state(), facts(50, 5.0))
     strict.sweep()
     strict.set_aside_after(20, kept.directory.parent / "aside")
     assert {name: (kept.directory / name).read_text() for name in others} == others

@@ -21,8 +21,9 @@ from support.checkpoint_files import facts, small_state
 from support.forked import Program
 from support.programs import as_a_new_process
 
-from savepoint import commands, compose, entry, preemption
+from savepoint import commands, entry, preemption
 from savepoint.checkpoint import manifest, store
+from savepoint.config import compose
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = [
@@ -112,7 +113,7 @@ def program(script: str, *argv: str) -> int:
         patch.setattr(sys, "argv", [script, *argv])
         patch.setattr(entry, "tolerant", lambda stream: stream)
         with pytest.raises(SystemExit) as ended:
-            entry.run(main, str(ROOT / script))
+            entry.run(main, str(ROOT / script), "configs/mnist.yaml")
     assert isinstance(ended.value.code, int)
     return ended.value.code
 
@@ -139,9 +140,10 @@ ENTRIES: dict[str, tuple[Callable[..., int], list[str]]] = {
     "best": (resume, ["RUN", "--best"]),
 }
 MORE_WORDS = {
-    "runs": [["OUTPUTS"]],
+    "ls": [["OUTPUTS"]],
     "diff": [["FILE", "FILE"], ["RUN", "RUN"]],
-    "show": [["FILE", "--only", "config"]],
+    "show": [["FILE", "--only", "config"], ["FILE", "--only", "lineage"]],
+    "verify": [["FILE", "--deep"]],
     "gc": [["RUN", "--dry-run"]],
     "export": [["FILE", "--format", kind] for kind in ("safetensors", "npz", "state_dict", "pt2")],
 }

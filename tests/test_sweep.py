@@ -77,7 +77,7 @@ def test_what_is_wrong_with_the_config_of_a_sweep_costs_no_trial(
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_sweep_of_the_project_reads_and_its_values_fit_its_config(path: Path) -> None:
     import project  # noqa: F401
-    from savepoint import cli, compose
+    from savepoint.config import compose, typed
 
     asked = sweep_file.read(path)
     for edge in (0, -1):
@@ -86,7 +86,7 @@ def test_every_sweep_of_the_project_reads_and_its_values_fit_its_config(path: Pa
             for key, space in asked.parameters.items()
         }
         flags = [f"--{key}={value}" for key, value in {**asked.overrides, **values}.items()]
-        parsed = compose.flatten(cli.dump(cli.parse(["--config", str(ROOT / asked.config), *flags])))
+        parsed = compose.flatten(typed.dump(typed.parse(["--config", str(ROOT / asked.config), *flags])))
         assert {key: parsed[key] for key in values} == values
 
 

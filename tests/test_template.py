@@ -90,7 +90,7 @@ def test_a_copy_is_what_is_committed_under_a_name_of_its_own(template: Path) -> 
     assert "Not copied: what is not committed (1 in git status).\n" in done.stdout
     copy = template.parent / "somewhere"
     copied = files(copy)
-    for name in ("train.py", "Makefile", "requirements.txt", "src/project/model.py", "src/savepoint/cli.py"):
+    for name in ("train.py", "Makefile", "requirements.txt", "src/project/model.py", "src/savepoint/run.py"):
         assert copied[name] == original[name], name
     assert copied["src/savepoint/README.md"] == original["README.md"]
     assert copied["src/savepoint/LICENSE"] == original["LICENSE"]

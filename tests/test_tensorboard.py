@@ -17,7 +17,8 @@ import torch
 from support.small import rows
 
 import project  # noqa: F401
-from savepoint import choose, resume
+from savepoint.config import quick
+from savepoint.resume import request, start
 
 SMALL = [
     "--data", "configs/data/digits.yaml", "--trainer.limit_train_batches", "6", "--trainer.max_epochs", "3",
@@ -31,7 +32,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Killed twice before the newest checkpoint was there: steps 8 to 17, then 12 to 17 were logged again."""
     outputs = tmp_path_factory.mktemp("outputs")
     run_dir = outputs / "killed"
-    resume.start([*SMALL, "--output_dir", str(outputs), "--run_name", "killed"])
+    start.start(quick.check([*SMALL, "--output_dir", str(outputs), "--run_name", "killed"]))
     go_on_from(run_dir, 8, "0000000000")
     go_on_from(run_dir, 12, "0000000001")
     return run_dir
@@ -46,9 +47,9 @@ def go_on_from(run_dir: Path, step: int, time_of_the_start_before: str) -> None:
             file.rename(file.with_name(f"events.out.tfevents.{time_of_the_start_before}.before"))
     for name in ("SAVEPOINT_RUN_DIR", "SAVEPOINT_CHECKPOINT"):  # as in a process of its own
         os.environ.pop(name, None)
-    request = choose.request([str(run_dir)])
-    assert request is not None
-    resume.resume(request)
+    asked = request.requested([str(run_dir)])
+    assert asked is not None
+    start.resume(asked)
 
 
 @pytest.fixture(scope="module", params=["auto", "false"])

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from project import sources
 from project.sources import Images
+from savepoint import Batches, ResumableLoader, resumable
 from savepoint.errors import ConfigError, DataError
-from savepoint.loader import Batches, ResumableLoader, resumable
 
 EMBEDDED = "embedded digits"
 EMBEDDED_REPEATS = 10

@@ -13,8 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from savepoint.files import replacing
-from savepoint.words import table
+from savepoint import replacing, table
 
 INK, PAPER, RIGHT, WRONG = (30, 30, 30), (255, 255, 255), (40, 110, 180), (205, 60, 40)
 CELL = 44

@@ -22,13 +22,8 @@ import torch
 from torch import Tensor
 
 from project.pictures import SIDE, SUFFIXES, Picture, Pixels, read
-from savepoint import entry, rebuild
-from savepoint.commands import Parser
+from savepoint import Parser, Rebuilt, entry, file_or_best, plural, rebuild, replacing
 from savepoint.errors import CheckpointSaveError, ConfigError
-from savepoint.files import replacing
-from savepoint.find import file_or_best
-from savepoint.rebuild import Rebuilt
-from savepoint.words import plural
 
 BATCH = 256
 
@@ -37,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     path, said = file_or_best(arguments.ckpt)
     pictures = read(arguments.input, arguments.invert)
-    made = rebuild.rebuild(path, allow=arguments.allow)
+    made = rebuild(path, allow=arguments.allow)
     names, shares = predict(made, [picture.pixels for picture in pictures])
     rows = [_row(picture, names, share) for picture, share in zip(pictures, shares, strict=True)]
     print(f"{said}\n{_summary(pictures, arguments.input)}", file=sys.stderr)
@@ -141,4 +136,4 @@ def _csv(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    entry.run(main, str(Path(__file__).parent))  # the code of savepoint must be that beside this package
+    entry.run(main, str(Path(__file__).parents[1]))  # src/ lies in the project, as train.py does

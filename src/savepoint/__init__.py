@@ -1,7 +1,53 @@
-"""The machinery of a run that survives: how runs are started, saved and resumed. It knows nothing of `project`."""
+"""Runs that survive: how a training is saved, verified and resumed exactly. What stands in `__all__` is the public face.
+
+Each name is imported when it is first asked for: a command that only lists files does not wait for torch.
+"""
 
 import time
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from savepoint import entry, errors, schedules
+    from savepoint.checkpoint.callback import CheckpointCallback
+    from savepoint.checkpoint.io import CheckpointIO
+    from savepoint.checkpoint.retention import Retention
+    from savepoint.checkpoint.store import Checkpoint, CheckpointStore, load
+    from savepoint.commands import Parser
+    from savepoint.files import replacing
+    from savepoint.find import file_or_best
+    from savepoint.loader import Batches, ResumableLoader, resumable
+    from savepoint.preemption import Preempted, stoppable
+    from savepoint.rebuilding import Rebuilt, rebuild
+    from savepoint.run import Run
+    from savepoint.words import plural, table
+
+__version__ = "0.2.0"
 
 STARTED = time.monotonic()  # the entry points import this first: what `wall_secs` counts from
+
+_HOMES = {
+    "Batches": "loader", "Checkpoint": "checkpoint.store", "CheckpointCallback": "checkpoint.callback",
+    "CheckpointIO": "checkpoint.io", "CheckpointStore": "checkpoint.store", "Parser": "commands", "Preempted": "preemption",
+    "Rebuilt": "rebuilding", "ResumableLoader": "loader", "Retention": "checkpoint.retention", "Run": "run",
+    "file_or_best": "find", "load": "checkpoint.store", "plural": "words", "rebuild": "rebuilding", "replacing": "files",
+    "resumable": "loader", "stoppable": "preemption", "table": "words",
+}  # fmt: skip
+
+__all__ = [
+    "Batches", "Checkpoint", "CheckpointCallback", "CheckpointIO", "CheckpointStore", "Parser", "Preempted", "Rebuilt",
+    "ResumableLoader", "Retention", "Run", "entry", "errors", "file_or_best", "load", "plural", "rebuild", "replacing",
+    "resumable", "schedules", "stoppable", "table",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"savepoint.{_HOMES[name]}"), name)
+    if name in __all__:
+        return import_module(f"savepoint.{name}")
+    raise AttributeError(f"module 'savepoint' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import gc
 import hashlib
+import importlib.util
 import io
 import os
 import sys
@@ -20,21 +21,28 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import savepoint
 from savepoint import preemption
 from savepoint.errors import ConfigError, SavepointError
 from savepoint.job import rank
 from savepoint.words import printable
+from savepoint.workspace import Project, enter
 
 _STARTED_AS_RANK = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
 _WAIT_SECS, _FRESH_SECS = 3.0, 60.0
 
 
-def run(main: Callable[[Sequence[str]], int], script: str) -> None:
-    """Calls `main` with the arguments of this process and ends the process with its result."""
+def run(main: Callable[[Sequence[str]], int], script: str, default_config: str = "") -> None:
+    """Calls `main` with the arguments of this process and ends the process with its result.
+
+    Args:
+        script: The file that was started. The project lies where it lies.
+        default_config: What is trained where the arguments name no config, relative to the project.
+    """
+    project = Project(Path(script).resolve().parent, Path(default_config))
     sys.stdout, sys.stderr = tolerant(sys.stdout), tolerant(sys.stderr)
     try:
-        refuse_foreign_install(Path(script))
+        refuse_foreign_install(project.root)
+        enter(project)
         preemption.install()
         warn_of_shared_store()
         sys.unraisablehook = preemption.asked_again(sys.unraisablehook)
@@ -177,11 +185,16 @@ def require_whole_output() -> None:
         )
 
 
-def refuse_foreign_install(script: Path) -> None:
+def refuse_foreign_install(root: Path) -> None:
     """A copied project that runs in the environment of the one it was copied from would train the other one's code."""
-    here, code = script.resolve().parent, Path(savepoint.__file__).resolve()
-    if not code.is_relative_to(here):
-        raise ConfigError(
-            f"This environment runs another copy's code: {code.parent}. Expected it under {here}. "
-            f"Install this copy into an environment of its own: cd {here} && make setup"
-        )
+    for package in ("savepoint", "project"):
+        found = importlib.util.find_spec(package)
+        own = root / "src" / package
+        if found is None or found.origin is None or not own.is_dir():
+            continue
+        code = Path(found.origin).resolve().parent
+        if code != own.resolve():
+            raise ConfigError(
+                f"This environment runs another copy's code: {code}. Expected it under {root}. "
+                f"Install this copy into an environment of its own: cd {root} && make setup"
+            )

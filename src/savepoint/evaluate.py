@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from savepoint import files
 from savepoint.errors import ConfigError, ConfigMismatchError
-from savepoint.rebuild import Rebuilt
+from savepoint.rebuilding import Rebuilt
 from savepoint.weights import Once, makes_layers_late, restore
 
 Split = Literal["test", "val"]

@@ -27,8 +27,8 @@ from savepoint import files
 from savepoint.checkpoint import canary
 from savepoint.checkpoint.format import fingerprint
 from savepoint.errors import ConfigError, SavepointError
-from savepoint.overrides import plain_name, under_names_of
-from savepoint.rebuild import Rebuilt
+from savepoint.rebuilding import Rebuilt
+from savepoint.resume.overrides import plain_name, under_names_of
 
 OPSET = 18
 """Of ONNX: the one torch translates to by itself; a newer one would be converted from it."""

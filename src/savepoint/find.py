@@ -11,7 +11,7 @@ from savepoint.run import Run
 from savepoint.words import python, show
 
 
-def run(argument: str | None) -> Run:
+def run(argument: str | Path | None) -> Run:
     """The run that is meant by the argument of a command: a run directory, its checkpoints/, or the newest run.
 
     Raises:
@@ -25,12 +25,26 @@ def run(argument: str | None) -> Run:
     is_run = path.absolute().name != "checkpoints" or (path / "checkpoints").is_dir()  # a run may be called so
     found = Run(path if is_run else path.absolute().parent)
     if not found.is_begun() and not manifest.step_files(path):
-        held = [show(one.directory) for one in runs_in(path)]
-        hint = f"It holds runs: {', '.join(held[:3])}. Name one of them." if held else "Check the path."
         raise CheckpointNotFoundError(
-            f"Not a run directory: {path}. One with run.json or checkpoints/ was expected. {hint}", path
+            f"Not a run directory: {path}. One with run.json or checkpoints/ was expected. {instead(path)}", path
         )
     return found
+
+
+def run_at(path: Path) -> Run | None:
+    """None of a file, and of a directory of runs, even where one of them is called checkpoints."""
+    try:
+        found = run(path)
+    except CheckpointNotFoundError:
+        return None
+    has_record = (found.directory / record.NAME).exists()
+    return found if has_record or not runs_in(path) else None
+
+
+def instead(directory: Path) -> str:
+    """What to do where this directory was named as a run, and is none."""
+    held = [show(one.directory) for one in runs_in(directory)]
+    return f"It holds runs: {', '.join(held[:3])}. Name one of them." if held else "Check the path."
 
 
 def file_or_latest(argument: str | None) -> Path:
@@ -39,11 +53,15 @@ def file_or_latest(argument: str | None) -> Path:
         if not path.exists():
             raise missing(path, "a checkpoint or a run directory")
         return path
-    found = run(argument)
+    return latest(run(argument))
+
+
+def latest(found: Run) -> Path:
+    """The newest checkpoint of a run."""
     if found.latest is None:
         raise CheckpointNotFoundError(
             f"No checkpoint that verifies: {found.checkpoints}. One was expected. "
-            f"See: {found.command('-m', 'savepoint', 'doctor')}",
+            f"See: {found.command('-m', 'savepoint', 'verify')}",
             found.checkpoints,
         )
     return found.latest.path

@@ -365,7 +365,11 @@ class ResumableLoader(_Resumable):
 
     def __getattr__(self, name: str) -> Any:
         # A loader that has a data set, Lightning takes for a DataLoader, and gives it another sampler (overfit_batches).
-        if name.startswith("__") or name in ("loader", "dataset"):
+        if name == "dataset":
+            raise AttributeError(
+                "A resumable loader has no attribute dataset: its DataLoader has it, loader.loader.dataset."
+            )
+        if name.startswith("__") or name == "loader":
             raise AttributeError(name)
         return getattr(self.loader, name)
 

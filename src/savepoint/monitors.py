@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_set
 from torch.optim import Optimizer
 
 from savepoint.errors import ConfigError
-from savepoint.progress import Meter
+from savepoint.training.progress import Meter
 
 
 class GradientNorm(Callback):

@@ -13,7 +13,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -80,6 +81,25 @@ def arm() -> None:
 def disarm() -> None:
     """The training has ended: from here on a signal leaves at once."""
     requests.armed, requests.answered = False, True
+
+
+@contextmanager
+def stoppable() -> Iterator[_Requests]:
+    """For a training loop of one's own: inside, a signal only asks. What it yields has `stop` and `save`, both false at first.
+
+    Raises:
+        Preempted: at the end of the block, where a signal asked to stop: the process leaves with 128 + its number.
+    """
+    before = {signum: signal.getsignal(signum) for signum in (*STOP, SAVE)}
+    arm()
+    try:
+        yield requests
+    finally:
+        disarm()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if requests.stop:
+        raise Preempted(requests.stop)
 
 
 def _on_stop(signum: int, frame: FrameType | None) -> None:

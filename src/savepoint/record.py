@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import savepoint
+from savepoint.workspace import project
 
 NAME = "run.json"
 
@@ -59,7 +60,7 @@ def _now() -> str:
 
 def _git() -> dict[str, Any] | None:
     def ask(*arguments: Sequence[str] | str) -> str | None:
-        here = Path(__file__).parent
+        here = project().root
         try:
             done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)  # type: ignore[list-item]
         except (OSError, subprocess.TimeoutExpired):

@@ -23,6 +23,7 @@ from savepoint.errors import ConfigError, RunExistsError, SavepointError
 from savepoint.job import rank, scheduled
 from savepoint.lock import LockedDirectory, unwritable
 from savepoint.words import python, show
+from savepoint.workspace import project
 
 # Set by rank 0 before the launcher starts the other ranks, which inherit it.
 ENVIRONMENT_KEY = "SAVEPOINT_RUN_DIR"
@@ -38,7 +39,8 @@ def default_name(config_name: str) -> str:
             "The ranks cannot agree on a run name: torchrun was given no --rdzv-id. Expected one name for all. "
             "Give --run_name NAME."
         )
-    return f"{_project()}{config_name}-{job or datetime.now().strftime('%Y%m%d-%H%M%S')}"
+    own = f"{project().name}-" if project().name else ""
+    return f"{own}{config_name}-{job or datetime.now().strftime('%Y%m%d-%H%M%S')}"
 
 
 def check_name(name: str) -> None:
@@ -54,14 +56,6 @@ def is_empty(directory: Path) -> bool:
         return set(os.listdir(directory)) <= {LOST_AND_FOUND}
     except OSError:
         return False
-
-
-def _project() -> str:
-    """`cats-` in a copy of that name, as `make new` stamped it; empty in the template."""
-    try:
-        return f"{json.loads((Path(__file__).parents[2] / '.template.json').read_text())['name']}-"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 State = Literal["running", "finished", "stopped", "broken"]
@@ -273,4 +267,4 @@ class Run(LockedDirectory):
 
 def resume_command(directory: Path) -> str:
     """What continues a run, to be pasted where this process was started."""
-    return shlex.join([python(), show(Path(__file__).resolve().parents[2] / "resume.py"), show(directory)])
+    return shlex.join([python(), show(project().root / "resume.py"), show(directory)])

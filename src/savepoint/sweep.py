@@ -16,13 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from savepoint import compose, sweep_file
+from savepoint import sweep_file
 from savepoint.errors import ConfigError, RunExistsError, RunLockedError
 from savepoint.files import refuse_url, replacing
 from savepoint.preemption import Preempted
 from savepoint.run import Run
 from savepoint.sweep_file import Sweep
 from savepoint.words import plural, show
+from savepoint.workspace import project
 
 _POLL_SECS = 0.2
 _DONE = ("COMPLETE", "PRUNED")
@@ -155,7 +156,7 @@ def _train(trial: Any, values: Mapping[str, Any], sweep: Sweep, run_dir: Path) -
     command += ["--run_name", run_dir.name, "--resume", "auto"]
     told, pruned = len(trial.study.trials[trial.number].intermediate_values), False
     with run_dir.with_suffix(".log").open("ab") as log:
-        process = subprocess.Popen(command, cwd=compose.ROOT, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=project().root, stdout=log, stderr=log)
     try:
         while process.poll() is None:
             time.sleep(_POLL_SECS)

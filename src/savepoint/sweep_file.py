@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from savepoint import compose, precheck, words
+from savepoint import words
 from savepoint.checkpoint.retention import Mode
+from savepoint.config import compose, quick
 from savepoint.errors import ConfigError
+from savepoint.workspace import project
 
 SHAPES = "{low: 0.001, high: 0.1, log: true}, {low: 1, high: 8, step: 1} or {choices: [64, 128]}"
 KINDS = {
@@ -59,7 +61,7 @@ class Sweep:
         """What train.py is given for a trial."""
         given = {**self.overrides, **values}
         flags = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
-        return ["--config", str(compose.ROOT / self.config), *flags]
+        return ["--config", str(project().root / self.config), *flags]
 
 
 def read(path: Path) -> Sweep:
@@ -89,7 +91,7 @@ def read(path: Path) -> Sweep:
     for end in (0, -1):
         values = {key: (space.get("choices") or [space.get("low"), space.get("high")])[end]
                   for key, space in sweep.parameters.items()}  # fmt: skip
-        precheck.check_keys(compose.compose(sweep.arguments(values)))
+        quick.check_keys(compose.compose(sweep.arguments(values)))
     return sweep
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from savepoint.checkpoint import foreign
 from savepoint.errors import ConfigMismatchError
 from savepoint.job import rank
-from savepoint.overrides import check_shapes, mismatches, plain_name, shapes, shortened, under_names_of
+from savepoint.resume.overrides import check_shapes, mismatches, plain_name, shapes, shortened, under_names_of
 
 
 class Once(Callback):

@@ -119,6 +119,79 @@ class DrawsAtStarts(Callback):
         module.net[2].bias.data += 0.01 * torch.randn(1)
 
 
+class AveragedByHand(Callback):
+    """Averages that stand in the model while it is validated, put there through `.data`."""
+
+    def __init__(self, replaces: bool) -> None:
+        self.replaces, self.average, self.kept = replaces, [], []
+
+    def on_fit_start(self, trainer: Trainer, module: Any) -> None:
+        self.average = [p.detach().clone() for p in module.parameters()]
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *args: Any) -> None:
+        for average, parameter in zip(self.average, module.parameters(), strict=True):
+            average.lerp_(parameter.detach(), 0.1)
+
+    def on_validation_start(self, trainer: Trainer, module: Any) -> None:
+        self.kept = [p.data if self.replaces else p.detach().clone() for p in module.parameters()]
+        self._put(module, self.average)
+
+    def on_validation_end(self, trainer: Trainer, module: Any) -> None:
+        self._put(module, self.kept)
+
+    def _put(self, module: Any, weights: Any) -> None:
+        for weight, parameter in zip(weights, module.parameters(), strict=True):
+            if self.replaces:
+                parameter.data = weight
+            else:
+                parameter.data.copy_(weight)
+
+
+class SlowsAtValidations(Callback):
+    def __init__(self, hook: str) -> None:
+        self.hook = hook
+        setattr(self, hook, self.slow)
+
+    def slow(self, trainer: Trainer, *args: Any) -> None:
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] *= 0.8
+
+
+class ReadsGradients(Callback):
+    """Of the step before: they stand until they are set to zero."""
+
+    def on_before_zero_grad(self, trainer: Trainer, module: Any, optimizer: Any) -> None:
+        norms = [p.grad.norm() for p in module.parameters() if p.grad is not None]
+        module.log("norm", sum(norms) if norms else 0.0)
+
+
+class AtStarts(Callback):
+    def __init__(self, hook: str) -> None:
+        self.hook = hook
+        setattr(self, hook, self.halve)
+
+    def halve(self, trainer: Trainer, module: Any) -> None:
+        with torch.no_grad():
+            module.net[0].weight.mul_(0.5)
+
+
+class SetsBounds(Callback):
+    """Of the loops, in the second epoch."""
+
+    def __init__(self, **bounds: int) -> None:
+        self.bounds = bounds
+
+    def on_train_epoch_start(self, trainer: Trainer, module: Any) -> None:
+        if trainer.current_epoch == 1:
+            vars(trainer.fit_loop).update(self.bounds)
+
+
+class JoinsLate(Callback):
+    def on_train_epoch_start(self, trainer: Trainer, module: Any) -> None:
+        if trainer.current_epoch == 1:
+            trainer.callbacks.append(ShrinksWeights())
+
+
 def counted(model: Any, trainer: Any) -> Any:
     return [dict(vars(k)) for k in trainer.callbacks if isinstance(k, Slow)]
 
@@ -215,6 +288,20 @@ SHAPES = {
     "logs_at_starts_val_interval": shape(LogsAtStarts, trainer=INTERVAL),
     "shrinks_weights": shape(ShrinksWeights, trainer=INTERVAL),
     "draws_at_starts": shape(DrawsAtStarts, trainer=INTERVAL),
+    "averaged_by_hand": shape(lambda: AveragedByHand(False), trainer=INTERVAL),
+    "averaged_by_hand_replaced": shape(lambda: AveragedByHand(True), trainer=INTERVAL),
+    "slows_at_validations": shape(
+        lambda: SlowsAtValidations("on_validation_start"), trainer=INTERVAL,
+    ),
+    "slows_after_validations": shape(
+        lambda: SlowsAtValidations("on_validation_end"), trainer=INTERVAL,
+    ),
+    "reads_gradients": shape(ReadsGradients),
+    "halves_at_fit_start": shape(lambda: AtStarts("on_fit_start")),
+    "halves_at_train_start": shape(lambda: AtStarts("on_train_start")),
+    "goes_on_longer": shape(lambda: SetsBounds(max_epochs=4)),
+    "shorter_epochs": shape(lambda: SetsBounds(max_batches=6)),
+    "joins_late": shape(JoinsLate),
     "many": shape(
         ema(), c.LearningRateMonitor, Slow, lambda: c.EarlyStopping("val/loss", patience=2),
         extra=counted, trainer=INTERVAL,

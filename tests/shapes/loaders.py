@@ -175,6 +175,22 @@ class Reloads(Held):
         return resumable(DataLoader(self.samples, size, shuffle=True))
 
 
+class LargerBatches(Held):
+    """The loader is made anew, of a batch size that a hook has changed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 4
+
+    def train_dataloader(self) -> Any:
+        return resumable(DataLoader(self.samples, self.size, shuffle=True))
+
+
+class Enlarge(Callback):
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        trainer.datamodule.size += 1
+
+
 class Noises(Held):
     """Random augmentation of whole batches, after the transfer."""
 
@@ -278,6 +294,11 @@ SHAPES = {
     "counts_with_state": Shape(data=CountsWithState, extra=lambda m, t: t.datamodule.moved),
     "splits": Shape(data=Splits),
     "reloads": Shape(data=Reloads, trainer={"reload_dataloaders_every_n_epochs": 1}),
+    "larger_batches": Shape(
+        data=LargerBatches,
+        callbacks=lambda: [Enlarge()],
+        trainer={"reload_dataloaders_every_n_epochs": 1},
+    ),
     "noises": Shape(data=Noises, trainer=INTERVAL),
     "unseeded_module": Shape(data=lambda: Data(shuffled), seeded=False, trainer=INTERVAL),
 }

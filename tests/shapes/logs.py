@@ -152,6 +152,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "min": {**BOTH, "reduce_fx": "min"},
     "max": {**EPOCH, "reduce_fx": "max"},
     "torch_max": {**EPOCH, "reduce_fx": torch.max},
+    "python_max": {**EPOCH, "reduce_fx": max},
     "rank_zero_only": {**EPOCH, "rank_zero_only": True},
     "rank_zero_only_both": {**BOTH, "rank_zero_only": True},
     "rank_zero_only_sum": {**EPOCH, "rank_zero_only": True, "reduce_fx": "sum"},

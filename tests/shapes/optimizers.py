@@ -118,6 +118,56 @@ class OwnOptimizer(Net):
         scheduler.step()
 
 
+class Wraps(optim.Optimizer):
+    """Shares its groups with the one that it wraps, as SAM and Lookahead do."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+        self.inner = optim.SGD(self.param_groups, lr=lr, momentum=0.9)
+        self.param_groups = self.inner.param_groups
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return self.inner.step(closure)
+
+
+class Wrapped(Net):
+    def configure_optimizers(self) -> Any:
+        optimizer = Wraps(self.parameters(), lr=0.05)
+        schedule = optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class Replaces(Net):
+    """In the second epoch: the optimizer, its schedule, or the layer that it trains."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def configure_optimizers(self) -> Any:
+        optimizer = optim.Adam(self.parameters(), lr=0.05)
+        return [optimizer], [optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch != 1:
+            return
+        if self.what == "optimizer":
+            self.trainer.optimizers = [optim.AdamW(self.parameters(), lr=0.01)]
+        elif self.what == "schedule":
+            schedule = optim.lr_scheduler.CosineAnnealingLR(self.trainer.optimizers[0], 4)
+            self.trainer.lr_scheduler_configs[0].scheduler = schedule
+        else:
+            self.net[2] = nn.Linear(8, 1)
+
+
+class ReadsGradients(Net):
+    """Of the step before."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        before = self.net[0].weight.grad
+        return super().training_step(batch, batch_idx) * (1 if before is None else before.norm())
+
+
 class EverySecond(Net):
     def optimizer_step(
         self,
@@ -201,6 +251,11 @@ SHAPES |= {
     ),
     "sparse_adam": Shape(model=Sparse),
     "own_classes": Shape(model=OwnOptimizer, extra=lambda m, t: t.optimizers[0].slow),
+    "wrapped": Shape(model=Wrapped),
+    "replaced_optimizer": Shape(model=lambda: Replaces("optimizer")),
+    "replaced_schedule": Shape(model=lambda: Replaces("schedule")),
+    "replaced_layer": Shape(model=lambda: Replaces("layer")),
+    "reads_gradients": Shape(model=ReadsGradients),
     "growing_groups": Shape(model=GrowingGroups),
     "every_second": Shape(model=EverySecond),
     "warmup": Shape(model=Warmup),

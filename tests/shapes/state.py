@@ -3,10 +3,15 @@
 import copy
 import random
 import sys
-from collections import Counter, defaultdict, deque
+from array import array
+from collections import Counter, OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
+from datetime import date, timedelta
+from enum import IntEnum
+from fractions import Fraction
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from shapes.base import Net, Shape
+from shapes.base import Manual, Net, Shape
 
 
 class Held(Net):
@@ -124,6 +129,96 @@ HELD: dict[str, tuple[Any, Any, Any]] = {
 }  # fmt: skip
 
 
+class Move(NamedTuple):
+    x: Tensor
+    worth: float
+
+
+class Step(IntEnum):
+    FIRST, SECOND, THIRD = range(3)
+
+
+def remember(value: Any, i: int, batch: Any) -> None:
+    value.extend(Move(x, float(y)) for x, y in zip(*batch, strict=True))
+
+
+def recent(value: Any, i: int, batch: Any) -> None:
+    inner = value.setdefault(i % 2, OrderedDict())
+    inner[i % 5] = i
+    inner.move_to_end(i % 5)
+
+
+def count_far(value: Any, i: int, batch: Any) -> None:
+    value[7 * i + 3] += 1
+
+
+HELD |= {
+    "moves": (deque(maxlen=50), remember, lambda v: sum(move.worth for move in v)),
+    "last_move": (None, lambda v, i, b: Move(b[0], (v.worth if v else 0) + 1), lambda v: v.worth),
+    "ordered_dicts": ({}, recent, lambda v: sum(sum(inner) for inner in v.values())),
+    "nested_defaultdict": (
+        defaultdict(lambda: defaultdict(int)),
+        lambda v, i, b: count_up(v[i % 2], i, b),
+        lambda v: sum(map(summed, v.values())),
+    ),
+    "enum": (Step.FIRST, lambda v, i, b: Step((v + 1) % 3), float),
+    "none_then_enum": (None, lambda v, i, b: Step(((v or 0) + 1) % 3), float),
+    "fraction": (Fraction(1, 2), lambda v, i, b: v + Fraction(1, 3), float),
+    "date": (date(2020, 1, 1), lambda v, i, b: v + timedelta(days=1), lambda v: v.day),
+    "range": (range(0), lambda v, i, b: range(len(v) + 1), len),
+    "bytearray": (bytearray(), lambda v, i, b: v.append(i), len),
+    "array_array": (array("d"), append, len),
+    "records_array": (np.zeros(3, [("a", "f4"), ("n", "i4")]), lambda v, i, b: count_up(v["n"], i, b),
+                      lambda v: v["n"].sum()),
+    "masked_array": (np.ma.masked_array(np.ones(9), np.zeros(9, bool)),
+                     lambda v, i, b: v.__setitem__(i % 5, np.ma.masked), lambda v: float(v.sum())),
+    "object_array": (np.array([0, "a", None], object), lambda v, i, b: v.__setitem__(0, v[0] + 1), lambda v: v[0]),
+    "large_array": (np.zeros(400_000, np.float32), count_far, total),
+    "large_list": ([0] * 150_000, count_far, sum),
+    "bit_generator": (np.random.PCG64(4), lambda v, i, b: draw_numpy(np.random.Generator(v), i, b), none),
+    "seed_sequence": (np.random.SeedSequence(3),
+                      lambda v, i, b: draw_numpy(np.random.default_rng(v.spawn(1)[0]), i, b), none),
+    "generator_with_children": (np.random.default_rng(0), lambda v, i, b: draw_numpy(v.spawn(1)[0], i, b), none),
+}  # fmt: skip
+
+
+class Perturbs(Manual):
+    """Inputs are moved by a tensor with a gradient that is summed up, made when it is first needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.away: Any = None
+
+    def loss(self, batch: Any) -> Tensor:
+        if not self.training:
+            return super().loss(batch)
+        if self.away is None:
+            self.away = torch.zeros(4, requires_grad=True)
+        elif self.away.grad is not None:
+            self.away.data.add_(self.away.grad, alpha=0.01)
+        return nn.functional.mse_loss(self(batch[0] + self.away), batch[1])
+
+
+class PrivateSlots:
+    __slots__ = ("__count",)
+
+    def __init__(self) -> None:
+        self.__count = 0
+
+    def up(self) -> int:
+        self.__count += 1
+        return self.__count
+
+
+class CountsInSlots(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counter = PrivateSlots()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) / self.counter.up()
+
+
 class Generating(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -229,6 +324,16 @@ class Centered(Net):
             self.mean = new
         else:
             self.mean.copy_(new)
+
+
+class RegisteredLate(Net):
+    """A buffer that the first batch makes, and that `state_dict` leaves out."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if not hasattr(self, "late"):
+            self.register_buffer("late", torch.zeros(4), persistent=False)
+        self.late += batch[0].mean(0)
+        return super().training_step(batch, batch_idx) * (1 + 0.01 * self.late.sum())
 
 
 class Queue(nn.Module):
@@ -459,6 +564,76 @@ class Global(Net):
         return super().training_step(batch, batch_idx) / (1 + 0.1 * len(SEEN))
 
 
+class Meter:
+    def __init__(self) -> None:
+        self.count = 0
+
+
+METER = Meter()
+
+
+def count_all(seen: list[int] = []) -> int:  # noqa: B006 - its default is its memory
+    seen.append(1)
+    METER.count += 1
+    count_all.calls += 1  # type: ignore[attr-defined]
+    return len(seen)
+
+
+def forget() -> None:
+    count_all.__defaults__[0].clear()  # type: ignore[index]
+    METER.count = count_all.calls = 0  # type: ignore[attr-defined]
+
+
+forget()
+
+
+class Shared(Net):
+    """Counts in an object of its module, in a default, in a function's attribute; the function is called by its name."""
+
+    def __init__(self, scale: Any) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        count_all()
+        return super().training_step(batch, batch_idx) / (1 + 0.1 * self.scale())
+
+
+class HooksCount(Net):
+    """Hooks of a layer, a weight, the optimizer, and a schedule's function, each with a count that nobody else holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].register_forward_hook(counting(lambda n, layer, x, y: y * (1 + 0.001 * n)))
+        self.net[2].weight.register_hook(counting(lambda n, gradient: gradient / n))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        optimizer.register_step_post_hook(counting(self.shift))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, counting(lambda n, step: 1 / n))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def shift(self, n: int, *args: Any) -> None:
+        self.net[2].bias.data += 0.001 * n
+
+
+def counting(function: Any) -> Any:
+    calls = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return function(calls, *args)
+
+    return counted
+
+
+class HookedLate(Net):
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.net[0].weight.register_hook(lambda gradient: gradient * 0.1)
+
+
 class HoldsAnything(Net):
     """Values that no file can hold; none of them is state."""
 
@@ -515,6 +690,24 @@ class OwnOptimizer(Net):
         return super().training_step(batch, batch_idx) * self.scale.detach().item()
 
 
+class MadeWhenNeeded(Net):
+    """What the first batch makes, a resume does not."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.scale, self.make, self.made = torch.ones(1, requires_grad=True), make, None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.made = self.made or self.make(self.scale)
+        if isinstance(self.made, SimpleNamespace):
+            self.made.count += 1
+            return super().training_step(batch, batch_idx) / self.made.count
+        self.made.zero_grad()
+        (self.scale - batch[1].mean()).pow(2).sum().backward()
+        self.made.step()
+        return super().training_step(batch, batch_idx) * self.scale.item()
+
+
 class Compiled(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -569,12 +762,28 @@ class OddBuffer(Net):
         self.register_buffer("odd", tensor)
 
 
+class Listed(Net):
+    """Counts in an attribute with a name that frameworks use too."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.called = name
+        setattr(self, name, [])
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        held = getattr(self, self.called)
+        held.append(batch_idx)
+        return super().training_step(batch, batch_idx) * (1 + 0.1 * len(held))
+
+
 def value(model: Any, trainer: Trainer) -> Any:
     held = model.value
     if isinstance(held, np.random.Generator):
         return str(held.bit_generator.state)
     if isinstance(held, random.Random):
         return held.getstate()
+    if isinstance(held, np.random.BitGenerator | np.random.SeedSequence):
+        return str(held.state)
     kinds = int | float | str | list | dict | set | tuple | deque | np.ndarray | Tensor
     return held if isinstance(held, kinds) else None
 
@@ -607,6 +816,8 @@ SHAPES = {
 }  # fmt: skip
 SHAPES |= {
     "anchored": Shape(model=Anchored, extra=lambda m, t: m.anchor),
+    "perturbs": Shape(model=Perturbs, extra=own("away")),
+    "counts_in_slots": Shape(model=CountsInSlots),
     "held_torch_generator": Shape(model=Generating, extra=lambda m, t: m.generator.get_state()),
     "held_int_interval": Shape(model=lambda: Held(0, add, float), extra=value, trainer=INTERVAL),
     "held_int_accumulate": Shape(
@@ -630,6 +841,7 @@ SHAPES |= {
         extra=own("mean"),
         trainer={"precision": "64-true"},
     ),
+    "buffer_registered_late": Shape(model=RegisteredLate, extra=own("late")),
     "queue": Shape(model=Contrasts, extra=lambda m, t: [m.queue.keys, m.queue.place]),
     "validation_counts": Shape(model=ValidationCounts, extra=own("validations", "best", "since")),
     "validation_counts_interval": Shape(
@@ -664,9 +876,14 @@ SHAPES |= {
     "leaves_out": Shape(model=LeavesOut),
     "class_level": Shape(model=ClassLevel, reset=lambda: setattr(ClassLevel, "batches", 0)),
     "global": Shape(model=Global, reset=SEEN.clear),
+    "shared_object": Shape(model=lambda: Shared(lambda: METER.count), reset=forget),
+    "hooks_count": Shape(model=HooksCount),
+    "hooked_late": Shape(model=HookedLate),
     "holds_anything": Shape(model=HoldsAnything),
     "iterates": Shape(model=Iterates),
     "records": Shape(model=Records, extra=lambda m, t: vars(m.progress_so_far)),
+    "optimizer_made_when_needed": Shape(model=lambda: MadeWhenNeeded(lambda scale: torch.optim.Adam([scale]))),
+    "object_made_when_needed": Shape(model=lambda: MadeWhenNeeded(lambda scale: SimpleNamespace(count=1))),
     "own_optimizer": Shape(model=OwnOptimizer, extra=own("scale")),
     "compiled": Shape(model=Compiled),
     "recomputes": Shape(model=Recomputes),
@@ -699,4 +916,9 @@ BUFFERS = {
 SHAPES |= {
     f"buffer_{name}": Shape(model=lambda make=make: OddBuffer(make()))
     for name, make in BUFFERS.items()
+}  # fmt: skip
+NAMES = ("data", "grad", "_cache", "_groups", "update", "_metadata")
+SHAPES |= {
+    f"attribute_called_{name}": Shape(model=lambda name=name: Listed(name))
+    for name in NAMES
 }  # fmt: skip

@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["savepoint.resume", "project"])
+CONTEXT.set_forkserver_preload(["savepoint.resume.start", "project"])
 
 
 class Program:

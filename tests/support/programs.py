@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from savepoint import choose, cli, preemption, resume
+from savepoint import preemption, workspace
 from savepoint.checkpoint import store
+from savepoint.config import quick, typed
+from savepoint.resume import request
+from savepoint.resume import start as mains
 
 ROOT = Path(__file__).resolve().parents[2]
 # The digits that need no data, one thread, small enough for an epoch to take a second.
@@ -73,20 +76,21 @@ def wait_for_a_checkpoint(run_dir: Path, process: subprocess.Popen[str]) -> None
 
 def begin(*argv: str) -> int:
     with as_a_new_process():
-        return resume.start(argv)
+        return mains.start(quick.check(argv))
 
 
 def go(*argv: str) -> int:
-    asked = choose.request(argv)
+    asked = request.requested(argv)
     assert asked is not None
     with as_a_new_process():
-        return resume.resume(asked)
+        return mains.resume(asked)
 
 
 def call(script: str, *argv: str) -> int:
     """The exit code of a program, run in this process."""
     with pytest.MonkeyPatch.context() as patch, as_a_new_process():
         patch.setattr(preemption, "requests", preemption._Requests())
+        patch.setattr(workspace, "_entered", None)
         patch.setattr(sys, "argv", [str(ROOT / script), *argv])
         for name in ("stdout", "stderr", "unraisablehook"):  # which the program wraps
             patch.setattr(sys, name, getattr(sys, name))
@@ -98,7 +102,7 @@ def call(script: str, *argv: str) -> int:
 @contextmanager
 def as_a_new_process() -> Iterator[None]:
     """A run tells its directory and its checkpoint, through the environment, to the ranks that it starts."""
-    cli._parser.cache_clear()  # a new process knows the classes that it imports
+    typed._parser.cache_clear()  # a new process knows the classes that it imports
     try:
         yield
     finally:

@@ -32,7 +32,7 @@ def make_run(
     for step in steps:
         last = ended if step == steps[-1] else None
         made = {"created": f"2026-01-01T00:00:{step:02d}+00:00", "best_score": float(steps[0]), "run_id": run_id}
-        kept.save(small_state(float(step)), facts(step, float(step), ended=last, **made, **more))
+        kept.add(small_state(float(step)), facts(step, float(step), ended=last, **made, **more))
     if ended:
         run.write_summary({"steps": steps[-1], "test/loss": 0.25, "test/accuracy": 0.5})
     return directory

@@ -20,7 +20,7 @@ from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.commands.diff import comparable
 from savepoint.loader import Batches, resumable
-from savepoint.logs import RunCSVLogger
+from savepoint.training.logs import RunCSVLogger
 
 
 class SmallModel(LightningModule):

@@ -109,6 +109,11 @@ class CheckpointCallback(Checkpoint):
         self._baseline: Baseline | None = None
         self._accepted = False  # whether the hooks before the first batch have been looked at
         self._settings: dict[str, Any] = {}
+        self._bounds: dict[str, Any] = {}
+        self._kinds: dict[str, Any] = {}
+        self._shared: list[tuple[Any, Any, str]] = []  # of optimizers that wrap others
+        self._reads_gradients = False
+        self._made_by: list[Any] = []  # of the data module: by what the loaders of this epoch were made
         self._versions: dict[str, Any] = {}
         self._groups: list[int] = []  # of each optimizer, at the start
         self._before: dict[str, Any] = {}  # what a save inside a validation takes from its start
@@ -208,6 +213,7 @@ class CheckpointCallback(Checkpoint):
                 print(state.ranks_changed(len(others) + 1, trainer.world_size), flush=True)
             return
         self._pending = checkpoint | (others[rank - 1] if rank else {})
+        self._pending["versions"] = state.versions(pl_module)
         if self._pending.get("loaders") is not None:  # each rank has its own
             checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self._pending["loaders"]
         state.skip_finders(trainer, self._pending.get("found", {}))
@@ -217,19 +223,22 @@ class CheckpointCallback(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
             return
-        self._groups = state.group_counts(trainer)
+        self._bounds = state.bounds(trainer)
+        self._groups, self._shared = state.group_counts(trainer), state.shared_groups(trainer)
         if self._pending:
             state.prepare(trainer, self._pending)
             state.add_groups(trainer, self._pending.get("groups", {}))
         state.wake_finders(trainer)
         assert self._baseline is not None
         self._baseline.begin(state.look(trainer))
-        self._versions = state.versions(pl_module)
+        if self._pending:
+            state.put_data_back(trainer, self._pending, self._baseline)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
             return
         preemption.arm()
+        self._versions = state.versions(pl_module)
         self._began, self._saved_at = trainer.global_step, time.monotonic()
         self._watch.begin(pl_module.device)
         self._preflight(trainer)
@@ -274,8 +283,9 @@ class CheckpointCallback(Checkpoint):
         if self._accepted:
             return
         self._accepted = True
-        self._settings = state.settings(trainer)
+        self._settings, self._kinds = state.settings(trainer) | self._bounds, state.kinds(trainer)
         now = self._see(trainer)
+        self._reads_gradients = state.reads_gradients(now)
         assert self._baseline is not None
         self._baseline.accept(now)
 
@@ -287,6 +297,8 @@ class CheckpointCallback(Checkpoint):
         assert self._baseline is not None
         state.set_up_validation(trainer)
         failed = state.reenter(trainer, saved, self._baseline, self._see(trainer))
+        state.share_again(self._shared)
+        self._made_by = saved.get("made_by", [])
         self._unmute(trainer)
         if failed and trainer.is_global_zero:
             print(
@@ -310,7 +322,10 @@ class CheckpointCallback(Checkpoint):
         if not trainer.fit_loop.restarted_mid_epoch:
             self._ranks_changed = False
         self._accept(trainer)
-        if not self._arrived(trainer, "epoch") and trainer.global_step > self._began:
+        arrived = self._arrived(trainer, "epoch")
+        if not self._pending and self._baseline is not None:
+            self._made_by = state.data_as_loaders_are_made(trainer, self._baseline)
+        if not arrived and trainer.global_step > self._began:
             self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
             self._poll(trainer, "epoch")
 
@@ -528,7 +543,7 @@ class CheckpointCallback(Checkpoint):
 
     def _capture(self, trainer: Trainer, at: Point | None) -> dict[str, Any]:
         rows = [logger.rows for logger in trainer.loggers if hasattr(logger, "rows")]
-        own = state.capture(trainer, trainer.lightning_module)
+        own = state.capture(trainer, trainer.lightning_module, self._reads_gradients)
         own["logged_rows"] = rows[0] if rows and trainer.is_global_zero else None
         own["unsaved"] = state.inexact(trainer, at)
         if self._ranks_changed:
@@ -539,12 +554,13 @@ class CheckpointCallback(Checkpoint):
             own["attributes"], named = self._baseline.changes(now)
             own["unsaved"] += [*named, *changed_since(self._held, now)]
             before = self._settings
+            own["unsaved"] += state.other_kinds(trainer, self._kinds) if self._accepted else []
             own["settings"] = {k: v for k, v in state.settings(trainer).items() if v != before.get(k, v)}
         if trainer.world_size > 1:
             ahead = at != "epoch" and self._loader_states is not None
             own["loaders"] = self._loader_states if ahead else state.loader_states(trainer)
             own |= state.own_rank(trainer)
-        own["found"] = state.found(trainer)
+        own["found"], own["made_by"] = state.found(trainer), self._made_by
         own["groups"] = state.grown_groups(trainer, self._groups)
         return own
 

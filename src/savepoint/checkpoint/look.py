@@ -11,9 +11,11 @@ An attribute counts unless a base class of a framework assigns it: those names a
 import collections
 import contextlib
 import dis
+import enum
 import functools
 import inspect
 import io
+import itertools
 import logging
 import sys
 import sysconfig
@@ -31,9 +33,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
-from savepoint.checkpoint.pack import Packer, Unpackable, is_generator, mark, pack, unpack
+from savepoint.checkpoint.pack import Packer, Unpackable, is_atom, is_generator, mark, pack, unpack
 
 # How to go on from an object: ("attr", name), ("item", key), ("nth", place), ("cell", place),
 # ("module", name), ("buffer", name), ("parameter", name), ("requires_grad", name), ("state", "").
@@ -41,6 +43,7 @@ Step = tuple[str, Any]
 Path = tuple[Step, ...]
 
 _SMALL_VALUES, _SMALL_BYTES = 1_000, 64 * 1024  # of what the first look keeps a copy
+_SHARED_DEPTH = 5  # how far an object that a class or a module holds is entered
 _THIRD_PARTY_VALUES = 500  # how far an object of a library is entered
 
 # What these assign is saved by other means, or is no state.
@@ -49,14 +52,17 @@ _FRAMEWORK_CLASSES = (nn.Module, Metric, Optimizer, DataLoader, object)
 _OPEN = "lightning.pytorch.callbacks."  # its concrete classes keep state that no state_dict has
 _CALLBACK = "lightning.pytorch.callbacks.callback"
 
-# Caches, hooks, and what metric states bring along by themselves.
-_NO_STATE = frozenset({
-    "_computed", "_cache", "_is_synced", "_update_called", "_update_count", "_forward_cache", "_groups",
-    "_groups_checked", "_state_is_copy", "_compute_groups_create_state_ref", "_orig_mod", "training",
-    "_compiled_call_impl", "update", "compute", "_update_signature", "_flat_weight_refs", "_flat_weights",
-    "__orig_class__", "savepoint_skip",
-})  # fmt: skip
+# Caches, and what metric states bring along by themselves. Of these classes only: a user's own `_cache` is state.
+_NO_STATE = frozenset({"__orig_class__", "savepoint_skip"})
+_NO_STATE_OF: tuple[tuple[Any, frozenset[str]], ...] = (
+    (nn.Module, frozenset({"_orig_mod", "training", "_compiled_call_impl", "_flat_weight_refs", "_flat_weights"})),
+    (Metric, frozenset({"_update_called", "_computed", "_update_signature", "update", "compute"})),
+    (MetricCollection, frozenset({
+        "_groups", "_groups_checked", "_state_is_copy", "_compute_groups_create_state_ref",
+    })),
+)  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _IGNORED = (
     weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType, logging.Logger, threading.Thread,
     type(threading.Lock()), type(threading.RLock()), threading.local, threading.Event, threading.Condition,
@@ -109,6 +115,7 @@ class Look:
         self._library_values = 0
         self._classes: set[type] = set()
         self._codes: list[types.FunctionType] = []
+        self._followed: set[int] = set()
         self._registered: set[int] = set()
         for name, root in roots.items():
             if isinstance(root, nn.Module):
@@ -126,6 +133,10 @@ class Look:
             return {}
         length = len(top)
         return {path: place.mark for path, place in self.places.items() if path[:length] == top}
+
+    def mentions(self, names: Collection[str], but_in: Collection[str]) -> bool:
+        """Whether the user's own code mentions one of these names, in other functions than those left out."""
+        return any(not _names(one.__code__).isdisjoint(names) for one in self._codes if one.__name__ not in but_in)
 
     def _weight_storages(self) -> set[int | None]:
         """The memory of the weights that Lightning restores: an attribute may be a view of it."""
@@ -172,8 +183,11 @@ class Look:
         if not compiled:
             self._put((*path, ("attr", "training")), module.training)
             members = module.__dict__
-            hooks = sum([len(members[name]) for name in _HOOKS if name in members])
-            self.places[(*path, ("hooks", ""))] = _Place(hooks, what="other hooks than at the start")
+            hooks: list[tuple[Any, ...]] = [(("attr", name), members[name]) for name in _HOOKS if name in members]
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_leaf:
+                    hooks += [(("parameter", name), ("attr", kind), getattr(parameter, kind)) for kind in _TENSOR_HOOKS]
+            self._hooks(path, hooks)
             for name, parameter in module._parameters.items():
                 self._weight((*path, ("parameter", name)), parameter, prefix + name in persisted)
             for name, buffer in module._buffers.items():
@@ -186,6 +200,15 @@ class Look:
             if self._first.get(id(child), at) == at:
                 self._first[id(child)] = at
                 self._module(at, child, f"{prefix}{name}.", persisted)
+
+    def _hooks(self, path: Path, hooks: Iterable[tuple[Any, ...]]) -> None:
+        """How many there are, and what they carry along: nothing else may hold it."""
+        number = 0
+        for *steps, functions in hooks:
+            for place, function in enumerate((functions or {}).values()):
+                number += 1
+                self._visit((*path, *steps, ("nth", place)), function)
+        self.places[(*path, ("hooks", ""))] = _Place(number, what="other hooks than at the start")
 
     def _weight(self, path: Path, tensor: Tensor | None, persisted: bool) -> None:
         if tensor is None:
@@ -200,7 +223,7 @@ class Look:
 
     def _visit(self, path: Path, value: Any) -> None:
         self.visited.add(path)
-        if type(value) in _SCALARS:
+        if type(value) in _SCALARS or isinstance(value, enum.Enum):
             self._put(path, value)
             return
         if isinstance(value, _IGNORED):
@@ -218,7 +241,7 @@ class Look:
             self._first[id(value)] = path
         if _storage(value) in self.weights:
             self.places[path] = _Place(("view", tuple(value.shape)), what="a view of a weight")
-        elif isinstance(value, Tensor | np.ndarray | np.generic) or is_generator(value):
+        elif isinstance(value, Tensor | np.ndarray | np.generic) or is_generator(value) or is_atom(value):
             self._packed(path, value)
         elif isinstance(value, list | tuple | collections.deque | set | frozenset | dict):
             self._container(path, value)
@@ -226,6 +249,7 @@ class Look:
             self._register(path, value)
             self._module(path, value, "", frozenset())
         elif isinstance(value, Optimizer | LRScheduler):
+            self.objects[path] = type(value)  # one that a training has made, no start makes
             self._packed((*path, ("state", "")), value.state_dict())
         elif isinstance(value, types.FunctionType | types.MethodType | functools.partial):
             self._function(path, value)
@@ -342,7 +366,8 @@ class Look:
             place = self.places[at]
             if place.what and "iterator" not in place.what:
                 del self.places[at]
-        for at in [at for at in self.objects if at[: len(path)] == path]:
+        holds = any(at[: len(path)] == path for at in self.places)  # one that a training has made, no start makes
+        for at in [at for at in self.objects if at[: len(path)] == path and not (holds and at == path)]:
             del self.objects[at]
 
     def _attributes(self, path: Path, value: Any, derived: frozenset[str] = frozenset()) -> None:
@@ -378,8 +403,8 @@ class Look:
             if not is_library(kind.__module__):
                 self._class(kind)
                 self._codes += _functions(kind)
-        for function in self._codes:
-            self._globals(function)
+        for function in self._codes:  # grows: functions that they call
+            self._shared_by(function)
 
     def _class(self, kind: type) -> None:
         for name, value in list(vars(kind).items()):
@@ -387,15 +412,35 @@ class Look:
                 continue
             self._shared((("class", f"{kind.__module__}.{kind.__qualname__}"), ("attr", name)), value)
 
-    def _globals(self, function: types.FunctionType) -> None:
-        for name in _names(function.__code__):
-            if name not in function.__globals__:
-                continue
-            value = function.__globals__[name]
-            if isinstance(value, type) and not is_library(value.__module__):
+    def _shared_by(self, function: types.FunctionType) -> None:
+        """What a function keeps for all calls: attributes, defaults that can change, globals."""
+        path = (("function", f"{function.__module__}.{function.__qualname__}"),)
+        defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        for place, value in enumerate(defaults):
+            if not isinstance(value, _SCALARS):
+                self._shared((*path, ("default", place)), value)
+        for name, value in vars(function).items():
+            if name != "__wrapped__":
+                self._shared((*path, ("attr", name)), value)
+        names = _names(function.__code__)
+        for name in names:
+            if name in function.__globals__:
+                self._global(function.__module__, name, function.__globals__[name], names)
+
+    def _global(self, module: str, name: str, value: Any, names: frozenset[str]) -> None:
+        if isinstance(value, types.ModuleType):
+            if not is_library(value.__name__):
+                for inner in [inner for inner in names if inner in vars(value)]:
+                    self._global(value.__name__, inner, vars(value)[inner], frozenset())
+        elif isinstance(value, type):
+            if not is_library(value.__module__):
                 self._class(value)
-            elif not isinstance(value, _ITSELF):
-                self._shared((("module", function.__module__), ("attr", name)), value)
+        elif isinstance(value, types.FunctionType):
+            if not is_library(value.__module__) and id(value) not in self._followed:
+                self._followed.add(id(value))
+                self._codes.append(value)
+        elif not isinstance(value, _ITSELF):
+            self._shared((("module", module), ("attr", name)), value)
 
     def _shared(self, path: Path, value: Any) -> None:
         """Of a class or a module: others may share it, so a change is named, and nobody's else is put back."""
@@ -408,6 +453,9 @@ class Look:
         except Unpackable:
             if hasattr(type(value), "__next__"):
                 self._opaque(path, value, "an iterator", always=True)
+            elif not is_library(type(value).__module__) and len(path) < _SHARED_DEPTH:
+                for name, inner in list(getattr(value, "__dict__", {}).items()):
+                    self._shared((*path, ("attr", name)), inner)
             return
         self.places[path] = _Place(mark(packed), what="shared by all that use it")
 
@@ -484,16 +532,19 @@ class Baseline:
                 named.append(f"{in_words(path)} (a new {kind.__name__})")
         return saved, named
 
-    def restore(self, look: Look, saved: Iterable[Any], device: torch.device, loaded: Iterable[str] = ()) -> list[str]:
+    def restore(
+        self, look: Look, saved: Iterable[Any], device: torch.device, loaded: Iterable[str] = (), alone: bool = False
+    ) -> list[str]:
         """Puts every place where it was when `saved` was made; returns words for what has no place here.
 
         Args:
             look: At the objects as they are now: what the hooks of this start have changed is taken back too.
             loaded: Roots that have loaded a state of their own since the first look: what that changed stays.
+            alone: Put back what was saved, and nothing else.
         """
         loaded = set(loaded)
         meant = {path_of(packed): value for packed, value in saved}
-        for path, place in look.places.items():
+        for path, place in look.places.items() if not alone else ():
             before = self.places.get(path)
             if path in meant or before is None or before.mark == place.mark or place.what:
                 continue
@@ -707,6 +758,8 @@ def _set(roots: Mapping[str, Any], path: Path, owner: Any, value: Any) -> None:
     elif kind == "cell":
         owner.__closure__[key].cell_contents = value
     elif kind == "buffer":
+        if key not in owner._buffers:  # made in mid-training; of a state_dict it would be no place of the look
+            owner._non_persistent_buffers_set.add(key)
         owner._buffers[key] = value
     elif kind == "parameter":
         owner._parameters[key].data = value
@@ -722,12 +775,13 @@ def _set(roots: Mapping[str, Any], path: Path, owner: Any, value: Any) -> None:
 @functools.cache
 def _left_out(kind: type) -> frozenset[str]:
     skipped = getattr(kind, "savepoint_skip", ())
-    return assigned_by_frameworks(kind).union(skipped, _NO_STATE, {"_hparams"})
+    no_state = [names for base, names in _NO_STATE_OF if issubclass(kind, base)]
+    return assigned_by_frameworks(kind).union(skipped, _NO_STATE, {"_hparams"}, *no_state)
 
 
 @functools.cache
 def assigned_by_frameworks(kind: type) -> frozenset[str]:
-    """The names of attributes that the frameworks' classes among its bases assign anywhere in their code."""
+    """The names of attributes that the frameworks' classes among its bases assign to `self` anywhere in their code."""
     names: set[str] = set()
     for base in kind.__mro__:
         framework = base.__module__.startswith(_FRAMEWORK) or base in _FRAMEWORK_CLASSES
@@ -749,13 +803,19 @@ def _functions(kind: type) -> list[types.FunctionType]:
     return found
 
 
-def _assigned(code: types.CodeType) -> Iterator[str]:
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "STORE_ATTR":
+def _assigned(code: types.CodeType, loads: tuple[str, ...] = ("LOAD_FAST", "LOAD_DEREF")) -> Iterator[str]:
+    """Of `self` alone: `parameter.data = ...` in a framework's code is no reason to leave out a user's `self.data`."""
+    for before, instruction in itertools.pairwise(dis.get_instructions(code)):
+        of_self = before.opname.startswith(loads) and _last(before.argval) == "self"
+        if instruction.opname == "STORE_ATTR" and of_self:
             yield instruction.argval
     for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _assigned(constant)
+        if isinstance(constant, types.CodeType):  # an inner class has another `self`, an inner function this one
+            yield from _assigned(constant, ("LOAD_DEREF",))
+
+
+def _last(loaded: Any) -> Any:
+    return loaded[-1] if isinstance(loaded, tuple) else loaded  # newer Pythons load two with one instruction
 
 
 @functools.cache
@@ -769,7 +829,9 @@ def _names(code: types.CodeType) -> frozenset[str]:
 def _slots(kind: type) -> tuple[str, ...]:
     slots = vars(kind).get("__slots__", ())
     names = (slots,) if isinstance(slots, str) else tuple(slots)
-    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+    private = kind.__name__.lstrip("_")
+    mangled = [f"_{private}{name}" if name[:2] == "__" and name[-2:] != "__" else name for name in names]
+    return tuple(name for name in mangled if name not in ("__dict__", "__weakref__"))
 
 
 @functools.cache

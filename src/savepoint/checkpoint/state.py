@@ -42,6 +42,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
@@ -50,9 +51,14 @@ from torchmetrics.wrappers import MetricTracker
 import savepoint
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.look import Baseline, Look, is_library
+from savepoint.checkpoint.pack import fingerprint
 from savepoint.errors import CheckpointForeignError, ConfigError, ConfigMismatchError
 from savepoint.loader import derive
 
+# Hooks that run once the gradients of their own step are there.
+_AFTER_BACKWARD = (
+    "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "on_train_batch_end",
+)  # fmt: skip
 # What `self.log(...)` was called with, apart from the value: enough to make the same entry again.
 _LOG_ARGUMENTS = (
     "fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "metric_attribute",
@@ -179,8 +185,13 @@ _LOADER_PARTS = ("dataset", "sampler", "batch_sampler", "collate_fn", "generator
 # Of the Trainer, what callbacks change in mid-training.
 _SETTINGS = (
     "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "limit_val_batches",
-    "check_val_every_n_epoch", "val_check_interval", "val_check_batch", "log_every_n_steps",
+    "check_val_every_n_epoch", "val_check_interval", "val_check_batch", "log_every_n_steps", "limit_train_batches",
+    "reload_dataloaders_every_n_epochs", "max_batches",
 )  # fmt: skip
+
+
+# Of its loops, and needed before these run.
+_BOUNDS = ("max_epochs", "min_epochs", "max_steps")
 
 
 def _parts(name: str, loader: Any) -> dict[str, Any]:
@@ -213,6 +224,7 @@ def look(trainer: Trainer) -> Look:
         roots |= _parts(f"training loader {number}", loader)
     for number, loader in enumerate(_validation_loaders(trainer)):
         roots |= _parts(f"validation loader {number}", loader)
+    roots |= _functions(trainer)
     known: dict[int, str] = {id(trainer): "the trainer", id(trainer.strategy): "the strategy"}
     known |= {id(logger): "a logger" for logger in trainer.loggers}
     optimizers = [*trainer.optimizers, *trainer.strategy._lightning_optimizers]
@@ -240,8 +252,35 @@ def _own_optimizers(trainer: Trainer) -> dict[str, Any]:
     return {name: one for name, one in own.items() if not is_library(type(one).__module__)}
 
 
+def _functions(trainer: Trainer) -> dict[str, Any]:
+    """What optimizers and schedules call: a function may count, and no state_dict holds what it does."""
+    found: dict[str, Any] = {}
+    for i, optimizer in enumerate(trainer.optimizers):
+        hooks = [getattr(optimizer, f"_optimizer_step_{when}_hooks", {}) for when in ("pre", "post")]
+        found[f"hooks of optimizer {i}"] = [hook for one in hooks for hook in one.values()]
+    for i, config in enumerate(trainer.lr_scheduler_configs):
+        parts = [config.scheduler, *getattr(config.scheduler, "_schedulers", [])]
+        found[f"functions of schedule {i}"] = [one for part in parts for one in getattr(part, "lr_lambdas", [])]
+    return found
+
+
+def bounds(trainer: Trainer) -> dict[str, Any]:
+    return {name: getattr(_owner(trainer, name), name) for name in _BOUNDS}
+
+
 def settings(trainer: Trainer) -> dict[str, Any]:
-    return {name: getattr(trainer, name, None) for name in _SETTINGS}
+    return {name: getattr(_owner(trainer, name), name, None) for name in (*_SETTINGS, *_BOUNDS)}
+
+
+def _put_settings(trainer: Trainer, saved: Mapping[str, Any]) -> None:
+    for name, value in saved.items():
+        setattr(_owner(trainer, name), name, value)
+
+
+def _owner(trainer: Trainer, setting: str) -> Any:
+    if setting == "max_steps":
+        return trainer.fit_loop.epoch_loop
+    return trainer.fit_loop if setting in ("max_epochs", "min_epochs", "max_batches") else trainer
 
 
 def train_loaders(trainer: Trainer) -> list[Any]:
@@ -257,7 +296,7 @@ def _validation_loaders(trainer: Trainer) -> list[Any]:
 # -- capture ---------------------------------------------------------------------------------------
 
 
-def capture(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+def capture(trainer: Trainer, module: LightningModule, reads_gradients: bool = True) -> dict[str, Any]:
     """The state of this process that Lightning leaves out: with the tensors themselves, for use before training goes on."""
     connector, fit = trainer._logger_connector, trainer.fit_loop
     logged = [
@@ -269,6 +308,7 @@ def capture(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
                 "rank_zero_only": result.meta.sync.rank_zero_only,
             },
             "dataloader_idx": result.meta.dataloader_idx,
+            "builtin": result.meta.reduce_fx in (min, max, sum),
             "last": result._forward_cache,
             "value": result.value if result.is_tensor else None,
             "size": result.cumulated_batch_size if result.is_tensor and result.meta.is_mean_reduction else None,
@@ -294,7 +334,7 @@ def capture(trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         "callback_metrics": dict(connector._callback_metrics),
         "logged_metrics": dict(connector._logged_metrics),
         "progress_bar_metrics": dict(connector._progress_bar_metrics),
-        "gradients": _pending_gradients(trainer, module),
+        "gradients": _pending_gradients(trainer, module, reads_gradients),
         "fetching": {
             "first": connector._first_loop_iter,
             "fetched": 0 if fetcher is None else fetcher.fetched,
@@ -318,7 +358,12 @@ def _reloaded(trainer: Trainer) -> list[int | None]:
     return [None if epoch == float("-inf") else int(epoch) for epoch in last]
 
 
-def _pending_gradients(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+def reads_gradients(now: Look) -> bool:
+    """Whether the user's code may look at the gradients of the step before, which stand until they are set to zero."""
+    return now.mentions(("grad", "grad_norm"), but_in=_AFTER_BACKWARD)
+
+
+def _pending_gradients(trainer: Trainer, module: LightningModule, read: bool) -> dict[str, Tensor]:
     """Gradients that the next step may add to: elsewhere Lightning's own zero_grad comes before any it computes.
 
     A step that takes the iterator is counted before its batch is known, and zeroes by the number of the batch before.
@@ -327,9 +372,31 @@ def _pending_gradients(trainer: Trainer, module: LightningModule) -> dict[str, T
     overridden = any(is_overridden(name, module) for name in own)
     takes_iterator = isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
     late = takes_iterator and trainer.accumulate_grad_batches > 1
-    if module.automatic_optimization and not overridden and not late:
+    if module.automatic_optimization and not overridden and not late and not read:
         return {}
     return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def kinds(trainer: Trainer) -> dict[str, Any]:
+    """What another process sets up by itself: once it is another one, no file makes it so."""
+    names = {id(parameter): name for name, parameter in trainer.lightning_module.named_parameters()}
+    found: dict[str, Any] = {"other callbacks": [type(one).__name__ for one in trainer.callbacks]}  # type: ignore[attr-defined]
+    for i, optimizer in enumerate(trainer.optimizers):
+        groups = optimizer.param_groups
+        found[f"another optimizer {i}"] = type(optimizer).__name__
+        found[f"other parameters in optimizer {i}"] = [[names.get(id(p), "") for p in g["params"]] for g in groups]
+    for i, config in enumerate(trainer.lr_scheduler_configs):
+        found[f"another schedule {i}"] = type(config.scheduler).__name__
+        found[f"other settings of schedule {i}"] = [config.interval, config.frequency, config.monitor]
+    return found
+
+
+def other_kinds(trainer: Trainer, before: Mapping[str, Any]) -> list[str]:
+    now = kinds(trainer)
+    for name in now:
+        if name.startswith("other parameters") and name in before:  # groups that have joined are in the file
+            now[name] = now[name][: len(before[name])]
+    return [f"{name} than at the start" for name in {**before, **now} if now.get(name) != before.get(name)]
 
 
 def group_counts(trainer: Trainer) -> list[int]:
@@ -361,13 +428,46 @@ def add_groups(trainer: Trainer, grown: Mapping[int, list[list[str]]]) -> None:
 # -- put back --------------------------------------------------------------------------------------
 
 
+def shared_groups(trainer: Trainer) -> list[tuple[Any, Any, str]]:
+    """Optimizers that wrap another one, as SAM and Lookahead do, and the attributes that both of them hold."""
+    return [
+        (outer, inner, name)
+        for outer in trainer.optimizers
+        for inner in vars(outer).values()
+        for name in ("param_groups", "state")
+        if isinstance(inner, Optimizer) and getattr(inner, name) is getattr(outer, name)
+    ]
+
+
+def share_again(shared: Sequence[tuple[Any, Any, str]]) -> None:
+    """`load_state_dict` gives each of the two an own one, and a schedule would then reach only one."""
+    for outer, inner, name in shared:
+        setattr(inner, name, getattr(outer, name))
+
+
 def prepare(trainer: Trainer, saved: dict[str, Any]) -> None:
     """Before the loops run, on a resume: what decides whether they run at all."""
     loop = trainer.fit_loop.epoch_loop
+    changed = saved.get("settings", {})
+    _put_settings(trainer, {name: changed[name] for name in _BOUNDS if name in changed})
     saved["max_steps"] = loop.max_steps
     if saved["at"] == "validation" and 0 <= loop.max_steps <= saved["global_step"]:
         # The last step is done, the validation after it is not: Lightning would take the training for done.
         loop.max_steps = saved["global_step"] + 1
+
+
+def data_as_loaders_are_made(trainer: Trainer, baseline: Baseline) -> list[Any]:
+    """What the data module has changed, where its loaders are made anew in each epoch: of a growing batch size, say."""
+    if not trainer.reload_dataloaders_every_n_epochs or trainer.datamodule is None:  # type: ignore[attr-defined]
+        return []
+    changed, _ = baseline.changes(look(trainer))
+    return copy.deepcopy([[path, value] for path, value in changed if path[0][1] == "data"])
+
+
+def put_data_back(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline) -> None:
+    """Before the loaders are made."""
+    if saved.get("made_by"):
+        baseline.restore(look(trainer), saved["made_by"], trainer.lightning_module.device, alone=True)
 
 
 def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now: Look) -> list[str]:
@@ -381,6 +481,7 @@ def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now:
     module, fit = trainer.lightning_module, trainer.fit_loop
     epoch, connector = fit.epoch_loop, trainer._logger_connector
     _restore_counters(trainer, saved)
+    _load_again(trainer, saved)
     fetching = saved.get("fetching")
     if fetching:
         if fetching["reloaded"]:
@@ -409,13 +510,19 @@ def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now:
         trainer.strategy.model.require_forward_param_sync = saved["syncs_buffers"]
     loaded = _own_optimizers(trainer)
     failed = baseline.restore(now, saved.get("attributes", []), module.device, loaded)
-    for name, value in saved.get("settings", {}).items():
-        setattr(trainer, name, value)
+    _put_settings(trainer, saved.get("settings", {}))
     trainer.should_stop = saved["should_stop"]
     if saved["at"] == "validation" and _by_the_clock(trainer):
         vars(trainer)["_last_val_time"] = float("-inf")  # it is due, whatever the clock of this process says
     restore_rng(saved["rng"], module.device)
     return failed
+
+
+def _load_again(trainer: Trainer, saved: Mapping[str, Any]) -> None:
+    """Hooks of a start may write to weights, which a start from the beginning does before the first step alone."""
+    module = trainer.lightning_module
+    if versions(module) != saved["versions"] and not averaging(trainer):
+        module.load_state_dict(saved["state_dict"], strict=module.strict_loading)
 
 
 def _restore_counters(trainer: Trainer, saved: Mapping[str, Any]) -> None:
@@ -491,7 +598,10 @@ def restore_logged(trainer: Trainer, module: LightningModule, state: Mapping[str
     for row in state["logged"]:
         results.dataloader_idx = row["dataloader_idx"]
         value = module.get_submodule(row["log"]["metric_attribute"]) if row["value"] is None else row["value"]
-        results.log(value=value, batch_size=1, sync_dist_fn=trainer.strategy.reduce, **row["log"])
+        given = dict(row["log"])
+        if row.get("builtin"):  # Lightning takes Python's own `max` for another one than torch's
+            given["reduce_fx"] = {"min": min, "max": max, "sum": sum}[given["reduce_fx"]]
+        results.log(value=value, batch_size=1, sync_dist_fn=trainer.strategy.reduce, **given)
         result = list(results.values())[-1]
         result._forward_cache = row["last"]
         if row["value"] is not None:
@@ -689,12 +799,14 @@ def before_validation(trainer: Trainer) -> dict[str, Any]:
         "fit_loop": trainer.fit_loop.state_dict(),
         "buffers": {name: buffer.detach().clone() for name, buffer in own_buffers(module).items()},
         "versions": versions(module),
+        "rates": _rates(trainer),
     }
 
 
 def as_before_validation(trainer: Trainer, checkpoint: dict[str, Any], before: Mapping[str, Any]) -> list[str]:
     """Puts into `checkpoint` what `before_validation` gave; returns words for weights that the validation has changed."""
     checkpoint["loops"]["fit_loop"] = before["fit_loop"]
+    _put_rates(checkpoint, before["rates"])
     if averaging(trainer):  # it exchanges the weights for the validation, and back for this file
         return []
     weights: dict[str, Any] = checkpoint["state_dict"]
@@ -704,18 +816,38 @@ def as_before_validation(trainer: Trainer, checkpoint: dict[str, Any], before: M
     return [f"model.{name} (changed inside a validation)" for name in changed if name not in before["buffers"]]
 
 
-def versions(module: LightningModule) -> dict[str, tuple[int, int]]:
-    """Of each weight and buffer what changes when it is written to, without a look at its values."""
+def _rates(trainer: Trainer) -> tuple[list[Any], list[Any]]:
+    """What hooks of a validation change by hand: learning rates, and schedules that they step."""
+    groups = [[_settings_of(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+    return groups, [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
+
+
+def _settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+
+
+def _put_rates(checkpoint: dict[str, Any], rates: tuple[list[Any], list[Any]]) -> None:
+    groups, checkpoint["lr_schedulers"] = rates
+    for state, settings_then in zip(checkpoint["optimizer_states"], groups, strict=True):
+        for group, then in zip(state.get("param_groups", []), settings_then, strict=False):
+            for name in [name for name in group if name != "params" and name not in then]:
+                del group[name]
+            group.update(then)
+
+
+def versions(module: LightningModule) -> dict[str, Any]:
+    """Of each weight and buffer what changes when it is written to, without a look at all its values."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    return {name: (id(tensor), tensor._version) for name, tensor in tensors if not tensor.is_inference()}
+    return {name: (id(tensor), fingerprint(tensor)) for name, tensor in tensors if not tensor.is_inference()}
 
 
 def left_out(module: LightningModule, weights: Mapping[str, Any], at_start: Mapping[str, Any]) -> list[str]:
-    """Words for weights that have changed and that the user's own code has taken out of the file."""
+    """Words for weights that have changed and that the user's own code has taken out of the file, and for new ones."""
     now = versions(module)
     persisted = {*dict(module.named_parameters()), *module.state_dict()}
     gone = [name for name in now if name in persisted and name not in weights]
-    return [f"model.{name} (left out of the file)" for name in gone if now[name] != at_start.get(name)]
+    new = [f"model.{name} (made in mid-training)" for name in now if name in weights and name not in at_start]
+    return [f"model.{name} (left out of the file)" for name in gone if now[name] != at_start.get(name)] + new
 
 
 def at_end_of_epoch(trainer: Trainer) -> bool:

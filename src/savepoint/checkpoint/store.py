@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,26 @@ class CheckpointStore:
             raise RunDirectoryError(message)
         return message
 
-    def save(self, state: Mapping[str, Any], facts: Mapping[str, Any]) -> Checkpoint:
+    def save(
+        self, state: Mapping[str, Any], *, step: int, epoch: int = 0, metrics: Mapping[str, float] | None = None
+    ) -> Checkpoint:
+        """Saves the state of a loop of one's own, then deletes what retention lets go.
+
+        Args:
+            state: Tensors and plain values, such as a model's `state_dict()` and an optimizer's.
+            step: Names the file.
+            metrics: What was measured at this step; the store's `monitor` is looked up in it.
+
+        Raises: what `write` raises.
+        """
+        measured = {name: {"value": float(value), "step": step} for name, value in (metrics or {}).items()}
+        score = measured.get(self.monitor or "", {}).get("value")
+        ranked = {"monitor": self.monitor, "mode": self.mode, "score": score, "metrics": measured}
+        facts = {"step": step, "epoch": epoch, "at": None, "exact": False, "reason": "user", "ended": None}
+        created = datetime.now(UTC).isoformat(timespec="milliseconds")
+        return self.add(state, facts | ranked | {"created": created})
+
+    def add(self, state: Mapping[str, Any], facts: Mapping[str, Any]) -> Checkpoint:
         """`write` under the name of its step, then `commit`."""
         checkpoint = self.write(state, facts)
         self.commit()

@@ -15,18 +15,15 @@ from savepoint import entry, words
 from savepoint.errors import CheckpointSaveError, ConfigError, SavepointError
 
 COMMANDS = {
-    "ls": "list the checkpoints of a run",
-    "runs": "list all runs with their best score, test result and state",
-    "show": "show what a checkpoint holds: facts, metrics, config, tensors",
+    "ls": "list runs with best score, test result and state, or the checkpoints of one",
+    "show": "show what a checkpoint holds: facts, metrics, config, tensors; and its lineage",
     "diff": "compare two checkpoints: config, metrics, weights, optimizer, all other state",
-    "verify": "look at every byte of checkpoints, or of all checkpoints of a run",
+    "verify": "look at every byte of checkpoints and at all of a run: what is wrong, what to do",
     "gc": "delete the checkpoints that retention lets go, and what dead processes left",
-    "doctor": "say what is wrong with a checkpoint or a run, and what to do",
-    "lineage": "say how a run came about: its starts, what it was forked from, its own forks",
-    "report": "write one HTML file that shows a run: curves, pictures, checkpoints, config",
     "eval": "test a checkpoint: metrics, and what the project's callbacks report",
-    "export": "write a checkpoint's model in a format that others read, and compare it with the checkpoint",
-    "sweep": "try values of config keys, each trial a run of its own; the same command goes on",
+    "export": "write a checkpoint's model in a format that others read, and compare the two",
+    "report": "write one HTML file that shows a run: curves, pictures, checkpoints, config",
+    "sweep": "try values of config keys, each trial a run; the same command goes on",
 }
 
 

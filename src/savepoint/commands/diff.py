@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """`parts`: the keys of the state that differ, in whatever; then what of config, weights and optimizers."""
     from savepoint.checkpoint.format import fingerprint
-    from savepoint.compose import flatten, same
+    from savepoint.config.compose import flatten, same
 
     a, b = comparable(a), comparable(b)
     keys = list({**a, **b})
@@ -112,7 +112,7 @@ def relative_change(a: "Tensor", b: "Tensor") -> float | None:
 
 def _optimizers(a: list[Any], b: list[Any]) -> list[dict[str, Any]]:
     """Of each optimizer, what it is and how far it is, where the two differ."""
-    from savepoint.compose import same
+    from savepoint.config.compose import same
 
     rows = []
     for place in range(max(len(a), len(b))):

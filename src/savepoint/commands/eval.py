@@ -30,9 +30,9 @@ def main(arguments: argparse.Namespace) -> int:
     path, said = find.file_or_best(target)
 
     with entry.importing():
-        from savepoint import evaluate, rebuild
+        from savepoint import evaluate, rebuilding
 
-    made = rebuild.rebuild(path, overrides, allow=arguments.allow)
+    made = rebuilding.rebuild(path, overrides, allow=arguments.allow)
     name = f"eval-{made.manifest['step']:08d}" if path.parent.name == "checkpoints" else f"eval-{path.stem}"
     directory = arguments.directory or find.beside(path, name if arguments.split == "test" else f"{name}-val")
     try:

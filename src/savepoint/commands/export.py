@@ -38,9 +38,9 @@ def main(arguments: argparse.Namespace) -> int:
     _check(target, arguments.format, force=arguments.force)
 
     with entry.importing():
-        from savepoint import export, rebuild
+        from savepoint import export, rebuilding
 
-    made = rebuild.rebuild(path, allow=[arguments.allow])
+    made = rebuilding.rebuild(path, allow=[arguments.allow])
     parity = export.export(made, target, arguments.format)
     if arguments.json:
         facts = {"checkpoint": path, "file": target, "format": arguments.format, "averaged": made.averaged}

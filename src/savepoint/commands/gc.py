@@ -51,7 +51,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _checkpoint_group(run: Run) -> Mapping[str, Any]:
     """`checkpoint` of the run's config: of its last start, else of its newest checkpoint."""
-    from savepoint.compose import parse_yaml
+    from savepoint.config.compose import parse_yaml
 
     for text in _configs(run):
         with contextlib.suppress(ConfigError):

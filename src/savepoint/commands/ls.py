@@ -1,77 +1,171 @@
-"""`savepoint ls [RUN_DIR]`: exit code 1 if a file that is named as a checkpoint is none, or none is left."""
+"""`savepoint ls [PATH]`: of a run its checkpoints, of any other directory the runs in it.
+
+Exit code 1 if a run is broken or cannot be read, if a file that is named as a checkpoint is none,
+or if a run has none left.
+"""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from savepoint import find, words
 from savepoint.checkpoint import manifest
-from savepoint.checkpoint.store import Checkpoint
 from savepoint.commands import output
+from savepoint.errors import CheckpointNotFoundError
 from savepoint.run import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run_dir",
-        metavar="RUN_DIR",
+        "path",
+        metavar="PATH",
         nargs="?",
-        help="a run directory, or its checkpoints/; the newest run under outputs/",
+        help="a directory of runs, a run directory, or its checkpoints/; default: outputs",
     )
 
 
 def main(arguments: argparse.Namespace) -> int:
-    run = find.run(arguments.run_dir)
-    rows = listing(run)
+    path = _directory(arguments.path)
+    run = find.run_at(path)
+    found, text, is_well = _checkpoints(run) if run else _runs(path)
     if arguments.json:
-        output.put_json({"run_dir": run.directory, "checkpoints": rows})
+        output.put_json(found)
     else:
-        output.put(_text(run, rows))
-    wrong = any(not row["verifies"] and not row["set_aside"] for row in rows)
-    return 1 if wrong or not any(row["verifies"] for row in rows) else 0
+        output.put(text)
+    return 0 if is_well else 1
+
+
+def _directory(argument: str | None) -> Path:
+    path = manifest.local_path("outputs" if argument is None else argument)
+    if argument is None and not path.exists():
+        hint = f"Start one: {words.python()} train.py"
+        what = f"No runs yet: {path}. A directory with runs was expected. {hint}"
+        raise CheckpointNotFoundError(what, path)
+    if not path.is_dir():
+        raise find.missing(path, "a run directory or a directory of runs")
+    return path
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+def _runs(directory: Path) -> tuple[Any, str, bool]:
+    """For JSON, as text, and whether all is well."""
+    rows = sorted(map(_run_facts, find.runs_in(directory)), key=lambda row: str(row["last"]))
+    is_well = not any(row["state"] in ("broken", "unreadable") for row in rows)
+    return rows, _runs_text(rows) if rows else f"{directory}: no runs", is_well
+
+
+def _run_facts(one: Run) -> dict[str, Any]:
+    row: dict[str, Any] = {"run": one.name, "path": one.directory, "state": "unreadable"}
+    row |= {"test": {}, "last": ""}
+    row |= dict.fromkeys(("config", "monitor", "best", "step", "epoch", "reason"))
+    try:
+        row["config"], row["state"] = _config(one), one.state()
+        times = [start["time"] for start in one.starts()]
+        if one.latest is not None:
+            facts = one.latest.manifest
+            row |= {"monitor": facts.get("monitor"), "best": facts.get("best_score")}
+            row |= {"step": one.latest.step, "epoch": one.latest.epoch}
+            times.append(facts.get("created") or "")
+        row["last"] = max(times, default="")
+        if one.is_summarised():
+            tested = one.summary().items()
+            row["test"] = {key: value for key, value in tested if key.startswith("test/")}
+    except OSError as error:
+        row["reason"] = f"{error.filename}: {error.strerror}"
+    return row
+
+
+def _config(one: Run) -> str | None:
+    """The name of the config file of the first start; a fork has none, but a parent."""
+    from savepoint.config.compose import config_name
+
+    first = next(iter(one.starts()), None)
+    if first is None:
+        return None
+    if not first.get("checkpoint"):
+        return config_name([str(word) for word in first["argv"]])
+    parent = first.get("parent")
+    name = parent.get("name") if isinstance(parent, dict) else None
+    return f"fork of {name}" if name else "a fork"
+
+
+def _runs_text(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        (
+            row["run"], row["config"] or "-",
+            f"{row['monitor'] or ''} {words.number(row['best'])}".strip(), _test(row["test"]),
+            words.number(row["step"]), row["state"], words.age(row["last"]),
+        )
+        for row in rows
+    ]  # fmt: skip
+    text = [words.table(("run", "config", "best", "test", "steps", "state", "age"), lines)]
+    text += [f"{row['run']} cannot be read: {row['reason']}" for row in rows if row["reason"]]
+    for row in rows:
+        if row["state"] == "broken":
+            text.append(f"{row['run']}: {Run(row['path']).command('-m', 'savepoint', 'verify')}")
+    return "\n".join(text)
+
+
+def _test(measured: dict[str, Any]) -> str:
+    """The accuracy where there is one; else the first that was measured."""
+    if isinstance(accuracy := measured.get("test/accuracy"), float):
+        return words.metric("accuracy", accuracy)
+    name, value = next(iter(measured.items()), ("", None))
+    return f"{name.removeprefix('test/')} {words.number(value)}" if name else "-"
+
+
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+def _checkpoints(run: Run) -> tuple[Any, str, bool]:
+    """For JSON, as text, and whether all is well."""
+    rows = listing(run)
+    is_wrong = any(not row["verifies"] and not row["set_aside"] for row in rows)
+    is_well = not is_wrong and any(row["verifies"] for row in rows)
+    text = _checkpoints_text(rows) if rows else f"{run.shown}: no checkpoints"
+    return {"run_dir": run.directory, "checkpoints": rows}, text, is_well
 
 
 def listing(run: Run) -> list[dict[str, Any]]:
-    """Checkpoints by step, judged by structure and seal; then what does not verify, with the reason."""
-    store = run.store
-    listed, best = store.checkpoints(), store.best()
+    """Checkpoints by step, judged by structure and seal; then what does not verify, and why."""
+    listed, best = run.store.checkpoints(), run.store.best()
     monitor = listed[-1].manifest.get("monitor") if listed else None
     rows = [
-        _row(one.path, size)
-        | {"step": one.step, "epoch": one.epoch, "monitor": monitor, "score": one.score_of(monitor)}
-        | {"created": one.manifest.get("created"), "latest": one is listed[-1], "best": _is(one, best)}
+        _row(one.path, verifies=True, step=one.step, epoch=one.epoch, monitor=monitor)
+        | {"score": one.score_of(monitor), "created": one.manifest.get("created")}
+        | {"latest": one is listed[-1], "best": one == best}
         for one in listed
-        if (size := find.size(one.path)) is not None
     ]
-    rows += [_row(path, find.size(path), reason) for path, reason in store.rejected()]
-    return rows + [_row(path, find.size(path), manifest.diagnose(path), set_aside=True) for path in run.corrupt()]
+    rows += [_row(path, reason=reason) for path, reason in run.store.rejected()]
+    rows += [_row(one, reason=manifest.diagnose(one), set_aside=True) for one in run.corrupt()]
+    return [row for row in rows if row["bytes"] is not None]  # others the run has just deleted
 
 
-def _row(path: Path, size: int | None, reason: str | None = None, set_aside: bool = False) -> dict[str, Any]:
-    row: dict[str, Any] = {"file": path.name, "bytes": size}
-    row |= dict.fromkeys(("epoch", "monitor", "score", "created")) | {"step": manifest.step_in_name(path.name)}
-    row |= {"latest": False, "best": False}
-    return row | {"verifies": reason is None, "reason": reason, "set_aside": set_aside}
+def _row(path: Path, **more: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {"file": path.name, "bytes": find.size(path)}
+    row |= dict.fromkeys(("epoch", "monitor", "score", "created"))
+    row |= {"step": manifest.step_in_name(path.name), "latest": False, "best": False}
+    return row | {"verifies": False, "reason": None, "set_aside": False} | more
 
 
-def _is(one: Checkpoint, best: Checkpoint | None) -> bool:
-    return best is not None and one.path == best.path
-
-
-def _text(run: Run, rows: list[dict[str, Any]]) -> str:
-    if not rows:
-        return f"{run.shown}: no checkpoints"
+def _checkpoints_text(rows: Sequence[dict[str, Any]]) -> str:
     monitor = next((row["monitor"] for row in rows if row["monitor"]), "score")
     lines = [
         (
-            row["file"], words.number(row["step"]), words.number(row["epoch"]), words.number(row["score"]),
-            "-" if row["bytes"] is None else words.megabytes(row["bytes"]), words.age(row["created"]),
+            row["file"], words.number(row["step"]), words.number(row["epoch"]),
+            words.number(row["score"]), words.megabytes(row["bytes"]), words.age(row["created"]),
             " ".join(mark for mark in ("latest", "best") if row[mark]), _verdict(row),
         )
         for row in rows
     ]  # fmt: skip
-    return words.table(("file", "step", "epoch", monitor, "size", "age", "mark", "verified"), lines)
+    head = ("file", "step", "epoch", monitor, "size", "age", "mark", "verified")
+    return words.table(head, lines)
 
 
 def _verdict(row: dict[str, Any]) -> str:
-    return "yes" if row["verifies"] else f"{'set aside' if row['set_aside'] else 'NO'}: {row['reason']}"
+    if row["verifies"]:
+        return "yes"
+    return f"{'set aside' if row['set_aside'] else 'NO'}: {row['reason']}"

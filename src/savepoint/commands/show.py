@@ -1,73 +1,106 @@
-"""`savepoint show [FILE|RUN_DIR]`: of a run, its newest checkpoint. Facts and metrics come from the manifest, without torch."""
+"""`savepoint show [RUN_DIR|FILE]`: what a checkpoint holds, of a run its newest; and its lineage.
+
+Facts, metrics and lineage come from the manifests and run.json, without torch. A parent is looked
+for in the runs of the same output directory; retention may have deleted it.
+"""
 
 import argparse
+import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from savepoint import find, words
 from savepoint.checkpoint import manifest
+from savepoint.checkpoint.store import Checkpoint
 from savepoint.commands import output
+from savepoint.run import Run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTS = ("facts", "metrics", "config", "tensors")
+PARTS = ("facts", "metrics", "config", "tensors", "lineage")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="FILE|RUN_DIR", nargs="?", help="default: the newest run under outputs/")
-    parser.add_argument(
-        "--only", choices=PARTS, help="one part, as in: savepoint show FILE --only config > config.yaml"
-    )
+    newest = "default: the newest run under outputs/"
+    parser.add_argument("path", metavar="RUN_DIR|FILE", nargs="?", help=newest)
+    example = "one part, as in: savepoint show FILE --only config > config.yaml"
+    parser.add_argument("--only", choices=PARTS, help=example)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    path = find.file_or_latest(arguments.path)
+    run, file = _target(arguments.path)
     parts = [arguments.only] if arguments.only else list(PARTS)
-    facts: dict[str, Any] = manifest.read(path)
-    state: dict[str, Any] = {}
-    if "config" in parts or "tensors" in parts:
-        from savepoint.checkpoint import store  # and with its load, torch
-
-        state, facts = store.load(path)
-    found: dict[str, Any] = {"file": path}
-    for part in parts:
-        found[part] = _part(part, path, facts, state)
+    found: dict[str, Any] = {"file": file}
+    if parts != ["lineage"]:  # which a run without a checkpoint has, too
+        found["file"] = file or find.latest(run)
+        found |= _contents(found["file"], parts)
+    if "lineage" in parts:
+        found["lineage"] = _lineage(run, file)
     if arguments.json:
         output.put_json(found)
     elif arguments.only:
         output.put(_text(arguments.only, found[arguments.only]))
     else:
-        output.put("\n\n".join([str(path), *(_text(part, found[part]) for part in parts)]))
+        shown = [_text(part, found[part]) for part in parts]
+        output.put("\n\n".join([str(found["file"]), *shown]))
     return 0
 
 
-def _part(part: str, path: Path, facts: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
+def _target(argument: str | None) -> tuple[Run, Path | None]:
+    if argument is None or manifest.local_path(argument).is_dir():
+        return find.run(argument), None
+    file = find.file_or_latest(argument)
+    return find.run_of(file) or Run(file.absolute().parent), file
+
+
+def _text(part: str, content: Any) -> str:
     if part == "facts":
-        return {"bytes": path.stat().st_size} | {k: v for k, v in facts.items() if k != "metrics"}
+        return words.table((), [(key, _fact(value)) for key, value in content.items()])
     if part == "metrics":
-        return facts.get("metrics", {})
-    return state.get("config", "") if part == "config" else tensors(state)
+        rows = [(key, words.number(one["value"]), str(one["step"])) for key, one in content.items()]
+        return words.table(("metric", "value", "measured at step"), rows)
+    if part == "config":
+        return str(content).rstrip()
+    return _tensors_text(content) if part == "tensors" else _lineage_text(content)
+
+
+# -- a checkpoint ----------------------------------------------------------------------------------
+
+
+def _contents(path: Path, parts: list[str]) -> dict[str, Any]:
+    facts, state = manifest.read(path), dict[str, Any]()
+    if "config" in parts or "tensors" in parts:
+        from savepoint.checkpoint import store  # and with its load, torch
+
+        state, facts = store.load(path)
+    plain = {key: value for key, value in facts.items() if key != "metrics"}
+    found = {"facts": {"bytes": path.stat().st_size} | plain, "metrics": facts.get("metrics", {})}
+    found["config"] = state.get("config", "")
+    if "tensors" in parts:
+        found["tensors"] = tensors(state)
+    return {part: found[part] for part in parts if part in found}
 
 
 def tensors(state: Mapping[str, Any]) -> dict[str, Any]:
     """`weights`: each tensor of the model; `others`: what else holds tensors, in sums."""
-    import torch
+    from torch import Tensor
 
-    from savepoint.checkpoint import format
+    from savepoint.checkpoint.format import leaves, size_bytes
 
-    weights = [
-        {"name": name, "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-        | {"norm": norm(value), "bytes": format.size_bytes(value)}
-        for name, value in state.get("state_dict", {}).items()
-        if isinstance(value, torch.Tensor)
-    ]
-    others = [
-        {"name": key, "tensors": sum(isinstance(leaf, torch.Tensor) for _, leaf in format.leaves(value)), "bytes": size}
-        for key, value in state.items()
-        if key not in ("state_dict", "optimizer") and (size := format.size_bytes(value))
-    ]
+    weights, others = [], []
+    for name, value in state.get("state_dict", {}).items():
+        if isinstance(value, Tensor):
+            kind = str(value.dtype).removeprefix("torch.")
+            row = {"name": name, "shape": list(value.shape), "dtype": kind, "norm": norm(value)}
+            weights.append(row | {"bytes": size_bytes(value)})
+    for key, value in state.items():
+        size = 0 if key in ("state_dict", "optimizer") else size_bytes(value)
+        if size:
+            number = sum(isinstance(leaf, Tensor) for _, leaf in leaves(value))
+            others.append({"name": key, "tensors": number, "bytes": size})
     return {"weights": weights, "others": others}
 
 
@@ -76,27 +109,150 @@ def norm(tensor: "Tensor") -> float:
 
     from savepoint.checkpoint import format
 
-    return float(format.dense(tensor).to(torch.complex128 if tensor.is_complex() else torch.float64).norm())
-
-
-def _text(part: str, content: Any) -> str:
-    if part == "facts":
-        return words.table((), [(key, _fact(value)) for key, value in content.items()])
-    if part == "metrics":
-        rows = [(name, words.number(one["value"]), str(one["step"])) for name, one in content.items()]
-        return words.table(("metric", "value", "measured at step"), rows)
-    if part == "config":
-        return str(content).rstrip()
-    weights = [
-        (one["name"], str(tuple(one["shape"])), one["dtype"], words.number(one["norm"]), str(one["bytes"]))
-        for one in content["weights"]
-    ]
-    text = words.table(("weights", "shape", "dtype", "norm", "bytes"), weights)
-    others = [(one["name"], str(one["tensors"]), str(one["bytes"])) for one in content["others"]]
-    return f"{text}\n\n{words.table(('beside them', 'tensors', 'bytes'), others)}" if others else text
+    kind = torch.complex128 if tensor.is_complex() else torch.float64
+    return float(format.dense(tensor).to(kind).norm())
 
 
 def _fact(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {inner}" for key, inner in value.items())
     return words.number(value)
+
+
+def _tensors_text(content: Mapping[str, Any]) -> str:
+    weights = [
+        (
+            one["name"], str(tuple(one["shape"])), one["dtype"], words.number(one["norm"]),
+            str(one["bytes"]),
+        )
+        for one in content["weights"]
+    ]  # fmt: skip
+    text = words.table(("weights", "shape", "dtype", "norm", "bytes"), weights)
+    others = [(one["name"], str(one["tensors"]), str(one["bytes"])) for one in content["others"]]
+    if not others:
+        return text
+    return f"{text}\n\n{words.table(('beside them', 'tensors', 'bytes'), others)}"
+
+
+# -- where it comes from ---------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """A checkpoint and the run directory it lies in."""
+
+    run: Run
+    checkpoint: Checkpoint
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self.checkpoint.manifest
+
+
+def _lineage(run: Run, file: Path | None) -> dict[str, Any]:
+    family = [place for one in _family(run) for place in _places(one)]
+    found: dict[str, Any] = {"run": run.name, "path": run.directory, "id": run.id()}
+    found |= {"ancestors": _ancestors(run, family), "starts": run.starts()}
+    found["forks"] = _forks(run, family)
+    if file:
+        found["file"] = {"path": file, **_origin(manifest.read(file), family)}
+    return found
+
+
+def _family(run: Run) -> list[Run]:
+    """The runs beside this one, itself the first."""
+    beside = run.directory.parent
+    runs = find.runs_in(beside) if os.access(beside, os.R_OK | os.X_OK) else []
+    others = [one for one in runs if one.directory != run.directory and one.is_readable()]
+    return [run, *others]
+
+
+def _places(run: Run) -> list[Place]:
+    try:
+        return [Place(run, one) for one in run.store.checkpoints()]
+    except PermissionError:  # another user's
+        return []
+
+
+def _origin(facts: Mapping[str, Any], family: list[Place]) -> dict[str, Any]:
+    """What the process that made a checkpoint started from."""
+    parent = facts.get("parent")
+    where = next((one for one in family if one.facts.get("digest") == parent), None)
+    found = {"step": facts["step"], "parent": parent, "parent_run": None, "parent_step": None}
+    if where:
+        found |= {"parent_run": where.run.name, "parent_step": where.checkpoint.step}
+    return found
+
+
+def _ancestors(run: Run, family: list[Place]) -> list[dict[str, Any]]:
+    """What this run, the run of that one and so on were forked from; nearest first."""
+    found: list[dict[str, Any]] = []
+    seen = {run.directory}
+    while (place := _forked_from(run, family)) and place.run.directory not in seen:
+        run, one = place
+        seen.add(run.directory)
+        found.append({"run": run.name, "step": one.step, "path": one.path})
+    return found
+
+
+def _forked_from(run: Run, family: list[Place]) -> Place | None:
+    own = [one.manifest for one in run.store.checkpoints()]
+    ids, parents = {facts.get("run_id") for facts in own}, {facts.get("parent") for facts in own}
+    others = [one for one in family if one.facts.get("run_id") not in ids]
+    return next((one for one in others if one.facts["digest"] in parents), None)
+
+
+def _forks(run: Run, family: list[Place]) -> list[dict[str, Any]]:
+    others = {place.run.directory: place.run for place in family if place.run is not run}
+    origins = [(one, _forked_from(one, family)) for one in others.values()]
+    return [
+        {"run": one.name, "path": one.directory, "step": place.checkpoint.step}
+        for one, place in origins
+        if place and place.run.directory == run.directory
+    ]
+
+
+def _lineage_text(found: Mapping[str, Any]) -> str:
+    lines = [("run", f"{found['run']}, id {found['id'] or 'unknown'}")]
+    lines += [("forked from", text) for text in _forked_text(found)]
+    for one in found["forks"]:
+        lines.append(("forked into", f"{one['run']}, at step {one['step']} ({one['path']})"))
+    if file := found.get("file"):
+        began = _began(file)
+        lines.append(("file", f"step {file['step']}, by a process that began from {began}"))
+    text = words.table((), lines)
+    starts = [_start(start) for start in found["starts"]]
+    if not starts:
+        return f"{text}\n\nNo record of its starts: run.json is missing or damaged."
+    head = ("start", "host", "commit", "from", "changed", "command")
+    return f"{text}\n\n{words.table(head, starts)}"
+
+
+def _forked_text(found: Mapping[str, Any]) -> list[str]:
+    if found["ancestors"]:
+        return [f"step {one['step']} of {one['run']} ({one['path']})" for one in found["ancestors"]]
+    first: dict[str, Any] = next(iter(found["starts"]), {})
+    if not first.get("checkpoint"):
+        return []
+    parent = first.get("parent") or {}
+    name = f"{parent['name']}, id {parent['id']}, " if parent.get("id") else "a run "
+    lost = f"whose checkpoint is not here ({first['checkpoint']})"
+    return [f"step {first.get('step')} of {name}{lost}"]
+
+
+def _began(file: Mapping[str, Any]) -> str:
+    if file["parent"] is None:
+        return "nothing"
+    if file["parent_run"] is None:
+        return f"a checkpoint that is not here (digest {file['parent'][:12]})"
+    return f"step {file['parent_step']} of {file['parent_run']}"
+
+
+def _start(start: Mapping[str, Any]) -> tuple[str, ...]:
+    git = start["git"] or {}
+    commit = f"{str(git.get('commit'))[:7]}{'+' if git.get('dirty') else ''}"
+    begin = f"step {start.get('step')}" if start.get("checkpoint") else "nothing"
+    pairs = start["changed"].items()
+    changes = ", ".join(f"{key} {' -> '.join(map(str, pair))}" for key, pair in pairs)
+    when = start["time"][:19].replace("T", " ")
+    command = shlex.join(map(str, start["argv"]))
+    return when, str(start.get("host")), commit if git else "-", begin, changes or "-", command

@@ -1,78 +1,172 @@
-"""`savepoint verify PATH...`: exit code 0 if all verify, 1 if one does not or a directory holds none, 2 for a wrong path."""
+"""`savepoint verify [PATH...]`: every byte of checkpoints; of a run also what else can be wrong.
+
+Exit code 0 if all is well, 1 if a file does not verify, something in a run is broken or a directory
+holds no checkpoint, 2 for a wrong path. Nothing is changed; each finding says what to do.
+"""
 
 import argparse
+import contextlib
+import csv
+import os
+import shlex
 import sys
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from savepoint import files, find, record, words
 from savepoint.checkpoint import manifest
+from savepoint.checkpoint.store import BEST, LAST
 from savepoint.commands import output
-from savepoint.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
-from savepoint.words import printable
+from savepoint.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointForeignError,
+    CheckpointVersionError,
+    ConfigError,
+)
+from savepoint.run import Run
+from savepoint.words import plural, python
+
+# Checkpoints without any of these beside them were copied from a run.
+_OF_A_RUN = (record.NAME, f"{record.NAME}.corrupt", "config.yaml", "lock")
+_EXPORT = "Where it was made, save its weights: torch.save(model.state_dict(), FILE). Name that."
+# What `manifest.diagnose` calls a file of another program -> what helps.
+_FOREIGN = (
+    ("git-LFS", "Fetch it: git lfs pull --include {file}"),
+    ("HTML page", "Look at it in a browser, and download the file again."),
+    ("compressed", "Unpack it, and name what comes out."),
+    ("tar archive", "Unpack it, and name what comes out: tar -xf {file}"),
+    ("TorchScript", _EXPORT),
+    ("safetensors", "Start from its weights: {python} train.py --init_from {file}"),
+    (
+        "torch.save",
+        "Start from its weights: {python} train.py --init_from {file}\n"
+        "or with its epoch and best as well: {python} resume.py {file} --config configs/mnist.yaml",
+    ),
+    ("pickled", _EXPORT),
+)
+
+
+class Finding(NamedTuple):
+    """Something that is wrong with a run, or only worth knowing. `do`: a command, or a sentence."""
+
+    wrong: bool
+    what: str
+    do: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "paths", metavar="FILE|RUN_DIR", nargs="+", help="checkpoints, run directories, directories of checkpoints"
-    )
-    parser.add_argument(
-        "--deep",
-        action="store_true",
-        help="load each, too, and look for weights or optimizer states that are not finite",
-    )
+    named = "checkpoints, run directories, directories of checkpoints; default: the newest run"
+    parser.add_argument("paths", metavar="PATH", nargs="*", help=named)
+    deep = "look for weights and optimizer states that are not finite in each, not only the newest"
+    parser.add_argument("--deep", action="store_true", help=deep)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    results: list[dict[str, Any]] = []
-    empty = False
-    for path in map(manifest.local_path, arguments.paths):
-        before = len(results)
-        for file in _files(path):
-            try:
-                result = check(file, deep=arguments.deep)
-            except CheckpointNotFoundError:
-                if file == path:
-                    raise
-                continue  # deleted by the run since the listing
-            results.append(result)
-            if not arguments.json:
-                output.put(_line(result))
-        if len(results) == before:
-            empty = True
-            print(
-                printable(
-                    f"savepoint verify: No checkpoint there: {path}. A directory with checkpoints/step-*.ckpt was expected. "
-                    "Check the path."
-                ),
-                file=sys.stderr,
-            )
+    named = list(map(manifest.local_path, arguments.paths)) or [Path(find.run(None).shown)]
+    found = [_look(path, deep=arguments.deep, quiet=arguments.json) for path in named]
     if arguments.json:
-        output.put_json(results)
-    well = all(result["verifies"] and result["finite"] is not False for result in results)
-    return 0 if well and not empty else 1
+        output.put_json(found)
+    return 0 if all(one["well"] for one in found) else 1
 
 
-def check(path: Path, *, deep: bool = False) -> dict[str, Any]:
-    """What a look at every byte finds. `finite`: None where it was not looked at, or cannot be.
+def _look(path: Path, *, deep: bool, quiet: bool) -> dict[str, Any]:
+    """What there is to say of a path; unless `quiet`, said as soon as it is known."""
+    if not path.exists():
+        raise find.missing(path, "a checkpoint or a run directory")
+    put = (lambda text: None) if quiet else output.put
+    run, results = _run_at(path), []
+    for result in _results(path, run, deep):
+        results.append(result)
+        put(_line(result))
+    findings = list(_findings(run, results)) if run else []
+    if not run and not results:
+        what = f"No checkpoint there: {path}. Expected a directory with checkpoints/step-*.ckpt."
+        said = f"savepoint verify: {what} {find.instead(path)}"
+        print(words.printable(said), file=sys.stderr)
+    is_well = all(one["verifies"] and one["finite"] is not False for one in results)
+    is_well = is_well and not any(one.wrong for one in findings) and bool(run or results)
+    if run:
+        where = f" at step {run.latest.step}, epoch {run.latest.epoch}" if run.latest else ""
+        put("\n".join([f"{run.shown}: {run.state()}{where}", *map(_item, findings)]))
+        put("  Nothing is wrong." if is_well else "  Something is wrong: see above.")
+    found = {"path": path, "state": run.state() if run else None, "well": is_well}
+    return found | {"files": results, "findings": [one._asdict() for one in findings]}
 
-    Raises:
-        CheckpointNotFoundError: no such file.
-    """
+
+def _run_at(path: Path) -> Run | None:
+    run = find.run_at(path)
+    is_run = run and any((run.directory / name).exists() for name in _OF_A_RUN)
+    return run if is_run else None
+
+
+def _item(one: Finding) -> str:
+    lines = [f"{'WRONG' if one.wrong else 'note '}  {one.what}", textwrap.indent(one.do, " " * 7)]
+    return textwrap.indent("\n".join(lines).rstrip(), "  ")
+
+
+def _line(result: Mapping[str, Any]) -> str:
+    advice = textwrap.indent(result["do"], "  ")
+    return f"{result['file']}: {_verdict(result)}\n{advice}".rstrip()
+
+
+def _verdict(result: Mapping[str, Any]) -> str:
+    if not result["verifies"]:
+        return f"does not verify: {result['reason']}"
+    if bad := result["not_finite"]:
+        names = ", ".join([*bad[:3], *["..."] * (len(bad) > 3)])
+        return f"verifies, but is not finite in {plural(len(bad), 'tensor')}: {names}"
+    finite = ", loads, is finite" if result["finite"] else ""
+    where = f"step {result['step']}, epoch {result['epoch']}"
+    return f"verifies: {where}, {result['bytes']} bytes{finite}"
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def _results(path: Path, run: Run | None, deep: bool) -> Iterator[dict[str, Any]]:
+    # What a process that trains has just saved was looked at by it, and may be gone in a moment.
+    newest = run.latest.path.name if run and run.latest and not run.holder() else None
+    for file in _files(path):
+        try:
+            result = _check(file, deep or file.name == newest)
+        except FileNotFoundError:
+            if file == path:
+                raise
+            continue  # deleted by the run since the listing
+        yield result | {"do": _advice(result, run or find.run_of(file), is_named=file == path)}
+
+
+def _files(path: Path) -> list[Path]:
+    """The checkpoints to look at: `last` and `best` count only as files of their own."""
+    if not path.is_dir():
+        return [path]
+    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = manifest.step_files(directory)
+    pointers = [directory / name for name in (LAST, BEST) if (directory / name).exists()]
+    return found + [one for one in pointers if not any(_is_same(one, file) for file in found)]
+
+
+def _is_same(pointer: Path, file: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # deleted by the run since the listing
+        return pointer.samefile(file)
+    return False
+
+
+def _check(path: Path, deep: bool) -> dict[str, Any]:
+    """What a look at every byte finds. `finite`: None where it was not looked at, or cannot be."""
     result: dict[str, Any] = {"file": path, "verifies": False, "not_finite": []}
-    result |= dict.fromkeys(("step", "epoch", "bytes", "finite", "reason"))
+    result |= dict.fromkeys(("step", "epoch", "bytes", "finite", "logged_rows", "reason"))
     if path.is_dir():
         return result | {"reason": "a directory, not a file"}
     try:
         facts = manifest.verify(path)
-        result |= {"step": facts.get("step"), "epoch": facts.get("epoch"), "bytes": path.stat().st_size}
-        if deep:
-            from savepoint.checkpoint import format  # torch
-
-            result["not_finite"] = not_finite(format.decode(path))
-            result["finite"] = not result["not_finite"]
+        result |= {"step": facts["step"], "epoch": facts.get("epoch")}
+        result |= {"bytes": path.stat().st_size} | (_inside(path) if deep else {})
         result["verifies"] = True
-    except CheckpointNotFoundError:
+    except FileNotFoundError:
         raise
     except CheckpointCorruptError as error:
         result["reason"] = error.reason
@@ -83,43 +177,196 @@ def check(path: Path, *, deep: bool = False) -> dict[str, Any]:
     return result
 
 
-def not_finite(state: Mapping[str, Any]) -> list[str]:
-    """The weights and optimizer states that hold a NaN or an infinity."""
+def _inside(path: Path) -> dict[str, Any]:
+    """With the weights and optimizer states that hold a NaN or an infinity."""
     import torch
 
     from savepoint.checkpoint import format
 
-    parts = {key: state.get(key) for key in ("state_dict", "optimizer_states")}
-    tensors = [(key, leaf) for key, leaf in format.leaves(parts) if isinstance(leaf, torch.Tensor)]
-    return [key for key, tensor in tensors if not bool(torch.isfinite(format.numbers(tensor)).all())]
+    state = format.decode(path)
+    leaves = format.leaves({key: state.get(key) for key in ("state_dict", "optimizer_states")})
+    tensors = [(key, leaf) for key, leaf in leaves if isinstance(leaf, torch.Tensor)]
+    bad = [key for key, one in tensors if not bool(torch.isfinite(format.numbers(one)).all())]
+    return {"not_finite": bad, "finite": not bad, "logged_rows": state.get("logged_rows")}
 
 
-def _line(result: Mapping[str, Any]) -> str:
+def _advice(result: Mapping[str, Any], run: Run | None, *, is_named: bool) -> str:
+    path = result["file"]
     if not result["verifies"]:
-        return f"{result['file']}: does not verify: {result['reason']}"
+        return _instead_of(path, run)
     if result["not_finite"]:
-        first = ", ".join(result["not_finite"][:3]) + (", ..." if len(result["not_finite"]) > 3 else "")
-        return f"{result['file']}: verifies, but {len(result['not_finite'])} tensors are not finite: {first}"
-    finite = ", loads, is finite" if result["finite"] else ""
-    return (
-        f"{result['file']}: verifies: step {result['step']}, epoch {result['epoch']}, {result['bytes']} bytes{finite}"
-    )
+        see = f", with --rewind: {run.command('-m', 'savepoint', 'ls')}" if run else "."
+        return f"Choose an older one{see}"
+    if not is_named:
+        return ""
+    resume = shlex.join([python(), "resume.py", str(path)])
+    if run and run.latest and run.latest.step > result["step"]:
+        return f"Go on from it, in a new run: {resume} --fork"
+    return f"Go on from it: {resume}"
 
 
-def _files(path: Path) -> list[Path]:
-    """The checkpoints to look at, none in an empty directory: `last` and `best` count only as files of their own."""
-    if not path.is_dir():
-        return [path]
-    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    files = manifest.step_files(directory)
-    for pointer in (directory / "last.ckpt", directory / "best.ckpt"):
-        if pointer.exists() and not any(_is_same(pointer, file) for file in files):
-            files.append(pointer)
-    return files
-
-
-def _is_same(pointer: Path, file: Path) -> bool:
+def _instead_of(path: Path, run: Run | None) -> str:
+    """What to do where a file does not verify."""
+    quoted = shlex.quote(str(path))
     try:
-        return pointer.samefile(file)
-    except FileNotFoundError:  # deleted by the run since the listing
-        return False
+        manifest.read(path)
+    except CheckpointForeignError:
+        reason = manifest.diagnose(path)
+        fitting = (text for kind, text in _FOREIGN if kind in reason)
+        advice = next(fitting, "It is no checkpoint. Name another file.")
+        return advice.format(file=quoted, python=python())
+    except CheckpointVersionError:
+        return "Use the version of this project that wrote it."
+    except PermissionError:
+        return f"Permit it: chmod u+r {quoted}"
+    except (CheckpointError, OSError):
+        pass
+    return _way_around(run) if run else "Copy it again from where it came from; no run is around."
+
+
+def _way_around(run: Run) -> str:
+    try:
+        whole = run.store.newest_whole()
+    except CheckpointError as error:  # of a newer version, or just deleted
+        return str(error)
+    if whole is None:
+        return f"No checkpoint of its run verifies. {_start_again(run)}"
+    return f"Go on from step {whole.step}: {run.command('resume.py')}"
+
+
+# -- a run -----------------------------------------------------------------------------------------
+
+
+def _findings(run: Run, results: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    yield from _process(run)
+    yield from _set_aside(run)
+    yield from _records(run)
+    if not run.holder():  # what a process that trains is just changing
+        yield from _pointers(run)
+        yield from _left_over(run)
+        yield from _lost_rows(run, results)
+        yield from _room(run)
+
+
+def _process(run: Run) -> Iterator[Finding]:
+    go_on = f"Go on: {run.command('resume.py')}"
+    state = run.state()
+    if holder := run.holder():
+        yield Finding(False, f"{holder} trains here now.")
+    elif (dead := run.left_by()) and state != "finished":
+        yield Finding(False, f"{dead} died while it trained here.", go_on if run.latest else "")
+    elif state == "stopped":
+        has_ended = run.latest is not None and run.latest.manifest.get("ended")
+        what = "Its training ended, the test was not made." if has_ended else "It was stopped."
+        yield Finding(False, what, go_on)
+    for directory in _directories(run):
+        if not os.access(directory, os.W_OK):
+            what = f"This user cannot write in {directory}: it cannot go on here."
+            yield Finding(True, what, shlex.join(["chmod", "u+w", str(directory)]))
+
+
+def _directories(run: Run) -> list[Path]:
+    both = dict.fromkeys((run.directory, run.checkpoints))
+    return [directory for directory in both if directory.exists()]
+
+
+def _set_aside(run: Run) -> Iterator[Finding]:
+    for path in run.corrupt():
+        what = f"{path.name} was set aside: {manifest.diagnose(path)}."
+        yield Finding(False, what, f"Nothing needs it: {shlex.join(['rm', str(path)])}")
+    if run.latest is None and not run.store.rejected():
+        yield Finding(True, "It has no checkpoint that verifies.", _start_again(run))
+
+
+def _start_again(run: Run) -> str:
+    """What began the run: under its name where no checkpoint was ever made, else another."""
+    argv: list[str] = next((start["argv"] for start in run.starts()), [])
+    begun = [python(), *map(str, argv or ["train.py"])]
+    if not argv:
+        return f"Start another one: {shlex.join(begun)}"
+    is_new = Path(begun[1]).name == "train.py"
+    if is_new and not (run.corrupt() or run.store.rejected()):
+        return f"Start it again: {shlex.join([*begun, '--run_name', run.name, '--resume', 'auto'])}"
+    other = ["--run_name", f"{run.name}-2"] if is_new else []
+    return f"Start it again, under another name: {shlex.join([*begun, *other])}"
+
+
+def _records(run: Run) -> Iterator[Finding]:
+    if not run.starts():
+        what = f"{_lack(run, record.NAME)}: the record of the starts is lost."
+        do = "Nothing to do: the next resume begins a new one; the checkpoints hold all it needs."
+        yield Finding(True, what, do)
+    if run.is_summary_damaged():
+        do = f"Write it again: {run.command('resume.py')}"
+        yield Finding(True, "summary.json is damaged.", do)
+    config = run.directory / "config.yaml"
+    if not _reads_as_config(config):
+        show = run.command("-m", "savepoint", "show", "--only", "config")
+        do = f"{show} > {shlex.quote(str(config))}" if run.latest else ""
+        yield Finding(True, f"{_lack(run, config.name)}.", do)
+
+
+def _lack(run: Run, name: str) -> str:
+    return f"{name} is {'damaged' if (run.directory / name).exists() else 'missing'}"
+
+
+def _reads_as_config(path: Path) -> bool:
+    from savepoint.config.compose import parse_yaml
+
+    with contextlib.suppress(OSError, UnicodeDecodeError, ConfigError):
+        return isinstance(parse_yaml(path.read_text(), path.name), dict)
+    return False
+
+
+def _pointers(run: Run) -> Iterator[Finding]:
+    for name, target in ((LAST, run.latest), (BEST, run.store.best())):
+        if target and _digest(run.checkpoints / name, target.path) != target.manifest["digest"]:
+            do = f"Point it there: {run.command('-m', 'savepoint', 'gc')}"
+            yield Finding(True, f"{name} does not show {target.path.name}.", do)
+
+
+def _digest(pointer: Path, target: Path) -> str | None:
+    """None where it does not verify; a link to its target was looked at whole already."""
+    with contextlib.suppress(CheckpointError, OSError):
+        read = manifest.read if pointer.samefile(target) else manifest.verify
+        return str(read(pointer)["digest"])
+    return None
+
+
+def _left_over(run: Run) -> Iterator[Finding]:
+    temps = [path for directory in _directories(run) for path in files.stale_temps(directory)]
+    if temps:
+        size = words.megabytes(sum(path.lstat().st_size for path in temps))
+        what = f"{plural(len(temps), 'file')} that a process was writing when it died, {size}."
+        do = f"The next resume deletes them, or: {run.command('-m', 'savepoint', 'gc')}"
+        yield Finding(False, what, do)
+
+
+def _lost_rows(run: Run, results: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    loaded = [one for one in results if isinstance(one["logged_rows"], int)]
+    newest = max(loaded, key=lambda one: int(one["step"]), default=None)
+    there = _rows(run.directory / "metrics.csv")
+    if newest and there < newest["logged_rows"]:
+        counted = f"{newest['logged_rows']} rows that {newest['file'].name} counts"
+        what = f"metrics.csv has {there} of the {counted}: the others are lost."
+        do = "Put a copy of it back. Without one the curve has a gap; the training is the same."
+        yield Finding(True, what, do)
+
+
+def _rows(path: Path) -> int:
+    try:
+        with path.open(newline="", errors="replace") as file:
+            return sum(1 for _ in csv.DictReader(file))
+    except (FileNotFoundError, csv.Error):
+        return 0
+
+
+def _room(run: Run) -> Iterator[Finding]:
+    if run.latest is None:
+        return
+    size, disk = run.latest.path.stat().st_size, os.statvfs(run.checkpoints)
+    free = disk.f_bavail * disk.f_frsize
+    if disk.f_blocks and free < 2 * size:  # no blocks: a file system that does not say
+        figures = f"{words.megabytes(free)} free, a checkpoint takes {words.megabytes(size)}"
+        do = f"Free some space; see {run.command('-m', 'savepoint', 'gc', '--dry-run')}"
+        yield Finding(True, f"Too little room: {figures}.", do)

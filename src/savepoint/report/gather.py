@@ -217,7 +217,7 @@ def _rules(config: Any) -> Mapping[str, int] | None:
 
 
 def _parsed(config: str) -> Any:
-    from savepoint.compose import parse_yaml
+    from savepoint.config.compose import parse_yaml
 
     with contextlib.suppress(ValueError, TypeError, RecursionError):
         return parse_yaml(config, "config.yaml")
@@ -234,7 +234,7 @@ def _command(run: Run, state: str) -> tuple[str, str]:
     if state == "running":
         return "Save now, and go on", shlex.join(["touch", f"{run.shown}/save-now"])
     if state == "broken" or run.latest is None:
-        return "See what is wrong", run.command("-m", "savepoint", "doctor")
+        return "See what is wrong", run.command("-m", "savepoint", "verify")
     limits = {"max_epochs": run.latest.epoch, "max_steps": run.latest.step}
     ended = run.latest.manifest.get("ended")
     if state == "finished" and ended in limits:

@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.nn import Module
 
-from savepoint import reschedule
 from savepoint.checkpoint import canary
 from savepoint.checkpoint.state import environment
 from savepoint.errors import ConfigMismatchError
+from savepoint.resume import reschedule
 
 _LENGTH = (
     "trainer.accumulate_grad_batches", "trainer.devices", "trainer.limit_train_batches", "trainer.max_epochs",

@@ -12,11 +12,13 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from savepoint import cli, training, weights
+from savepoint import weights
 from savepoint.checkpoint import store
 from savepoint.checkpoint.look import put_back_into_model
+from savepoint.config import typed
 from savepoint.errors import ConfigError, ConfigMismatchError
-from savepoint.overrides import check_canary, mismatches, shapes, under_names_of
+from savepoint.resume.overrides import check_canary, mismatches, shapes, under_names_of
+from savepoint.training import build
 
 # In place of what the run was trained on and logged to; a flag of the user comes after them and wins.
 HERE = [
@@ -64,10 +66,10 @@ def rebuild(path: Path, overrides: Sequence[str] = (), *, allow: Sequence[str] =
         raise ConfigError(
             f"No config in this checkpoint: {path}. Expected one, as train.py puts into each. Take a checkpoint of a run."
         )
-    training.quieten()
-    config = cli.parse([*HERE, *overrides], base=state["config"])
-    model, data, trainer = cli.instantiate(config)
-    data.setup = training.RepeatedSetup(data)  # type: ignore[method-assign]
+    build.quieten()
+    config = typed.parse([*HERE, *overrides], base=state["config"])
+    model, data, trainer = typed.instantiate(config)
+    data.setup = build.RepeatedSetup(data)  # type: ignore[method-assign]
     if weights.makes_layers_late(model):
         _make_layers(model, data, trainer, state)
     # A run in `64-true` or `bf16-true` has weights of that type: the model gets it before the weights, as in training.

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from savepoint import compose, files, precheck, words
+from savepoint import files, words
 from savepoint.checkpoint import manifest
+from savepoint.config import compose, quick
 from savepoint.errors import CheckpointForeignError, CheckpointNotFoundError, ConfigError
 from savepoint.find import newest_run
 from savepoint.job import requeued
@@ -51,7 +52,7 @@ class Request:
     overrides: list[str] = field(default_factory=list)
 
 
-def request(argv: Sequence[str]) -> Request | None:
+def requested(argv: Sequence[str]) -> Request | None:
     """The request in `argv`; None where `--help` was all of it.
 
     Raises:
@@ -99,14 +100,14 @@ def _once(asked: Request, target: str | None) -> str | None:
 def _check_overrides(asked: Request) -> None:
     """What is wrong with the flags is said now where the run's config lies beside its checkpoints, else after the imports."""
     if asked.foreign:
-        precheck.check(asked.overrides)
+        quick.check(asked.overrides)
     elif asked.run_dir is not None and (config := asked.run_dir / "config.yaml").is_file():
         try:
             base = config.read_text()
             compose.compose([], base=base)
         except (OSError, ValueError, AttributeError):
             return  # damaged: what counts is the config in the checkpoint
-        precheck.check(asked.overrides, base=base)
+        quick.check(asked.overrides, base=base)
 
 
 def _parse(argv: list[str]) -> tuple[Request | None, str | None]:

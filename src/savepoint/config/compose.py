@@ -28,9 +28,8 @@ import yaml
 
 from savepoint.errors import ConfigError
 from savepoint.words import nearest
+from savepoint.workspace import project
 
-ROOT = Path(__file__).resolve().parents[2]
-DEFAULT_CONFIG = ROOT / "configs" / "mnist.yaml"
 REPLACED = ("model", "data")
 MERGED = ("trainer", "checkpoint")
 GROUPS = REPLACED + MERGED
@@ -49,6 +48,7 @@ class Composed:
     wants_help: bool = False
     wants_config: bool = False
     class_help: str | None = None
+    name: str = ""  # of the last config file
 
     def origin(self, key: str) -> str:
         """Where the value of `key` comes from: a file, or the flag."""
@@ -74,10 +74,12 @@ def compose(argv: Sequence[str], *, base: str | None = None) -> Composed:
     if composed.wants_help:
         return composed
     files = [(_read_config(Path(name)), Path(name)) for name in configs]
+    composed.name = config_name(argv)
     if base is not None:
         _lay(composed, parse_yaml(base, "the checkpoint's config"), Path(), "the checkpoint's config")
     elif not any(key in config for config, _ in files for key in REPLACED):
-        files.insert(0, (_read_config(DEFAULT_CONFIG), DEFAULT_CONFIG))
+        default = project().root / project().default_config
+        files.insert(0, (_read_config(default), default))
     for config, path in files:
         _lay(composed, config, path.parent, _shown(path))
     for key, value in groups:
@@ -132,7 +134,7 @@ def config_name(argv: Sequence[str]) -> str:
     """The name of the last `--config` file, the default one's where none is given."""
     names = [after for before, after in pairwise(argv) if before in ("-c", "--config")]
     names += [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
-    return Path(names[-1] if names else DEFAULT_CONFIG).stem
+    return Path(names[-1] if names else project().default_config).stem
 
 
 # --- the command line ---
@@ -252,7 +254,7 @@ def _class_group(key: str, value: Any, folder: Path, source: str) -> tuple[Any, 
 
 def _merged_group(key: str, value: Any, folder: Path, source: str) -> tuple[dict[str, Any], str]:
     if isinstance(value, str) and not _is_file(value):
-        raise ConfigError(f"Not a group file: {value} (`{key}`, {source}). {_files_in(ROOT / 'configs' / key)}")
+        raise ConfigError(f"Not a group file: {value} (`{key}`, {source}). {_files_in(project().configs / key)}")
     group, origin = _from_file(key, value, folder, source)
     if group is None:
         raise ConfigError(f"Nothing in `{key}`: {origin}. Expected its keys, each with a value. Leave `{key}` out.")
@@ -308,13 +310,14 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _shown(path: Path) -> str:
     """Short where it can be: relative to the repository for the files in it."""
     full = path.resolve()
-    return str(full.relative_to(ROOT)) if path.is_absolute() and full.is_relative_to(ROOT) else str(path)
+    root = project().root
+    return str(full.relative_to(root)) if path.is_absolute() and full.is_relative_to(root) else str(path)
 
 
 def _where(path: Path) -> Path:
     """The folder that was most likely meant: for a bare name, configs/."""
     bare = str(path.parent) == "." and not [p for p in Path().glob("*.y*ml") if not p.name.startswith(".")]
-    return ROOT / "configs" if bare else path.parent
+    return project().configs if bare else path.parent
 
 
 def _files_in(folder: Path, near: str = "") -> str:

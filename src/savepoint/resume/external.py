@@ -8,10 +8,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import LambdaLR
 
-from savepoint import training
 from savepoint.checkpoint import foreign
-from savepoint.overrides import check_shapes, shapes, under_names_of
+from savepoint.resume.overrides import check_shapes, shapes, under_names_of
 from savepoint.run import Run
+from savepoint.training import build
+from savepoint.training.execute import execute
 from savepoint.weights import fit_names, when_made
 from savepoint.words import show
 
@@ -27,11 +28,11 @@ def start(path: Path, config: Any, config_name: str) -> int:
     whole = found["kind"] == "lightning"  # Lightning restores its own files: counters, optimizers, schedules, callbacks
     run = Run.create(config.output_dir, config.run_name, config_name)
     try:
-        made = training.build(config, run, training.Start(callbacks=[] if whole else [_TakeOver(found)]))
+        made = build.build(config, run, build.Start(callbacks=[] if whole else [_TakeOver(found)]))
         when_made(made.trainer, made.model, lambda model: _load(model, found["state_dict"]))
         print(_said(path, found), f"New run {show(run.directory)}", sep="\n", flush=True)
         made.checkpointing.scores.best = as_share(found["best_accuracy"])
-        return training.execute(made, checkpoint=path if whole else None)
+        return execute(made, checkpoint=path if whole else None)
     except BaseException:
         run.discard()
         raise

@@ -27,9 +27,11 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from savepoint import compose, precheck, words
+from savepoint import words
 from savepoint.checkpoint.callback import CheckpointCallback
+from savepoint.config import compose, quick
 from savepoint.errors import ConfigError, SavepointError
+from savepoint.workspace import project
 
 # Lightning's Timer, for one, has an Enum as the default of a text argument: jsonargparse writes it with yaml and fails.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -47,12 +49,18 @@ def parse(argv: Sequence[str], *, base: str | None = None) -> Namespace:
     """
     composed = compose.compose(argv, base=base)
     if composed.wants_help:
-        print(usage(), end="")
+        print(quick.USAGE, end="")
         raise SystemExit(0)
-    precheck.check_keys(composed)
+    quick.check_keys(composed)
+    return resolve(composed)
+
+
+def resolve(composed: compose.Composed) -> Namespace:
+    """What was laid out and checked, with the types of the classes; raises and prints as `parse` does."""
     if composed.class_help is not None:
         _print_class_help(composed.class_help, composed)
         raise SystemExit(0)
+    check_keys(composed)
     with _quiet():
         parser = _parser()
         layers = ["--config", compose.to_yaml(composed.config)]
@@ -65,6 +73,41 @@ def parse(argv: Sequence[str], *, base: str | None = None) -> Namespace:
         print(dump(config), end="")
         raise SystemExit(0)
     return config
+
+
+def check_keys(composed: compose.Composed) -> None:
+    """Raises ConfigError for unknown keys of `trainer` and `checkpoint`, and for flags that name nothing."""
+    for group in compose.MERGED:
+        for name in composed.config.get(group, {}):
+            if name not in _members(group):
+                near = words.nearest(str(name), _members(group), prefix=f"{group}.")
+                hint = near or f" See --{group}.help for its keys."
+                raise ConfigError(f"Unknown key in {composed.origin(f'{group}.{name}')}: {group}.{name}.{hint}")
+    for key, _ in composed.flags:
+        group, *rest = key.rstrip("+").split(".")
+        if group in compose.MERGED and rest and rest[0] not in _members(group):
+            near = words.nearest(rest[0], _members(group), prefix=f"--{group}.")
+            raise ConfigError(f"Unknown flag: --{key}.{near or f' See --{group}.help.'}")
+        if not rest and group not in compose.SCALARS:
+            known = [*compose.SCALARS, "config", "print_config", "help", *compose.GROUPS]
+            near = words.nearest(key, known, prefix="--") or _by_last_name(key, composed)
+            raise ConfigError(f"Unknown flag: --{key}.{near}")
+
+
+def _by_last_name(key: str, composed: compose.Composed) -> str:
+    """Many write --epochs for --trainer.max_epochs, or --lr for --model.lr."""
+    known = [f"{group}.{name}" for group in compose.MERGED for name in sorted(_members(group))]
+    known += [f"{group}.{name}" for group in compose.REPLACED for name in _arguments(_class_at(group, composed))]
+    for ending in (f".{key}", f".max_{key}", f"_{key}"):
+        found = [name for name in known if name.endswith(ending)][:3]
+        if found:
+            return f" Did you mean {' or '.join(f'--{name}' for name in found)}?"
+    return " See --help."
+
+
+@functools.cache
+def _members(group: str) -> frozenset[str]:
+    return frozenset(inspect.signature(Trainer if group == "trainer" else CheckpointCallback).parameters)
 
 
 def dump(config: Namespace) -> str:
@@ -105,10 +148,6 @@ def instantiate(
     with _quiet():
         cli = _Cli(config, callbacks=callbacks, plugins=plugins, trainer_overrides=trainer_overrides)
     return cli.model, cli.datamodule, cli.trainer
-
-
-def usage() -> str:
-    return precheck.USAGE
 
 
 class _ParseError(Exception): ...
@@ -361,7 +400,7 @@ def _unknown_class(key: str, name: str, where: str, because: str = "") -> str:
     everywhere = {c.__name__ for c in _below(_base(key)) if not c.__name__.startswith("_")}
     near = (
         words.nearest(short, _own_classes(key))
-        or words.nearest(short, [path.name for path in (compose.ROOT / files).glob("*.yaml")], prefix=f"{files}/")
+        or words.nearest(short, [path.name for path in (project().root / files).glob("*.yaml")], prefix=f"{files}/")
         or words.nearest(short, everywhere)
     )
     return f"No such class for {where}: {name}{because}.{near or _known_classes(key)}"

@@ -1,0 +1,110 @@
+"""What can be told before `import lightning`, which takes three to four seconds: `--help`, files, names, places."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from savepoint import files, words
+from savepoint.config import compose
+from savepoint.errors import ConfigError
+from savepoint.job import rank, requeued
+from savepoint.run import Run, check_name, is_empty
+
+USAGE = """\
+usage: python train.py [--config FILE]... [--KEY VALUE]...
+
+  python train.py                                             configs/mnist.yaml
+  python train.py --config configs/fast.yaml --run_name first
+  python train.py --model.lr 0.01 --trainer.max_epochs 3      single values, over all files
+  python train.py --model configs/model/classic.yaml          a group by file: replaced whole
+  python train.py --model.net ClassicNet                      a class by name
+  python train.py --config configs/fast.yaml --config configs/debug/one_batch.yaml
+
+keys: seed_everything, output_dir, run_name, init_from, init_strict, resume (never, auto, must),
+      model.*, data.*, trainer.* (Lightning's Trainer), checkpoint.* (when to save, which to keep)
+
+  --print_config                 every key with the value it has now
+  --model.help ImageClassifier   what a class takes; likewise --data.help, --trainer.logger.help ...
+
+order: files, then groups, then single values, wherever they stand in the command; a later one wins.
+"""
+
+
+def check(argv: Sequence[str], *, base: str | None = None, usage: str = USAGE) -> compose.Composed:
+    """The command line, laid out; answers `--help` (SystemExit 0).
+
+    Raises:
+        ConfigError: what is wrong with `argv` and the files that it names.
+    """
+    composed = compose.compose(argv, base=base)
+    if composed.wants_help:
+        print(usage, end="")
+        raise SystemExit(0)
+    check_keys(composed)
+    if base is None:
+        _check_name(composed)
+    return composed
+
+
+def check_keys(composed: compose.Composed) -> None:
+    """Unknown keys of the top level; a model and data that nobody chose; a place that nothing is saved to."""
+    for key in composed.config:
+        if key not in compose.KEYS:
+            near = words.nearest(str(key), compose.KEYS) or f" It is none of {', '.join(compose.KEYS)}."
+            raise ConfigError(f"Unknown key in {composed.origin(str(key))}: {key}.{near}")
+    for key, _ in composed.flags:
+        _check_flag(key)
+    if composed.class_help is None:
+        _check_chosen(composed)
+    _check_saving(composed)
+
+
+def _check_flag(key: str) -> None:
+    group, *rest = key.rstrip("+").split(".")
+    if (group in compose.GROUPS and rest) or (group in compose.SCALARS and not rest) or not rest:
+        return  # a single word may be short for a key of a class: see `typed`
+    known = [*compose.SCALARS, *(".".join([name, *rest]) for name in compose.GROUPS)]
+    raise ConfigError(f"Unknown flag: --{key}.{words.nearest(key, known, prefix='--') or ' See --help.'}")
+
+
+def _check_name(composed: compose.Composed) -> None:
+    """A run that is there already, or trains at this moment."""
+    said = composed.config | {key: yaml.safe_load(value) for key, value in composed.flags if key in compose.SCALARS}
+    if rank() or not isinstance(name := said.get("run_name"), str) or composed.wants_config or composed.class_help:
+        return
+    check_name(name)
+    directory = Path(str(said.get("output_dir") or "outputs")) / name
+    if (
+        os.path.lexists(directory)
+        and not is_empty(directory)
+        and (said.get("resume") or "never") == "never"
+        and not requeued()
+    ):
+        raise Run(directory).taken(directory)
+    Run(directory).refuse_if_held()
+
+
+def _check_saving(composed: compose.Composed) -> None:
+    """A place that nothing can be saved to; a training that is not to be saved at all."""
+    said = dict(compose.leaves(composed.config)) | dict(composed.flags)
+    for key in ("output_dir", "trainer.default_root_dir"):
+        files.refuse_url(str(said.get(key)), key)
+    if str(said.get("trainer.enable_checkpointing")).lower() == "false":
+        raise ConfigError(
+            "Saving cannot be off: trainer.enable_checkpointing is false. A run that can be resumed was expected. "
+            "To save less: --checkpoint.save_every_epochs N; --trainer.fast_dev_run true saves nothing."
+        )
+
+
+def _check_chosen(composed: compose.Composed) -> None:
+    for group in compose.REPLACED:
+        if not isinstance(composed.config.get(group), dict):
+            files = sorted({origin for origin in composed.origins.values() if not origin.startswith("--")})
+            raise ConfigError(
+                f"No class chosen for `{group}`: {', '.join(files) or 'no file'} names none. "
+                f"Expected `{group}:` in a config file, or --{group} FILE_OR_CLASS."
+            )

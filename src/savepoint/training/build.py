@@ -1,0 +1,146 @@
+"""A config, wired to a run directory: model, data, trainer, logs and the callback that saves."""
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.loggers import Logger
+
+from savepoint.checkpoint.callback import CheckpointCallback
+from savepoint.checkpoint.facts import Provenance
+from savepoint.checkpoint.state import capture_rng, isolated_rng, restore_rng
+from savepoint.config import typed
+from savepoint.run import Run
+from savepoint.training.logs import RunCSVLogger, RunTensorBoardLogger, last_step
+from savepoint.training.progress import Meter, display
+
+_CPU = torch.device("cpu")
+
+
+@dataclass
+class Start:
+    """Where a training begins: from nothing, or from a checkpoint of a run."""
+
+    checkpoint: Path | None = None
+    digest: str | None = None
+    run: Mapping[str, Any] | None = None  # id and name of the run that made it
+    keep_rows: int = 0
+    purge_step: int | None = None
+    changed: Mapping[str, tuple[Any, Any]] | None = None  # config key -> (was, is)
+    callbacks: Sequence[Callback] = ()
+    begun: Sequence[Callback] = ()  # called last, once it is sure that the training begins
+    state: tuple[Path, Any] | None = None  # the checkpoint as it was read and verified
+
+
+@dataclass
+class Training:
+    """What `build` makes."""
+
+    run: Run
+    model: LightningModule
+    data: LightningDataModule
+    trainer: Trainer
+    checkpointing: CheckpointCallback
+    meter: Meter
+    last: Mapping[str, Any] | None = None  # the newest checkpoint, where there is nothing to fit
+
+
+class RepeatedSetup:
+    """Each call of a data module's `setup` finds the random generators as the first did: where it splits at random, the
+    parts of the test are those of the fit, and an evaluation's those of the training.
+    """
+
+    def __init__(self, data: LightningDataModule) -> None:
+        self.data, self.rng, self.called = data, capture_rng(_CPU), False
+
+    def __call__(self, *arguments: Any, **named: Any) -> None:
+        setup = type(self.data).setup
+        if not self.called:
+            self.called = True
+            restore_rng(self.rng, _CPU)
+            setup(self.data, *arguments, **named)
+            return
+        with isolated_rng(_CPU):
+            restore_rng(self.rng, _CPU)
+            setup(self.data, *arguments, **named)
+
+
+class _Recorder(Checkpoint):
+    """Writes run.json and config.yaml once training begins: a start that fails before leaves the directory as it was.
+
+    A Checkpoint by name, as Lightning calls those last, in their order: after the preflight of the one that saves.
+    """
+
+    def __init__(self, run: Run, record: Mapping[str, Any], config: str, start: Start) -> None:
+        self.run, self.record, self.config, self.start = run, record, config, start
+        self.reached = last_step(
+            run.directory / "metrics.csv"
+        )  # as the log stood: what comes after the checkpoint is cut
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.run.record_start(
+                self.record,
+                self.config,
+                checkpoint=self.start.checkpoint and self.start.checkpoint.name,
+                step=trainer.global_step,
+                parent=dict(self.start.run) if self.start.run else None,
+                changed={key: list(pair) for key, pair in (self.start.changed or {}).items()},
+                world_size=trainer.world_size,
+                took_over=self.run.took_over,
+                reached=self.reached,
+            )
+
+
+def build(config: Any, run: Run, start: Start | None = None) -> Training:
+    """Model, data and trainer of a config, wired to a run directory. Nothing is written yet.
+
+    Raises:
+        ConfigError: Lightning refuses a value of the config.
+    """
+    start = start or Start()
+    quieten()
+    text, record, meter = typed.dump(config), run.record, Meter()
+    loggers: list[Logger] = [
+        RunCSVLogger(run.directory / "metrics.csv", start.keep_rows),
+        RunTensorBoardLogger(run.directory, start.purge_step),
+    ]
+    shown = display(meter)
+    callbacks = [*shown.pop("callbacks"), *start.callbacks]
+    model, data, trainer = typed.instantiate(
+        config, callbacks=callbacks, logger=loggers, default_root_dir=str(run.directory), **shown
+    )
+    data.setup = RepeatedSetup(data)  # type: ignore[method-assign]
+    trainer.callbacks += [*start.begun, _Recorder(run, record, text, start)]  # type: ignore[attr-defined]
+    for logger in trainer.loggers:
+        if hasattr(logger, "join"):
+            logger.join(record["id"], run.directory)
+    checkpointing = next(c for c in trainer.callbacks if isinstance(c, CheckpointCallback))  # type: ignore[attr-defined]
+    checkpointing.use(run.directory / "checkpoints")
+    checkpointing.alone, checkpointing.before_save, checkpointing.preloaded = True, run.check, start.state
+    checkpointing.provenance = Provenance(
+        config=typed.dump(portable(config)),
+        parent=start.digest,
+        run={"id": record["id"], "name": run.directory.name},
+    )
+    return Training(run, model, data, trainer, checkpointing, meter)
+
+
+def portable(config: Any) -> Any:
+    """The config without what says where and how this start was made: the same in every checkpoint of equal runs."""
+    config = config.clone()
+    config.run_name, config.output_dir, config.resume = None, "outputs", None
+    return config
+
+
+def quieten() -> None:
+    """Lightning's chatter about devices and other products; warnings that a user of this project cannot act on."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning")

@@ -1,0 +1,82 @@
+"""A training that was built: fitted, tested, summed up; its end is an exit code."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from savepoint import weights
+from savepoint.errors import RunDirectoryError
+from savepoint.job import rank
+from savepoint.preemption import Preempted
+from savepoint.run import Run, resume_command
+from savepoint.training.build import Training, build
+from savepoint.training.summary import summarise, table
+from savepoint.words import plural, show
+
+
+def train(config: Any, config_name: str, *, reuse: Path | None = None) -> int:
+    """A new run. `reuse` is a directory that may be there already, without a checkpoint: it was killed before its first."""
+    exists = reuse is not None and reuse.is_dir()
+    run = Run.open(reuse) if reuse and exists else Run.create(config.output_dir, config.run_name, config_name)
+    try:
+        training = build(config, run)
+        if config.init_from:
+            path, strict = config.init_from, config.init_strict
+            weights.when_made(
+                training.trainer, training.model, lambda model: weights.initialise(model, path, strict=strict)
+            )
+        if rank() == 0:
+            print(f"Run {show(run.directory)}", flush=True)
+        return execute(training)
+    except BaseException:
+        run.discard()
+        raise
+
+
+def execute(training: Training, checkpoint: Path | None = None, trained: tuple[int, int] | None = None) -> int:
+    """Fit, test, summarise. Returns the exit code: 1 where the newest state could not be saved.
+
+    Args:
+        trained: Step and epoch of a run whose training has ended and that was killed in its test: there is nothing to fit.
+    """
+    trainer = training.trainer
+    try:
+        if trained is None:
+            trainer.fit(training.model, datamodule=training.data, ckpt_path=checkpoint)
+        return _finish(training, *(trained or (trainer.global_step, trainer.current_epoch)))
+    except Preempted:
+        if trainer.is_global_zero and (latest := training.checkpointing.store.latest()):
+            command = resume_command(training.run.directory)
+            try:
+                training.run.write_resume_command(command)
+            except RunDirectoryError as error:  # the code that says who stopped the run matters more
+                print(error, file=sys.stderr)
+            lost = max(0, trainer.global_step - latest.step)
+            without = f", {plural(lost, 'step')} lost" if lost else ""
+            saved = f"Saved at step {latest.step}{without}"
+            print(f"{saved}. Continue with: {command}", flush=True)
+        raise
+    finally:
+        training.run.unlock()
+
+
+def _finish(training: Training, step: int, epoch: int) -> int:
+    """Test the best weights, write summary.json, print the table."""
+    failure = training.checkpointing.failure
+    if failure is not None:  # said before the test, which a full disk may end
+        print(f"The newest state of this run is not saved. {failure}", file=sys.stderr, flush=True)
+    try:
+        training.run.check()  # or the test would look at, and write to, whatever lies there now
+        summary = summarise(training, step, epoch)
+        if training.trainer.is_global_zero:
+            print(table(training, summary), flush=True)
+            if not training.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                training.run.write_summary(summary)
+    except (OSError, ValueError) as error:
+        if failure is None:
+            raise
+        print(f"Not tested: {error}", file=sys.stderr)
+    if waiting := [logger for logger in training.trainer.loggers if getattr(logger, "failure", None)]:
+        names = ", ".join(type(logger).__name__ for logger in waiting)
+        print(f"The log of this run is not whole: {names} ({waiting[0].failure}).", file=sys.stderr)  # type: ignore[attr-defined]
+    return 1 if failure or waiting else 0

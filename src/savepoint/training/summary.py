@@ -1,0 +1,81 @@
+"""What a run came to: summary.json, and the table at its end."""
+
+import shlex
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+import savepoint
+from savepoint import weights
+from savepoint.checkpoint import store
+from savepoint.checkpoint.manifest import step_in_name
+from savepoint.run import resume_command
+from savepoint.training.build import Training
+from savepoint.words import metrics, plural, python, show
+
+
+def summarise(training: Training, steps: int, epochs: int) -> dict[str, Any]:
+    trainer, checkpointing = training.trainer, training.checkpointing
+    best_score, best_step = checkpointing.scores.best, checkpointing.scores.best_step
+    tested, state = _best(training)
+    results: dict[str, Any] = {}
+    if is_overridden("test_step", training.model) and is_overridden("test_dataloader", training.data):
+        if state is not None:
+            trainer.callbacks.append(weights.Once(lambda model: weights.restore(model, state)))  # type: ignore[attr-defined]
+        results = dict(trainer.test(training.model, datamodule=training.data, verbose=False)[0])
+        limit = trainer.limit_test_batches
+        if isinstance(limit, int) or limit != 1.0:  # 1 is a single batch, 1.0 all of them
+            results["limit_test_batches"] = limit
+    return {
+        **results,
+        checkpointing.scores.key: best_score,
+        "best_step": best_step,
+        "epochs": epochs,
+        "steps": steps,
+        "fit_secs": round(training.meter.fit_secs, 2),
+        "wall_secs": round(time.monotonic() - savepoint.STARTED, 2),
+        "images_per_sec": round(training.meter.overall_samples_per_sec),
+        "dataset": getattr(training.data, "name", None) or type(training.data).__name__,
+        "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
+        "tested_checkpoint": tested,
+        "checkpoints": sorted(path.name for path in (training.run.directory / "checkpoints").glob("*.ckpt")),
+    }
+
+
+def _best(training: Training) -> tuple[str | None, Mapping[str, Any] | None]:
+    """Name and state of the best checkpoint, which is tested; where nothing was ranked, the last weights are."""
+    best = None if training.trainer.fast_dev_run else training.checkpointing.store.best()  # type: ignore[attr-defined]
+    if best is None:
+        return None, training.last
+    return best.path.name, store.load(best.path)[0]
+
+
+def table(training: Training, summary: Mapping[str, Any]) -> str:
+    directory = show(training.run.directory)
+    rows = metrics((name, value) for name, value in summary.items() if name.startswith("test/"))
+    if "limit_test_batches" in summary:
+        rows.append(
+            ("tested on", f"a part of the test data: trainer.limit_test_batches {summary['limit_test_batches']}")
+        )
+    scores = training.checkpointing.scores
+    starts = " over all starts" if training.meter.goes_on else ""
+    tested = summary["tested_checkpoint"]
+    if (
+        tested and scores.best_step is not None and step_in_name(tested) != scores.best_step
+    ):  # in a fork, its parent has it
+        rows.append(("tested", f"{tested}: the best that is in this run"))
+    if scores.best is not None:
+        rows.append((f"best {scores.monitor}", f"{scores.best:.4f} at step {scores.best_step}"))
+    rows += [
+        ("data", str(summary["dataset"])),
+        ("trained", f"{plural(summary['epochs'], 'epoch')}, {plural(summary['steps'], 'step')} "
+                    f"in {summary['fit_secs']:.1f} s{starts} "
+                    f"({summary['images_per_sec']} images/s), this process {summary['wall_secs']:.1f} s"),
+        ("run directory", directory),
+        ("train longer", f"{resume_command(training.run.directory)} --trainer.max_epochs {2 * max(summary['epochs'], 1)}"),
+        ("look at it", f"{python()} -m tensorboard.main --logdir {shlex.quote(directory)}"),
+    ]  # fmt: skip
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(["", *(f"{name:<{width}}  {value}" for name, value in rows)])
