@@ -293,6 +293,34 @@ def _validation_loaders(trainer: Trainer) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
 
 
+# -- Lightning's own books -------------------------------------------------------------------------
+
+
+def as_lightning_saves(trainer: Trainer) -> dict[str, Any]:
+    """What `Trainer.save_checkpoint` would write, with what callbacks add."""
+    return dict(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
+
+
+def give_loaded(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Where Lightning puts a file that it has read: from there it restores."""
+    trainer._checkpoint_connector._loaded_checkpoint = checkpoint
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Whether the gradients of the batch that was trained last wait for more."""
+    return bool(trainer.fit_loop.epoch_loop._should_accumulate())
+
+
+def measured(trainer: Trainer) -> dict[str, Tensor]:
+    """Each metric that was logged, the object as it was reduced: another object means that it was measured again."""
+    return trainer._logger_connector._callback_metrics
+
+
+def set_steps(trainer: Trainer, batches: int) -> None:
+    """For the logs of a training that goes on from a file of another program."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = batches
+
+
 # -- capture ---------------------------------------------------------------------------------------
 
 
