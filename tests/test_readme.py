@@ -99,6 +99,13 @@ def test_every_path_that_a_page_names_is_there(name: str) -> None:
         assert (ROOT / path).exists() or path == "configs/mine.yaml", path
 
 
+def test_every_file_of_the_table_of_questions_is_there() -> None:
+    table = PAGES["CONTRIBUTING.md"].split("| file in `src/savepoint/` |")[1].split("\n\n")[0]
+    found = re.findall(r"`([\w/]+\.(?:py|toml))`", table)
+    assert len(found) >= 20
+    assert [name for name in found if not (ROOT / "src/savepoint" / name).is_file()] == []
+
+
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.split("**")[1])
 def test_every_promise_names_a_test_that_holds_it(promise: str) -> None:
     assert re.findall(r"tests/test_\w+\.py", promise)  # and it is there: the test above
