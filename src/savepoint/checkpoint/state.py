@@ -843,11 +843,12 @@ def versions(module: LightningModule) -> dict[str, Any]:
 
 def left_out(module: LightningModule, weights: Mapping[str, Any], at_start: Mapping[str, Any]) -> list[str]:
     """Words for weights that have changed and that the user's own code has taken out of the file, and for new ones."""
-    now = versions(module)
-    persisted = {*dict(module.named_parameters()), *module.state_dict()}
-    gone = [name for name in now if name in persisted and name not in weights]
-    new = [f"model.{name} (made in mid-training)" for name in now if name in weights and name not in at_start]
-    return [f"model.{name} (left out of the file)" for name in gone if now[name] != at_start.get(name)] + new
+    names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    gone = names.intersection(module.state_dict()).difference(weights)
+    now = versions(module) if gone else {}
+    words = [f"model.{name} (left out of the file)" for name in sorted(gone) if now.get(name) != at_start.get(name)]
+    made = sorted(names.intersection(weights).difference(at_start))
+    return words + [f"model.{name} (made in mid-training)" for name in made]
 
 
 def at_end_of_epoch(trainer: Trainer) -> bool:
