@@ -93,6 +93,7 @@ class CheckpointCallback(Checkpoint):
         self.before_save: Callable[[], None] | None = None  # raises OSError where nothing must be saved
         self.alone = False  # whether a lock keeps all others out of the directory
         self.preloaded: tuple[Path, Any] | None = None  # what `fit(ckpt_path=)` need not read again
+        self.rates_are_overridden = False  # by the user, on this resume
         self.failure: Exception | None = None  # of the newest save; None once a later one succeeded
         self.scores = Scores(monitor, mode)
         self._enabled = False
@@ -297,6 +298,8 @@ class CheckpointCallback(Checkpoint):
         assert self._baseline is not None
         state.set_up_validation(trainer)
         failed = state.reenter(trainer, saved, self._baseline, self._see(trainer))
+        if not self.rates_are_overridden:
+            state.put_groups_back(trainer, saved)
         state.share_again(self._shared)
         self._made_by = saved.get("made_by", [])
         self._unmute(trainer)

@@ -546,6 +546,18 @@ def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now:
     return failed
 
 
+def put_groups_back(trainer: Trainer, saved: Mapping[str, Any]) -> None:
+    """Learning rates and the like: a hook of a start may set them, which was done before the first step alone."""
+    for optimizer, state in zip(trainer.optimizers, saved["optimizer_states"], strict=False):
+        groups = state.get("param_groups", ()) if isinstance(state, Mapping) else ()
+        for group, then in zip(optimizer.param_groups, groups, strict=False):
+            for name in [name for name in then if name != "params"]:
+                if isinstance(group.get(name), Tensor) and isinstance(then[name], Tensor):
+                    group[name].copy_(then[name])
+                else:
+                    group[name] = copy.deepcopy(then[name])
+
+
 def _load_again(trainer: Trainer, saved: Mapping[str, Any]) -> None:
     """Hooks of a start may write to weights, which a start from the beginning does before the first step alone."""
     module = trainer.lightning_module
