@@ -1,12 +1,13 @@
-"""Proof of exact resume in front of you: a straight run against one that is killed at random points and resumed.
+"""Proof of exact resume in front of you: a straight run against one that is killed at random points
+and resumed.
 
     make prove
     make prove CONFIG=configs/mine.yaml ARGS="--epochs 1 --kills 2 --seed 3"
 
-Both run side by side with one thread each, on the default config or yours: the test of a new model of your own. At the end
-the two final checkpoints are compared whole (weights, optimizer, schedule, counters, random states, metric states), and
-every value in metrics.csv that is not derived from the clock. What is left out of the comparison is what `savepoint diff`
-leaves out.
+Both run side by side with one thread each, on the default config or yours: the test of a new model
+of your own. At the end the two final checkpoints are compared whole (weights, optimizer, schedule,
+counters, random states, metric states), and every value in metrics.csv that is not derived from the
+clock. What is left out of the comparison is what `savepoint diff` leaves out.
 """
 
 import argparse
@@ -35,7 +36,9 @@ def saved_steps(run: Path) -> int:
     return max((int(name[5:13]) for name in names), default=0)
 
 
-def kill_and_resume(arguments: list[str], work: Path, kills: list[int], dice: random.Random) -> None:
+def kill_and_resume(
+    arguments: list[str], work: Path, kills: list[int], dice: random.Random
+) -> None:
     """Runs to the end through `kills`, each at a random moment after its first new checkpoint."""
     run, log = work / "killed", work / "killed.log"
     process = start("train.py", *arguments, "--run_name", "killed", log=log)
@@ -51,7 +54,8 @@ def kill_and_resume(arguments: list[str], work: Path, kills: list[int], dice: ra
         step = saved_steps(run)
         name = signal.Signals(signum).name
         print(
-            f"  {name} {time.monotonic() - begun:5.1f} s after its start: exit {code}, resumes from step {step}",
+            f"  {name} {time.monotonic() - begun:5.1f} s after its start: exit {code}, resumes "
+            f"from step {step}",
             flush=True,
         )
         process = start("resume.py", str(run), log=log)
@@ -62,7 +66,8 @@ def kill_and_resume(arguments: list[str], work: Path, kills: list[int], dice: ra
 def rows(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open(newline="") as file:
         return [
-            {key: value for key, value in row.items() if not key.startswith("time/")} for row in csv.DictReader(file)
+            {key: value for key, value in row.items() if not key.startswith("time/")}
+            for row in csv.DictReader(file)
         ]
 
 
@@ -77,10 +82,14 @@ def digest(run: Path) -> tuple[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--kills", type=int, default=2, help="SIGKILL and SIGTERM in turn")
-    parser.add_argument("--seed", type=int, default=None, help="of the moments; by default a new one each time")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="of the moments; by default a new one each time"
+    )
     parser.add_argument("--config", default="configs/mnist.yaml")
     asked, more = parser.parse_known_args()
     seed = asked.seed if asked.seed is not None else random.SystemRandom().randrange(10**6)
@@ -88,12 +97,22 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="prove-") as folder:
         work = Path(folder)
-        arguments = ["--config", asked.config, "--trainer.max_epochs", str(asked.epochs), "--output_dir", str(work)]
+        arguments = [
+            "--config",
+            asked.config,
+            "--trainer.max_epochs",
+            str(asked.epochs),
+            "--output_dir",
+            str(work),
+        ]
         arguments += ["--checkpoint.save_every_steps", "40", *more]
         print(
-            f"{asked.config}, {asked.epochs} epochs: a straight run beside one that is killed (moments from seed {seed})"
+            f"{asked.config}, {asked.epochs} epochs: a straight run beside one that is killed "
+            f"(moments from seed {seed})"
         )
-        straight = start("train.py", *arguments, "--run_name", "straight", log=work / "straight.log")
+        straight = start(
+            "train.py", *arguments, "--run_name", "straight", log=work / "straight.log"
+        )
         kill_and_resume(arguments, work, kills, random.Random(seed))
         if straight.wait() != 0:
             sys.exit(f"The straight run failed:\n{(work / 'straight.log').read_text()[-2000:]}")

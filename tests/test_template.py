@@ -1,4 +1,5 @@
-"""A copy of the template: what is in it, how it follows the template, and that another project trains in it.
+"""A copy of the template: what is in it, how it follows the template, and that another project
+trains in it.
 
 The template of these tests is the working tree, committed to a repository of its own.
 """
@@ -50,10 +51,16 @@ class Moved(NamedTuple):
 
 
 def move_on(template: Path) -> str:
-    """A new version of the template: changed, new, gone and renamed files, of which some are not for copies."""
+    """A new version of the template: changed, new, gone and renamed files, of which some are not
+    for copies.
+    """
     version = tomllib.loads((template / "pyproject.toml").read_text())["project"]["version"]
     replace(template / "pyproject.toml", f'version = "{version}"', 'version = "9.0"')
-    replace(template / "pyproject.toml", "\ndependencies = [\n", '\ndependencies = [\n    "needed-now",\n')
+    replace(
+        template / "pyproject.toml",
+        "\ndependencies = [\n",
+        '\ndependencies = [\n    "needed-now",\n',
+    )
     replace(template / "Makefile", "## this list", "## this very list")
     replace(template / "README.md", "# Savepoint\n", "# Savepoint, the manual\n")
     (template / "src/savepoint/schedules.py").unlink()
@@ -90,7 +97,13 @@ def test_a_copy_is_what_is_committed_under_a_name_of_its_own(template: Path) -> 
     assert "Not copied: what is not committed (1 in git status).\n" in done.stdout
     copy = template.parent / "somewhere"
     copied = files(copy)
-    for name in ("train.py", "Makefile", "requirements.txt", "src/project/model.py", "src/savepoint/run.py"):
+    for name in (
+        "train.py",
+        "Makefile",
+        "requirements.txt",
+        "src/project/model.py",
+        "src/savepoint/run.py",
+    ):
         assert copied[name] == original[name], name
     assert copied["src/savepoint/README.md"] == original["README.md"]
     assert copied["src/savepoint/LICENSE"] == original["LICENSE"]
@@ -100,17 +113,27 @@ def test_a_copy_is_what_is_committed_under_a_name_of_its_own(template: Path) -> 
     of_template = tomllib.loads(original["pyproject.toml"].decode())["project"]
     assert (project["name"], project["version"]) == ("black-cats", "0.1.0")
     assert {"license", "authors"} & project.keys() == set()
-    assert {key for key in project if project[key] != of_template[key]} <= {"name", "version", "description"}
+    assert {key for key in project if project[key] != of_template[key]} <= {
+        "name",
+        "version",
+        "description",
+    }
     assert json.loads(copied[".template.json"]) == {
         "source": str(template), "commit": git(template, "rev-parse", "HEAD"), "name": "black-cats",
         "version": of_template["version"],
     }  # fmt: skip
-    name = [sys.executable, "-c", "from savepoint.run import default_name; print(default_name('mnist'))"]
+    name = [
+        sys.executable,
+        "-c",
+        "from savepoint.run import default_name; print(default_name('mnist'))",
+    ]
     at_copy = os.environ | {"PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
     made = subprocess.run(name, env=at_copy, capture_output=True, text=True)
     assert re.fullmatch(r"black-cats-mnist-\d{8}-\d{6}\n", made.stdout)
     assert git(copy, "status", "--porcelain", "--ignored") == ""
-    assert git(copy, "log", "--format=%s %D") == f"black-cats, from Savepoint {of_template['version']} " + (
+    assert git(
+        copy, "log", "--format=%s %D"
+    ) == f"black-cats, from Savepoint {of_template['version']} " + (
         f"({git(template, 'rev-parse', 'HEAD')[:7]}) HEAD -> main"
     )
     assert sorted(path.name for path in template.parent.iterdir()) == ["somewhere", "template"]
@@ -119,21 +142,34 @@ def test_a_copy_is_what_is_committed_under_a_name_of_its_own(template: Path) -> 
 def test_what_belongs_to_the_template_alone_stays_there(committed: Path, copy: Path) -> None:
     rules = tomllib.loads((committed / "src/savepoint/template.toml").read_text())
     tracked, copied = set(git(committed, "ls-files").splitlines()), set(files(copy))
-    assert set(rules["goes"]) | set(rules["moves"]) <= tracked, "template.toml names what is not there"
+    assert set(rules["goes"]) | set(rules["moves"]) <= tracked, (
+        "template.toml names what is not there"
+    )
     for name in rules["stays"]:
-        assert any(path == name or (name.endswith("/") and path.startswith(name)) for path in tracked), f"no {name}"
-    stayed = {path for path in tracked if path.startswith(tuple(rules["stays"]))} - set(rules["goes"])
+        assert any(
+            path == name or (name.endswith("/") and path.startswith(name)) for path in tracked
+        ), f"no {name}"
+    stayed = {path for path in tracked if path.startswith(tuple(rules["stays"]))} - set(
+        rules["goes"]
+    )
     own = {".template.json", "README.md", *rules["moves"].values()}
     assert copied == tracked - stayed - set(rules["moves"]) | own
     programs = re.findall(r"benchmarks/\w+\.py", (copy / "Makefile").read_text())
-    assert set(programs) <= copied, "the Makefile of a copy calls what stayed: let it go along, in template.toml"
+    assert set(programs) <= copied, (
+        "the Makefile of a copy calls what stayed: let it go along, in template.toml"
+    )
 
 
 def test_the_tests_of_a_copy_need_nothing_of_the_example(copy: Path) -> None:
     tests = {path.stem: path.read_text() for path in (copy / "tests").glob("*.py")}
     missing = {"project"} | {path.stem for path in (ROOT / "tests").glob("*.py")} - set(tests)
-    imported = {name: set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE)) for name, text in tests.items()}
-    assert {name for name, text in tests.items() if imported[name] & missing or "configs/" in text} == set()
+    imported = {
+        name: set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.MULTILINE))
+        for name, text in tests.items()
+    }
+    assert {
+        name for name, text in tests.items() if imported[name] & missing or "configs/" in text
+    } == set()
     assert "test_exact_resume" in tests
 
 
@@ -142,18 +178,36 @@ def test_the_first_commit_is_the_users_or_the_projects_where_git_knows_no_user(
     committed: Path, tmp_path: Path, known: bool
 ) -> None:
     config = tmp_path / "gitconfig"
-    config.write_text("[user]\nname = Ada\nemail = ada@example.org\n" if known else "[commit]\ngpgSign = true\n")
-    unknown = {key: "" for key in ("EMAIL", "GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME") if key in os.environ}
-    copy = make(committed, tmp_path / "cats", GIT_CONFIG_GLOBAL=str(config), GIT_CONFIG_NOSYSTEM="1", **unknown)
+    config.write_text(
+        "[user]\nname = Ada\nemail = ada@example.org\n" if known else "[commit]\ngpgSign = true\n"
+    )
+    unknown = {
+        key: "" for key in ("EMAIL", "GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME") if key in os.environ
+    }
+    copy = make(
+        committed,
+        tmp_path / "cats",
+        GIT_CONFIG_GLOBAL=str(config),
+        GIT_CONFIG_NOSYSTEM="1",
+        **unknown,
+    )
     author = git(copy, "log", "--format=%an <%ae>")
     assert author == ("Ada <ada@example.org>" if known else "cats <cats@localhost>")
 
 
-def test_a_copy_that_a_git_hook_makes_leaves_the_repository_of_the_hook_alone(committed: Path, tmp_path: Path) -> None:
+def test_a_copy_that_a_git_hook_makes_leaves_the_repository_of_the_hook_alone(
+    committed: Path, tmp_path: Path
+) -> None:
     before = git(committed, "log", "--all", "--format=%H"), git(committed, "status", "--porcelain")
-    called_by_git = {"GIT_DIR": str(committed / ".git"), "GIT_INDEX_FILE": str(committed / ".git/index")}
+    called_by_git = {
+        "GIT_DIR": str(committed / ".git"),
+        "GIT_INDEX_FILE": str(committed / ".git/index"),
+    }
     copy = make(committed, tmp_path / "cats", **called_by_git)
-    assert (git(committed, "log", "--all", "--format=%H"), git(committed, "status", "--porcelain")) == before
+    assert (
+        git(committed, "log", "--all", "--format=%H"),
+        git(committed, "status", "--porcelain"),
+    ) == before
     assert len(git(copy, "log", "--format=%H").splitlines()) == 1
 
 
@@ -243,7 +297,9 @@ def test_a_template_without_a_repository_of_its_own_is_refused(template: Path) -
 
 
 @pytest.mark.root
-def test_a_repository_that_git_does_not_trust_is_refused_with_the_command_that_trusts_it(template: Path) -> None:
+def test_a_repository_that_git_does_not_trust_is_refused_with_the_command_that_trusts_it(
+    template: Path,
+) -> None:
     for path in (template, *template.rglob("*")):
         os.chown(path, 65534, 65534, follow_symlinks=False)
     said = f"Another user's repository: {template}. Expected one that git trusts. If you trust it: git config --global"
@@ -251,7 +307,9 @@ def test_a_repository_that_git_does_not_trust_is_refused_with_the_command_that_t
 
 
 def test_a_machine_without_git_is_told_so(committed: Path) -> None:
-    refused(call(committed, "new", "cats", "../cats", PATH=str(committed)), "No git on this machine")
+    refused(
+        call(committed, "new", "cats", "../cats", PATH=str(committed)), "No git on this machine"
+    )
 
 
 def test_a_copy_of_a_copy_is_refused_and_names_the_template(moved: Moved) -> None:
@@ -259,7 +317,9 @@ def test_a_copy_of_a_copy_is_refused_and_names_the_template(moved: Moved) -> Non
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_copy_leaves_nothing(committed: Path, tmp_path: Path, signum: signal.Signals) -> None:
+def test_an_interrupted_copy_leaves_nothing(
+    committed: Path, tmp_path: Path, signum: signal.Signals
+) -> None:
     slow_git = tmp_path / "bin" / "git"
     slow_git.parent.mkdir()
     slow_git.write_text(
@@ -267,7 +327,10 @@ def test_an_interrupted_copy_leaves_nothing(committed: Path, tmp_path: Path, sig
         f'exec {shutil.which("git")} "$@"\n'
     )
     slow_git.chmod(0o755)
-    environment = {"PYTHONPATH": str(committed / "src"), "PATH": f"{slow_git.parent}:{os.environ['PATH']}"}
+    environment = {
+        "PYTHONPATH": str(committed / "src"),
+        "PATH": f"{slow_git.parent}:{os.environ['PATH']}",
+    }
     process = subprocess.Popen(
         [sys.executable, "-m", "savepoint.template", "new", "cats", str(tmp_path / "cats")],
         cwd=committed, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -282,7 +345,9 @@ def test_an_interrupted_copy_leaves_nothing(committed: Path, tmp_path: Path, sig
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
 
-def test_an_update_merges_the_template_into_a_copy_that_was_edited(moved: Moved, copy: Path) -> None:
+def test_an_update_merges_the_template_into_a_copy_that_was_edited(
+    moved: Moved, copy: Path
+) -> None:
     first = git(copy, "rev-parse", "HEAD")
     (copy / "src/project/model.py").write_text("MINE = True\n")
     (copy / "src/project/sources.py").unlink()
@@ -312,11 +377,18 @@ def test_an_update_merges_the_template_into_a_copy_that_was_edited(moved: Moved,
     commit(copy)
     again = call(copy, "update")
     assert again.returncode == 0
-    assert again.stdout == f"Nothing new: the template is at 9.0 ({moved.newest[:7]}), as this copy is.\n"
-    assert len(git(copy, "log", "--format=%H", f"{first}..").splitlines()) == 2, "the template's history stays there"
+    assert (
+        again.stdout
+        == f"Nothing new: the template is at 9.0 ({moved.newest[:7]}), as this copy is.\n"
+    )
+    assert len(git(copy, "log", "--format=%H", f"{first}..").splitlines()) == 2, (
+        "the template's history stays there"
+    )
 
 
-def test_what_both_changed_is_a_git_conflict_and_the_rest_is_merged(moved: Moved, copy: Path) -> None:
+def test_what_both_changed_is_a_git_conflict_and_the_rest_is_merged(
+    moved: Moved, copy: Path
+) -> None:
     (copy / "src/project/figures.py").unlink()
     replace(copy / "Makefile", "## this list", "## my list")
     mine = commit(copy)
@@ -324,7 +396,9 @@ def test_what_both_changed_is_a_git_conflict_and_the_rest_is_merged(moved: Moved
     assert done.returncode == 1, done.stderr
     assert "Conflicts: Makefile, src/project/figures.py\n" in done.stdout
     status = git(copy, "status", "--porcelain").splitlines()
-    assert {"UU Makefile", "DU src/project/figures.py", "A  src/savepoint/brand_new.py"} <= set(status)
+    assert {"UU Makefile", "DU src/project/figures.py", "A  src/savepoint/brand_new.py"} <= set(
+        status
+    )
     assert re.search(
         rf"<<<<<<< HEAD\n.*## my list\n=======\n.*## this very list\n>>>>>>> .*Savepoint 9\.0 \({moved.newest[:7]}\)",
         (copy / "Makefile").read_text(),
@@ -489,16 +563,25 @@ trainer: {max_epochs: 8, log_every_n_steps: 5}
 def sums() -> dict[str, str]:
     """The regression of CONTRIBUTING.md: its four edits."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    code, config = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "yaml"))
+    code, config = (
+        re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "yaml")
+    )
     assert code
     assert config
     model, data = re.split(r"\n(?=class Sums)", code[1])
     imports = (
-        "import torch\nimport torch.nn.functional as F\nfrom lightning.pytorch import LightningDataModule, LightningModule\n"
-        "from torch import nn\nfrom torch.utils.data import DataLoader, TensorDataset\nfrom savepoint.loader import resumable\n"
+        "import torch\nimport torch.nn.functional as F\nfrom lightning.pytorch import "
+        "LightningDataModule, LightningModule\n"
+        "from torch import nn\nfrom torch.utils.data import DataLoader, TensorDataset\nfrom "
+        "savepoint.loader import resumable\n"
     )
     names = "from project.data import Sums\nfrom project.model import Regression\n"
-    return {"model.py": imports + model, "data.py": imports + data, "__init__.py": names, "mine.yaml": config[1]}
+    return {
+        "model.py": imports + model,
+        "data.py": imports + data,
+        "__init__.py": names,
+        "mine.yaml": config[1],
+    }
 
 
 def make_it_yours(copy: Path, project: dict[str, str]) -> None:
@@ -535,7 +618,14 @@ def test_another_model_and_other_data_train_are_killed_and_resume_exactly_in_a_c
     copy: Path, project: dict[str, str], score: str
 ) -> None:
     make_it_yours(copy, project)
-    command = ["train.py", "--config", "configs/mine.yaml", "--checkpoint.save_every_steps", "5", "--run_name"]
+    command = [
+        "train.py",
+        "--config",
+        "configs/mine.yaml",
+        "--checkpoint.save_every_steps",
+        "5",
+        "--run_name",
+    ]
     end(start(copy, *command, "straight"))
     killed = start(copy, *command, "killed")
     while not list((copy / "outputs/killed/checkpoints").glob("step-*.ckpt")):
