@@ -109,9 +109,8 @@ class Run:
 
     def digest(self) -> str:
         """Of what the run ended with: of ours everything but the clock and the number of starts, its log included."""
-        from prove import digest
-
         from savepoint.checkpoint.format import fingerprint
+        from savepoint.prove import digest
 
         if self.system == "savepoint":
             return " ".join(digest(self.directory))

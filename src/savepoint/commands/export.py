@@ -72,5 +72,6 @@ def _check(target: Path, kind: str, *, force: bool) -> None:
     lacking = [name for name in ONNX if importlib.util.find_spec(name) is None] if kind == "onnx" else []
     if lacking:
         raise ConfigError(
-            f"Not installed: {', '.join(lacking)}. Expected what ONNX needs. Install it: pip install -e '.[onnx]'"
+            f"Not installed: {', '.join(lacking)}. Expected what ONNX needs. "
+            "Install it: pip install 'savepoint-lightning[onnx]'"
         )
