@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.checkpoint_files import bytes_of_tensors, facts, small_checkpoint, small_state
 
-from savepoint.checkpoint import manifest, store
+from savepoint.checkpoint import manifest, seal, store
 from savepoint.errors import (
     CheckpointCorruptError,
     CheckpointForeignError,
@@ -41,7 +41,7 @@ def test_no_flipped_bit_of_the_end_verifies(path: Path) -> None:
     """One of each byte of the manifest, the directory and the seal: here CRCs miss some, or the manifest loses its name."""
     data = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
-        start = archive.getinfo(manifest.RECORD).header_offset
+        start = archive.getinfo(seal.RECORD).header_offset
     for position in range(start, len(data)):
         damaged = bytearray(data)
         damaged[position] ^= 1 << (position % 8)
@@ -72,7 +72,7 @@ def test_a_reader_of_the_end_vouches_for_the_facts_only(path: Path) -> None:
 def test_other_readers_read_a_checkpoint_as_if_nothing_had_been_added(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
-        assert json.loads(archive.read(manifest.RECORD))["step"] == 30
+        assert json.loads(archive.read(seal.RECORD))["step"] == 30
     for mmap in (False, True):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         assert torch.equal(state["state_dict"]["weight"], small_state()["state_dict"]["weight"])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.run_dirs import latest, make_run, say
 
 from savepoint.checkpoint import io, manifest, store
+from savepoint.checkpoint.seal import MAGIC, RECORD
 from savepoint.errors import CheckpointCorruptError, SavepointError
 from savepoint.resume import request
 
@@ -36,13 +37,13 @@ def sealed(path: Path, changed: dict[str, Any]) -> None:
     """Writes other facts into the manifest of `path`, and a seal that vouches for them."""
     with path.open("r+b") as file:
         with zipfile.ZipFile(file, "a") as archive:
-            facts = json.loads(archive.read(manifest.RECORD)) | changed
+            facts = json.loads(archive.read(RECORD)) | changed
             record = archive.filelist.pop()
             del archive.NameToInfo[record.filename]
             archive.start_dir, archive._didModify = record.header_offset, True  # type: ignore[attr-defined]
-            archive.writestr(zipfile.ZipInfo(manifest.RECORD), json.dumps(facts))
-            offset = archive.getinfo(manifest.RECORD).header_offset
-            archive.comment = manifest.MAGIC + b"%016x " % offset + b"0" * 64
+            archive.writestr(zipfile.ZipInfo(RECORD), json.dumps(facts))
+            offset = archive.getinfo(RECORD).header_offset
+            archive.comment = MAGIC + b"%016x " % offset + b"0" * 64
         file.truncate()
         file.seek(offset)
         seal = hashlib.sha256(file.read()[:-64]).hexdigest().encode()

@@ -1,4 +1,4 @@
-"""What the README and the configs say works: every command is run, every config trains."""
+"""What the README, its pages and the configs say works: every command is run, every config trains, every link leads on."""
 
 import re
 import shlex
@@ -20,8 +20,13 @@ def commands_in(text: str) -> list[str]:
     return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
-README = commands_in((ROOT / "README.md").read_text())
-CONTRIBUTING = commands_in((ROOT / "CONTRIBUTING.md").read_text())
+README = (ROOT / "README.md").read_text()
+# In the order in which the README names them: so they are read, and so their commands are run.
+DOCS = list(dict.fromkeys(re.findall(r"\]\((docs/\w+\.md)\)", README)))
+PAGES = {name: (ROOT / name).read_text() for name in ["README.md", *DOCS, "CONTRIBUTING.md"]}
+COMMANDS = {name: commands_in(text) for name, text in PAGES.items()}
+PROMISES = re.split(r"(?m)^- ", PAGES["docs/exactness.md"].split("\n## Promises\n")[1].split("\n## ")[0])[1:]
+FIGURES = [line for line in PAGES["docs/figures.md"].splitlines() if line.startswith("|")][2:]
 
 
 def execute(words: list[str]) -> int:
@@ -38,12 +43,15 @@ def execute(words: list[str]) -> int:
         return commands.main(words[3:])
 
 
-def test_the_commands_of_the_readme_run_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def programs(name: str) -> list[list[str]]:
+    return [shlex.split(command, comments=True) for command in COMMANDS[name] if command.startswith("python ")]
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if programs(name)])
+def test_the_commands_of_a_page_run_in_their_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # runs go to its outputs/
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    python = [shlex.split(command, comments=True) for command in README if command.startswith("python ")]
-    assert len(python) >= 10
-    for words in python:
+    for words in programs(name):
         if "--print_config" in words:
             with pytest.raises(SystemExit, match="0"):
                 execute(words)
@@ -51,10 +59,64 @@ def test_the_commands_of_the_readme_run_in_their_order(tmp_path: Path, monkeypat
             assert execute(words) == 0, words
 
 
-@pytest.mark.parametrize("command", [line for line in README + CONTRIBUTING if line.startswith("make ")])
+def test_no_command_of_a_page_is_left_out() -> None:
+    known = ("python ", "make ", "source .venv/bin/activate")
+    assert [line for lines in COMMANDS.values() for line in lines if not line.startswith(known)] == []
+    assert sum(len(programs(name)) for name in PAGES) >= 25
+
+
+@pytest.mark.parametrize(
+    "command", sorted({line for lines in COMMANDS.values() for line in lines if line[:5] == "make "})
+)
 def test_make_knows_the_targets_that_are_named(command: str) -> None:
     done = subprocess.run([*shlex.split(command, comments=True), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_page_is_named_by_the_readme() -> None:
+    assert sorted(DOCS) == sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+    assert len(README.splitlines()) < 200
+
+
+def headings(page: Path) -> list[str]:
+    """As GitHub names them in an address."""
+    found = re.findall(r"(?m)^#+ (.+)$", page.read_text())
+    return [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in found]
+
+
+@pytest.mark.parametrize("name", [*PAGES, "CHANGELOG.md", "benchmarks/README.md", "src/savepoint/README.md"])
+def test_every_link_leads_somewhere(name: str) -> None:
+    page = ROOT / name
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        path, _, heading = link.partition("#")
+        assert (page.parent / path).exists(), link
+        assert not heading or heading in headings(page.parent / path), link
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_path_that_a_page_names_is_there(name: str) -> None:
+    for path in re.findall(r"(?<![\w./])(?:src|tests|configs|docs|benchmarks)/[\w./]*\w", PAGES[name]):
+        assert (ROOT / path).exists() or path == "configs/mine.yaml", path
+
+
+def test_every_file_of_the_table_of_questions_is_there() -> None:
+    table = PAGES["CONTRIBUTING.md"].split("| file in `src/savepoint/` |")[1].split("\n\n")[0]
+    found = re.findall(r"`([\w/]+\.(?:py|toml))`", table)
+    assert len(found) >= 20
+    assert [name for name in found if not (ROOT / "src/savepoint" / name).is_file()] == []
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.split("**")[1])
+def test_every_promise_names_a_test_that_holds_it(promise: str) -> None:
+    assert re.findall(r"tests/test_\w+\.py", promise)  # and it is there: the test above
+
+
+def test_every_figure_has_a_command_that_is_there() -> None:
+    assert len(FIGURES) >= 15
+    for figure in FIGURES:
+        command = figure.split("|")[-2].strip()
+        known = r"`((FULL=1 )?make (bench|drill|test)\b.*|python benchmarks/\w+\.py.*|cd tests; .* -m shapes\.runner)`"
+        assert re.fullmatch(known, command), figure
 
 
 HEAD = """
@@ -69,7 +131,7 @@ from savepoint.loader import resumable
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_the_edits_that_make_it_yours_train_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text()
+    text = PAGES["CONTRIBUTING.md"]
     code, config = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "yaml"))
     assert code
     assert config

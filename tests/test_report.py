@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
+from savepoint import report as report_package
 from savepoint.checkpoint import store
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import CheckpointStore
@@ -280,6 +283,23 @@ def test_the_page_needs_nothing_from_elsewhere(seen: Seen) -> None:
     assert "https:" not in seen.source
     (policy,) = seen.all("meta", **{"http-equiv": "Content-Security-Policy"})
     assert str(policy["content"]).startswith("default-src 'none'; img-src data:;")
+
+
+def test_the_templates_are_part_of_the_package() -> None:
+    package = Path(report_package.__file__).parent
+    project = tomllib.loads((package.parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["savepoint.report"]
+    beside = {path.name for path in package.glob("[!_]*.*") if path.suffix != ".py"}
+    assert {name for name in beside for one in patterns if fnmatch(name, one)} == beside != set()
+
+
+def test_no_other_command_loads_the_templates(tmp_path: Path) -> None:
+    program = (
+        "import sys; from savepoint.commands import main; main(['runs', sys.argv[1]]); "
+        "sys.exit('jinja2' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], stdout=subprocess.DEVNULL)
+    assert done.returncode == 0
 
 
 def hostile_run(directory: Path) -> Path:

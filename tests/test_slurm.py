@@ -193,8 +193,8 @@ def test_what_a_requeued_job_would_do_a_second_time_is_refused(flag: str, monkey
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 143])
-def test_the_batch_script_of_the_readme_requeues_only_what_was_stopped(code: int, job: Path) -> None:
-    script = re.search(r"```(?:bash)?\n((?:#!.*\n)?#SBATCH.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_batch_script_of_the_docs_requeues_only_what_was_stopped(code: int, job: Path) -> None:
+    script = re.search(r"```(?:bash)?\n((?:#!.*\n)?#SBATCH.*?)```", (ROOT / "docs/clusters.md").read_text(), re.DOTALL)
     assert script
     (job.parent / "bin" / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
     done = subprocess.run(["bash", "-c", script[1]], cwd=job.parent, capture_output=True, text=True)

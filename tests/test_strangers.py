@@ -359,7 +359,7 @@ def test_a_resume_imports_what_the_config_names_so_a_strangers_is_not_to_be_resu
 ) -> None:
     assert resume(*given(words, tmp_path, named_by_a_stranger), "--output_dir", str(tmp_path)) == 2
     assert (tmp_path / "imported").exists()
-    assert "its config is not to be resumed, nor evaluated, nor exported" in (ROOT / "README.md").read_text()
+    assert "its config is not to be resumed, nor evaluated, nor exported" in (ROOT / "docs/exactness.md").read_text()
 
 
 BUILDING = ("eval", "export")  # the model, as a resume does

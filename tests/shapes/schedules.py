@@ -53,6 +53,14 @@ def plateau(optimizer: Optimizer) -> Any:
     return s.ReduceLROnPlateau(optimizer, patience=0, factor=0.7, threshold=0.3)
 
 
+class RateOfTheStart(Scheduled):
+    """A hook of the start sets the rate, and the schedule goes on from there."""
+
+    def on_train_start(self) -> None:
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = 0.2
+
+
 class EstimatedSteps(Net):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
@@ -147,4 +155,5 @@ SHAPES |= {
     ),
     "own_scheduler_step": Shape(model=lambda: OwnStep(SCHEDULES["exponential"])),
     "plateau_without_val": Shape(model=lambda: Scheduled(plateau, **TRAIN), data=data(val=list)),
+    "rate_of_the_start": Shape(model=lambda: RateOfTheStart(SCHEDULES["exponential"])),
 }

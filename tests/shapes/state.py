@@ -810,6 +810,26 @@ class Anchored(Net):
         return super().training_step(batch, batch_idx) + 0.1 * away + teacher
 
 
+class View(Net):
+    """One attribute is a view of the other."""
+
+    def __init__(self, *, late: bool) -> None:
+        super().__init__()
+        self.bank = self.row = None
+        if not late:
+            self.make()
+
+    def make(self) -> None:
+        self.bank = torch.zeros(3, 4)
+        self.row = self.bank[1]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.bank is None:
+            self.make()
+        self.row.add_(batch[0].mean(0))
+        return super().training_step(batch, batch_idx) * (1 + 0.01 * self.bank.sum())
+
+
 SHAPES = {
     f"held_{name}": Shape(model=lambda parts=parts: Held(*parts), extra=value)
     for name, parts in HELD.items()
@@ -921,4 +941,8 @@ NAMES = ("data", "grad", "_cache", "_groups", "update", "_metadata")
 SHAPES |= {
     f"attribute_called_{name}": Shape(model=lambda name=name: Listed(name))
     for name in NAMES
+}  # fmt: skip
+SHAPES |= {
+    f"view{'_made_late' * late}": Shape(model=lambda late=late: View(late=late))
+    for late in (False, True)
 }  # fmt: skip

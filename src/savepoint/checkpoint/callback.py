@@ -93,6 +93,7 @@ class CheckpointCallback(Checkpoint):
         self.before_save: Callable[[], None] | None = None  # raises OSError where nothing must be saved
         self.alone = False  # whether a lock keeps all others out of the directory
         self.preloaded: tuple[Path, Any] | None = None  # what `fit(ckpt_path=)` need not read again
+        self.rates_are_overridden = False  # by the user, on this resume
         self.failure: Exception | None = None  # of the newest save; None once a later one succeeded
         self.scores = Scores(monitor, mode)
         self._enabled = False
@@ -259,7 +260,7 @@ class CheckpointCallback(Checkpoint):
     def _preflight(self, trainer: Trainer) -> None:
         """What would make the first save fail is told before the first step."""
         with state.isolated_rng(trainer.lightning_module.device):
-            checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            checkpoint = state.as_lightning_saves(trainer)
         format.check_readable(checkpoint)
         if not trainer.is_global_zero:
             return
@@ -297,6 +298,8 @@ class CheckpointCallback(Checkpoint):
         assert self._baseline is not None
         state.set_up_validation(trainer)
         failed = state.reenter(trainer, saved, self._baseline, self._see(trainer))
+        if not self.rates_are_overridden:
+            state.put_groups_back(trainer, saved)
         state.share_again(self._shared)
         self._made_by = saved.get("made_by", [])
         self._unmute(trainer)
@@ -335,7 +338,7 @@ class CheckpointCallback(Checkpoint):
             return False
         loop = trainer.fit_loop.epoch_loop
         # While gradients are pending there is no safe point: they are not in the file.
-        first, pending_gradients = not loop.batch_progress.current.ready, loop._should_accumulate()
+        first, pending_gradients = not loop.batch_progress.current.ready, state.accumulates(trainer)
         self._raise_pending(trainer)
         if loop.restarting and not self._pending:
             return True  # a resume as Lightning's own: it may leave out a validation here, and ask again
@@ -388,10 +391,10 @@ class CheckpointCallback(Checkpoint):
         self._before = state.before_validation(trainer)
         if self._loader_states is not None:
             self._before["fit_loop"]["state_dict"]["combined_loader"] = self._loader_states
-        self._before_validation = dict(trainer._logger_connector._callback_metrics)
+        self._before_validation = dict(state.measured(trainer))
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        if self._captured is None or trainer.fit_loop.epoch_loop._should_accumulate():
+        if self._captured is None or state.accumulates(trainer):
             return
         stop, save = self._agree(trainer)
         if stop or save:
@@ -404,7 +407,7 @@ class CheckpointCallback(Checkpoint):
         if self._captured is None:
             return
         self._captured = None
-        before, now = self._before_validation, trainer._logger_connector._callback_metrics
+        before, now = self._before_validation, state.measured(trainer)
         # Whatever the number of loaders: what is another object now was measured by this validation.
         metrics = {name: value for name, value in now.items() if value is not before.get(name)}
         self.scores.measure_validation(metrics, trainer.global_step)
@@ -641,7 +644,7 @@ def load_last(trainer: Trainer, store: CheckpointStore) -> None:
     chosen, checkpoint, lines = store.load_latest(lock_holder=False)
     if trainer.is_global_zero:
         print("\n".join([*lines, f"From {chosen.path}: step {chosen.step}"]), flush=True)
-    trainer._checkpoint_connector._loaded_checkpoint = checkpoint
+    state.give_loaded(trainer, checkpoint)
 
 
 def _call_of_trainer() -> tuple[Trainer, str, Any, Any] | None:

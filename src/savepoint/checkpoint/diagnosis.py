@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from savepoint import words
-from savepoint.checkpoint import manifest
+from savepoint.checkpoint.seal import MAGIC, RECORD, SEAL_BYTES
 
 _ITEM_BYTES = {
     **dict.fromkeys(("DoubleStorage", "LongStorage", "ComplexFloatStorage"), 8),
@@ -49,7 +49,7 @@ def _examine_zip(path: Path, file: BinaryIO, size: int) -> Finding:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return Finding(_broken_end(file, size), False)
-    if manifest.RECORD in names:
+    if RECORD in names:
         return Finding(_broken_seal(file, size), False)
     folder = names[0].split("/")[0] if names else ""
     if f"{folder}/constants.pkl" in names:
@@ -63,8 +63,8 @@ def _broken_seal(file: BinaryIO, size: int) -> str:
     """A whole zip with a manifest: its seal is in the wrong place, or is not the seal of these bytes."""
     start = file.seek(max(0, size - (1 << 17)))
     data = file.read()
-    found = data.rfind(manifest.MAGIC)
-    extra = size - (start + found + manifest.SEAL_BYTES)
+    found = data.rfind(MAGIC)
+    extra = size - (start + found + SEAL_BYTES)
     if found >= 0 and extra > 0:
         return f"{extra} bytes were appended to it"
     if found >= 0 and extra < 0:

@@ -82,12 +82,14 @@ class _Place:
         packed: What a checkpoint would hold; meaningless where `what` is given.
         what: Words for a value that no checkpoint can hold, else "".
         small: Whether the first look keeps a copy.
+        shares: The place that was seen first of those that hold this very memory, as a view and its base do.
     """
 
     mark: Any
     packed: Any = None
     what: str = ""
     small: bool = False
+    shares: Path | None = None
 
     @property
     def is_alias(self) -> bool:
@@ -117,6 +119,7 @@ class Look:
         self._classes: set[type] = set()
         self._codes: list[types.FunctionType] = []
         self._followed: set[int] = set()
+        self._memory: dict[int, Path] = {}
         self._registered: set[int] = set()
         for name, root in roots.items():
             if isinstance(root, nn.Module):
@@ -279,7 +282,12 @@ class Look:
             self._opaque(path, value, _words(error.args[0]))
             return
         small = packer.values <= _SMALL_VALUES and packer.bytes <= _SMALL_BYTES
-        self.places[path] = _Place(mark(packed), packed, small=small)
+        self.places[path] = _Place(mark(packed), packed, small=small, shares=self._shares(path, value))
+
+    def _shares(self, path: Path, value: Any) -> Path | None:
+        memory = _memory(value)
+        first = path if memory is None else self._memory.setdefault(memory, path)
+        return None if first == path else first
 
     def _opaque(self, path: Path, value: Any, what: str, always: bool = False) -> None:
         self.places[path] = _Place(object() if always else id(value), what=what)
@@ -522,6 +530,8 @@ class Baseline:
                 continue
             if not place.what:
                 saved.append([packed_path(path), place.packed])
+                if place.shares and (before is None or before.shares != place.shares):
+                    named.append(f"{in_words(path)} (shares its memory with {in_words(place.shares)})")
             elif before is not None or (path[0][0] == "root" and path[-1][0] != "hooks"):
                 named.append(f"{in_words(path)} ({place.what})")
         for path in self.places:
@@ -616,8 +626,8 @@ def _made_of_weights(module: nn.Module) -> frozenset[str]:
 
 def _without_large(place: _Place) -> _Place:
     if place.small:
-        return _Place(place.mark, _copied(place.packed), place.what, small=True)
-    return _Place(place.mark, None, place.what)
+        return _Place(place.mark, _copied(place.packed), place.what, small=True, shares=place.shares)
+    return _Place(place.mark, None, place.what, shares=place.shares)
 
 
 def _tensors(packed: Any) -> Iterator[Tensor]:
@@ -722,6 +732,16 @@ def _storage(value: Any) -> int | None:
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return None
     return value.untyped_storage().data_ptr()
+
+
+def _memory(value: Any) -> int | None:
+    """The same number for all tensors or arrays that lie in the same memory."""
+    if isinstance(value, Tensor):
+        return _storage(value)
+    base = value
+    while isinstance(base, np.ndarray) and base.base is not None:
+        base = base.base
+    return id(base) if isinstance(value, np.ndarray) else None
 
 
 def _refuse_another_kind(live: Any, value: Any) -> None:

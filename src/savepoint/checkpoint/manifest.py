@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from savepoint import files
+from savepoint.checkpoint.seal import DIGITS, MAGIC, RECORD, SEAL_BYTES
 from savepoint.errors import (
     CheckpointCorruptError,
     CheckpointForeignError,
@@ -41,14 +42,10 @@ if TYPE_CHECKING:
     from savepoint.checkpoint.diagnosis import Finding
 
 FORMAT_VERSION = 1
-RECORD = "archive/manifest.json"  # inside torch's own prefix: torch refuses an archive with two prefixes
 STEP_NAME = re.compile(r"step-(\d+)\.ckpt")
 
-MAGIC = b"savepoint1 "
-_DIGITS = 64  # of a sha256 in hex: the last bytes of the file
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _END_RECORD = struct.Struct("<4s4H2IH")
-SEAL_BYTES = len(MAGIC) + 16 + 1 + _DIGITS
 _FIRST_READ_BYTES = 8192  # holds the end of a checkpoint with some fifty tensors
 _MAX_TAIL_BYTES = 1 << 28
 _CHUNK_BYTES = 1 << 20
@@ -115,10 +112,10 @@ def append(file: BinaryIO, facts: Mapping[str, Any]) -> dict[str, Any]:
         # A fixed date, so that equal states and facts give equal files.
         archive.writestr(zipfile.ZipInfo(RECORD), text)
         offset = archive.getinfo(RECORD).header_offset
-        archive.comment = MAGIC + b"%016x " % offset + b"0" * _DIGITS
+        archive.comment = MAGIC + b"%016x " % offset + b"0" * DIGITS
     file.seek(offset)
-    seal = hashlib.sha256(file.read()[:-_DIGITS]).hexdigest().encode()
-    file.seek(-_DIGITS, os.SEEK_END)
+    seal = hashlib.sha256(file.read()[:-DIGITS]).hexdigest().encode()
+    file.seek(-DIGITS, os.SEEK_END)
     # Until this write is complete the seal does not match: a crash in here leaves a file that is refused.
     file.write(seal)
     manifest: dict[str, Any] = json.loads(text)
@@ -298,7 +295,7 @@ def _sealed_tail(file: BinaryIO) -> _Tail:
         data = file.read()
     else:
         data = data[offset - start :]
-    if hashlib.sha256(data[:-_DIGITS]).hexdigest().encode() != data[-_DIGITS:]:
+    if hashlib.sha256(data[:-DIGITS]).hexdigest().encode() != data[-DIGITS:]:
         raise ValueError("the seal does not match")
     return _Tail(offset, _parse(data))
 

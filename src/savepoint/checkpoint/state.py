@@ -293,6 +293,34 @@ def _validation_loaders(trainer: Trainer) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
 
 
+# -- Lightning's own books -------------------------------------------------------------------------
+
+
+def as_lightning_saves(trainer: Trainer) -> dict[str, Any]:
+    """What `Trainer.save_checkpoint` would write, with what callbacks add."""
+    return dict(trainer._checkpoint_connector.dump_checkpoint(weights_only=False))
+
+
+def give_loaded(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Where Lightning puts a file that it has read: from there it restores."""
+    trainer._checkpoint_connector._loaded_checkpoint = checkpoint
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Whether the gradients of the batch that was trained last wait for more."""
+    return bool(trainer.fit_loop.epoch_loop._should_accumulate())
+
+
+def measured(trainer: Trainer) -> dict[str, Tensor]:
+    """Each metric that was logged, the object as it was reduced: another object means that it was measured again."""
+    return trainer._logger_connector._callback_metrics
+
+
+def set_steps(trainer: Trainer, batches: int) -> None:
+    """For the logs of a training that goes on from a file of another program."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = batches
+
+
 # -- capture ---------------------------------------------------------------------------------------
 
 
@@ -516,6 +544,18 @@ def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now:
         vars(trainer)["_last_val_time"] = float("-inf")  # it is due, whatever the clock of this process says
     restore_rng(saved["rng"], module.device)
     return failed
+
+
+def put_groups_back(trainer: Trainer, saved: Mapping[str, Any]) -> None:
+    """Learning rates and the like: a hook of a start may set them, which was done before the first step alone."""
+    for optimizer, state in zip(trainer.optimizers, saved["optimizer_states"], strict=False):
+        groups = state.get("param_groups", ()) if isinstance(state, Mapping) else ()
+        for group, then in zip(optimizer.param_groups, groups, strict=False):
+            for name in [name for name in then if name != "params"]:
+                if isinstance(group.get(name), Tensor) and isinstance(then[name], Tensor):
+                    group[name].copy_(then[name])
+                else:
+                    group[name] = copy.deepcopy(then[name])
 
 
 def _load_again(trainer: Trainer, saved: Mapping[str, Any]) -> None:
@@ -843,11 +883,12 @@ def versions(module: LightningModule) -> dict[str, Any]:
 
 def left_out(module: LightningModule, weights: Mapping[str, Any], at_start: Mapping[str, Any]) -> list[str]:
     """Words for weights that have changed and that the user's own code has taken out of the file, and for new ones."""
-    now = versions(module)
-    persisted = {*dict(module.named_parameters()), *module.state_dict()}
-    gone = [name for name in now if name in persisted and name not in weights]
-    new = [f"model.{name} (made in mid-training)" for name in now if name in weights and name not in at_start]
-    return [f"model.{name} (left out of the file)" for name in gone if now[name] != at_start.get(name)] + new
+    names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    gone = names.intersection(module.state_dict()).difference(weights)
+    now = versions(module) if gone else {}
+    words = [f"model.{name} (left out of the file)" for name in sorted(gone) if now.get(name) != at_start.get(name)]
+    made = sorted(names.intersection(weights).difference(at_start))
+    return words + [f"model.{name} (made in mid-training)" for name in made]
 
 
 def at_end_of_epoch(trainer: Trainer) -> bool:

@@ -1,4 +1,4 @@
-"""`savepoint report [RUN_DIR] [-o FILE]`: exit code 0 once the file is written, whatever the state of the run."""
+"""`savepoint report [RUN_DIR] [-o FILE]`: exits with 0 once the file is there, whatever it says."""
 
 import argparse
 from pathlib import Path
@@ -11,8 +11,10 @@ from savepoint.words import show
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN_DIR", nargs="?", help="a run directory; the newest run under outputs/")
-    parser.add_argument("-o", "--output", metavar="FILE", help="default: report.html in the run directory")
+    place = "a run directory; the newest run under outputs/"
+    parser.add_argument("run_dir", metavar="RUN_DIR", nargs="?", help=place)
+    file = "default: report.html in the run directory"
+    parser.add_argument("-o", "--output", metavar="FILE", help=file)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -20,24 +22,22 @@ def main(arguments: argparse.Namespace) -> int:
     path = Path(arguments.output or run.directory / "report.html")
     _refuse_other_file(path)
     report = gather.Report(run)
-    size = _write(path, page.page(report))
+    size, missing = _write(path, page.page(report)), report.missing + report.curves.missing
     if arguments.json:
         facts = {"run_dir": run.directory, "file": path, "bytes": size, "state": report.state}
-        output.put_json(facts | {"missing": report.missing + report.curves.missing})
+        output.put_json(facts | {"missing": missing})
     else:
-        output.put(
-            "\n".join([*report.missing, *report.curves.missing, f"{show(path.absolute())}: {size / 1e3:.0f} kB"])
-        )
+        output.put("\n".join([*missing, f"{show(path.absolute())}: {size / 1e3:.0f} kB"]))
     return 0
 
 
 def _refuse_other_file(path: Path) -> None:
     """A report is written anew at each call; nothing else is ever replaced by one."""
-    if not path.exists() or (path.is_file() and page.GENERATOR.encode() in path.read_bytes()[:1000]):
-        return
-    raise ConfigError(
-        f"There already, and no report: {path}. Expected a new file, or a report. Give another one: -o FILE"
-    )
+    is_report = path.is_file() and page.GENERATOR.encode() in path.read_bytes()[:1000]
+    if path.exists() and not is_report:
+        there = f"There already, and no report: {path}"
+        expected = "Expected a new file, or a report. Give another one: -o FILE"
+        raise ConfigError(f"{there}. {expected}")
 
 
 def _write(path: Path, text: str) -> int:
@@ -47,8 +47,9 @@ def _write(path: Path, text: str) -> int:
         with files.rewriting(path) as file:
             file.write(data)
     except OSError as error:
+        room = f"with room for {len(data) / 1e3:.0f} kB"
         raise RunDirectoryError(
             f"Cannot write the report: {path} ({error.strerror}). Expected a file that this user "
-            f"may write, with room for {len(data) / 1e3:.0f} kB. Name another one: -o FILE"
+            f"may write, {room}. Name another one: -o FILE"
         ) from error
     return len(data)

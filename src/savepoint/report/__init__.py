@@ -1,2 +1,5 @@
-"""One HTML file that shows a run: `gather` reads the run directory, `curves` its metrics.csv, `page` lays it out with
-`chart` and `markup`. The file needs nothing else: no network, no other file, and no script to be read."""
+"""One HTML file that shows a run. It needs no network, no other file, and no script to be read.
+
+`gather` reads the run directory, `curves` its metrics.csv; `chart` says what stands where in the
+pictures; `page` fills page.html, and drawn.html with the SVG, and puts page.css and page.js in.
+"""

@@ -102,7 +102,7 @@ def step_axis(last: float) -> Axis:
 
 
 def _value_axis(chart: Chart) -> Axis:
-    low, high = min(chart.values(), default=0.0), max(chart.values(), default=1.0)
+    low, high = min(chart.values, default=0.0), max(chart.values, default=1.0)
     spread, size = high - low, max(abs(low), abs(high))
     room = 0.06 * spread
     if spread < max(1e-9 * size, 1e-290):

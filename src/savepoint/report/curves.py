@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import isnan, nan
 from operator import itemgetter
 from pathlib import Path
@@ -36,6 +37,13 @@ class Series:
     role: str
     points: list[Point] = field(default_factory=list)
 
+    def add(self, step: float, text: str) -> bool:
+        """Returns False where it is no number."""
+        value = _number(text)
+        if value is not None:
+            self.points.append((step, value))
+        return value is not None or not text
+
     def finite(self) -> list[Point]:
         return [point for point in self.points if not isnan(point[1])]
 
@@ -44,32 +52,24 @@ class Series:
         return [step for step, value in self.points if isnan(value)]
 
 
-@dataclass
 class Chart:
-    """The series of one quantity: `loss` of train/loss and val/loss. Percentages have a unit."""
+    """The series of one quantity: `loss` of train/loss and val/loss. Shares become percentages."""
 
-    quantity: str
-    series: list[Series] = field(default_factory=list)
-    unit: str = ""
-
-    def values(self) -> list[float]:
-        return [value for series in self.series for _, value in series.finite()]
-
-    @property
-    def is_curve(self) -> bool:
-        return any(len(series.points) > 1 for series in self.series)
-
-    @property
-    def is_long(self) -> bool:
-        return any(len(series.points) > LONG for series in self.series)
+    def __init__(self, quantity: str, series: Iterable[Series]) -> None:
+        self.quantity, self.unit = quantity, ""
+        self.series = sorted(series, key=lambda one: (ORDER.index(one.role), one.label))
+        self.values = [value for one in self.series for _, value in one.finite()]
+        if SHARE.fullmatch(quantity) and all(0 <= value <= 1 for value in self.values):
+            self.unit, self.values = " %", [100 * value for value in self.values]
+            for one in self.series:
+                one.points = [(step, 100 * value) for step, value in one.points]
+        longest = max(len(one.points) for one in self.series)
+        self.is_curve, self.is_long = longest > 1, longest > LONG
+        self.by_the_clock = quantity.startswith("time/")
 
     def last(self, series: Series) -> str:
         found = series.finite()
         return measured(found[-1][1], self.unit) if found else "none"
-
-    @property
-    def by_the_clock(self) -> bool:
-        return self.quantity.startswith("time/")
 
 
 class Curves:
@@ -78,13 +78,12 @@ class Curves:
     Attributes:
         charts: That of the monitored quantity first, those by the clock last.
         missing: What is wrong with the file or not in it, one sentence each.
-        secs: Time in training, as far as the rows tell.
+        secs: Time in training, as far as the rows tell: their clock begins anew at each start.
     """
 
     def __init__(self, path: Path, monitor: str | None = None) -> None:
-        self.missing, self.last_step, self.secs = list[str](), 0.0, 0.0
-        columns, unread = dict[str, Series](), Counter[str]()
-        clock = 0.0
+        self.missing, self.last_step = list[str](), 0.0
+        columns, clock, unread = dict[str, Series](), series_of("time/secs"), Counter[str]()
         for row in _rows(path, self.missing):
             columns = columns or {name: series_of(name) for name in row if name not in NO_METRICS}
             step = _number(row["step"])
@@ -92,21 +91,14 @@ class Curves:
                 unread["row has no step"] += 1
                 continue
             self.last_step = max(self.last_step, step)
-            for name, series in columns.items():
-                value = _number(row[name])
-                if value is not None:
-                    series.points.append((step, value))
-                elif row[name]:
-                    unread["value is no number"] += 1
-            secs = _number(row.get("time/secs", ""))
-            if secs is not None and not isnan(secs):  # it begins anew at each start
-                self.secs += secs - clock if secs >= clock else secs
-                clock = secs
-        told = [plural(times, what) for what, times in unread.items()]
+            clock.add(step, row.get("time/secs", ""))
+            bad = [name for name, one in columns.items() if not one.add(step, row[name])]
+            unread["value is no number"] += len(bad)
+        told = [plural(times, what) for what, times in unread.items() if times]
         self.missing += [f"metrics.csv is damaged: {one}." for one in told]
-        first = series_of(monitor or "").quantity
-        charts = _grouped(columns.values())
-        self.charts = sorted(charts, key=lambda one: (one.by_the_clock, one.quantity != first))
+        secs = pairwise([0.0, *(secs for _, secs in clock.finite())])
+        self.secs = sum(now - before if now >= before else now for before, now in secs)
+        self.charts = _charts(columns.values(), series_of(monitor or "").quantity)
 
 
 def series_of(name: str) -> Series:
@@ -175,14 +167,9 @@ def _number(text: str) -> float | None:
     return value if abs(value) < LARGEST else nan
 
 
-def _grouped(columns: Iterable[Series]) -> Iterable[Chart]:
-    charts: dict[str, Chart] = {}
+def _charts(columns: Iterable[Series], first: str) -> list[Chart]:
+    groups: dict[str, list[Series]] = {}
     for series in filter(lambda one: one.points, columns):
-        charts.setdefault(series.quantity, Chart(series.quantity)).series.append(series)
-    for chart in charts.values():
-        chart.series.sort(key=lambda one: (ORDER.index(one.role), one.label))
-        if SHARE.fullmatch(chart.quantity) and all(0 <= value <= 1 for value in chart.values()):
-            chart.unit = " %"
-            for series in chart.series:
-                series.points = [(step, 100 * value) for step, value in series.points]
-    return charts.values()
+        groups.setdefault(series.quantity, []).append(series)
+    charts = [Chart(quantity, series) for quantity, series in groups.items()]
+    return sorted(charts, key=lambda one: (one.by_the_clock, one.quantity != first))

@@ -66,11 +66,11 @@ class Report:
     Attributes:
         latest: The manifest of the newest checkpoint.
         summary: Of this end of the run; empty where there is none.
+        missing: What is not there or cannot be read, one sentence each.
         rules: The retention that the run's config asks for; None where that is not known.
+        command: (what for, what to type).
         lanes: The files that have a step, by place.
         last_step: The end of every step axis.
-        command: (what for, what to type).
-        missing: What is not there or cannot be read, one sentence each.
     """
 
     def __init__(self, run: Run) -> None:
@@ -82,8 +82,9 @@ class Report:
         self.summary = run.summary() if run.is_summarised() else {}
         self.starts = [_start(number, one) for number, one in enumerate(run.starts(), 1)]
         self.config = _text(run.directory / "config.yaml")
-        self.missing = _missing(run, self.config)
-        self.rules = _rules(self.config)
+        parsed = _parsed(self.config or "")
+        self.missing = _missing(run, self.config, parsed)
+        self.rules = _rules(parsed)
         self.files = [*_in_the_run(run, self.rules), *_damaged(run), *_rewound(run.directory)]
         self.marks = sorted([*_marks_of_starts(self.starts), *_marks_of_files(self.files)])
         self.curves = Curves(run.directory / "metrics.csv", self.latest.get("monitor"))
@@ -95,12 +96,12 @@ class Report:
         self.last_step = max([self.curves.last_step, *steps])
 
 
-def _missing(run: Run, config: str | None) -> list[str]:
+def _missing(run: Run, config: str | None, parsed: Any) -> list[str]:
     found = []
     if not run.starts():
         unknown = "how and where the run was started is not known"
         found.append(f"run.json is missing or damaged: {unknown}.")
-    if not isinstance(_parsed(config), dict):
+    if not isinstance(parsed, dict):
         found.append(f"config.yaml is {'missing' if config is None else 'damaged'}.")
     if run.is_summary_damaged():
         found.append("summary.json is damaged: the results are not known.")
@@ -205,21 +206,21 @@ def _stat(path: Path) -> os.stat_result | None:
     return None
 
 
-def _rules(config: str | None) -> Mapping[str, int] | None:
+def _rules(config: Any) -> Mapping[str, int] | None:
     """What the config says of retention; None where it is not readable."""
     with contextlib.suppress(ValueError, TypeError, AttributeError):  # edited by hand
-        group = _parsed(config).get("checkpoint")
+        group = config.get("checkpoint")
         given = {rule: group[rule] for rule in RULES if group.get(rule) is not None}
         Retention(**given)  # a ConfigError where a number is out of range
         return given
     return None
 
 
-def _parsed(config: str | None) -> Any:
+def _parsed(config: str) -> Any:
     from savepoint.config.compose import parse_yaml
 
     with contextlib.suppress(ValueError, TypeError, RecursionError):
-        return parse_yaml(config or "", "config.yaml")
+        return parse_yaml(config, "config.yaml")
     return None
 
 

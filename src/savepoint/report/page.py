@@ -86,12 +86,13 @@ def _is_number(value: object) -> TypeGuard[float]:
 def _environment(report: Report) -> Iterator[tuple[str, Any]]:
     last = report.starts[-1] if report.starts else {}
     git, versions = last.get("git") or {}, last.get("versions") or {}
+    commit = git.get("commit") or None
     uncommitted = ", with changes that are not committed" if git.get("dirty") else ""
-    commit = f"commit {str(git.get('commit'))[:12]}{uncommitted}"
     yield "host", last.get("host")
     yield "hardware", last.get("hardware")
     yield "processes", last.get("world_size")
-    yield "code", commit if git.get("commit") else "not under git"
+    code = f"commit {commit[:12]}{uncommitted}" if isinstance(commit, str) else ""
+    yield "code", code or "not under git"
     yield "data", ", ".join(str(value) for value in report.dataset.values() if value)
     for name, version in versions.items():
         found = [str((start["versions"] or {}).get(name, version)) for start in report.starts]

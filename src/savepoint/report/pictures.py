@@ -34,10 +34,12 @@ def read(directory: Path, missing: list[str]) -> Iterator[Picture]:
     # It tells of each resume and each damaged file.
     logging.getLogger("tensorboard").setLevel(logging.CRITICAL)
     try:
-        events = event_accumulator.EventAccumulator(str(directory), {"images": 1, "scalars": 1}).Reload()
+        kept = {"images": 1, "scalars": 1}
+        events = event_accumulator.EventAccumulator(str(directory), kept).Reload()
         found = [(tag, events.Images(tag)[-1]) for tag in sorted(events.Tags()["images"])]
-    except Exception as error:  # noqa: BLE001 - whatever TensorBoard meets in a file that is damaged
-        missing.append(f"The TensorBoard events cannot be read ({type(error).__name__}): there are no pictures.")
+    except Exception as error:  # noqa: BLE001 - whatever TensorBoard meets there
+        what = f"The TensorBoard events cannot be read ({type(error).__name__})"
+        missing.append(f"{what}: there are no pictures.")
         return
     for tag, image in found[:MOST]:
         data = image.encoded_image_string
@@ -45,8 +47,8 @@ def read(directory: Path, missing: list[str]) -> Iterator[Picture]:
         if kind is None or len(data) > LARGEST_BYTES:
             why = f"has {words.megabytes(len(data))}" if kind else "is no PNG, JPEG or GIF"
             missing.append(f"The picture {tag} {why}: it is left out.")
-        else:
-            url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-            yield Picture(tag, int(image.step), url, int(image.width), int(image.height))
+            continue
+        url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        yield Picture(tag, int(image.step), url, int(image.width), int(image.height))
     if len(found) > MOST:
         missing.append(f"{len(found) - MOST} more pictures are in the TensorBoard events only.")

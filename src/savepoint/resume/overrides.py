@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from savepoint.checkpoint import canary
+from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.checkpoint.state import environment
 from savepoint.errors import ConfigMismatchError
 from savepoint.resume import reschedule
@@ -94,6 +95,9 @@ class ApplyOverrides(Callback):
         if self._fresh is not None:
             reschedule.put(trainer, self._fresh, self.changed)
             self._fresh = None
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, CheckpointCallback):
+                    callback.rates_are_overridden = True
 
 
 def _reaches_the_rates(key: str) -> bool:

@@ -193,7 +193,7 @@ def _refuse_past_time(source: Source, config: Any) -> None:
     timer = Timer(config.trainer.max_time)
     saved = source.state.get("callbacks", {}).get(timer.state_key, {})
     used = saved.get("time_elapsed", {}).get("train", 0.0)
-    limit = timer._duration
+    limit = timer.time_remaining()
     if limit is not None and used >= limit:
         raise ConfigError(
             f"Past that already: {show(source.path)} has trained for {used:.0f} s, and trainer.max_time is "
