@@ -12,7 +12,8 @@ from savepoint import entry
 def main(argv: Sequence[str]) -> int:
     from savepoint.config import quick
 
-    composed = quick.check(argv)  # answers --help; says what is wrong with files before the slow imports
+    # Answers --help; says what is wrong with files before the slow imports.
+    composed = quick.check(argv)
 
     with entry.importing():
         import project  # noqa: F401  (its classes can be named shortly in a config)

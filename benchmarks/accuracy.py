@@ -1,11 +1,13 @@
-"""Test accuracy of a config over several seeds, each through the real `python train.py` in a process of its own.
+"""Test accuracy of a config over several seeds, each through the real `python train.py` in a
+process of its own.
 
     DATA_ROOT=/path/to/data python benchmarks/accuracy.py
     DATA_ROOT=/path/to/data python benchmarks/accuracy.py --config configs/fast.yaml --seeds 0 1 2
     DATA_ROOT=/path/to/data python benchmarks/accuracy.py --seeds 0 1 --model.lr 0.01
 
-What is tested are the best weights of each run by val/accuracy, as train.py does. The figures are those of its
-summary.json; `wall` counts the whole process but the start of Python. Flags that are not named here go to train.py.
+What is tested are the best weights of each run by val/accuracy, as train.py does. The figures are
+those of its summary.json; `wall` counts the whole process but the start of Python. Flags that are
+not named here go to train.py.
 """
 
 import argparse
@@ -24,7 +26,15 @@ from report import ROOT, machine, require_mnist, table
 def train(config: str, seed: int, more: Sequence[str], output_dir: Path) -> dict[str, Any]:
     """The summary of one run."""
     name = f"seed-{seed}"
-    command = [sys.executable, "train.py", "--config", config, "--seed_everything", str(seed), *more]
+    command = [
+        sys.executable,
+        "train.py",
+        "--config",
+        config,
+        "--seed_everything",
+        str(seed),
+        *more,
+    ]
     command += ["--output_dir", str(output_dir), "--run_name", name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -34,7 +44,9 @@ def train(config: str, seed: int, more: Sequence[str], output_dir: Path) -> dict
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/mnist.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     asked, more = parser.parse_known_args()

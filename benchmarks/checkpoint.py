@@ -3,9 +3,10 @@
     DATA_ROOT=/path/to/data python benchmarks/checkpoint.py
     DATA_ROOT=/path/to/data python benchmarks/checkpoint.py --saves 40
 
-The run of configs/mnist.yaml, saved after every step. Each save is the real one (state captured, logs
-flushed, file and directory synced, retention); right after it, the same state goes to Lightning's own file (TorchCheckpointIO,
-without our callback, not synced), and our file's bytes to a raw file that is synced. The first saves are not counted.
+The run of configs/mnist.yaml, saved after every step. Each save is the real one (state captured,
+logs flushed, file and directory synced, retention); right after it, the same state goes to
+Lightning's own file (TorchCheckpointIO, without our callback, not synced), and our file's bytes to
+a raw file that is synced. The first saves are not counted.
 """
 
 import argparse
@@ -41,7 +42,13 @@ def measure_saves(saves: int, work: Path, *flags: str) -> dict[str, list[float]]
     from savepoint.run import Run
     from savepoint.training import build
 
-    found: dict[str, list[float]] = {"ours": [], "theirs": [], "raw": [], "our bytes": [], "their bytes": []}
+    found: dict[str, list[float]] = {
+        "ours": [],
+        "theirs": [],
+        "raw": [],
+        "our bytes": [],
+        "their bytes": [],
+    }
 
     def timed(name: str, call: Any, *args: Any, **kwargs: Any) -> None:
         begun = time.perf_counter()
@@ -51,7 +58,10 @@ def measure_saves(saves: int, work: Path, *flags: str) -> dict[str, list[float]]
     class Measured(CheckpointCallback):
         def _save(self, trainer: Any, at: Any, **kwargs: Any) -> None:
             timed("ours", super()._save, trainer, at, **kwargs)
-            content, other = self.store.path(trainer.global_step).read_bytes(), work / "lightning.ckpt"
+            content, other = (
+                self.store.path(trainer.global_step).read_bytes(),
+                work / "lightning.ckpt",
+            )
             timed("raw", synced_write, content, work / "raw")
             callbacks, plugin = trainer.callbacks, trainer.strategy.checkpoint_io
             trainer.callbacks = [callback for callback in callbacks if callback is not self]
@@ -61,7 +71,9 @@ def measure_saves(saves: int, work: Path, *flags: str) -> dict[str, list[float]]
             found["our bytes"].append(len(content))
             found["their bytes"].append(other.stat().st_size)
 
-    config = typed.parse(["--checkpoint.save_every_steps=1", f"--trainer.max_steps={saves + WARM_UP}", *flags])
+    config = typed.parse(
+        ["--checkpoint.save_every_steps=1", f"--trainer.max_steps={saves + WARM_UP}", *flags]
+    )
     directory = Path(tempfile.mkdtemp(dir=work))
     run = Run.open(directory)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -74,20 +86,43 @@ def measure_saves(saves: int, work: Path, *flags: str) -> dict[str, list[float]]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--saves", type=int, default=30)
     asked = parser.parse_args()
     require_mnist()
     print(f"On {machine()}", flush=True)
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
         rows = []
-        for name, *flags in (("ConvNet",), ("ClassicNet", f"--model={ROOT}/configs/model/classic.yaml")):
-            found = {key: median(values) for key, values in measure_saves(asked.saves, Path(folder), *flags).items()}
+        for name, *flags in (
+            ("ConvNet",),
+            ("ClassicNet", f"--model={ROOT}/configs/model/classic.yaml"),
+        ):
+            found = {
+                key: median(values)
+                for key, values in measure_saves(asked.saves, Path(folder), *flags).items()
+            }
             ours, theirs = found["our bytes"] / 1000, found["their bytes"] / 1000
             rows += [
-                [f"{name}: ours", f"{ours:.1f} kB", f"{ours - theirs:+.1f} kB", f"{found['ours']:.1f} ms"],
-                [f"{name}: Lightning's, not synced", f"{theirs:.1f} kB", "", f"{found['theirs']:.1f} ms"],
-                [f"{name}: our bytes, raw write + fsync", f"{ours:.1f} kB", "", f"{found['raw']:.1f} ms"],
+                [
+                    f"{name}: ours",
+                    f"{ours:.1f} kB",
+                    f"{ours - theirs:+.1f} kB",
+                    f"{found['ours']:.1f} ms",
+                ],
+                [
+                    f"{name}: Lightning's, not synced",
+                    f"{theirs:.1f} kB",
+                    "",
+                    f"{found['theirs']:.1f} ms",
+                ],
+                [
+                    f"{name}: our bytes, raw write + fsync",
+                    f"{ours:.1f} kB",
+                    "",
+                    f"{found['raw']:.1f} ms",
+                ],
             ]
         print(table(["one save, blocking", "size", "more", "time"], rows))
     return 0

@@ -10,7 +10,9 @@ from typing import Any
 
 
 def found(system: str, path: Path) -> str:
-    """What is wrong with a file, "" where nothing is: ours by its manifest and seal, Lightning's by its CRCs and a load."""
+    """What is wrong with a file, "" where nothing is: ours by its manifest and seal, Lightning's by
+    its CRCs and a load.
+    """
     from savepoint.checkpoint import store
     from savepoint.errors import CheckpointCorruptError, CheckpointForeignError
 
@@ -41,16 +43,25 @@ def load(path: Path) -> Any:
 def _torn(state: Any) -> str:
     """Whether each parameter has seen as many steps as the file says: AdamW counts them."""
     steps = {int(one["step"]) for one in state["optimizer_states"][0]["state"].values()}
-    return "" if steps == {state["global_step"]} else f"step {state['global_step']} with parameters of {sorted(steps)}"
+    return (
+        ""
+        if steps == {state["global_step"]}
+        else f"step {state['global_step']} with parameters of {sorted(steps)}"
+    )
 
 
-# -- damaging ----------------------------------------------------------------------------------------------------------
+# -- damaging ------------------------------------------------------------------------------------
 
 
 def _flip_a_bit(path: Path, dice: random.Random) -> None:
     records = _tensor_bytes(path)
     start, size = dice.choices(records, [size for _, size in records])[0]
-    _overwrite(path, start + dice.randrange(size), 1, lambda byte: bytes([byte[0] ^ 1 << dice.randrange(8)]))
+    _overwrite(
+        path,
+        start + dice.randrange(size),
+        1,
+        lambda byte: bytes([byte[0] ^ 1 << dice.randrange(8)]),
+    )
 
 
 def _zero_a_page(path: Path, dice: random.Random) -> None:

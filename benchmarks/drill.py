@@ -1,13 +1,15 @@
-"""The faults that end runs, in front of you: savepoint and Lightning's ModelCheckpoint side by side, one table at the end.
+"""The faults that end runs, in front of you: savepoint and Lightning's ModelCheckpoint side by
+side, one table at the end.
 
     make drill
     make drill ARGS="--full --seed 3"
 
-Real processes are killed while they save, their newest checkpoint is damaged, their disk is filled by another program,
-they are sent the signals of schedulers and terminals; then the same command is given again. The moments come from the
-seed. runs.py says how the two systems are set up, faults.py what each fault does. The full disk is a small tmpfs in a
-mount namespace of its own; where that is not permitted, its rows say so. Ends with 1 if anything of savepoint was damaged,
-did not resume, was loaded although damaged, or ended other than the run that nothing disturbed.
+Real processes are killed while they save, their newest checkpoint is damaged, their disk is filled
+by another program, they are sent the signals of schedulers and terminals; then the same command is
+given again. The moments come from the seed. runs.py says how the two systems are set up, faults.py
+what each fault does. The full disk is a small tmpfs in a mount namespace of its own; where that is
+not permitted, its rows say so. Ends with 1 if anything of savepoint was damaged, did not resume,
+was loaded although damaged, or ended other than the run that nothing disturbed.
 """
 
 import argparse
@@ -65,7 +67,10 @@ class Rounds:
     signals: int
 
 
-SHORT, FULL = Rounds(kills=12, rot=2, disk=1, signals=2), Rounds(kills=60, rot=10, disk=5, signals=15)
+SHORT, FULL = (
+    Rounds(kills=12, rot=2, disk=1, signals=2),
+    Rounds(kills=60, rot=10, disk=5, signals=15),
+)
 
 
 @dataclass
@@ -77,12 +82,16 @@ class Drill:
     seed: int
     rows: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    tallies: dict[str, list[Tally]] = field(default_factory=lambda: {system: [] for system in SYSTEMS})
+    tallies: dict[str, list[Tally]] = field(
+        default_factory=lambda: {system: [] for system in SYSTEMS}
+    )
     number: int = 0
 
     def undisturbed(self, task: Task) -> dict[str, str]:
         print(
-            f"\n(runs of {task.steps} steps, {task.megabytes} MB, that nothing disturbs: to compare with)", flush=True
+            f"\n(runs of {task.steps} steps, {task.megabytes} MB, that nothing disturbs: to "
+            "compare with)",
+            flush=True,
         )
         return self._both(faults.undisturbed, task=task)
 
@@ -123,7 +132,12 @@ def run_all(drill: Drill, rounds: Rounds, elsewhere: Path | None, may_mount: boo
 
 def kill(drill: Drill, times: int, elsewhere: Path | None) -> None:
     task = Task(megabytes=24, epochs=3, batches=8)
-    asked = {"fault": faults.kills, "task": task, "times": times, "expected": drill.undisturbed(task)}
+    asked = {
+        "fault": faults.kills,
+        "task": task,
+        "times": times,
+        "expected": drill.undisturbed(task),
+    }
     text = f"SIGKILL within half a second of a save ({task.megabytes} MB after every step), then the same command again"
     drill.strike("SIGKILL", text, tmp=_each(drill.work / "tmp"), **asked)
     label, text = (
@@ -141,7 +155,9 @@ def rot(drill: Drill, times: int) -> None:
     expected = drill.undisturbed(task)
     for kind in damage.KINDS:
         text = f"Rot: {kind} in the checkpoint that the next start will take"
-        drill.strike(f"rot: {kind}", text, faults.rot, task=task, kind=kind, times=times, expected=expected)
+        drill.strike(
+            f"rot: {kind}", text, faults.rot, task=task, kind=kind, times=times, expected=expected
+        )
 
 
 def fill(drill: Drill, times: int, may_mount: bool) -> None:
@@ -150,9 +166,19 @@ def fill(drill: Drill, times: int, may_mount: bool) -> None:
     if not may_mount:
         drill.skip("full disk", text, "unshare and mount: root, or user namespaces")
         return
-    asked = {"fault": faults.full_disk, "task": task, "times": times, "expected": drill.undisturbed(task)}
+    asked = {
+        "fault": faults.full_disk,
+        "task": task,
+        "times": times,
+        "expected": drill.undisturbed(task),
+    }
     drill.strike("full disk", text, tmp=None, **asked)
-    drill.strike("full disk, other TMPDIR", "The same with TMPDIR elsewhere", tmp=_each(drill.work / "tmp"), **asked)
+    drill.strike(
+        "full disk, other TMPDIR",
+        "The same with TMPDIR elsewhere",
+        tmp=_each(drill.work / "tmp"),
+        **asked,
+    )
 
 
 def send_signals(drill: Drill, times: int) -> None:
@@ -160,7 +186,15 @@ def send_signals(drill: Drill, times: int) -> None:
     expected = drill.undisturbed(task)
     for signum in faults.EXIT_CODES:
         text = f"{signum.name} in the middle of an epoch; saved once an epoch"
-        drill.strike(signum.name, text, faults.signals, task=task, signum=signum, times=times, expected=expected)
+        drill.strike(
+            signum.name,
+            text,
+            faults.signals,
+            task=task,
+            signum=signum,
+            times=times,
+            expected=expected,
+        )
 
 
 def _each(folder: Path) -> dict[str, Path]:
@@ -189,13 +223,23 @@ def verdict(system: str, found: list[Tally]) -> tuple[bool, str]:
 
 
 def enter_namespace() -> bool:
-    """Starts this program anew where it may mount and nobody else sees it; False where that is not permitted."""
+    """Starts this program anew where it may mount and nobody else sees it; False where that is not
+    permitted.
+    """
     if os.environ.get("DRILL_MAY_MOUNT"):
         return True
-    unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
+    unshare = (
+        ["unshare", "--mount"]
+        if os.geteuid() == 0
+        else ["unshare", "--user", "--map-root-user", "--mount"]
+    )
     with tempfile.TemporaryDirectory() as folder:
         try:
-            subprocess.run([*unshare, "mount", "-t", "tmpfs", "none", folder], check=True, stderr=subprocess.DEVNULL)
+            subprocess.run(
+                [*unshare, "mount", "-t", "tmpfs", "none", folder],
+                check=True,
+                stderr=subprocess.DEVNULL,
+            )
         except (OSError, subprocess.CalledProcessError):
             return False
     os.environ["DRILL_MAY_MOUNT"] = "1"
@@ -213,15 +257,22 @@ def second_file_system(work: Path, megabytes: int) -> Path | None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=None, help="of the moments; by default a new one each time")
-    parser.add_argument("--full", action="store_true", help="more rounds: about a quarter of an hour")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seed", type=int, default=None, help="of the moments; by default a new one each time"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="more rounds: about a quarter of an hour"
+    )
     asked = parser.parse_args()
     may_mount = enter_namespace()
     began = time.monotonic()
     seed = asked.seed if asked.seed is not None else random.SystemRandom().randrange(10**6)
     print(
-        f"Real faults for savepoint and Lightning's ModelCheckpoint, side by side; moments from seed {seed}\n{machine()}"
+        "Real faults for savepoint and Lightning's ModelCheckpoint, side by side; moments from "
+        f"seed {seed}\n{machine()}"
     )
     work = Path(tempfile.mkdtemp(prefix="drill-"))
     elsewhere = second_file_system(work, 100)
@@ -239,13 +290,20 @@ def main() -> int:
     finally:
         if elsewhere:
             shutil.rmtree(elsewhere)
-    print("\n" + "\n".join([table(HEADER, drill.rows), *drill.notes, "", LEGEND.format(imports=imports), ""]))
+    print(
+        "\n"
+        + "\n".join(
+            [table(HEADER, drill.rows), *drill.notes, "", LEGEND.format(imports=imports), ""]
+        )
+    )
     verdicts = {system: verdict(system, drill.tallies[system]) for system in SYSTEMS}
     print("\n".join(said for _, said in verdicts.values()))
     passed = verdicts["savepoint"][0]
     if passed:
         shutil.rmtree(work)
-    print(f"{'Passed' if passed else f'FAILED (its files: {work})'}, {time.monotonic() - began:.0f} s")
+    print(
+        f"{'Passed' if passed else f'FAILED (its files: {work})'}, {time.monotonic() - began:.0f} s"
+    )
     return 0 if passed else 1
 
 

@@ -1,8 +1,10 @@
-"""Real trainings through real faults, two systems by the same program: what drill.py and tests/test_kills.py share.
+"""Real trainings through real faults, two systems by the same program: what drill.py and
+tests/test_kills.py share.
 
-runs.py says what the two systems are. Each fault strikes a run so many times at moments from a seed, starts it again by
-the same command and counts what that cost. A failed automatic resume is mended as a person would (`Run.mend`), and the
-run goes on. A run that comes to its end is compared with one that nothing disturbed.
+runs.py says what the two systems are. Each fault strikes a run so many times at moments from a
+seed, starts it again by the same command and counts what that cost. A failed automatic resume is
+mended as a person would (`Run.mend`), and the run goes on. A run that comes to its end is compared
+with one that nothing disturbed.
 """
 
 import contextlib
@@ -33,14 +35,19 @@ class Tally:
     """What was counted over the faults of one kind on one system."""
 
     times: int = 0
-    lost: list[int] = field(default_factory=list)  # steps that had to be trained again, for each restart
-    damaged: int = 0  # faults after which a file under a final name is damaged, or holds the weights of two steps
-    nothing_left: int = 0  # faults after which no checkpoint is whole, although one had been written
+    # Steps that had to be trained again, for each restart.
+    lost: list[int] = field(default_factory=list)
+    # Faults after which a file under a final name is damaged, or holds the weights of two steps.
+    damaged: int = 0
+    # Faults after which no checkpoint is whole, although one had been written.
+    nothing_left: int = 0
     failed: int = 0  # automatic resumes that stopped
-    silent: int = 0  # resumes that trained on from damaged bytes, or from an older file without a word
+    # Resumes that trained on from damaged bytes, or from an older file without a word.
+    silent: int = 0
     temps: int = 0  # temp files that outlived a restart
     unsaved: int = 0  # signals that cost steps
-    wrong_codes: int = 0  # signals after which the process ended with another code than `EXIT_CODES` has
+    # Signals after which the process ended with another code than `EXIT_CODES` has.
+    wrong_codes: int = 0
     codes: Counter[int] = field(default_factory=Counter)  # of the processes that met the fault
     restart_secs: list[float] = field(default_factory=list)  # from a restart to its first step done
     ends: int = 0  # runs that came to their end
@@ -66,7 +73,9 @@ class Tally:
         self.damaged += bool(new)
         if not new:
             return "nothing damaged"
-        return "DAMAGED: " + "; ".join(f"{path.name} ({reason[:60]})" for (path, _), reason in new.items())
+        return "DAMAGED: " + "; ".join(
+            f"{path.name} ({reason[:60]})" for (path, _), reason in new.items()
+        )
 
     def compare(self, run: Run, expected: str) -> str:
         """A run that came to its end, in words."""
@@ -90,12 +99,13 @@ class Tally:
         self.failed += 1
         if failures == IN_A_ROW:
             raise HarnessError(
-                f"{run.system}: {failures} resumes in a row failed. The last said:\n{start.said[-2000:]}"
+                f"{run.system}: {failures} resumes in a row failed. The last "
+                f"said:\n{start.said[-2000:]}"
             )
         run.mend()
 
 
-# -- the faults --------------------------------------------------------------------------------------------------------
+# -- the faults ----------------------------------------------------------------------------------
 
 
 def undisturbed(system: str, work: Path, task: Task) -> str:
@@ -103,14 +113,20 @@ def undisturbed(system: str, work: Path, task: Task) -> str:
     run = Run(system, task, work / "undisturbed", work / "tmp")
     start = run.start()
     if (code := start.end()) != 0:
-        raise HarnessError(f"{system}: a run that nothing disturbed ended with {code}:\n{start.said[-2000:]}")
+        raise HarnessError(
+            f"{system}: a run that nothing disturbed ended with {code}:\n{start.said[-2000:]}"
+        )
     return run.digest()
 
 
-def kills(system: str, work: Path, task: Task, tmp: Path, times: int, seed: int, expected: str) -> Tally:
-    """SIGKILL at a random moment, up to half a second after the first save of a start; some strike while it starts.
+def kills(
+    system: str, work: Path, task: Task, tmp: Path, times: int, seed: int, expected: str
+) -> Tally:
+    """SIGKILL at a random moment, up to half a second after the first save of a start; some strike
+    while it starts.
 
-    A run that comes to its end is followed by a new one; after the last kill the run goes to its end.
+    A run that comes to its end is followed by a new one; after the last kill the run goes to its
+    end.
     """
     dice, tally, number = random.Random(seed), Tally(), 0
     run: Run | None = None
@@ -151,7 +167,9 @@ def _strike(start: Start, dice: random.Random) -> None:
     start.send(signal.SIGKILL)
 
 
-def rot(system: str, work: Path, task: Task, kind: str, times: int, seed: int, expected: str) -> Tally:
+def rot(
+    system: str, work: Path, task: Task, kind: str, times: int, seed: int, expected: str
+) -> Tally:
     """Damages the newest checkpoint of a run that was killed, and starts it again."""
     dice, tally = random.Random(f"{seed} {kind}"), Tally()
     run, aside = Run(system, task, work / "rotten", work / "tmp"), work / "aside"
@@ -165,7 +183,9 @@ def rot(system: str, work: Path, task: Task, kind: str, times: int, seed: int, e
         subprocess.run(["cp", "-a", aside, run.directory], check=True)  # hard links stay hard links
         path, run.trained = run.newest()
         damage.KINDS[kind](path, dice)
-        _say(system, f"{kind} in {path.name}, step {run.trained}: {_after_rot(run, tally, expected)}")
+        _say(
+            system, f"{kind} in {path.name}, step {run.trained}: {_after_rot(run, tally, expected)}"
+        )
     return tally
 
 
@@ -185,10 +205,14 @@ def _after_rot(run: Run, tally: Tally, expected: str) -> str:
     return f"{'says so' if said else 'not a word'}, {where}, {tally.compare(run, expected)}"
 
 
-def full_disk(system: str, work: Path, task: Task, tmp: Path | None, times: int, seed: int, expected: str) -> Tally:
-    """Another program fills the disk for eight steps, and takes what is freed meanwhile. `tmp`: None lies on that disk.
+def full_disk(
+    system: str, work: Path, task: Task, tmp: Path | None, times: int, seed: int, expected: str
+) -> Tally:
+    """Another program fills the disk for eight steps, and takes what is freed meanwhile. `tmp`:
+    None lies on that disk.
 
-    The disk is a tmpfs that is mounted here: the caller has seen to it that this is permitted and seen by no one else.
+    The disk is a tmpfs that is mounted here: the caller has seen to it that this is permitted and
+    seen by no one else.
     """
     dice, tally, disk = random.Random(seed), Tally(), work / "disk"
     disk.mkdir(parents=True)
@@ -210,7 +234,11 @@ def full_disk(system: str, work: Path, task: Task, tmp: Path | None, times: int,
             if code == 0:  # it went on to its end, with what the failed saves did not save
                 tally.lost.append(0)
             failed = start.said.count("Saving failed")
-            what = f"{failed} saves fail, it trains on" if code == 0 else f"it stops with exit code {code}"
+            what = (
+                f"{failed} saves fail, it trains on"
+                if code == 0
+                else f"it stops with exit code {code}"
+            )
             _say(system, f"full at step {at}: {what}, {found}, {tally.finish(run, code, expected)}")
             _sweep(run.temps())
             shutil.rmtree(run.directory)
@@ -242,8 +270,18 @@ def neighbour(path: Path) -> Iterator[None]:
         path.unlink()
 
 
-def signals(system: str, work: Path, task: Task, signum: signal.Signals, times: int, seed: int, expected: str) -> Tally:
-    """A signal in the middle of the second epoch of a run that saves once an epoch; then the run is started again."""
+def signals(
+    system: str,
+    work: Path,
+    task: Task,
+    signum: signal.Signals,
+    times: int,
+    seed: int,
+    expected: str,
+) -> Tally:
+    """A signal in the middle of the second epoch of a run that saves once an epoch; then the run is
+    started again.
+    """
     dice, tally = random.Random(f"{seed} {signum}"), Tally()
     for number in range(times):
         run = Run(system, task, work / f"{signum.name}-{number}", work / "tmp")
@@ -263,7 +301,9 @@ def signals(system: str, work: Path, task: Task, signum: signal.Signals, times: 
         end = tally.finish(run, 0 if went_on else 1, expected)
         lost = tally.lost[-1]
         tally.unsaved += lost > 0
-        what = "goes on" if went_on else "dies of it" if code < 0 else f"leaves with exit code {code}"
+        what = (
+            "goes on" if went_on else "dies of it" if code < 0 else f"leaves with exit code {code}"
+        )
         _say(system, f"{signum.name} at step {at}: {what}, {found}, {lost} steps lost, {end}")
     return tally
 
@@ -279,11 +319,13 @@ def _say(system: str, text: str) -> None:
     print(f"  {system:<9}  {text}", flush=True)
 
 
-# -- two systems side by side ------------------------------------------------------------------------------------------
+# -- two systems side by side --------------------------------------------------------------------
 
 
 def workers() -> ProcessPoolExecutor:
-    """Two processes that have imported everything, and fork each start of a training: a system each, at the same time."""
+    """Two processes that have imported everything, and fork each start of a training: a system
+    each, at the same time.
+    """
     pool = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), initializer=_import_all)
     list(pool.map(abs, range(2)))
     return pool
@@ -299,10 +341,17 @@ def _import_all() -> None:
     torch.set_num_threads(1)
 
 
-def side_by_side(pool: ProcessPoolExecutor, fault: Callable[..., Any], work: Path, **arguments: Any) -> dict[str, Any]:
-    """`fault` on both systems at once, each in a folder of its own. An argument that is a dict has a value for each."""
+def side_by_side(
+    pool: ProcessPoolExecutor, fault: Callable[..., Any], work: Path, **arguments: Any
+) -> dict[str, Any]:
+    """`fault` on both systems at once, each in a folder of its own. An argument that is a dict has
+    a value for each.
+    """
     asked = {}
     for system in SYSTEMS:
-        own = {key: value[system] if isinstance(value, dict) else value for key, value in arguments.items()}
+        own = {
+            key: value[system] if isinstance(value, dict) else value
+            for key, value in arguments.items()
+        }
         asked[system] = pool.submit(fault, system, work / system, **own)
     return {system: future.result() for system, future in asked.items()}

@@ -3,10 +3,11 @@
     python benchmarks/growth.py
     python benchmarks/growth.py --plot growth.png         (needs matplotlib: make extras)
 
-First table: states of 4, 8 ... 256 MB: a save with its fsyncs, a look at every byte, a load (which looks too), and a look
-at the manifest alone. Second: directories with 1 to 1,000 small checkpoints that are all kept: one more save, and, as a
-process that starts anew would, the choice of the latest and of the best. Last: `savepoint ls` of 10,000, a whole process,
-and whether it imported torch. The sizes take turns; the first round is not counted; medians. TMPDIR should be a disk.
+First table: states of 4, 8 ... 256 MB: a save with its fsyncs, a look at every byte, a load (which
+looks too), and a look at the manifest alone. Second: directories with 1 to 1,000 small checkpoints
+that are all kept: one more save, and, as a process that starts anew would, the choice of the latest
+and of the best. Last: `savepoint ls` of 10,000, a whole process, and whether it imported torch. The
+sizes take turns; the first round is not counted; medians. TMPDIR should be a disk.
 """
 
 import argparse
@@ -32,7 +33,14 @@ BASE_BYTES = 4_000_000
 def facts(step: int) -> dict[str, object]:
     score = (step * 37 % 1000) / 1000
     metrics = {"val/accuracy": {"value": score, "step": step}}
-    return {"step": step, "epoch": step, "at": "epoch", "metrics": metrics, "monitor": "val/accuracy", "mode": "max"}
+    return {
+        "step": step,
+        "epoch": step,
+        "at": "epoch",
+        "metrics": metrics,
+        "monitor": "val/accuracy",
+        "mode": "max",
+    }
 
 
 def secs(call: Callable[[], object]) -> float:
@@ -44,7 +52,9 @@ def secs(call: Callable[[], object]) -> float:
 def by_bytes(rounds: int, folder: Path) -> dict[int, dict[str, float]]:
     """Factor -> seconds of each kind."""
     found: dict[int, dict[str, list[float]]] = {times: {} for times in TIMES}
-    states = {times: {"weights": [torch.rand(BASE_BYTES // 4) for _ in range(times)]} for times in TIMES}
+    states = {
+        times: {"weights": [torch.rand(BASE_BYTES // 4) for _ in range(times)]} for times in TIMES
+    }
     for _ in range(rounds + 1):
         for times, state in states.items():
             path = folder / f"{times}.ckpt"
@@ -57,7 +67,10 @@ def by_bytes(rounds: int, folder: Path) -> dict[int, dict[str, float]]:
             for name, call in calls.items():
                 found[times].setdefault(name, []).append(secs(call))
             path.unlink()
-    return {times: {name: median(values[1:]) for name, values in row.items()} for times, row in found.items()}
+    return {
+        times: {name: median(values[1:]) for name, values in row.items()}
+        for times, row in found.items()
+    }
 
 
 def fill(directory: Path, count: int) -> None:
@@ -79,9 +92,14 @@ def by_count(rounds: int, folder: Path) -> dict[int, dict[str, float]]:
             step = count + 1 + i
             anew = CheckpointStore(kept.directory, mode="max")
             row = found[count]
-            row.setdefault("save", []).append(secs(lambda k=kept, s=step: k.add({"w": torch.zeros(8)}, facts(s))))  # type: ignore[misc]
+            row.setdefault("save", []).append(
+                secs(lambda k=kept, s=step: k.add({"w": torch.zeros(8)}, facts(s)))
+            )  # type: ignore[misc]
             row.setdefault("choose", []).append(secs(lambda a=anew: (a.latest(), a.best())))  # type: ignore[misc]
-    return {count: {name: median(values[1:]) for name, values in row.items()} for count, row in found.items()}
+    return {
+        count: {name: median(values[1:]) for name, values in row.items()}
+        for count, row in found.items()
+    }
 
 
 def listing(rounds: int, folder: Path) -> tuple[float, bool]:
@@ -94,7 +112,9 @@ def listing(rounds: int, folder: Path) -> tuple[float, bool]:
     found, said = [], ""
     for _ in range(rounds + 1):
         begun = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(folder)], capture_output=True, text=True, cwd=ROOT
+        )
         found.append(time.perf_counter() - begun)
         said = done.stderr.strip()
         if done.returncode or done.stdout.count("step-") < LISTED:
@@ -102,13 +122,18 @@ def listing(rounds: int, folder: Path) -> tuple[float, bool]:
     return median(found[1:]), said == "True"
 
 
-def plot(path: Path, bytes_found: dict[int, dict[str, float]], count_found: dict[int, dict[str, float]]) -> None:
+def plot(
+    path: Path, bytes_found: dict[int, dict[str, float]], count_found: dict[int, dict[str, float]]
+) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name in ("save", "load", "verify", "manifest"):
         left.plot(
-            [times * BASE_BYTES / 1e6 for times in TIMES], [row[name] for row in bytes_found.values()], "o-", label=name
+            [times * BASE_BYTES / 1e6 for times in TIMES],
+            [row[name] for row in bytes_found.values()],
+            "o-",
+            label=name,
         )
     left.set(xscale="log", yscale="log", xlabel="MB", ylabel="seconds", title="by bytes")
     for name in ("save", "choose"):
@@ -121,7 +146,9 @@ def plot(path: Path, bytes_found: dict[int, dict[str, float]], count_found: dict
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--plot", type=Path, help="file to draw both tables into")
     asked = parser.parse_args()
@@ -144,7 +171,10 @@ def main() -> int:
         ]
         print(table(["kept", "one more save", "latest and best, anew"], rows) + "\n", flush=True)
         whole, torch_came = listing(asked.rounds, Path(folder))
-        print(f"savepoint ls of {LISTED:,}: {whole:.2f} s, torch {'was' if torch_came else 'not'} imported")
+        print(
+            f"savepoint ls of {LISTED:,}: {whole:.2f} s, torch {'was' if torch_came else 'not'} "
+            "imported"
+        )
         if asked.plot:
             plot(asked.plot, grown, counted)
     return 0

@@ -9,7 +9,9 @@ from lightning.pytorch import Callback
 
 
 class Mark(Callback):
-    """At the end of step number BENCHMARK_STEPS of this process: writes the time to BENCHMARK_MARK and leaves at once."""
+    """At the end of step number BENCHMARK_STEPS of this process: writes the time to BENCHMARK_MARK
+    and leaves at once.
+    """
 
     def __init__(self) -> None:
         self.steps = 0

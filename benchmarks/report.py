@@ -11,12 +11,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def require_mnist() -> None:
-    """Leaves with a message unless DATA_ROOT holds the real MNIST; makes it absolute for the processes that are started."""
+    """Leaves with a message unless DATA_ROOT holds the real MNIST; makes it absolute for the
+    processes that are started.
+    """
     root = os.environ.get("DATA_ROOT")
     if not root or not Path(root, "MNIST", "raw", "train-images-idx3-ubyte").is_file():
         print(
-            f"No MNIST in DATA_ROOT: {root or 'not set'}. Expected a folder with MNIST/raw/train-images-idx3-ubyte and "
-            "three more, unpacked: the figures are those of the real data. Set it: DATA_ROOT=/path/to/data",
+            f"No MNIST in DATA_ROOT: {root or 'not set'}. Expected a folder with "
+            "MNIST/raw/train-images-idx3-ubyte and three more, unpacked: the figures are those "
+            "of the real data. Set it: DATA_ROOT=/path/to/data",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -24,18 +27,26 @@ def require_mnist() -> None:
 
 
 def machine() -> str:
-    """One line for the head of a table. Imports no torch: that is part of what some programs measure."""
+    """One line for the head of a table. Imports no torch: that is part of what some programs
+    measure.
+    """
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         name = models[0].partition(":")[2].strip() if models else name
     return f"{os.cpu_count()} cores of {name}, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f} at the start"
 
 
 def in_turns(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of what each side returns, one after the other in each round; the first round is not counted.
+    """The median of what each side returns, one after the other in each round; the first round is
+    not counted.
 
-    Each round begins with another side: what one leaves behind is not always the same one's to bear.
+    Each round begins with another side: what one leaves behind is not always the same one's to
+    bear.
     """
     found: dict[str, list[float]] = {name: [] for name in sides}
     names = list(sides)
@@ -57,7 +68,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
         "  ".join(
-            [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]
+            [
+                cells[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)),
+            ]
         )
         for cells in (header, *rows)
     ]

@@ -1,12 +1,14 @@
-"""One run directory, started again and again by the same command: the trainings that the faults of faults.py hit.
+"""One run directory, started again and again by the same command: the trainings that the faults of
+faults.py hit.
 
     savepoint    `train.py --resume auto`, the whole of it: callback, store, run directory, resume
-    lightning    Trainer and ModelCheckpoint(dirpath, monitor, filename="best", save_last=True), resumed by
-                 fit(ckpt_path="last") where last.ckpt is there
+    lightning    Trainer and ModelCheckpoint(dirpath, monitor, filename="best", save_last=True),
+                 resumed by fit(ckpt_path="last") where last.ckpt is there
 
-Both train the model and the batches of toy.py. The metric that ranks improves at every step: with one that stalls,
-ModelCheckpoint writes neither of its files. Each start is a process of its own, forked from one that has imported
-PyTorch and Lightning already: that saves seconds a start and changes nothing else.
+Both train the model and the batches of toy.py. The metric that ranks improves at every step: with
+one that stalls, ModelCheckpoint writes neither of its files. Each start is a process of its own,
+forked from one that has imported PyTorch and Lightning already: that saves seconds a start and
+changes nothing else.
 """
 
 import contextlib
@@ -38,7 +40,9 @@ class HarnessError(RuntimeError):
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained. `megabytes`: of its state; `batches`: an epoch; `save_every_steps`: None saves once an epoch."""
+    """What is trained. `megabytes`: of its state; `batches`: an epoch; `save_every_steps`: None
+    saves once an epoch.
+    """
 
     megabytes: float = 1.0
     epochs: int = 3
@@ -59,7 +63,8 @@ class Run:
         self.notes = directory.with_name(f"{directory.name}-notes")
         self.starts = 0
         self.trained = 0  # the step that it had reached when it was last looked at
-        self.known_damage: set[tuple[Path, int]] = set()  # files found damaged, with the time they were written
+        # Files found damaged, with the time they were written.
+        self.known_damage: set[tuple[Path, int]] = set()
         for folder in (self.notes, tmp):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -68,7 +73,9 @@ class Run:
         return Start(self)
 
     def whole_and_damaged(self) -> tuple[list[Path], dict[Path, str]]:
-        """The files under final names, one with two names once; what is wrong with those that are damaged."""
+        """The files under final names, one with two names once; what is wrong with those that are
+        damaged.
+        """
         whole, damaged, seen = [], {}, set()
         for path in sorted(self.checkpoints.glob("*.ckpt")):
             with contextlib.suppress(FileNotFoundError):  # a training that goes on may delete it
@@ -84,7 +91,9 @@ class Run:
 
     def temps(self) -> set[Path]:
         """What is neither under a final name nor set aside: in the run directory, and in TMPDIR."""
-        beside = {path for path in self.checkpoints.glob("*") if path.suffix not in (".ckpt", ".corrupt")}
+        beside = {
+            path for path in self.checkpoints.glob("*") if path.suffix not in (".ckpt", ".corrupt")
+        }
         return beside | set(self.directory.glob(".*.tmp")) | set(self.tmp.iterdir())
 
     def newest(self) -> tuple[Path, int]:
@@ -99,7 +108,9 @@ class Run:
         return any(_step(path) % self.task.batches for path in self.checkpoints.glob("step-*.ckpt"))
 
     def mend(self) -> None:
-        """What a person does after an automatic resume that stopped: damaged files go, best.ckpt becomes last.ckpt."""
+        """What a person does after an automatic resume that stopped: damaged files go, best.ckpt
+        becomes last.ckpt.
+        """
         whole, damaged = self.whole_and_damaged()
         for path in damaged:
             path.unlink()
@@ -108,14 +119,18 @@ class Run:
             shutil.copy2(whole[0], last)
 
     def digest(self) -> str:
-        """Of what the run ended with: of ours everything but the clock and the number of starts, its log included."""
+        """Of what the run ended with: of ours everything but the clock and the number of starts,
+        its log included.
+        """
         from savepoint.checkpoint.format import fingerprint
         from savepoint.prove import digest
 
         if self.system == "savepoint":
             return " ".join(digest(self.directory))
         state = damage.load(self.checkpoints / "last.ckpt")
-        return fingerprint({key: state[key] for key in ("state_dict", "optimizer_states", "global_step")})
+        return fingerprint(
+            {key: state[key] for key in ("state_dict", "optimizer_states", "global_step")}
+        )
 
 
 def _step(path: Path) -> int:
@@ -131,7 +146,9 @@ class Start:
         self._steps = run.notes / f"{run.starts:03d}.steps"
         self._steps.touch()
         self.begun = time.monotonic()
-        self._process = FORK.Process(target=_train, args=(run, self._said, self._steps), daemon=True)
+        self._process = FORK.Process(
+            target=_train, args=(run, self._said, self._steps), daemon=True
+        )
         self._process.start()
 
     @property
@@ -177,7 +194,9 @@ class Start:
     def _give_up(self) -> None:
         self._process.kill()
         self._process.join()
-        raise HarnessError(f"{self.system}: no end after {PATIENCE_SECS:.0f} s. What it said:\n{self.said[-2000:]}")
+        raise HarnessError(
+            f"{self.system}: no end after {PATIENCE_SECS:.0f} s. What it said:\n{self.said[-2000:]}"
+        )
 
 
 def _train(run: Run, said: Path, steps: Path) -> None:
@@ -190,7 +209,8 @@ def _train(run: Run, said: Path, steps: Path) -> None:
     os.environ |= {STEPS_KEY: str(steps), "TMPDIR": str(run.tmp)}
     tempfile.tempdir = None  # remembered from the process before
     for signum in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(signum, signal.SIG_DFL)  # one that is ignored here, as in a background job, would stay ignored
+        # One that is ignored here, as in a background job, would stay ignored.
+        signal.signal(signum, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     {"savepoint": _train_ours, "lightning": _train_theirs}[run.system](run)
 
@@ -201,8 +221,14 @@ def _train_ours(run: Run) -> None:
         "model": {"class_path": "toy.Toy", "init_args": {"megabytes": task.megabytes}},
         "data": {"class_path": "toy.Numbers", "init_args": {"batches": task.batches}},
         "trainer": {"max_epochs": task.epochs, "accelerator": "cpu", "log_every_n_steps": 4},
-        # Two files of different steps, so that there is one to fall back on; Lightning's two are of the same step.
-        "checkpoint": {"save_every_steps": task.save_every_steps, "monitor": "progress", "mode": "max", "keep_last": 2},
+        # Two files of different steps, so that there is one to fall back on; Lightning's two are of
+        # the same step.
+        "checkpoint": {
+            "save_every_steps": task.save_every_steps,
+            "monitor": "progress",
+            "mode": "max",
+            "keep_last": 2,
+        },
     }
     config["trainer"]["callbacks"] = [{"class_path": "toy.Steps"}]
     file = run.notes / "toy.yaml"
@@ -220,7 +246,12 @@ def _train_theirs(run: Run) -> None:
     seed_everything(0, workers=True, verbose=False)
     every = run.task.save_every_steps
     checkpointing = ModelCheckpoint(
-        run.checkpoints, filename="best", monitor="progress", mode="max", save_last=True, every_n_train_steps=every
+        run.checkpoints,
+        filename="best",
+        monitor="progress",
+        mode="max",
+        save_last=True,
+        every_n_train_steps=every,
     )
     trainer = Trainer(
         accelerator="cpu", max_epochs=run.task.epochs, log_every_n_steps=4, callbacks=[Steps(), checkpointing],

@@ -1,22 +1,27 @@
-"""What a save costs: milliseconds that training waits, bytes a second, memory, and steps that are slower meanwhile.
+"""What a save costs: milliseconds that training waits, bytes a second, memory, and steps that are
+slower meanwhile.
 
     python benchmarks/saves.py
     python benchmarks/saves.py --megabytes 100 --rounds 9
 
-A real training of toy.py with AdamW is saved after every step, by each of these in turn, of one and the same state:
+A real training of toy.py with AdamW is saved after every step, by each of these in turn, of one and
+the same state:
 
-    ours                what CheckpointCallback does: state captured, logs flushed, file and directory synced, retention
+    ours                what CheckpointCallback does: state captured, logs flushed, file and
+                        directory synced, retention
     ours, async         the same with async_save: the copy; written in a thread
     Lightning + fsync   Trainer.save_checkpoint by TorchCheckpointIO, then file and directory synced
     torch.save + fsync  weights and optimizer alone
-    DCP, DCP async      torch.distributed.checkpoint, weights and optimizer alone; its files are synced by default
+    DCP, DCP async      torch.distributed.checkpoint, weights and optimizer alone; its files are
+                        synced by default
     raw write + fsync   as many bytes as our file has, from memory
     memcpy              the state's tensors into tensors that are kept
 
-`waits` is how long the call takes; for the asynchronous ones `on disk` is when the write is done. `memory` is the most that
-the process held beyond what it held before, over the size of the state. A process a size; the first round is not counted.
-Each writes new files and then lets the old ones go, as who must not lose the old ones while the new ones are half there.
-The files land in TMPDIR: it should be a disk. Writes go through the page cache and then, by fsync, to the disk.
+`waits` is how long the call takes; for the asynchronous ones `on disk` is when the write is done.
+`memory` is the most that the process held beyond what it held before, over the size of the state. A
+process a size; the first round is not counted. Each writes new files and then lets the old ones go,
+as who must not lose the old ones while the new ones are half there. The files land in TMPDIR: it
+should be a disk. Writes go through the page cache and then, by fsync, to the disk.
 
 Last: the steps of a small convolution network, alone and while 300 MB are written by a thread.
 """
@@ -65,7 +70,9 @@ class Measure:
     def __init__(self) -> None:
         self.found: dict[str, dict[str, list[float]]] = {}
 
-    def __call__(self, name: str, call: Callable[[], Any], finish: Callable[[Any], Any] = lambda made: None) -> None:
+    def __call__(
+        self, name: str, call: Callable[[], Any], finish: Callable[[Any], Any] = lambda made: None
+    ) -> None:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before, begun = memory_bytes("VmRSS"), time.perf_counter()
@@ -74,7 +81,11 @@ class Measure:
         finish(made)
         whole = time.perf_counter() - begun
         row = self.found.setdefault(name, {"waits": [], "on disk": [], "memory": []})
-        for key, value in (("waits", waited), ("on disk", whole), ("memory", memory_bytes("VmHWM") - before)):
+        for key, value in (
+            ("waits", waited),
+            ("on disk", whole),
+            ("memory", memory_bytes("VmHWM") - before),
+        ):
             row[key].append(value)
 
 
@@ -130,7 +141,9 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
             def raw() -> None:
                 with (folder / "raw.new").open("wb", buffering=0) as file:
                     for tensor in tensors:
-                        file.write(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+                        file.write(
+                            tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+                        )
                     file.truncate(sizes["file"])
                 synced(folder / "raw.new")
                 os.replace(folder / "raw.new", folder / "raw")
@@ -149,7 +162,10 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
                         kept.copy_(tensor)
 
             by(ours)()
-            sizes.update(file=self.store.path(trainer.global_step).stat().st_size, state=format.size_bytes(plain))
+            sizes.update(
+                file=self.store.path(trainer.global_step).stat().st_size,
+                state=format.size_bytes(plain),
+            )
             ways: list[tuple[Any, ...]] = [
                 ("ours", by(ours)),
                 ("ours, async", by(self.later), lambda _: self.later.wait()),
@@ -158,13 +174,16 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
                 ("DCP", dcp_save),
                 (
                     "DCP async",
-                    lambda: dcp.async_save(plain, checkpoint_id=folder / f"later-{trainer.global_step}"),
+                    lambda: dcp.async_save(
+                        plain, checkpoint_id=folder / f"later-{trainer.global_step}"
+                    ),
                     dcp_finish,
                 ),
                 ("raw write + fsync", raw),
                 ("memcpy", memcpy),
             ]
-            turn = trainer.global_step % len(ways)  # what one leaves behind, another pays for: each comes after each
+            # What one leaves behind, another pays for: each comes after each.
+            turn = trainer.global_step % len(ways)
             for way in ways[turn:] + ways[:turn]:
                 os.sync()
                 measured(*way)
@@ -183,7 +202,9 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
 
 
 def measure_steps(folder: Path, megabytes: int = 300, steps: int = 60) -> dict[str, Any]:
-    """Seconds a step of a small convolution network: alone, and while something is written in a thread."""
+    """Seconds a step of a small convolution network: alone, and while something is written in a
+    thread.
+    """
     import threading
 
     import torch
@@ -193,11 +214,20 @@ def measure_steps(folder: Path, megabytes: int = 300, steps: int = 60) -> dict[s
 
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 576, 10)
+        nn.Conv2d(1, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 576, 10),
     )
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     x, y = torch.randn(128, 1, 28, 28), torch.randint(0, 10, (128,))
-    state = {"ballast": [torch.rand(1_000_000) for _ in range(megabytes // 4)], "step": 0, "epoch": 0}
+    state = {
+        "ballast": [torch.rand(1_000_000) for _ in range(megabytes // 4)],
+        "step": 0,
+        "epoch": 0,
+    }
 
     def step() -> float:
         begun = time.perf_counter()
@@ -238,7 +268,9 @@ def measure_steps(folder: Path, megabytes: int = 300, steps: int = 60) -> dict[s
 
 def rows_of(megabytes: float, result: Mapping[str, Any]) -> list[list[str]]:
     found, sizes = result["found"], result["sizes"]
-    middle = {name: {key: median(values) for key, values in row.items()} for name, row in found.items()}
+    middle = {
+        name: {key: median(values) for key, values in row.items()} for name, row in found.items()
+    }
     theirs, state = middle["Lightning + fsync"], sizes["state"]
     rows = []
     for name in (*BLOCKING, *ASYNC):
@@ -268,15 +300,23 @@ def child(*words: str) -> Any:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=float, nargs="*", default=list(ROUNDS))
-    parser.add_argument("--rounds", type=int, help="saves of each kind; without it as many as a minute holds")
+    parser.add_argument(
+        "--rounds", type=int, help="saves of each kind; without it as many as a minute holds"
+    )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
         (megabytes,) = asked.megabytes[:1] or [0]
-        result = measure_steps(asked.child) if asked.steps else measure(megabytes, asked.rounds, asked.child)
+        result = (
+            measure_steps(asked.child)
+            if asked.steps
+            else measure(megabytes, asked.rounds, asked.child)
+        )
         print(json.dumps(result))
         return 0
     print(f"On {machine()}", flush=True)
@@ -285,7 +325,11 @@ def main() -> int:
         rounds = asked.rounds or ROUNDS.get(megabytes, 5)
         rows += rows_of(megabytes, child("--megabytes", str(megabytes), "--rounds", str(rounds)))
         print(f"  {megabytes} MB done", flush=True)
-    print(table(["one save", "waits", "Lightning's over it", "on disk", "speed", "memory"], rows) + "\n", flush=True)
+    print(
+        table(["one save", "waits", "Lightning's over it", "on disk", "speed", "memory"], rows)
+        + "\n",
+        flush=True,
+    )
     steps = child("--steps")
     alone = steps["alone"]
     print(

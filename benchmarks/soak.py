@@ -1,17 +1,19 @@
-"""Soak: one training under random faults, started again and again by the same command; is its end that of a calm run?
+"""Soak: one training under random faults, started again and again by the same command; is its end
+that of a calm run?
 
     python benchmarks/soak.py --minutes 15
     python benchmarks/soak.py --minutes 3 --seed 7
 
-Faults: SIGKILL, SIGTERM, SIGINT, SIGHUP at random moments; SIGKILL during start-up; a full disk, freed after a while,
-under a training or before a start; a flipped bit, a zeroed page or a truncation in the newest checkpoint while nothing
-runs. The run directory is a small disk in memory, mounted for this program alone: it needs Linux, and root or user
-namespaces. When the time is over the run comes to its end without faults, and its final state and its log are compared,
-bit for bit, with those of the same training that ran undisturbed beside it.
+Faults: SIGKILL, SIGTERM, SIGINT, SIGHUP at random moments; SIGKILL during start-up; a full disk,
+freed after a while, under a training or before a start; a flipped bit, a zeroed page or a
+truncation in the newest checkpoint while nothing runs. The run directory is a small disk in memory,
+mounted for this program alone: it needs Linux, and root or user namespaces. When the time is over
+the run comes to its end without faults, and its final state and its log are compared, bit for bit,
+with those of the same training that ran undisturbed beside it.
 
-Prints a line a fault and a table. Leaves with 1 where anything went wrong: another end, an exit code or a traceback that
-the fault does not explain, a resume that fails or begins elsewhere than at the newest whole checkpoint, steps lost to a
-signal, files left behind.
+Prints a line a fault and a table. Leaves with 1 where anything went wrong: another end, an exit
+code or a traceback that the fault does not explain, a resume that fails or begins elsewhere than at
+the newest whole checkpoint, steps lost to a signal, files left behind.
 """
 
 import argparse
@@ -46,7 +48,9 @@ TRAINING = [
 ]  # fmt: skip
 DISK_MB = 128
 PATIENCE_SECS = 300.0
-SHARE = 0.5  # of the given time, for the undisturbed run: starts, and steps that are trained again, take the rest
+# Of the given time, for the undisturbed run: starts, and steps that are trained again, take the
+# rest.
+SHARE = 0.5
 CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "SIGKILL": -9}
 DAMAGES = ("flipped bit", "zeroed page", "truncation")
 FAULTS = (
@@ -61,11 +65,19 @@ class Attempt:
     def __init__(self, run: Path, epochs: int, log: Path) -> None:
         self.run, self.log, self.begun = run, log, time.monotonic()
         self._rows_before = inode(run / "metrics.csv")
-        command = [sys.executable, str(ROOT / "train.py"), *TRAINING, "--trainer.max_epochs", str(epochs)]
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            *TRAINING,
+            "--trainer.max_epochs",
+            str(epochs),
+        ]
         command += ["--output_dir", str(run.parent), "--run_name", run.name]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with log.open("wb") as file:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=environment)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=file, stderr=file, env=environment
+            )
 
     @property
     def said(self) -> str:
@@ -90,7 +102,9 @@ class Attempt:
     def reached(self) -> int:
         """The last step that is in the log, or in what was said of a save."""
         named = [int(step) for step in re.findall(r"step-(\d{8})\.ckpt", self.said)]
-        return max([self.began_at or 0, *named, last_step(self.run / "metrics.csv") if self.trains else 0])
+        return max(
+            [self.began_at or 0, *named, last_step(self.run / "metrics.csv") if self.trains else 0]
+        )
 
     def wait_for_a_step(self) -> float:
         """Seconds from its start to its first step, or to its end."""
@@ -123,14 +137,20 @@ class Event:
 
     @property
     def lost(self) -> int | None:
-        return None if self.step is None or self.resumed is None else max(0, self.step - self.resumed)
+        return (
+            None if self.step is None or self.resumed is None else max(0, self.step - self.resumed)
+        )
 
     def __str__(self) -> str:
-        parts = [f"{self.secs:7.1f} s  {self.fault:<21}", " " * 14 if self.step is None else f"at step {self.step:6d}"]
+        parts = [
+            f"{self.secs:7.1f} s  {self.fault:<21}",
+            " " * 14 if self.step is None else f"at step {self.step:6d}",
+        ]
         parts.append("goes on  " if self.code is None else f"exit {self.code:4d}")
         if self.restart_secs is not None:
             parts.append(
-                f"first step after {self.restart_secs:4.1f} s, from step {self.resumed}, {self.lost or 0} lost"
+                f"first step after {self.restart_secs:4.1f} s, from step {self.resumed}, "
+                f"{self.lost or 0} lost"
             )
         return "  ".join(parts)
 
@@ -154,10 +174,12 @@ class Soak:
     def secs(self) -> float:
         return time.monotonic() - self.begun
 
-    # -- starts and ends -----------------------------------------------------------------------------------------------
+    # -- starts and ends --------------------------------------------------------------------------
 
     def attempt(self) -> Attempt:
-        self.attempts.append(Attempt(self.run, self.epochs, self.logs / f"start-{len(self.attempts) + 1:03d}.log"))
+        self.attempts.append(
+            Attempt(self.run, self.epochs, self.logs / f"start-{len(self.attempts) + 1:03d}.log")
+        )
         return self.attempts[-1]
 
     def resume(self) -> Attempt:
@@ -168,7 +190,10 @@ class Soak:
         if attempt.began_at is None or not (attempt.trains or attempt.process.poll() == 0):
             self.fail(f"failed resume: it does not train, exit {attempt.process.poll()}", attempt)
         elif attempt.began_at != newest:
-            self.fail(f"wrong resume: from step {attempt.began_at}, the newest whole one is of {newest}", attempt)
+            self.fail(
+                f"wrong resume: from step {attempt.began_at}, the newest whole one is of {newest}",
+                attempt,
+            )
         for event in self.events[self.told :]:
             event.resumed = attempt.began_at
         if self.events[self.told :]:
@@ -200,10 +225,12 @@ class Soak:
     def note(self, fault: str, code: int | None, attempt: Attempt | None) -> None:
         self.events.append(Event(self.secs, fault, code, attempt.reached if attempt else None))
 
-    # -- what lies there -----------------------------------------------------------------------------------------------
+    # -- what lies there --------------------------------------------------------------------------
 
     def newest_whole(self) -> int:
-        """The step that a start has to go on from. Files that nobody damaged verify, those that were do not."""
+        """The step that a start has to go on from. Files that nobody damaged verify, those that
+        were do not.
+        """
         from savepoint.checkpoint import manifest
 
         for path in sorted((self.run / "checkpoints").glob("step-*.ckpt"), reverse=True):
@@ -218,7 +245,7 @@ class Soak:
         names = [path.name for path in self.run.rglob(".*tmp*")]
         return [name for name in names if str(attempt.process.pid) not in name]
 
-    # -- faults --------------------------------------------------------------------------------------------------------
+    # -- faults -----------------------------------------------------------------------------------
 
     def strike(self, fault: str, attempt: Attempt) -> Attempt | None:
         """One fault, on a training. Returns it if it is to go on."""
@@ -284,7 +311,9 @@ class Soak:
                     if error.errno != errno.ENOSPC:
                         raise
             if slack:
-                file.truncate(max(0, file.tell() - self.dice.choice((0, self.dice.randrange(300_000)))))
+                file.truncate(
+                    max(0, file.tell() - self.dice.choice((0, self.dice.randrange(300_000))))
+                )
         return ballast
 
     def damage_newest(self, kind: str) -> bool:
@@ -334,7 +363,7 @@ def deck(dice: random.Random) -> Iterator[str]:
         yield from dice.sample(FAULTS, len(FAULTS))
 
 
-# -- the program -------------------------------------------------------------------------------------------------------
+# -- the program ---------------------------------------------------------------------------------
 
 
 def soak(state: Soak, secs: float) -> None:
@@ -348,7 +377,9 @@ def soak(state: Soak, secs: float) -> None:
         attempt = state.strike(next(faults), attempt)
     attempt = attempt or state.resume()
     print(
-        f"{state.secs:7.1f} s  the end of the faults, at step {attempt.reached} of {state.epochs * EPOCH}", flush=True
+        f"{state.secs:7.1f} s  the end of the faults, at step {attempt.reached} of "
+        f"{state.epochs * EPOCH}",
+        flush=True,
     )
     state.ended(attempt, attempt.end(patience_secs=4 * secs + PATIENCE_SECS), 0)
 
@@ -367,7 +398,9 @@ def differences(straight: Path, state: Soak) -> list[str]:
     """What is not the same at the end."""
     from savepoint.checkpoint import manifest
 
-    damaged = [path.name for path in (state.run / "checkpoints").glob("*.ckpt") if manifest.diagnose(path)]
+    damaged = [
+        path.name for path in (state.run / "checkpoints").glob("*.ckpt") if manifest.diagnose(path)
+    ]
     one, other = digest(straight), digest(state.run)
     for name, digests in (("undisturbed", one), ("under faults", other)):
         print(f"  {name:<12}  state {digests[0][:32]}  log {digests[1][:32]}", flush=True)
@@ -377,11 +410,18 @@ def differences(straight: Path, state: Soak) -> list[str]:
 
 
 def best_was_refused(straight: Path, state: Soak) -> bool:
-    """Whether the logs differ in the test alone, because the disk was full when the best checkpoint was to be saved."""
+    """Whether the logs differ in the test alone, because the disk was full when the best checkpoint
+    was to be saved.
+    """
     best = json.loads((straight / "summary.json").read_text())["tested_checkpoint"]
-    if not any(re.search(rf"(failed|before the save): \S*{best}", attempt.said) for attempt in state.attempts):
+    if not any(
+        re.search(rf"(failed|before the save): \S*{best}", attempt.said)
+        for attempt in state.attempts
+    ):
         return False
-    trained = [[row for row in rows(run) if not row.get("test/loss")] for run in (straight, state.run)]
+    trained = [
+        [row for row in rows(run) if not row.get("test/loss")] for run in (straight, state.run)
+    ]
     print(f"  The best checkpoint, {best}, met a full disk: another one was tested.", flush=True)
     return trained[0] == trained[1]
 
@@ -396,16 +436,29 @@ def summary(events: list[Event]) -> str:
             fault, str(len(mine)), f"{statistics.median(lost):.0f} / {max(lost)}" if lost else "-",
             f"{statistics.median(secs):.1f} / {max(secs):.1f}" if secs else "-",
         ))  # fmt: skip
-    return table(["fault", "times", "steps lost, median / most", "s from restart to first step, median / most"], body)
+    return table(
+        [
+            "fault",
+            "times",
+            "steps lost, median / most",
+            "s from restart to first step, median / most",
+        ],
+        body,
+    )
 
 
 def perform(minutes: float, seed: int, work: Path) -> bool:
     """Whether all went well."""
     disk = work / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(disk)], check=True)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(disk)], check=True
+    )
     epochs = max(2, round(60 * minutes * SHARE / step_secs(work) / EPOCH))
-    print(f"{epochs * EPOCH} steps, {minutes:g} minutes of faults from seed {seed}. Logs: {work}", flush=True)
+    print(
+        f"{epochs * EPOCH} steps, {minutes:g} minutes of faults from seed {seed}. Logs: {work}",
+        flush=True,
+    )
     straight = Attempt(work / "straight", epochs, work / "straight.log")
     state = Soak(disk / "soak", epochs, work, random.Random(seed))
     try:
@@ -424,26 +477,40 @@ def report(state: Soak, found: list[str]) -> bool:
     print(f"\n{summary(state.events)}\n")
     damages = sum(event.fault in DAMAGES for event in state.events)
     print(
-        f"{len(state.events)} faults, {len(state.attempts)} starts in {state.secs / 60:.1f} minutes. "
-        f"{damages} files damaged, {sum('wrong resume' in what for what in state.failures)} of them loaded. "
-        f"Failed resumes: {sum('failed resume' in what for what in state.failures)}. Failures: {len(state.failures)}."
+        f"{len(state.events)} faults, {len(state.attempts)} starts in {state.secs / 60:.1f} "
+        f"minutes. {damages} files damaged, "
+        f"{sum('wrong resume' in what for what in state.failures)} of them loaded. Failed resumes: "
+        f"{sum('failed resume' in what for what in state.failures)}. Failures: "
+        f"{len(state.failures)}."
     )
     for what in state.failures:
         print(f"  {what}")
-    print("identical" if not found and not state.failures else f"DIFFERENT: {', '.join(found) or 'see the failures'}")
+    print(
+        "identical"
+        if not found and not state.failures
+        else f"DIFFERENT: {', '.join(found) or 'see the failures'}"
+    )
     return not found and not state.failures
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=15)
-    parser.add_argument("--seed", type=int, default=None, help="of the faults; by default a new one each time")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="of the faults; by default a new one each time"
+    )
     parser.add_argument("--mounted", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if not asked.mounted:
-        # In a mount namespace of its own: whatever ends this program, the kernel takes the disk away.
+        # In a mount namespace of its own: whatever ends this program, the kernel takes the disk
+        # away.
         if shutil.which("unshare") is None:
-            print("No unshare here: this program mounts a small disk of its own. Expected Linux.", file=sys.stderr)
+            print(
+                "No unshare here: this program mounts a small disk of its own. Expected Linux.",
+                file=sys.stderr,
+            )
             return 2
         user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
         again = [sys.executable, *sys.argv, "--mounted"]

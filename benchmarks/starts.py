@@ -1,15 +1,18 @@
-"""From the start of a process to its first optimizer step, to its help, to the word that something is wrong.
+"""From the start of a process to its first optimizer step, to its help, to the word that something
+is wrong.
 
     DATA_ROOT=/path/to/data python benchmarks/starts.py
     DATA_ROOT=/path/to/data python benchmarks/starts.py --rounds 9 --megabytes 100
 
-Small: the run of configs/mnist.yaml: `train.py`, and `resume.py` from the end of its first epoch. Beside it what every
-such program pays, `python -c "import lightning"`, and what a user waits for who asks for help, mistypes a key or looks at
-the checkpoints.
-Large: toy.py with a state of 1 GB: `train.py`, `resume.py`, which looks at every byte before it loads, and Lightning's
-`Trainer.fit(ckpt_path=...)` from its own file of the same state; for each, its fresh start without a checkpoint.
+Small: the run of configs/mnist.yaml: `train.py`, and `resume.py` from the end of its first epoch.
+Beside it what every such program pays, `python -c "import lightning"`, and what a user waits for
+who asks for help, mistypes a key or looks at the checkpoints. Large: toy.py with a state of 1 GB:
+`train.py`, `resume.py`, which looks at every byte before it loads, and Lightning's
+`Trainer.fit(ckpt_path=...)` from its own file of the same state; for each, its fresh start without
+a checkpoint.
 
-Real processes, in turns. One round goes before and is not counted, so the files are in the page cache; medians.
+Real processes, in turns. One round goes before and is not counted, so the files are in the page
+cache; medians.
 """
 
 import argparse
@@ -25,16 +28,31 @@ from typing import Any
 
 from report import ROOT, in_turns, machine, ratio, require_mnist, table
 
-TOY = ["--model", "toy.Toy", "--data", "toy.Numbers", "--checkpoint.monitor", "null", "--trainer.accelerator", "cpu"]
+TOY = [
+    "--model",
+    "toy.Toy",
+    "--data",
+    "toy.Numbers",
+    "--checkpoint.monitor",
+    "null",
+    "--trainer.accelerator",
+    "cpu",
+]
 
 
-def timed(command: Sequence[str], *, code: int = 0, steps: int | None = None, mark: Path | None = None) -> float:
-    """Seconds of a whole process; with `steps`, to the end of its step of that number, at which it leaves."""
+def timed(
+    command: Sequence[str], *, code: int = 0, steps: int | None = None, mark: Path | None = None
+) -> float:
+    """Seconds of a whole process; with `steps`, to the end of its step of that number, at which it
+    leaves.
+    """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     if mark:
         environment |= {"BENCHMARK_STEPS": str(steps), "BENCHMARK_MARK": str(mark)}
     begun = time.monotonic()  # one clock for all processes of a machine
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     ended = float(mark.read_text()) if mark and mark.exists() else time.monotonic()
     if done.returncode != code:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
@@ -45,7 +63,8 @@ def small(rounds: int, work: Path) -> dict[str, float]:
     mark, run = work / "mark", work / "resumed"
     last = run / "checkpoints" / "last.ckpt"  # of a run, the newest would be loaded as well
     train = ["train.py", "--trainer.callbacks", "mark.Mark", "--output_dir", str(work)]
-    timed([*train, "--run_name", run.name], steps=435, mark=mark)  # leaves in its second epoch, after the first save
+    # Leaves in its second epoch, after the first save.
+    timed([*train, "--run_name", run.name], steps=435, mark=mark)
 
     def fresh() -> float:
         shutil.rmtree(work / "fresh", ignore_errors=True)
@@ -67,8 +86,22 @@ def small(rounds: int, work: Path) -> dict[str, float]:
 
 def large(rounds: int, megabytes: float, work: Path) -> dict[str, float]:
     mark, run = work / "mark", work / "large"
-    ours = ["train.py", *TOY, "--model.megabytes", str(megabytes), "--trainer.callbacks", "mark.Mark"]
-    ours += ["--output_dir", str(work), "--checkpoint.save_every_steps", "1", "--trainer.max_epochs", "9"]
+    ours = [
+        "train.py",
+        *TOY,
+        "--model.megabytes",
+        str(megabytes),
+        "--trainer.callbacks",
+        "mark.Mark",
+    ]
+    ours += [
+        "--output_dir",
+        str(work),
+        "--checkpoint.save_every_steps",
+        "1",
+        "--trainer.max_epochs",
+        "9",
+    ]
     timed([*ours, "--run_name", run.name], steps=2, mark=mark)  # leaves after its first save
     theirs = [__file__, "--megabytes", str(megabytes), "--lightning", str(work / "lightning.ckpt")]
     timed(theirs, steps=2, mark=mark)
@@ -81,7 +114,9 @@ def large(rounds: int, megabytes: float, work: Path) -> dict[str, float]:
         {
             "a fresh start": fresh,
             "a resume": lambda: timed(["resume.py", str(run)], steps=1, mark=mark),
-            "Lightning's fresh start": lambda: timed([*theirs[:-1], str(work / "none.ckpt")], steps=1, mark=mark),
+            "Lightning's fresh start": lambda: timed(
+                [*theirs[:-1], str(work / "none.ckpt")], steps=1, mark=mark
+            ),
             "Lightning's resume": lambda: timed(theirs, steps=1, mark=mark),
         },
         rounds,
@@ -89,7 +124,9 @@ def large(rounds: int, megabytes: float, work: Path) -> dict[str, float]:
 
 
 def lightning(checkpoint: Path, megabytes: float) -> None:
-    """In a process of its own: what a user of Lightning alone writes. Makes the checkpoint where there is none."""
+    """In a process of its own: what a user of Lightning alone writes. Makes the checkpoint where
+    there is none.
+    """
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import Callback, ModelCheckpoint
     from mark import Mark
@@ -104,13 +141,19 @@ def lightning(checkpoint: Path, megabytes: float) -> None:
         accelerator="cpu", max_epochs=9, logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[ModelCheckpoint(checkpoint.parent), Mark(), Save()], default_root_dir=checkpoint.parent,
     )  # fmt: skip
-    trainer.fit(Toy(megabytes), datamodule=Numbers(), ckpt_path=checkpoint if checkpoint.exists() else None)
+    trainer.fit(
+        Toy(megabytes), datamodule=Numbers(), ckpt_path=checkpoint if checkpoint.exists() else None
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--megabytes", type=float, default=1000.0, help="of the large state; 0 for none")
+    parser.add_argument(
+        "--megabytes", type=float, default=1000.0, help="of the large state; 0 for none"
+    )
     parser.add_argument("--lightning", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.lightning:
@@ -121,15 +164,34 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="starts-") as folder:
         found = small(asked.rounds, Path(folder))
         base = found["import lightning"]
-        rows = [[name, f"{secs:.2f} s", f"{secs - base:+.2f} s", ratio(secs / base)] for name, secs in found.items()]
-        print(table(["small, from the start of the process", "time", "over the import", "ratio"], rows) + "\n")
+        rows = [
+            [name, f"{secs:.2f} s", f"{secs - base:+.2f} s", ratio(secs / base)]
+            for name, secs in found.items()
+        ]
+        print(
+            table(
+                ["small, from the start of the process", "time", "over the import", "ratio"], rows
+            )
+            + "\n"
+        )
         if asked.megabytes:
             found = large(max(2, asked.rounds // 2), asked.megabytes, Path(folder))
             base = found["a fresh start"]
             rows = [
-                [name, f"{secs:.2f} s", f"{secs - base:+.2f} s", ratio(secs / base)] for name, secs in found.items()
+                [name, f"{secs:.2f} s", f"{secs - base:+.2f} s", ratio(secs / base)]
+                for name, secs in found.items()
             ]
-            print(table([f"{asked.megabytes:.0f} MB, to the first step", "time", "over the fresh", "ratio"], rows))
+            print(
+                table(
+                    [
+                        f"{asked.megabytes:.0f} MB, to the first step",
+                        "time",
+                        "over the fresh",
+                        "ratio",
+                    ],
+                    rows,
+                )
+            )
     return 0
 
 

@@ -1,15 +1,17 @@
-"""Images per second: a bare PyTorch loop, Lightning alone, Lightning with all that is ours; our batches and a DataLoader's.
+"""Images per second: a bare PyTorch loop, Lightning alone, Lightning with all that is ours; our
+batches and a DataLoader's.
 
     DATA_ROOT=/path/to/data python benchmarks/throughput.py
     DATA_ROOT=/path/to/data python benchmarks/throughput.py --rounds 7 --epochs 1
 
-First table: the run of configs/mnist.yaml, `--epochs` epochs. Both sides train the same network on the same batches, shifts
-included, with the same optimizer, schedule, loss and metric updates, and validate after each epoch. `ours` is
-what train.py builds: progress lines, metrics.csv, TensorBoard, a durable save at the end of each epoch; then the same with a
-save every 50 steps. `stock Trainer` is Lightning's with its own CSV and TensorBoard loggers, and no checkpoint at all. Timed is
-from the first batch to the return of `fit`, the save at its end included, without start-up and the sanity check.
-Second table: batches alone, no network, one pass over the training images, normalised and ready for the network; ours are
-shifted too.
+First table: the run of configs/mnist.yaml, `--epochs` epochs. Both sides train the same network on
+the same batches, shifts included, with the same optimizer, schedule, loss and metric updates, and
+validate after each epoch. `ours` is what train.py builds: progress lines, metrics.csv, TensorBoard,
+a durable save at the end of each epoch; then the same with a save every 50 steps. `stock Trainer`
+is Lightning's with its own CSV and TensorBoard loggers, and no checkpoint at all. Timed is from the
+first batch to the return of `fit`, the save at its end included, without start-up and the sanity
+check. Second table: batches alone, no network, one pass over the training images, normalised and
+ready for the network; ours are shifted too.
 
 The sides take turns in one process; one round of each goes before and is not counted; medians.
 """
@@ -77,12 +79,16 @@ def stock_rate(epochs: int, directory: Path) -> float:
 
 
 def bare_rate(epochs: int) -> float:
-    """The same training without Lightning: ImageClassifier serves as a plain module, for its network and its metrics."""
+    """The same training without Lightning: ImageClassifier serves as a plain module, for its
+    network and its metrics.
+    """
     torch.manual_seed(0)
     data, model = ImageData(), ImageClassifier(ConvNet())
     data.setup()
     batches, held_out = data.train_dataloader(), data.val_dataloader()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=model.lr, weight_decay=model.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=model.lr, weight_decay=model.weight_decay, fused=True
+    )
     total_steps = epochs * len(batches)
     scheduler = LambdaLR(optimizer, lambda step: one_cycle(step, total_steps))
     images_seen, begun = 0, time.perf_counter()
@@ -91,7 +97,9 @@ def bare_rate(epochs: int) -> float:
         model.train()
         for images, labels in batches:
             logits = model(images)
-            losses = F.cross_entropy(logits, labels, label_smoothing=model.label_smoothing, reduction="none")
+            losses = F.cross_entropy(
+                logits, labels, label_smoothing=model.label_smoothing, reduction="none"
+            )
             optimizer.zero_grad()
             losses.mean().backward()
             optimizer.step()
@@ -141,7 +149,9 @@ def pass_rate(one_pass: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> float:
 
 def measure_fit(epochs: int, rounds: int) -> dict[str, float]:
     """Images/s of each way to train."""
-    config = typed.parse(["--config", str(ROOT / "configs/mnist.yaml"), f"--trainer.max_epochs={epochs}"])
+    config = typed.parse(
+        ["--config", str(ROOT / "configs/mnist.yaml"), f"--trainer.max_epochs={epochs}"]
+    )
     often = config.clone()
     often.checkpoint.save_every_steps = 50
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
@@ -158,23 +168,40 @@ def measure_fit(epochs: int, rounds: int) -> dict[str, float]:
 def measure_batches(rounds: int) -> dict[str, float]:
     """Images/s of each way to make batches."""
     loaders = {"our batches": our_batches()}
-    loaders |= {f"torchvision, {workers} workers": torchvision_batches(workers) for workers in (0, 2)}
-    return in_turns({name: lambda p=one_pass: pass_rate(p) for name, one_pass in loaders.items()}, rounds)
+    loaders |= {
+        f"torchvision, {workers} workers": torchvision_batches(workers) for workers in (0, 2)
+    }
+    return in_turns(
+        {name: lambda p=one_pass: pass_rate(p) for name, one_pass in loaders.items()}, rounds
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=1)
     asked = parser.parse_args()
     require_mnist()
-    print(f"On {machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True)
+    print(
+        f"On {machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True
+    )
     fit = measure_fit(asked.epochs, asked.rounds)
     bare, stock = fit["bare loop"], fit["stock Trainer"]
-    rows = [[name, f"{rate:,.0f}", ratio(rate / bare), ratio(stock / rate)] for name, rate in fit.items()]
-    print(table(["fit", "images/s", "of the bare loop", "a step's time over stock"], rows) + "\n", flush=True)
+    rows = [
+        [name, f"{rate:,.0f}", ratio(rate / bare), ratio(stock / rate)]
+        for name, rate in fit.items()
+    ]
+    print(
+        table(["fit", "images/s", "of the bare loop", "a step's time over stock"], rows) + "\n",
+        flush=True,
+    )
     loading = measure_batches(asked.rounds)
-    rows = [[name, f"{rate:,.0f}", ratio(loading["our batches"] / rate)] for name, rate in loading.items()]
+    rows = [
+        [name, f"{rate:,.0f}", ratio(loading["our batches"] / rate)]
+        for name, rate in loading.items()
+    ]
     print(table(["batches alone", "images/s", "ours is"], rows))
     return 0
 

@@ -1,4 +1,6 @@
-"""What the faults hit: a training of any size in which nothing that a resume could lose goes unnoticed."""
+"""What the faults hit: a training of any size in which nothing that a resume could lose goes
+unnoticed.
+"""
 
 import os
 import random
@@ -13,13 +15,15 @@ from torch import Tensor, nn
 
 from savepoint.loader import Batches
 
-# One record a step: its number, and when it was done (time.monotonic is one clock for all processes of a machine).
+# One record a step: its number, and when it was done (time.monotonic is one clock for all processes
+# of a machine).
 STEP = struct.Struct("<qd")
 STEPS_KEY = "FAULTS_STEPS"  # the environment says where they go
 
 
 class Toy(LightningModule):
-    """Draws from every generator at every step, so that a state that was lost shows in the weights at the end.
+    """Draws from every generator at every step, so that a state that was lost shows in the weights
+    at the end.
 
     Args:
         megabytes: Of the state, about; AdamW holds every weight three times.
@@ -30,7 +34,12 @@ class Toy(LightningModule):
         self.save_hyperparameters()
         width = round((megabytes * 1e6 / 12) ** 0.5)
         self.net = nn.Sequential(
-            nn.Linear(16, width), nn.ReLU(), nn.Dropout(0.2), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3)
+            nn.Linear(16, width),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.Linear(width, width),
+            nn.ReLU(),
+            nn.Linear(width, 3),
         )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:

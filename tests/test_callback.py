@@ -14,7 +14,16 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from support.checkpoint_files import small_checkpoint
-from support.small import SmallData, SmallModel, difference, final_state, fit, one_thread, resume_differs, rows
+from support.small import (
+    SmallData,
+    SmallModel,
+    difference,
+    final_state,
+    fit,
+    one_thread,
+    resume_differs,
+    rows,
+)
 from torch.utils.data import DataLoader, TensorDataset
 
 from savepoint.checkpoint import state, store
@@ -34,7 +43,9 @@ from savepoint.errors import (
 
 
 def saving(**arguments: Any) -> CheckpointCallback:
-    return CheckpointCallback(**({"monitor": "val/loss", "mode": "min", "keep_last": 99} | arguments))
+    return CheckpointCallback(
+        **({"monitor": "val/loss", "mode": "min", "keep_last": 99} | arguments)
+    )
 
 
 def steps(directory: Path) -> list[int]:
@@ -80,7 +91,9 @@ def test_a_file_in_the_run_directory_asks_for_a_save(tmp_path: Path) -> None:
 
 def test_a_checkpoint_holds_what_its_name_promises(tmp_path: Path) -> None:
     trainer = fit(tmp_path)
-    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+    checkpoint = torch.load(
+        tmp_path / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True
+    )
     assert checkpoint["epoch"] == 3
     assert checkpoint["best_loss"] == trainer.checkpoint_callback.scores.best
     assert checkpoint["optimizer"].keys() == checkpoint["optimizer_states"][0].keys()
@@ -88,7 +101,9 @@ def test_a_checkpoint_holds_what_its_name_promises(tmp_path: Path) -> None:
     model = SmallModel()
     model.load_state_dict(checkpoint["state_dict"])
     with torch.no_grad():
-        assert torch.equal(model.eval()(checkpoint["canary"]["input"]), checkpoint["canary"]["output"])
+        assert torch.equal(
+            model.eval()(checkpoint["canary"]["input"]), checkpoint["canary"]["output"]
+        )
 
 
 def test_saving_at_every_step_changes_nothing_in_the_training(tmp_path: Path) -> None:
@@ -105,7 +120,10 @@ def test_asynchronous_saves_are_the_same_files_and_resume_exactly(tmp_path: Path
         fit(tmp_path / "async", checkpointing=saving(save_every_steps=4, async_save=True))
         assert steps(tmp_path / "sync") == steps(tmp_path / "async")
         for step in steps(tmp_path / "sync"):
-            files = [tmp_path / name / "checkpoints" / f"step-{step:08d}.ckpt" for name in ("sync", "async")]
+            files = [
+                tmp_path / name / "checkpoints" / f"step-{step:08d}.ckpt"
+                for name in ("sync", "async")
+            ]
             states = [store.load(file)[0] for file in files]
             for state in states:
                 del state["manifest" if "manifest" in state else "callbacks"]
@@ -145,10 +163,18 @@ class TestBest:
     def test_another_metric_ranks_the_files_that_are_there_again(self, tmp_path: Path) -> None:
         fit(tmp_path, checkpointing=saving(), max_epochs=2)
         other = saving(monitor="val/accuracy", mode="max")
-        fit(tmp_path, checkpointing=other, ckpt_path=tmp_path / "checkpoints" / "last.ckpt", max_epochs=2)
+        fit(
+            tmp_path,
+            checkpointing=other,
+            ckpt_path=tmp_path / "checkpoints" / "last.ckpt",
+            max_epochs=2,
+        )
         best = store.CheckpointStore(tmp_path / "checkpoints").best("val/accuracy", "max")
         assert best is not None
-        assert (other.scores.best, other.scores.best_step) == (best.score_of("val/accuracy"), best.step)
+        assert (other.scores.best, other.scores.best_step) == (
+            best.score_of("val/accuracy"),
+            best.step,
+        )
 
     def test_a_moved_directory_keeps_its_best(self, tmp_path: Path) -> None:
         trainer = fit(tmp_path / "here")
@@ -157,7 +183,9 @@ class TestBest:
         assert best is not None
         assert best.step == trainer.checkpoint_callback.scores.best_step
 
-    def test_a_monitor_that_nothing_logs_is_an_error_with_the_names_that_are_logged(self, tmp_path: Path) -> None:
+    def test_a_monitor_that_nothing_logs_is_an_error_with_the_names_that_are_logged(
+        self, tmp_path: Path
+    ) -> None:
         with pytest.raises(ConfigError, match=r"val/acuracy.*val/accuracy"):
             fit(tmp_path, checkpointing=saving(monitor="val/acuracy"))
         assert steps(tmp_path) == [6]
@@ -184,7 +212,9 @@ class TestLightning:
             kept = store.load(newest)[0]["logged_rows"]
             fit(tmp_path / "again", ckpt_path="last", keep_rows=kept)  # type: ignore[arg-type]
         assert straight.global_step == 18
-        assert not list(difference(final_state(tmp_path / "straight"), final_state(tmp_path / "again")))
+        assert not list(
+            difference(final_state(tmp_path / "straight"), final_state(tmp_path / "again"))
+        )
         assert f"From {newest}: step 12" in capsys.readouterr().out
 
     def test_fit_from_last_begins_where_there_is_nothing_yet(
@@ -195,7 +225,9 @@ class TestLightning:
 
     @pytest.mark.parametrize("word", ["last", "best"])
     @pytest.mark.parametrize("anew", [False, True], ids=["after fit", "in a new process"])
-    def test_last_and_best_are_tested_validated_and_predicted(self, word: str, anew: bool, tmp_path: Path) -> None:
+    def test_last_and_best_are_tested_validated_and_predicted(
+        self, word: str, anew: bool, tmp_path: Path
+    ) -> None:
         class Model(SmallModel):
             def on_validation_batch_end(self, *args: Any) -> None:
                 self.seen = self.net[0].weight.clone()
@@ -225,7 +257,9 @@ class TestLightning:
 
     @pytest.mark.parametrize("word", ["last", "best"])
     @pytest.mark.parametrize("call", ["test", "validate", "predict"])
-    def test_before_there_is_a_checkpoint_they_are_refused(self, call: str, word: str, tmp_path: Path) -> None:
+    def test_before_there_is_a_checkpoint_they_are_refused(
+        self, call: str, word: str, tmp_path: Path
+    ) -> None:
         class Model(SmallModel):
             test_step = SmallModel.validation_step
 
@@ -247,18 +281,26 @@ class TestLightning:
 
         fit(tmp_path, model=Model)
         file, loader = tmp_path / "checkpoints" / "last.ckpt", SmallData().val_dataloader()
-        trainer = Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+        trainer = Trainer(
+            logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu"
+        )
         direct = Model.load_from_checkpoint(file, weights_only=True).eval()
         x, y = SmallData().x[22:], SmallData().y[22:]
         with torch.no_grad():
             expected = torch.nn.functional.cross_entropy(direct(x), y)
-        found = trainer.test(Model(), loader, ckpt_path=file, weights_only=True, verbose=False)[0]["test/loss"]
+        found = trainer.test(Model(), loader, ckpt_path=file, weights_only=True, verbose=False)[0][
+            "test/loss"
+        ]
         assert found == pytest.approx(float(expected))
         predicted = trainer.predict(Model(), loader, ckpt_path=file, weights_only=True)
-        assert all(torch.equal(one, direct(batch[0])) for one, batch in zip(predicted, loader, strict=True))
+        assert all(
+            torch.equal(one, direct(batch[0])) for one, batch in zip(predicted, loader, strict=True)
+        )
         trainer.validate(Model(), loader, ckpt_path=file, weights_only=True, verbose=False)
 
-    def test_a_users_save_is_durable_verified_and_said_to_be_not_exact(self, tmp_path: Path) -> None:
+    def test_a_users_save_is_durable_verified_and_said_to_be_not_exact(
+        self, tmp_path: Path
+    ) -> None:
         trainer = fit(tmp_path)
         trainer.save_checkpoint(tmp_path / "mine" / "own.ckpt")
         _, manifest = store.load(tmp_path / "mine" / "own.ckpt")
@@ -269,16 +311,23 @@ class TestLightning:
     def test_its_own_model_checkpoint_beside_ours_breaks_nothing(self, tmp_path: Path) -> None:
         with one_thread():
             fit(tmp_path / "alone")
-            stock = ModelCheckpoint(tmp_path / "stock", monitor="val/loss", save_last=True, every_n_train_steps=4)
+            stock = ModelCheckpoint(
+                tmp_path / "stock", monitor="val/loss", save_last=True, every_n_train_steps=4
+            )
             fit(tmp_path / "both", callbacks=lambda: [stock])
-        alone, both = (final_state(tmp_path / name) | {"callbacks": {}} for name in ("alone", "both"))
+        alone, both = (
+            final_state(tmp_path / name) | {"callbacks": {}} for name in ("alone", "both")
+        )
         assert list(difference(alone, both)) == []
         assert (tmp_path / "stock" / "last.ckpt").exists()
 
     @pytest.mark.parametrize(
-        "arguments", [{"fast_dev_run": True}, {"callbacks": lambda: [LearningRateFinder(num_training_steps=4)]}]
+        "arguments",
+        [{"fast_dev_run": True}, {"callbacks": lambda: [LearningRateFinder(num_training_steps=4)]}],
     )
-    def test_a_trial_run_leaves_no_checkpoint_of_its_own(self, tmp_path: Path, arguments: dict[str, Any]) -> None:
+    def test_a_trial_run_leaves_no_checkpoint_of_its_own(
+        self, tmp_path: Path, arguments: dict[str, Any]
+    ) -> None:
         class Model(SmallModel):
             def __init__(self) -> None:
                 super().__init__(schedule="plateau_epoch")
@@ -302,7 +351,9 @@ class TestLightning:
 
 
 @pytest.mark.parametrize(("max_steps", "exact"), [(6, True), (4, False)])
-def test_an_end_inside_an_epoch_is_said_to_be_not_exact(tmp_path: Path, max_steps: int, exact: bool) -> None:
+def test_an_end_inside_an_epoch_is_said_to_be_not_exact(
+    tmp_path: Path, max_steps: int, exact: bool
+) -> None:
     fit(tmp_path, max_steps=max_steps, max_epochs=-1)
     latest = store.CheckpointStore(tmp_path / "checkpoints").latest()
     assert latest is not None
@@ -342,7 +393,12 @@ def test_a_loader_without_a_position_is_saved_inside_an_epoch_all_the_same(tmp_p
 
     fit(tmp_path, data=Plain, checkpointing=saving(save_every_steps=1, monitor=None), max_epochs=2)
     found = store.CheckpointStore(tmp_path / "checkpoints").checkpoints()
-    assert [(one.step, one.manifest["exact"]) for one in found] == [(1, False), (2, True), (3, False), (4, True)]
+    assert [(one.step, one.manifest["exact"]) for one in found] == [
+        (1, False),
+        (2, True),
+        (3, False),
+        (4, True),
+    ]
 
 
 class Colour(Enum):
@@ -367,7 +423,9 @@ def test_a_stock_data_loader_is_exact_where_an_epoch_begins_and_said_to_be_not_e
         for step in (6, 12):
             file = tmp_path / "straight" / "checkpoints" / f"step-{step:08d}.ckpt"
             arguments = {"data": Stock, "checkpointing": saving()}
-            assert resume_differs(tmp_path / "straight", file, tmp_path / "resumed", **arguments) == []
+            assert (
+                resume_differs(tmp_path / "straight", file, tmp_path / "resumed", **arguments) == []
+            )
 
 
 def test_what_cannot_be_read_back_is_refused_before_the_first_step(tmp_path: Path) -> None:
@@ -403,7 +461,9 @@ def test_a_trainer_whose_directory_is_a_url_is_refused_before_the_first_step(
         default_root_dir=url, accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[saving()],
     )  # fmt: skip
-    with pytest.raises(ConfigError, match=r"Nothing is saved to a URL: trainer\.default_root_dir is"):
+    with pytest.raises(
+        ConfigError, match=r"Nothing is saved to a URL: trainer\.default_root_dir is"
+    ):
         trainer.fit(SmallModel(), datamodule=SmallData())
     assert trainer.global_step == 0
     assert list(tmp_path.iterdir()) == []
@@ -414,7 +474,9 @@ def test_with_another_number_of_processes_no_checkpoint_is_exact_until_the_next_
 ) -> None:
     fit(tmp_path / "two", checkpointing=saving(save_every_steps=2), max_epochs=1)
     content, facts = store.load(tmp_path / "two" / "checkpoints" / "step-00000002.ckpt")
-    made_by_two = store.write(tmp_path / "two.ckpt", content | {"other_ranks": [{}]}, facts | {"world_size": 2})
+    made_by_two = store.write(
+        tmp_path / "two.ckpt", content | {"other_ranks": [{}]}, facts | {"world_size": 2}
+    )
     capsys.readouterr()
     fit(tmp_path / "one", checkpointing=saving(save_every_steps=2), ckpt_path=made_by_two.path)
     assert "processes 2 -> 1: random states, metric sums" in capsys.readouterr().out
@@ -427,8 +489,12 @@ def test_with_another_number_of_processes_no_checkpoint_is_exact_until_the_next_
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
-def test_a_strategy_that_spreads_the_state_over_ranks_is_refused_in_words(strategy: type[Strategy]) -> None:
-    with pytest.raises(ConfigError, match=f"Sharded training is not supported yet: .* is {strategy.__name__}"):
+def test_a_strategy_that_spreads_the_state_over_ranks_is_refused_in_words(
+    strategy: type[Strategy],
+) -> None:
+    with pytest.raises(
+        ConfigError, match=f"Sharded training is not supported yet: .* is {strategy.__name__}"
+    ):
         state.refuse_shards(SimpleNamespace(strategy=object.__new__(strategy)))
 
 
@@ -441,7 +507,9 @@ def test_ranks_that_chose_different_checkpoints_are_refused_in_words(
         found[:] = [own, own, "the beginning"]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    with pytest.raises(ConfigMismatchError, match=r"rank 0 from step 30 \(digest .*\), rank 2 from the beginning"):
+    with pytest.raises(
+        ConfigMismatchError, match=r"rank 0 from step 30 \(digest .*\), rank 2 from the beginning"
+    ):
         state.refuse_different_starts(SimpleNamespace(world_size=3, ckpt_path=path))
     state.refuse_different_starts(SimpleNamespace(world_size=1, ckpt_path=path))
 
@@ -495,7 +563,9 @@ class TestFailure:
         write, callback = os.write, saving()
 
         def full(descriptor: int, data: bytes) -> int:
-            if os.readlink(f"/proc/self/fd/{descriptor}").endswith("metrics.csv") and steps(tmp_path) == [6]:
+            if os.readlink(f"/proc/self/fd/{descriptor}").endswith("metrics.csv") and steps(
+                tmp_path
+            ) == [6]:
                 raise OSError(28, "No space left on device")
             return write(descriptor, data)
 
@@ -507,7 +577,9 @@ class TestFailure:
         assert said.count("Cannot be written") == 1
         assert "The log could not be written before the save" in said
 
-    def test_a_value_that_cannot_be_read_back_later_fails_the_save_and_not_the_training(self, tmp_path: Path) -> None:
+    def test_a_value_that_cannot_be_read_back_later_fails_the_save_and_not_the_training(
+        self, tmp_path: Path
+    ) -> None:
         class Turning(SmallModel):
             def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
                 checkpoint["turned"] = Colour.RED if self.global_step == 12 else None
@@ -544,7 +616,9 @@ class Exploding(SmallModel):
 
 
 class TestNonFinite:
-    def test_a_loss_that_is_not_a_number_stops_the_run_and_names_its_first_step(self, tmp_path: Path) -> None:
+    def test_a_loss_that_is_not_a_number_stops_the_run_and_names_its_first_step(
+        self, tmp_path: Path
+    ) -> None:
         with pytest.raises(NonFiniteLossError, match=r"first at step 9.*step-00000006\.ckpt"):
             fit(tmp_path, model=Exploding)
         latest = store.CheckpointStore(tmp_path / "checkpoints").latest()
@@ -560,7 +634,9 @@ class TestNonFinite:
                     for parameter in self.parameters():
                         parameter.grad *= float("inf")
 
-        with pytest.raises(NonFiniteLossError, match=r"weights are not finite at step 12.*step-00000006\.ckpt"):
+        with pytest.raises(
+            NonFiniteLossError, match=r"weights are not finite at step 12.*step-00000006\.ckpt"
+        ):
             fit(tmp_path, model=Overflowing, checkpointing=CheckpointCallback(monitor=None))
         assert steps(tmp_path) == [6]
 
@@ -572,7 +648,9 @@ class TestNonFinite:
         assert trainer.global_step == 18
         assert steps(tmp_path) == [6]
         said = capsys.readouterr().err
-        assert said.count("The training loss is not finite: first at step 9.") == 1, "once, at the next log"
+        assert said.count("The training loss is not finite: first at step 9.") == 1, (
+            "once, at the next log"
+        )
         assert "The weights are not finite at step 12 (the training loss: first at step 9)." in said
         assert callback.failure is not None
 

@@ -1,4 +1,6 @@
-"""Each callback that a config switches on, in a whole run: stopped in its middle and resumed, it equals the straight one."""
+"""Each callback that a config switches on, in a whole run: stopped in its middle and resumed, it
+equals the straight one.
+"""
 
 from pathlib import Path
 
@@ -8,9 +10,19 @@ from support.programs import SIX_AN_EPOCH as SMALL
 from support.small import difference, final_state, one_thread, rows
 from support.stopping import handlers  # noqa: F401  (handlers is a fixture)
 
-CONFIGS = [*sorted((ROOT / "configs/callbacks").glob("*.yaml")), ROOT / "configs/debug/profile.yaml"]
+CONFIGS = [
+    *sorted((ROOT / "configs/callbacks").glob("*.yaml")),
+    ROOT / "configs/debug/profile.yaml",
+]
 # lr_finder.yaml looks at 100 batches before the run, which has to be long enough for them.
-MORE = ["--trainer.limit_train_batches", "40", "--trainer.limit_val_batches", "2", "--trainer.max_epochs", "2"]
+MORE = [
+    "--trainer.limit_train_batches",
+    "40",
+    "--trainer.limit_val_batches",
+    "2",
+    "--trainer.max_epochs",
+    "2",
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

@@ -27,7 +27,9 @@ class Pair(NamedTuple):
 class Net(LightningModule):
     """`shift` stands for a change of the code that shows in the output."""
 
-    def __init__(self, after: Callable[["Net", Tensor], Any], example: Any = None, shift: float = 0.0) -> None:
+    def __init__(
+        self, after: Callable[["Net", Tensor], Any], example: Any = None, shift: float = 0.0
+    ) -> None:
         super().__init__()
         self.after, self.shift = after, shift
         self.layer = nn.Linear(3, 3)
@@ -102,7 +104,11 @@ def test_the_same_code_gives_the_same_and_other_code_is_found(forward: Any, tmp_
 
 @pytest.mark.parametrize(
     "example",
-    [(torch.ones(2, 3), torch.ones(1)), {"x": torch.ones(2, 3), "more": torch.ones(1)}, ({"x": torch.ones(2, 3)}, 2)],
+    [
+        (torch.ones(2, 3), torch.ones(1)),
+        {"x": torch.ones(2, 3), "more": torch.ones(1)},
+        ({"x": torch.ones(2, 3)}, 2),
+    ],
     ids=["tuple", "dict", "nested"],
 )
 def test_an_example_may_be_all_arguments(example: Any, tmp_path: Path) -> None:
@@ -134,12 +140,21 @@ def test_the_module_and_the_generators_are_as_before(forward: Any) -> None:
     after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
-    assert (net.calls, net.seen, float(net.count), net.training, net.layer.training) == (0, [], 0.0, True, False)
+    assert (net.calls, net.seen, float(net.count), net.training, net.layer.training) == (
+        0,
+        [],
+        0.0,
+        True,
+        False,
+    )
 
 
 def test_a_file_from_before_draws_were_fixed_is_compared_where_nothing_is_drawn() -> None:
     net = Net(FORWARDS["plain"])
-    saved = {"state_dict": net.state_dict(), "canary": {"input": torch.ones(2, 3), "output": torch.ones(2, 3)}}
+    saved = {
+        "state_dict": net.state_dict(),
+        "canary": {"input": torch.ones(2, 3), "output": torch.ones(2, 3)},
+    }
     check_canary(net, saved)
     with pytest.raises(ConfigMismatchError, match="computes something else"):
         check_canary(Net(FORWARDS["plain"], shift=1.0), saved)

@@ -39,7 +39,11 @@ class Sorter(LightningModule):
     """
 
     def __init__(
-        self, net: nn.Module, lr: float = 0.1, mode: Literal["up", "down"] = "up", tag: str | None = None
+        self,
+        net: nn.Module,
+        lr: float = 0.1,
+        mode: Literal["up", "down"] = "up",
+        tag: str | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -102,15 +106,25 @@ def only(values: dict[str, Any], group: str) -> dict[str, Any]:
 # --- replace, never mix ---
 
 
-def test_a_second_config_replaces_the_model_and_the_data_and_leaves_nothing_of_the_first(configs: Path) -> None:
+def test_a_second_config_replaces_the_model_and_the_data_and_leaves_nothing_of_the_first(
+    configs: Path,
+) -> None:
     values = flat("--config", "sorter.yaml", "--config", "counter.yaml")
     assert only(values, "model") == {"model": "test_cli.Counter", "model.lr": 0.5, "model.count": 3}
-    assert only(values, "data") == {"data": "test_cli.Shells", "data.root": "shells", "data.batch_size": 8}
+    assert only(values, "data") == {
+        "data": "test_cli.Shells",
+        "data.root": "shells",
+        "data.batch_size": 8,
+    }
 
 
 def test_a_group_that_is_a_file_replaces_the_one_before_it(configs: Path) -> None:
     values = flat("--config", "sorter.yaml", "--model", "model/deep.yaml")
-    assert (values["model.lr"], values["model.net"], values["model.net.dropout"]) == (0.1, "test_cli.DeepNet", 0.25)
+    assert (values["model.lr"], values["model.net"], values["model.net.dropout"]) == (
+        0.1,
+        "test_cli.DeepNet",
+        0.25,
+    )
     assert values["data.root"] == "here"
 
 
@@ -122,7 +136,11 @@ def test_a_group_that_is_a_class_name_replaces_the_one_before_it(configs: Path) 
 
 def test_a_class_inside_a_group_is_replaced_alone(configs: Path) -> None:
     values = flat("--config", "sorter.yaml", "--model.net", "DeepNet")
-    assert (values["model.net.depth"], values["model.net.dropout"], values["model.lr"]) == (2, 0.25, 0.7)
+    assert (values["model.net.depth"], values["model.net.dropout"], values["model.lr"]) == (
+        2,
+        0.25,
+        0.7,
+    )
     assert "model.net.width" not in values
 
 
@@ -131,26 +149,47 @@ def test_a_class_replaces_itself_with_its_defaults(configs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "over", [["--config", "counter.yaml"], ["--model", "Counter"], ["--model={class_path: Counter}"]]
+    "over",
+    [["--config", "counter.yaml"], ["--model", "Counter"], ["--model={class_path: Counter}"]],
 )
 def test_nothing_of_a_checkpoints_model_leaks_into_another(configs: Path, over: list[str]) -> None:
     base = typed.dump(typed.parse(["--config", "sorter.yaml"]))
-    assert only(flat(*over, base=base), "model") == {"model": "test_cli.Counter", "model.lr": 0.5, "model.count": 3}
+    assert only(flat(*over, base=base), "model") == {
+        "model": "test_cli.Counter",
+        "model.lr": 0.5,
+        "model.count": 3,
+    }
 
 
 def test_trainer_and_checkpoint_are_merged_key_by_key(configs: Path) -> None:
-    values = flat("--config", "sorter.yaml", "--config", "trainer.yaml", "--checkpoint", "checkpoint/steps.yaml")
-    assert (values["trainer.max_epochs"], values["trainer.precision"], values["trainer.logger"]) == (
+    values = flat(
+        "--config",
+        "sorter.yaml",
+        "--config",
+        "trainer.yaml",
+        "--checkpoint",
+        "checkpoint/steps.yaml",
+    )
+    assert (
+        values["trainer.max_epochs"],
+        values["trainer.precision"],
+        values["trainer.logger"],
+    ) == (
         9,
         "64-true",
         False,
     )
-    assert (values["checkpoint.save_every_epochs"], values["checkpoint.save_every_steps"]) == (None, 5)
+    assert (values["checkpoint.save_every_epochs"], values["checkpoint.save_every_steps"]) == (
+        None,
+        5,
+    )
     assert values["checkpoint.monitor"] == "val/accuracy"
 
 
 def test_a_group_without_a_class_is_refused_because_it_cannot_be_mixed_in(configs: Path) -> None:
-    with pytest.raises(ConfigError, match=r"No class chosen by `model`: half.yaml.*--model.NAME VALUE"):
+    with pytest.raises(
+        ConfigError, match=r"No class chosen by `model`: half.yaml.*--model.NAME VALUE"
+    ):
         typed.parse(["--config", "sorter.yaml", "--config", "half.yaml"])
 
 
@@ -158,7 +197,11 @@ def test_a_logger_that_is_replaced_keeps_no_value_of_the_one_before_it(configs: 
     base = "{trainer: {logger: {class_path: CSVLogger, init_args: {save_dir: a, prefix: old}}}}"
     (configs / "logger.yaml").write_text(base)
     values = flat(
-        "--config=sorter.yaml", "--config=logger.yaml", "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir=b"
+        "--config=sorter.yaml",
+        "--config=logger.yaml",
+        "--trainer.logger",
+        "CSVLogger",
+        "--trainer.logger.save_dir=b",
     )
     assert (values["trainer.logger.save_dir"], values["trainer.logger.prefix"]) == ("b", "")
 
@@ -168,7 +211,13 @@ def test_a_logger_that_is_replaced_keeps_no_value_of_the_one_before_it(configs: 
 
 def test_a_single_value_wins_over_files_and_groups_wherever_it_stands(configs: Path) -> None:
     values = flat(
-        "--model.lr", "0.2", "--trainer.max_epochs=7", "--config", "sorter.yaml", "--model", "model/deep.yaml"
+        "--model.lr",
+        "0.2",
+        "--trainer.max_epochs=7",
+        "--config",
+        "sorter.yaml",
+        "--model",
+        "model/deep.yaml",
     )
     assert (values["model.lr"], values["trainer.max_epochs"]) == (0.2, 7)
 
@@ -183,17 +232,23 @@ def test_of_two_classes_for_one_key_nothing_of_the_earlier_stays(configs: Path) 
 
 
 def test_a_class_named_after_its_values_is_refused_instead_of_dropping_them(configs: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--model.net would undo what stands before it: --model.net.width"):
+    with pytest.raises(
+        ConfigError, match=r"--model.net would undo what stands before it: --model.net.width"
+    ):
         typed.parse(["--config=sorter.yaml", "--model.net.width=3", "--model.net", "DeepNet"])
 
 
-def test_group_files_in_a_config_are_relative_to_that_config(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_group_files_in_a_config_are_relative_to_that_config(
+    configs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir("/")
     values = flat("--config", str(configs / "parts.yaml"))
     assert (values["model.net"], values["data"]) == ("test_cli.DeepNet", "test_cli.Shells")
 
 
-def test_the_default_config_is_found_from_any_working_directory(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_config_is_found_from_any_working_directory(
+    configs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(workspace, "_entered", workspace.Project(configs, Path("sorter.yaml")))
     monkeypatch.chdir("/")
     assert flat()["model.lr"] == 0.7
@@ -210,7 +265,11 @@ def test_files_that_choose_no_model_go_on_top_of_the_default_config(
 def test_a_checkpoints_config_stands_in_for_the_default_config(configs: Path) -> None:
     base = typed.dump(typed.parse(["--config", "sorter.yaml"]))
     values = flat("--trainer.max_epochs", "4", "--config", "trainer.yaml", base=base)
-    assert (values["model.lr"], values["trainer.max_epochs"], values["trainer.precision"]) == (0.7, 4, "64-true")
+    assert (values["model.lr"], values["trainer.max_epochs"], values["trainer.precision"]) == (
+        0.7,
+        4,
+        "64-true",
+    )
 
 
 # --- the dump ---
@@ -234,8 +293,18 @@ def test_a_checkpoints_config_stands_in_for_the_default_config(configs: Path) ->
             "--trainer.callbacks+=LearningRateMonitor",
         ],
         ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "x"],
-        ["--model.net", "DeepNet", "--model.lr=1e-7", "--model.tag=1e-3", "--trainer.overfit_batches=10"],
-        ["--trainer.devices=[0, 1]", "--trainer.gradient_clip_val=.inf", "--seed_everything=12345678901"],
+        [
+            "--model.net",
+            "DeepNet",
+            "--model.lr=1e-7",
+            "--model.tag=1e-3",
+            "--trainer.overfit_batches=10",
+        ],
+        [
+            "--trainer.devices=[0, 1]",
+            "--trainer.gradient_clip_val=.inf",
+            "--seed_everything=12345678901",
+        ],
     ],
 )
 def test_a_dump_parses_to_the_same_dump(configs: Path, argv: list[str]) -> None:
@@ -244,7 +313,9 @@ def test_a_dump_parses_to_the_same_dump(configs: Path, argv: list[str]) -> None:
 
 
 def test_a_dump_keeps_a_null_that_stands_against_a_default(configs: Path) -> None:
-    base = typed.dump(typed.parse(["--config=sorter.yaml", "--checkpoint.save_every_epochs", "null"]))
+    base = typed.dump(
+        typed.parse(["--config=sorter.yaml", "--checkpoint.save_every_epochs", "null"])
+    )
     assert typed.parse([], base=base).checkpoint.save_every_epochs is None
 
 
@@ -258,12 +329,16 @@ def test_any_text_survives_a_dump(text: str) -> None:
 
 
 def test_a_text_that_looks_like_a_number_stays_a_text(configs: Path) -> None:
-    base = typed.dump(typed.parse(["--config=sorter.yaml", "--run_name=1e3", "--model.tag=2026-11-20"]))
+    base = typed.dump(
+        typed.parse(["--config=sorter.yaml", "--run_name=1e3", "--model.tag=2026-11-20"])
+    )
     config = typed.parse([], base=base)
     assert (config.run_name, config.model.init_args.tag) == ("1e3", "2026-11-20")
 
 
-def test_a_dump_holds_the_keys_of_the_contract_and_nothing_of_the_way_they_were_given(configs: Path) -> None:
+def test_a_dump_holds_the_keys_of_the_contract_and_nothing_of_the_way_they_were_given(
+    configs: Path,
+) -> None:
     text = typed.dump(typed.parse(["--config", "sorter.yaml"]))
     assert tuple(compose.parse_yaml(text, "a test")) == compose.KEYS
     assert "sorter.yaml" not in text
@@ -291,28 +366,53 @@ def test_flatten_names_values_as_their_flags() -> None:
         ("--model.lrr 0.1", "Unknown key: --model.lrr. Did you mean model.lr?"),
         ("--model.zzz 0.1", "Unknown key: --model.zzz. Sorter takes lr, mode, net, tag."),
         ("--model.net.widht 3", "Unknown key: --model.net.widht. Did you mean model.net.width?"),
-        ("--trainer.max_epochs.foo 3", "Unknown key: --trainer.max_epochs.foo. See --print_config."),
+        (
+            "--trainer.max_epochs.foo 3",
+            "Unknown key: --trainer.max_epochs.foo. See --print_config.",
+        ),
         ("--model.tag [1]", "Wrong value of --model.tag: [1]. Expected str | null."),
         ("--model.lr abc", "Wrong value of --model.lr: abc. Expected float."),
         ("--model.net.width x", "Wrong value of --model.net.width: x. Expected int."),
         ("--model.mode left", "Wrong value of --model.mode: left. Expected one of 'up', 'down'."),
         ("--data.batch_size 1.5", "Wrong value of --data.batch_size: 1.5. Expected int."),
         ("--data.batch_size null", "Wrong value of --data.batch_size: null. Expected int."),
-        ("--trainer.max_epochs abc", "Wrong value of --trainer.max_epochs: abc. Expected int or null."),
-        ("--checkpoint.mode up", "Wrong value of --checkpoint.mode: up. Expected one of 'min', 'max'."),
+        (
+            "--trainer.max_epochs abc",
+            "Wrong value of --trainer.max_epochs: abc. Expected int or null.",
+        ),
+        (
+            "--checkpoint.mode up",
+            "Wrong value of --checkpoint.mode: up. Expected one of 'min', 'max'.",
+        ),
         ("--resume yes", "Wrong value of --resume: yes. Expected one of 'never', 'auto', 'must'."),
         ("--seed_everything x", "Wrong value of --seed_everything: x. Expected int."),
         ("--model.net WideNett", "No such class for --model.net: WideNett. Did you mean WideNet"),
-        ("--model.net nowhere.Net", "No such class for --model.net: nowhere.Net (No module named 'nowhere')."),
+        (
+            "--model.net nowhere.Net",
+            "No such class for --model.net: nowhere.Net (No module named 'nowhere').",
+        ),
         ("--model Sortr", "No such class for --model: Sortr. Did you mean Sorter?"),
-        ("--data fashion", "No such class for --data: fashion. Did you mean configs/data/fashion.yaml?"),
-        ("--trainer.callbacks+=Timerr", "No such class for --trainer.callbacks: Timerr. Did you mean Timer?"),
-        ("--model.net test_cli.Shells", "Wrong class for --model.net: test_cli.Shells. Expected a Module."),
+        (
+            "--data fashion",
+            "No such class for --data: fashion. Did you mean configs/data/fashion.yaml?",
+        ),
+        (
+            "--trainer.callbacks+=Timerr",
+            "No such class for --trainer.callbacks: Timerr. Did you mean Timer?",
+        ),
+        (
+            "--model.net test_cli.Shells",
+            "Wrong class for --model.net: test_cli.Shells. Expected a Module.",
+        ),
         (
             "--model Sorter",
-            "No value for model.net (--model). Its class has no default for it. Give --model.net VALUE.",
+            "No value for model.net (--model). Its class has no default for it. Give --model.net "
+            "VALUE.",
         ),
-        ("--trainer.max_epoch 3", "Unknown flag: --trainer.max_epoch. Did you mean --trainer.max_epochs"),
+        (
+            "--trainer.max_epoch 3",
+            "Unknown flag: --trainer.max_epoch. Did you mean --trainer.max_epochs",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_flag(configs: Path, argv: str, message: str) -> None:
@@ -327,12 +427,28 @@ def test_a_mistake_is_one_line_that_names_the_flag(configs: Path, argv: str, mes
     [
         ("lr: 0.7", "lrr: 0.7", "Unknown key: model.lrr (sorter.yaml). Did you mean model.lr?"),
         ("lr: 0.7", "lr: [0.7]", "Wrong value of model.lr (sorter.yaml): [0.7]. Expected float."),
-        ("width: 3", "wid: 3", "Unknown key: model.net.wid (sorter.yaml). Did you mean model.net.width?"),
+        (
+            "width: 3",
+            "wid: 3",
+            "Unknown key: model.net.wid (sorter.yaml). Did you mean model.net.width?",
+        ),
         ("width: 3", "width: x", "Wrong value of model.net.width (sorter.yaml): x. Expected int."),
-        ("width: 3", "width: null", "Wrong value of model.net.width (sorter.yaml): null. Expected int."),
+        (
+            "width: 3",
+            "width: null",
+            "Wrong value of model.net.width (sorter.yaml): null. Expected int.",
+        ),
         ("WideNet", "NarrowNet", "No such class for model.net (sorter.yaml): NarrowNet."),
-        ("class_path: Sorter", "class_path: Sort", "No such class for model (sorter.yaml): Sort. Did you mean Sorter?"),
-        ("max_epochs: 3", "max_epochs: a", "Wrong value of trainer.max_epochs (sorter.yaml): a. Expected int or null."),
+        (
+            "class_path: Sorter",
+            "class_path: Sort",
+            "No such class for model (sorter.yaml): Sort. Did you mean Sorter?",
+        ),
+        (
+            "max_epochs: 3",
+            "max_epochs: a",
+            "Wrong value of trainer.max_epochs (sorter.yaml): a. Expected int or null.",
+        ),
     ],
 )
 def test_a_mistake_in_a_file_is_one_line_that_names_file_and_key(
@@ -354,14 +470,20 @@ def test_a_value_that_lightning_refuses_is_a_config_error(configs: Path) -> None
 # --- help ---
 
 
-def test_print_config_prints_the_dump_and_leaves(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_config_prints_the_dump_and_leaves(
+    configs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as left:
         typed.parse(["--config", "sorter.yaml", "--print_config", "--model.lr", "3"])
     assert left.value.code == 0
-    assert capsys.readouterr().out == typed.dump(typed.parse(["--config", "sorter.yaml", "--model.lr", "3"]))
+    assert capsys.readouterr().out == typed.dump(
+        typed.parse(["--config", "sorter.yaml", "--model.lr", "3"])
+    )
 
 
-def test_the_help_of_a_key_says_what_its_class_takes(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_a_key_says_what_its_class_takes(
+    configs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         typed.parse(["--config", "sorter.yaml", "--model.help"])
     assert capsys.readouterr().out.splitlines() == [
@@ -373,7 +495,9 @@ def test_the_help_of_a_key_says_what_its_class_takes(configs: Path, capsys: pyte
     ]
 
 
-def test_the_help_of_a_key_takes_another_class_by_name(configs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_of_a_key_takes_another_class_by_name(
+    configs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         typed.parse(["--config", "sorter.yaml", "--model.net.help", "DeepNet"])
     assert "depth: int (default 2)" in capsys.readouterr().out
@@ -383,7 +507,9 @@ def test_the_help_of_a_key_takes_another_class_by_name(configs: Path, capsys: py
 
 
 def test_the_objects_are_those_of_the_config(configs: Path) -> None:
-    config = typed.parse(["--config", "sorter.yaml", "--model.net.width", "5", "--checkpoint.keep_last", "3"])
+    config = typed.parse(
+        ["--config", "sorter.yaml", "--model.net.width", "5", "--checkpoint.keep_last", "3"]
+    )
     model, data, trainer = typed.instantiate(config, default_root_dir=str(configs))
     assert isinstance(model, Sorter)
     assert isinstance(data, Pebbles)
@@ -394,13 +520,17 @@ def test_the_objects_are_those_of_the_config(configs: Path) -> None:
 
 def test_building_twice_gives_the_same_weights_and_another_seed_others(configs: Path) -> None:
     def weights(*argv: str) -> torch.Tensor:
-        return typed.instantiate(typed.parse(["--config", "sorter.yaml", *argv]))[0].net.layer.weight
+        return typed.instantiate(typed.parse(["--config", "sorter.yaml", *argv]))[
+            0
+        ].net.layer.weight
 
     assert torch.equal(weights(), weights())
     assert not torch.equal(weights(), weights("--seed_everything", "1"))
 
 
-def test_callbacks_of_the_caller_join_those_of_the_config_and_stand_before_the_checkpoint(configs: Path) -> None:
+def test_callbacks_of_the_caller_join_those_of_the_config_and_stand_before_the_checkpoint(
+    configs: Path,
+) -> None:
     config = typed.parse(["--config=sorter.yaml", "--trainer.callbacks+=Timer"])
     mine = EarlyStopping("val/loss")
     callbacks = typed.instantiate(config, callbacks=[mine])[2].callbacks
@@ -449,10 +579,19 @@ def test_the_command_line_of_the_process_is_neither_read_nor_changed(
         ("--confg good.yaml", "Unknown flag: --confg. Did you mean --config?"),
         ("--seed 3", "Unknown flag: --seed. See --help."),
         ("--run_names 3", "Unknown flag: --run_names. Did you mean --run_name?"),
-        ("--trainer.max_epoch 3", "Unknown flag: --trainer.max_epoch. Did you mean --trainer.max_epochs?"),
+        (
+            "--trainer.max_epoch 3",
+            "Unknown flag: --trainer.max_epoch. Did you mean --trainer.max_epochs?",
+        ),
         ("--trainer.zzz 3", "Unknown flag: --trainer.zzz. See --trainer.help."),
-        ("--checkpoint.keep 3", "Unknown flag: --checkpoint.keep. Did you mean --checkpoint.keep_last?"),
-        ("--trainer {zzz: 3}", "Unknown key in --trainer: trainer.zzz. See --trainer.help for its keys."),
+        (
+            "--checkpoint.keep 3",
+            "Unknown flag: --checkpoint.keep. Did you mean --checkpoint.keep_last?",
+        ),
+        (
+            "--trainer {zzz: 3}",
+            "Unknown key in --trainer: trainer.zzz. See --trainer.help for its keys.",
+        ),
         (
             "--checkpoint {keep_lasts: 3}",
             "Unknown key in --checkpoint: checkpoint.keep_lasts. Did you mean",

@@ -35,7 +35,7 @@ def command_line(name: str, path: Path) -> list[str]:
     return [name, *[str(path)] * (2 if name == "diff" else 1)]
 
 
-# -- all of them -----------------------------------------------------------------------------------------------------
+# -- all of them ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", commands.COMMANDS)
@@ -63,14 +63,18 @@ def test_a_path_that_is_not_there_is_bad_input(name: str, tmp_path: Path, capsys
 
 
 @pytest.mark.parametrize("name", ["ls", "gc"])
-def test_a_file_in_the_place_of_a_run_is_bad_input(name: str, run_dir: Path, capsys: Capture) -> None:
+def test_a_file_in_the_place_of_a_run_is_bad_input(
+    name: str, run_dir: Path, capsys: Capture
+) -> None:
     code, _, err = say(capsys, name, latest(run_dir).path)
     assert code == 2
     assert "A file, not a run directory" in err
 
 
 @pytest.mark.parametrize("name", LOOKING)
-def test_every_command_speaks_json_with_the_same_exit_code(name: str, run_dir: Path, capsys: Capture) -> None:
+def test_every_command_speaks_json_with_the_same_exit_code(
+    name: str, run_dir: Path, capsys: Capture
+) -> None:
     command = command_line(name, run_dir)
     text = say(capsys, *command)
     code, out, err = say(capsys, *command, "--json")
@@ -95,7 +99,9 @@ def test_what_only_looks_at_files_starts_without_torch(words: list[str], run_dir
     assert done.stdout
 
 
-@pytest.mark.parametrize("words", [["nonsense"], ["--json"], ["shw"], ["diff", "a"], ["gc", "--keep_last", "few"]])
+@pytest.mark.parametrize(
+    "words", [["nonsense"], ["--json"], ["shw"], ["diff", "a"], ["gc", "--keep_last", "few"]]
+)
 def test_wrong_words_are_refused_in_a_few_lines(words: list[str], capsys: Capture) -> None:
     code, out, err = say(capsys, *words)
     assert (code, out) == (2, "")
@@ -163,7 +169,7 @@ def test_columns_of_numbers_stand_to_the_right() -> None:
     )
 
 
-# -- ls --------------------------------------------------------------------------------------------------------------
+# -- ls ------------------------------------------------------------------------------------------
 
 
 def test_ls_shows_step_score_and_which_is_latest_and_best(run_dir: Path, capsys: Capture) -> None:
@@ -180,7 +186,9 @@ def test_ls_shows_step_score_and_which_is_latest_and_best(run_dir: Path, capsys:
     assert say(capsys, "ls", run_dir / "checkpoints")[1] == out
 
 
-def test_ls_shows_no_score_that_was_measured_at_another_step(run_dir: Path, capsys: Capture) -> None:
+def test_ls_shows_no_score_that_was_measured_at_another_step(
+    run_dir: Path, capsys: Capture
+) -> None:
     measured = {"val/loss": {"value": 1.0, "step": 30}}
     store(run_dir).add(small_state(), {**facts(40), "metrics": measured})
     last = json.loads(say(capsys, "ls", run_dir, "--json")[1])["checkpoints"][-1]
@@ -191,10 +199,14 @@ def test_ls_names_a_damaged_file_and_exits_with_1(run_dir: Path, capsys: Capture
     truncate(run_dir / "checkpoints" / "step-00000020.ckpt")
     code, out, _ = say(capsys, "ls", run_dir)
     assert code == 1
-    assert "NO: truncated: " in next(line for line in out.splitlines() if line.startswith("step-00000020.ckpt"))
+    assert "NO: truncated: " in next(
+        line for line in out.splitlines() if line.startswith("step-00000020.ckpt")
+    )
 
 
-def test_ls_shows_what_was_set_aside_which_is_no_longer_wrong(run_dir: Path, capsys: Capture) -> None:
+def test_ls_shows_what_was_set_aside_which_is_no_longer_wrong(
+    run_dir: Path, capsys: Capture
+) -> None:
     damaged = run_dir / "checkpoints" / "step-00000020.ckpt"
     truncate(damaged)
     damaged.rename(f"{damaged}.corrupt")
@@ -217,7 +229,7 @@ def test_ls_of_a_name_that_is_nearly_right_says_which(run_dir: Path, capsys: Cap
     assert f"Did you mean {run_dir}?" in say(capsys, "ls", run_dir.with_name("firts"))[2]
 
 
-# -- ls of a directory of runs ---------------------------------------------------------------------
+# -- ls of a directory of runs -------------------------------------------------------------------
 
 
 def test_ls_tells_the_states_of_runs_apart(tmp_path: Path, capsys: Capture) -> None:
@@ -271,11 +283,18 @@ def test_ls_goes_on_past_a_run_that_cannot_be_read(run_dir: Path, capsys: Captur
     (unreadable / "lock").symlink_to("lock")
     code, out, _ = say(capsys, "ls", run_dir.parent)
     assert code == 1
-    assert f"unreadable cannot be read: {unreadable / 'lock'}: Too many levels of symbolic links" in out
-    assert next(line for line in out.splitlines() if line.startswith("first")).split()[-3] == "stopped"
+    assert (
+        f"unreadable cannot be read: {unreadable / 'lock'}: Too many levels of symbolic links"
+        in out
+    )
+    assert (
+        next(line for line in out.splitlines() if line.startswith("first")).split()[-3] == "stopped"
+    )
 
 
-def test_ls_of_nothing_is_fine_of_a_file_not(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_ls_of_nothing_is_fine_of_a_file_not(
+    run_dir: Path, tmp_path: Path, capsys: Capture
+) -> None:
     (tmp_path / "empty").mkdir()
     assert say(capsys, "ls", tmp_path / "empty")[:2] == (0, f"{tmp_path / 'empty'}: no runs\n")
     assert "A file, not a run directory" in say(capsys, "ls", run_dir / "run.json")[2]
@@ -296,8 +315,12 @@ def test_ls_without_a_path_lists_the_runs_under_outputs(
     assert [row["step"] for row in one["checkpoints"]] == [3]
 
 
-@pytest.mark.parametrize("damage", ["", "{bad", "[]", '{"starts": 3}', '{"starts": [3, {"argv": 3, "time": 1}]}'])
-def test_a_damaged_record_costs_what_stood_in_it_alone(damage: str, run_dir: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    "damage", ["", "{bad", "[]", '{"starts": 3}', '{"starts": [3, {"argv": 3, "time": 1}]}']
+)
+def test_a_damaged_record_costs_what_stood_in_it_alone(
+    damage: str, run_dir: Path, capsys: Capture
+) -> None:
     (run_dir / "run.json").write_text(damage)
     code, out, _ = say(capsys, "ls", run_dir.parent, "--json")
     (row,) = json.loads(out)
@@ -308,7 +331,7 @@ def test_a_damaged_record_costs_what_stood_in_it_alone(damage: str, run_dir: Pat
     assert "run.json is missing or damaged" in say(capsys, "show", run_dir)[1]
 
 
-# -- show ------------------------------------------------------------------------------------------------------------
+# -- show ----------------------------------------------------------------------------------------
 
 
 def test_show_prints_facts_metrics_config_and_tensors(run_dir: Path, capsys: Capture) -> None:
@@ -345,7 +368,7 @@ def test_a_norm_that_is_no_number_is_a_text_in_json(run_dir: Path, capsys: Captu
     assert shown["metrics"]["val/loss"]["value"] == "nan"
 
 
-# -- show: lineage ---------------------------------------------------------------------------------
+# -- show: lineage -------------------------------------------------------------------------------
 
 
 def lineage(capsys: Capture, path: Path) -> str:
@@ -386,7 +409,9 @@ def test_lineage_goes_on_past_a_run_of_another_user(
     assert "forked into  child, at step 20" in lineage(capsys, run_dir)
 
 
-def test_lineage_tells_the_starts_and_finds_forks_in_both_directions(run_dir: Path, capsys: Capture) -> None:
+def test_lineage_tells_the_starts_and_finds_forks_in_both_directions(
+    run_dir: Path, capsys: Capture
+) -> None:
     child = fork(run_dir, "child", 20)
     grandchild = fork(child, "grand child", 21)
     code, out, _ = say(capsys, "show", child, "--json")
@@ -396,7 +421,10 @@ def test_lineage_tells_the_starts_and_finds_forks_in_both_directions(run_dir: Pa
     assert [(one["run"], one["step"]) for one in found["forks"]] == [("grand child", 21)]
     text = lineage(capsys, grandchild)
     forked = [line for line in text.splitlines() if line.startswith("forked from")]
-    assert [line.split("  ")[-1][:20].strip() for line in forked] == ["step 21 of child (/t", "step 20 of first (/t"]
+    assert [line.split("  ")[-1][:20].strip() for line in forked] == [
+        "step 21 of child (/t",
+        "step 20 of first (/t",
+    ]
     assert "step 21  model.lr 0.1 -> 0.2  train.py --config configs/fast.yaml" in text
 
 
@@ -412,7 +440,9 @@ def test_lineage_of_a_file_names_where_its_process_began(run_dir: Path, capsys: 
 
 def test_a_copy_of_a_run_is_not_its_fork(run_dir: Path, capsys: Capture) -> None:
     parent = latest(run_dir).manifest["digest"]
-    store(run_dir).add(small_state(), facts(40, 40.0, parent=parent, run_id=latest(run_dir).manifest["run_id"]))
+    store(run_dir).add(
+        small_state(), facts(40, 40.0, parent=parent, run_id=latest(run_dir).manifest["run_id"])
+    )
     subprocess.run(["cp", "-r", run_dir, run_dir.with_name("copy")], check=True)
     found = json.loads(say(capsys, "show", run_dir, "--only", "lineage", "--json")[1])["lineage"]
     assert (found["ancestors"], found["forks"]) == ([], [])
@@ -429,7 +459,9 @@ def test_an_empty_path_is_not_the_working_directory(
     assert "An empty path" in err
 
 
-def test_a_name_does_nothing_to_a_terminal_in_a_message_either(tmp_path: Path, capsys: Capture) -> None:
+def test_a_name_does_nothing_to_a_terminal_in_a_message_either(
+    tmp_path: Path, capsys: Capture
+) -> None:
     code, _, err = say(capsys, "ls", tmp_path / "\x1b[2J")
     assert code == 2
     assert "\\x1b[2J" in err
@@ -441,7 +473,10 @@ def test_a_name_does_nothing_to_a_terminal_in_a_message_either(tmp_path: Path, c
 def test_a_full_disk_behind_the_output_is_no_success(command: str, run_dir: Path) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "savepoint", command, run_dir], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "savepoint", command, run_dir],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
         )
     assert done.returncode == 2
     assert "The output could not be written: No space left on device" in done.stderr

@@ -1,8 +1,10 @@
-"""Kills a process at each call that changes a file, one call after the other, and looks at what is left.
+"""Kills a process at each call that changes a file, one call after the other, and looks at what is
+left.
 
-The work is done by this file run as a program: each point is a fork of it that ends itself with os._exit, as kill -9
-would, before the k-th call (and, for a write, after half of its bytes); or whose k-th call fails, or writes less than
-it was given. All points are enumerated; of a whole training every eighth, and all of them in the slow test.
+The work is done by this file run as a program: each point is a fork of it that ends itself with
+os._exit, as kill -9 would, before the k-th call (and, for a write, after half of its bytes); or
+whose k-th call fails, or writes less than it was given. All points are enumerated; of a whole
+training every eighth, and all of them in the slow test.
 """
 
 import contextlib
@@ -34,13 +36,16 @@ from savepoint.errors import SavepointError
 OTHERS = {"model.ckpt": "mine", "step-00000030.ckpt.tmp": "mine too", ".notes": "and mine"}
 KILLED, SAID, DONE = 9, 3, 0
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EIO, errno.EROFS, errno.EINTR)
-THREE = (errno.ENOSPC, errno.EIO, errno.EROFS)  # the others are met by "save", and by all in the slow test
+# The others are met by "save", and by all in the slow test.
+THREE = (errno.ENOSPC, errno.EIO, errno.EROFS)
 LASTING = ("short", errno.EROFS)  # from the k-th call on: such a file system stays as it is
 
 
 @dataclass
 class Fault:
-    """Counts the calls; at the `at`-th, what `happens`: "kill", "half" or "short" (of a write), or an errno."""
+    """Counts the calls; at the `at`-th, what `happens`: "kill", "half" or "short" (of a write), or
+    an errno.
+    """
 
     at: int
     happens: str | int
@@ -87,7 +92,7 @@ class Scenario:
     forks: bool = False
 
 
-# -- a store ---------------------------------------------------------------------------------------------------------
+# -- a store -------------------------------------------------------------------------------------
 
 
 def opened(directory: Path) -> CheckpointStore:
@@ -116,7 +121,9 @@ def prepared_damaged(directory: Path) -> None:
 
 
 def without_links(work: Callable[[Path], None]) -> Callable[[Path], None]:
-    """`last` and `best` are symlinks: they must show the new checkpoint before what they showed goes."""
+    """`last` and `best` are symlinks: they must show the new checkpoint before what they showed
+    goes.
+    """
 
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(errno.EPERM, "links are not permitted")
@@ -132,8 +139,12 @@ def without_links(work: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def save(directory: Path) -> None:
-    """The newest and the best in one: both that were there go. Its large tensor is written in pieces."""
-    opened(directory).add(small_state(30) | {"large": [torch.ones(5000)] + [torch.ones(3000)] * 2}, facts(30, 0.5))
+    """The newest and the best in one: both that were there go. Its large tensor is written in
+    pieces.
+    """
+    opened(directory).add(
+        small_state(30) | {"large": [torch.ones(5000)] + [torch.ones(3000)] * 2}, facts(30, 0.5)
+    )
 
 
 def save_again(directory: Path) -> None:
@@ -142,14 +153,18 @@ def save_again(directory: Path) -> None:
 
 
 def save_behind(directory: Path) -> None:
-    """Twice in a thread, as the callback does it, with deletions behind each: what fails is said, the next is made."""
+    """Twice in a thread, as the callback does it, with deletions behind each: what fails is said,
+    the next is made.
+    """
     from savepoint.checkpoint.io import CheckpointIO
 
     io, failures = CheckpointIO(async_save=True), []
     io.store = opened(directory)
     for step, score in ((30, 0.5), (40, 3.0)):
         try:
-            io.save_checkpoint(small_state(step) | {"manifest": facts(step, score)}, io.store.path(step))
+            io.save_checkpoint(
+                small_state(step) | {"manifest": facts(step, score)}, io.store.path(step)
+            )
             io.submit(io.store.commit)
             io.wait()
         except OSError as error:
@@ -168,7 +183,12 @@ def rewind(directory: Path) -> None:
 
 
 def check_store(
-    steps: set[int], done: int, value: int | None = None, *, points: bool = True, damaged: bool = False
+    steps: set[int],
+    done: int,
+    value: int | None = None,
+    *,
+    points: bool = True,
+    damaged: bool = False,
 ) -> Callable[[Path, Ended], None]:
     """What must hold wherever the process ended.
 
@@ -192,15 +212,19 @@ def check_store(
         assert content in (checkpoint.step, checkpoint.step + 1), "its own tensors"
         assert damaged or lines == [], "nothing damaged under a final name"
         if ended.code == DONE:
-            assert (checkpoint.step, content) == (done, value or done), "what says nothing has done its work"
-        assert {name: (directory / name).read_text() for name in OTHERS} == OTHERS, "other people's files"
+            assert (checkpoint.step, content) == (done, value or done), (
+                "what says nothing has done its work"
+            )
+        assert {name: (directory / name).read_text() for name in OTHERS} == OTHERS, (
+            "other people's files"
+        )
         assert fresh.add(small_state(50), facts(50, 9.0)).step == 50, "the run goes on"
         assert manifest.verify(directory / "last.ckpt")["step"] == 50
 
     return check
 
 
-# -- a run's record --------------------------------------------------------------------------------------------------
+# -- a run's record ------------------------------------------------------------------------------
 
 CONFIGS = ["config: 1\n", "config: 2\n"]
 
@@ -227,15 +251,20 @@ def check_record(directory: Path, ended: Ended) -> None:
     assert not [name for name in names(directory) if name.endswith(".tmp")], "no temp is left"
     assert 1 <= len(held.record["starts"]) <= 2
     assert (directory / "config.yaml").read_text() in CONFIGS
-    for name, text in (("RESUME.txt", "python resume.py\n"), ("summary.json", '{\n  "steps": 1\n}\n')):
-        assert not (directory / name).exists() or (directory / name).read_text() == text, "whole or not there"
+    for name, text in (
+        ("RESUME.txt", "python resume.py\n"),
+        ("summary.json", '{\n  "steps": 1\n}\n'),
+    ):
+        assert not (directory / name).exists() or (directory / name).read_text() == text, (
+            "whole or not there"
+        )
     if ended.code == DONE:
         assert names(directory) == ["config.yaml", "lock", "run.json", "summary.json"]
     held.record_start(held.record, CONFIGS[1])
     held.unlock()
 
 
-# -- a whole training ------------------------------------------------------------------------------------------------
+# -- a whole training ----------------------------------------------------------------------------
 
 
 def made(directory: Path) -> None:
@@ -244,13 +273,17 @@ def made(directory: Path) -> None:
         (directory / name).write_text(text)
 
 
-def train(directory: Path, async_save: bool = False, ckpt_path: Path | None = None, keep_rows: int = 0) -> None:
+def train(
+    directory: Path, async_save: bool = False, ckpt_path: Path | None = None, keep_rows: int = 0
+) -> None:
     """Three saves, one of them within an epoch; the last one deletes the two before it."""
     from support.small import fit
 
     from savepoint.checkpoint.callback import CheckpointCallback
 
-    saving = CheckpointCallback(mode="min", monitor="val/loss", save_every_steps=4, keep_last=1, async_save=async_save)
+    saving = CheckpointCallback(
+        mode="min", monitor="val/loss", save_every_steps=4, keep_last=1, async_save=async_save
+    )
     short = {"max_epochs": 2, "limit_train_batches": 3}
     fit(directory, checkpointing=saving, ckpt_path=ckpt_path, keep_rows=keep_rows, **short)
     if saving.failure:
@@ -266,7 +299,10 @@ def rows(directory: Path) -> list[dict[str, str]]:
     path = directory / "metrics.csv"
     text = path.read_text() if path.exists() else ""
     whole = text[: text.rfind("\n") + 1].splitlines()
-    return [{k: v for k, v in row.items() if v and not k.startswith("time/")} for row in csv.DictReader(whole)]
+    return [
+        {k: v for k, v in row.items() if v and not k.startswith("time/")}
+        for row in csv.DictReader(whole)
+    ]
 
 
 class CheckTraining:
@@ -279,10 +315,16 @@ class CheckTraining:
         run.Run.open(directory).unlock()
         kept = CheckpointStore(directory / "checkpoints")
         kept.sweep()
-        assert not [path for path in directory.rglob("*.tmp*") if path.name not in OTHERS], "no temp is left"
-        assert {name: (directory / name).read_text() for name in OTHERS} == OTHERS, "other people's files"
+        assert not [path for path in directory.rglob("*.tmp*") if path.name not in OTHERS], (
+            "no temp is left"
+        )
+        assert {name: (directory / name).read_text() for name in OTHERS} == OTHERS, (
+            "other people's files"
+        )
         reported = [
-            int(line.split("saved step-")[1][:8]) for line in ended.said.splitlines() if ": saved step-" in line
+            int(line.split("saved step-")[1][:8])
+            for line in ended.said.splitlines()
+            if ": saved step-" in line
         ]
         latest = kept.latest()
         if latest is None:
@@ -290,10 +332,16 @@ class CheckTraining:
             assert ended.code != DONE, "a run that says nothing has saved"
             return
         checkpoint, state, lines = kept.load_latest(lock_holder=True)
-        assert checkpoint.step == latest.step >= max(reported, default=0), "the newest that was reported, or newer"
+        assert checkpoint.step == latest.step >= max(reported, default=0), (
+            "the newest that was reported, or newer"
+        )
         assert lines == [], "nothing damaged under a final name"
-        assert ended.code != DONE or checkpoint.step == 6, "a run that says nothing has saved its end"
-        assert rows(directory)[: state["logged_rows"]] == rows(self.straight)[: state["logged_rows"]], "no gap"
+        assert ended.code != DONE or checkpoint.step == 6, (
+            "a run that says nothing has saved its end"
+        )
+        assert (
+            rows(directory)[: state["logged_rows"]] == rows(self.straight)[: state["logged_rows"]]
+        ), "no gap"
         assert len(rows(directory)) >= state["logged_rows"]
         self.points += 1
         if self.points % self.resumes == 0 and checkpoint.manifest["ended"] is None:
@@ -308,13 +356,17 @@ class CheckTraining:
         self.resumed += 1
 
 
-# -- the program -----------------------------------------------------------------------------------------------------
+# -- the program ---------------------------------------------------------------------------------
 
 STORE = {
     "save": Scenario(prepared, save, check_store({20, 30}, 30), errors=ERRORS),
-    "save without links": Scenario(prepared_without_links, without_links(save), check_store({20, 30}, 30)),
+    "save without links": Scenario(
+        prepared_without_links, without_links(save), check_store({20, 30}, 30)
+    ),
     "save again": Scenario(prepared, save_again, check_store({20}, 20, 21)),
-    "fall back": Scenario(prepared_damaged, fall_back, check_store({10}, 10, points=False, damaged=True)),
+    "fall back": Scenario(
+        prepared_damaged, fall_back, check_store({10}, 10, points=False, damaged=True)
+    ),
     "rewind": Scenario(prepared, rewind, check_store({10, 20}, 10, points=False)),
     "record": Scenario(begun, begin_again, check_record),
 }
@@ -324,9 +376,13 @@ LIGHTNING = {
 }
 WHOLE = {
     "train": Scenario(made, train, CheckTraining(1), errors=ERRORS, forks=True),
-    "train behind": Scenario(made, train_behind, CheckTraining(5), errors=(errno.ENOSPC, errno.EIO), forks=True),
+    "train behind": Scenario(
+        made, train_behind, CheckTraining(5), errors=(errno.ENOSPC, errno.EIO), forks=True
+    ),
 }
-ALL = {name: replace(scenario, errors=ERRORS) for name, scenario in (STORE | LIGHTNING).items()} | WHOLE
+ALL = {
+    name: replace(scenario, errors=ERRORS) for name, scenario in (STORE | LIGHTNING).items()
+} | WHOLE
 PROGRAMS = {"store": STORE, "lightning": LIGHTNING, "all": ALL}
 
 
@@ -367,7 +423,9 @@ def points(scenario: Scenario, calls: list[str]) -> Iterator[tuple[int, str, str
 
 
 def enumerate_points(scenario: Scenario, folder: Path) -> dict[str, Any]:
-    straight, directory, said, seen = (folder / name for name in ("straight", "run", "said.txt", "calls.json"))
+    straight, directory, said, seen = (
+        folder / name for name in ("straight", "run", "said.txt", "calls.json")
+    )
     if isinstance(scenario.check, CheckTraining):
         scenario.check.straight = straight
     scenario.prepare(straight)
@@ -385,7 +443,10 @@ def enumerate_points(scenario: Scenario, folder: Path) -> dict[str, Any]:
             scenario.check(directory, Ended(code, said.read_text()))
         except Exception:  # noqa: BLE001 - every point is looked at, then all failures are shown
             what = errno.errorcode[happens] if isinstance(happens, int) else happens
-            failures.append(f"{name}, call {at}, {what}: {traceback.format_exc(limit=-1)}{said.read_text()[-900:]}")
+            failures.append(
+                f"{name}, call {at}, {what}: "
+                f"{traceback.format_exc(limit=-1)}{said.read_text()[-900:]}"
+            )
         shutil.rmtree(directory)
         counts["killed" if dies else "short" if happens == "short" else "failed"] += 1
         counts[name] = counts.get(name, 0) + (happens == "kill")
@@ -412,8 +473,12 @@ def results(program: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("program", ["store", "lightning", pytest.param("all", marks=pytest.mark.slow)])
-def test_wherever_a_process_dies_or_a_call_fails_a_checkpoint_is_left(program: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "program", ["store", "lightning", pytest.param("all", marks=pytest.mark.slow)]
+)
+def test_wherever_a_process_dies_or_a_call_fails_a_checkpoint_is_left(
+    program: str, tmp_path: Path
+) -> None:
     found = results(program, tmp_path)
     failures = [f"{name}: {text}" for name, result in found.items() for text in result["failures"]]
     assert not failures, f"{len(failures)} points, the first of them\n" + "\n".join(failures[:3])
@@ -436,4 +501,11 @@ if __name__ == "__main__":
     run._git = lambda: None  # type: ignore[assignment]  # two processes a start
     os.fsync = lambda _: None  # counted, but not done: what a dead process wrote, the next one sees
     folder = Path(sys.argv[2])
-    print(json.dumps({name: enumerate_points(scenario, folder) for name, scenario in PROGRAMS[sys.argv[1]].items()}))
+    print(
+        json.dumps(
+            {
+                name: enumerate_points(scenario, folder)
+                for name, scenario in PROGRAMS[sys.argv[1]].items()
+            }
+        )
+    )

@@ -23,15 +23,22 @@ from project.data import EMBEDDED_REPEATS, RandomShift
 from savepoint.errors import ConfigError, DataError
 
 TRAIN, TEST = 36, 6
-REAL_ROOT = os.environ.get("DATA_ROOT") and Path(os.environ["DATA_ROOT"]).resolve()  # tests change directory
+# Tests change directory.
+REAL_ROOT = os.environ.get("DATA_ROOT") and Path(os.environ["DATA_ROOT"]).resolve()
 
 
 def idx(array: np.ndarray[Any, Any]) -> bytes:
-    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
+    return (
+        bytes([0, 0, 8, array.ndim])
+        + np.array(array.shape, ">u4").tobytes()
+        + array.astype(np.uint8).tobytes()
+    )
 
 
 def numbered(count: int, height: int = 28) -> np.ndarray[Any, Any]:
-    """Image i is a dot of brightness i + 1 in the middle: it can be told from the others, also when moved."""
+    """Image i is a dot of brightness i + 1 in the middle: it can be told from the others, also when
+    moved.
+    """
     images = np.zeros((count, height, 28), np.uint8)
     images[:, 14, 14] = np.arange(count) + 1
     return images
@@ -81,7 +88,9 @@ def test_plain_and_compressed_files_give_the_same_data(tmp_path: Path) -> None:
     assert prepared(root="plain").fingerprint == prepared(root="packed").fingerprint
 
 
-def test_batches_are_uint8_images_and_int64_labels_and_the_last_one_is_shorter(tmp_path: Path) -> None:
+def test_batches_are_uint8_images_and_int64_labels_and_the_last_one_is_shorter(
+    tmp_path: Path,
+) -> None:
     write(tmp_path / "data/MNIST/raw")
     batches = list(prepared(batch_size=8).train_dataloader())
     assert [len(labels) for _, labels in batches] == [8, 8, 8, 8, 1]
@@ -100,7 +109,9 @@ def test_images_keep_their_labels(tmp_path: Path) -> None:
 def test_training_and_validation_images_are_the_training_set_and_share_none(tmp_path: Path) -> None:
     write(tmp_path / "data/MNIST/raw")
     data = prepared()
-    train, val = (which(everything(loader)[0]) for loader in (data.train_dataloader(), data.val_dataloader()))
+    train, val = (
+        which(everything(loader)[0]) for loader in (data.train_dataloader(), data.val_dataloader())
+    )
     assert len(val) == TRAIN // 12
     assert sorted(train + val) == list(range(TRAIN))
 
@@ -121,7 +132,11 @@ def test_the_split_does_not_depend_on_the_seed_and_the_order_does(tmp_path: Path
 def test_a_second_setup_changes_nothing(tmp_path: Path) -> None:
     raw = write(tmp_path / "data/MNIST/raw")
     data = prepared()
-    before = everything(data.test_dataloader())[0], everything(data.val_dataloader())[0], data.fingerprint
+    before = (
+        everything(data.test_dataloader())[0],
+        everything(data.val_dataloader())[0],
+        data.fingerprint,
+    )
     for file in raw.iterdir():
         file.unlink()
     torch.manual_seed(99)
@@ -152,7 +167,8 @@ def test_the_fingerprint_changes_with_one_pixel(tmp_path: Path) -> None:
     before = prepared().fingerprint
     file = raw / "train-images-idx3-ubyte"
     content = bytearray(file.read_bytes())
-    content[16::784] = bytes([1] * TRAIN)  # in every image: one of them may be in the validation part
+    # In every image: one of them may be in the validation part.
+    content[16::784] = bytes([1] * TRAIN)
     file.write_bytes(content)
     assert prepared().fingerprint != before
 
@@ -166,7 +182,8 @@ def test_a_set_of_another_size_is_not_called_mnist_alone(tmp_path: Path) -> None
 def test_mnist_is_55000_and_5000_and_10000_images() -> None:
     data = prepared(root=str(REAL_ROOT))
     sizes = [
-        len(loader.tensors[1]) for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
+        len(loader.tensors[1])
+        for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())
     ]
     assert sizes == [55_000, 5_000, 10_000]
     assert data.name == "MNIST"
@@ -182,16 +199,48 @@ def cut(raw: Path, name: str, content: Callable[[bytes], bytes]) -> None:
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 DAMAGE = {
-    "empty": (IMAGES, lambda b: b"", r"Truncated: .*train-images-idx3-ubyte has 0 bytes\. Expected at least 16"),
+    "empty": (
+        IMAGES,
+        lambda b: b"",
+        r"Truncated: .*train-images-idx3-ubyte has 0 bytes\. Expected at least 16",
+    ),
     "header only": (IMAGES, lambda b: b[:9], r"Truncated: .*has 9 bytes\. Expected at least 16"),
-    "one byte short": (IMAGES, lambda b: b[:-1], r"Truncated: .*has 28,239 bytes\. Expected 28,240"),
-    "one byte long": (IMAGES, lambda b: b + b"x", r"Too long: .*has 28,241 bytes\. Expected 28,240"),
-    "labels for images": (IMAGES, lambda b: idx(np.zeros(36)), r"Not an IDX file .*00000801.*Expected .*00000803"),
-    "a web page": (LABELS, lambda b: b"<html>moved</html>", r"labels-idx1-ubyte begins with 3c68746d"),
+    "one byte short": (
+        IMAGES,
+        lambda b: b[:-1],
+        r"Truncated: .*has 28,239 bytes\. Expected 28,240",
+    ),
+    "one byte long": (
+        IMAGES,
+        lambda b: b + b"x",
+        r"Too long: .*has 28,241 bytes\. Expected 28,240",
+    ),
+    "labels for images": (
+        IMAGES,
+        lambda b: idx(np.zeros(36)),
+        r"Not an IDX file .*00000801.*Expected .*00000803",
+    ),
+    "a web page": (
+        LABELS,
+        lambda b: b"<html>moved</html>",
+        r"labels-idx1-ubyte begins with 3c68746d",
+    ),
     "an archive": (LABELS, gzip.compress, r"labels-idx1-ubyte begins with 1f8b"),
-    "wrong size": (IMAGES, lambda b: idx(numbered(36, height=27)), r"wrong size: .*holds 27x28\. Expected 28x28"),
-    "too few labels": (LABELS, lambda b: idx(np.zeros(35)), r"do not match: .*holds 36, .*labels.* holds 35"),
-    "label 10": (LABELS, lambda b: idx(np.full(36, 10)), r"label out of range: .*labels.* holds 10\. Expected 0 to 9"),
+    "wrong size": (
+        IMAGES,
+        lambda b: idx(numbered(36, height=27)),
+        r"wrong size: .*holds 27x28\. Expected 28x28",
+    ),
+    "too few labels": (
+        LABELS,
+        lambda b: idx(np.zeros(35)),
+        r"do not match: .*holds 36, .*labels.* holds 35",
+    ),
+    "label 10": (
+        LABELS,
+        lambda b: idx(np.full(36, 10)),
+        r"label out of range: .*labels.* holds 10\. Expected 0 to 9",
+    ),
 }
 
 
@@ -217,14 +266,22 @@ def test_a_set_with_a_file_missing_is_an_error_and_nothing_is_downloaded(
 ) -> None:
     raw = write(tmp_path / "data/MNIST/raw")
     (raw / LABELS).unlink()
-    monkeypatch.setattr(sources, "download", lambda *_: pytest.fail("a damaged set is for the user to mend"))
-    with pytest.raises(DataError, match=rf"Incomplete data set: {raw.relative_to(tmp_path)} lacks {LABELS}\."):
+    monkeypatch.setattr(
+        sources, "download", lambda *_: pytest.fail("a damaged set is for the user to mend")
+    )
+    with pytest.raises(
+        DataError, match=rf"Incomplete data set: {raw.relative_to(tmp_path)} lacks {LABELS}\."
+    ):
         prepared()
 
 
 @pytest.mark.parametrize("argument", [{"batch_size": 0}, {"shift": -1}, {"num_workers": -1}])
-def test_a_number_that_is_too_small_is_an_error_that_names_its_key(argument: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match=rf"data\.{next(iter(argument))} is {next(iter(argument.values()))}"):
+def test_a_number_that_is_too_small_is_an_error_that_names_its_key(
+    argument: dict[str, int],
+) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"data\.{next(iter(argument))} is {next(iter(argument.values()))}"
+    ):
         ImageData(**argument)
 
 
@@ -246,25 +303,34 @@ def test_without_data_and_network_the_digits_are_used_and_that_is_said_once(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_digits_asked_for_by_name_are_used_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_digits_asked_for_by_name_are_used_without_a_word(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     data = prepared(dataset="digits", fallback=None)
     assert data.name == "embedded digits"
     assert caplog.records == []
 
 
 def test_without_a_fallback_missing_data_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"No FashionMNIST in data/FashionMNIST/raw .*allow --data\.fallback digits"):
+    with pytest.raises(
+        DataError, match=r"No FashionMNIST in data/FashionMNIST/raw .*allow --data\.fallback digits"
+    ):
         prepared(dataset="fashion", fallback=None)
 
 
-def test_a_root_that_was_named_is_an_error_if_nothing_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_root_that_was_named_is_an_error_if_nothing_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever names a root must not train on something else because of a typing error."""
     with pytest.raises(
-        DataError, match=r"No MNIST in typo/MNIST/raw \(the root is --data\.root\), and the download failed"
+        DataError,
+        match=r"No MNIST in typo/MNIST/raw \(the root is --data\.root\), and the download failed",
     ):
         prepared(root="typo")
     monkeypatch.setenv("DATA_ROOT", "misspelt")
-    with pytest.raises(DataError, match=r"No MNIST in misspelt/MNIST/raw \(the root is DATA_ROOT\)"):
+    with pytest.raises(
+        DataError, match=r"No MNIST in misspelt/MNIST/raw \(the root is DATA_ROOT\)"
+    ):
         prepared(download=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -291,7 +357,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with HTTPServer(("127.0.0.1", 0), partial(Quiet, directory=served)) as http:
         thread = threading.Thread(target=http.serve_forever, args=[0.01])
         thread.start()
-        monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [f"http://127.0.0.1:{http.server_port}/"])
+        monkeypatch.setattr(
+            torchvision.datasets.MNIST, "mirrors", [f"http://127.0.0.1:{http.server_port}/"]
+        )
         monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
         yield served
         http.shutdown()
@@ -301,7 +369,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_missing_data_is_downloaded_once_into_the_root(server: Path, tmp_path: Path) -> None:
     data = prepared(root="new/root")
     assert data.name.startswith("MNIST of 36")
-    assert sorted(path.name for path in (tmp_path / "new/root/MNIST/raw").iterdir()) == sorted(sources.FILES)
+    assert sorted(path.name for path in (tmp_path / "new/root/MNIST/raw").iterdir()) == sorted(
+        sources.FILES
+    )
     assert [path.name for path in (tmp_path / "new/root").iterdir()] == ["MNIST"]
     for file in server.iterdir():
         if file.is_file():
@@ -315,7 +385,8 @@ def test_a_download_that_fails_half_way_leaves_nothing_behind(
 ) -> None:
     damage(max(server.glob("*.gz")))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # torchvision leaves the refused connection open
+        # Torchvision leaves the refused connection open.
+        warnings.simplefilter("ignore", ResourceWarning)
         with pytest.raises(DataError, match="the download failed"):
             prepared(root="new/root", fallback=None)
         gc.collect()
@@ -350,7 +421,9 @@ def test_an_epoch_goes_through_the_embedded_digits_several_times() -> None:
 
 
 def test_each_image_moves_by_its_own_offset_within_reach_and_zeros_come_in() -> None:
-    images = torch.randint(1, 256, (64, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        1, 256, (64, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     moved = RandomShift(2)(images, torch.Generator().manual_seed(1))
     down, right = torch.randint(5, (2, 64), generator=torch.Generator().manual_seed(1))
     assert (moved.dtype, moved.shape) == (images.dtype, images.shape)
@@ -373,7 +446,9 @@ def test_training_images_move_anew_in_every_epoch_and_others_do_not_move(tmp_pat
         places.append([int(images[i].flatten().argmax()) for i in order])
     assert places[0] != places[1]
     middle = 14 * 28 + 14
-    assert {int(place) for place in everything(data.test_dataloader())[0].flatten(1).argmax(1)} == {middle}
+    assert {int(place) for place in everything(data.test_dataloader())[0].flatten(1).argmax(1)} == {
+        middle
+    }
     assert max(abs(place // 28 - 14) for place in places[0]) == 2
 
 
@@ -383,10 +458,14 @@ def test_shift_0_leaves_images_where_they_are(tmp_path: Path) -> None:
     assert set(images.flatten(1).argmax(1).tolist()) == {14 * 28 + 14}
 
 
-def test_a_training_that_is_to_overfit_sees_the_same_unmoved_images_in_every_epoch(tmp_path: Path) -> None:
+def test_a_training_that_is_to_overfit_sees_the_same_unmoved_images_in_every_epoch(
+    tmp_path: Path,
+) -> None:
     write(tmp_path / "data/MNIST/raw")
     data = prepared(shift=2)
-    data.trainer = Trainer(overfit_batches=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    data.trainer = Trainer(
+        overfit_batches=1, accelerator="cpu", logger=False, enable_checkpointing=False
+    )
     loader, epochs = data.train_dataloader(), []
     for epoch in (0, 1):
         loader.sampler.set_epoch(epoch)
@@ -395,7 +474,9 @@ def test_a_training_that_is_to_overfit_sees_the_same_unmoved_images_in_every_epo
     assert set(epochs[0].flatten(1).argmax(1).tolist()) == {14 * 28 + 14}
 
 
-def test_reading_image_by_image_gives_the_same_batches_with_any_number_of_workers(tmp_path: Path) -> None:
+def test_reading_image_by_image_gives_the_same_batches_with_any_number_of_workers(
+    tmp_path: Path,
+) -> None:
     write(tmp_path / "data/MNIST/raw")
     given = []
     for workers in (0, 2):

@@ -32,7 +32,9 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def begin(run_dir: Path, *more: str) -> tuple[subprocess.Popen[str], int]:
     """A run that has its first checkpoint, and the process of its rank 1."""
-    process = start("train.py", *TWO, "--output_dir", str(run_dir.parent), "--run_name", run_dir.name, *more)
+    process = start(
+        "train.py", *TWO, "--output_dir", str(run_dir.parent), "--run_name", run_dir.name, *more
+    )
     wait_for_a_checkpoint(run_dir, process)
     return process, rank_1(process.pid)
 
@@ -55,7 +57,14 @@ def lives(pid: int) -> bool:
 def goes_on_as(straight: Path, run_dir: Path) -> None:
     done = run("resume.py", str(run_dir))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert list(difference(final_state(straight) | {"config": ""}, final_state(run_dir) | {"config": ""})) == []
+    assert (
+        list(
+            difference(
+                final_state(straight) | {"config": ""}, final_state(run_dir) | {"config": ""}
+            )
+        )
+        == []
+    )
     assert rows(straight) == rows(run_dir)
     assert store.CheckpointStore(run_dir / "checkpoints").rejected() == []
 
@@ -73,10 +82,15 @@ def test_both_ranks_resume_exactly_after_a_signal_and_after_a_kill(
 
 @pytest.mark.parametrize(
     "send",
-    [lambda zero, one: os.kill(one, 15), lambda zero, one: [os.kill(pid, 15) for pid in (one, zero)]],
+    [
+        lambda zero, one: os.kill(one, 15),
+        lambda zero, one: [os.kill(pid, 15) for pid in (one, zero)],
+    ],
     ids=["to rank 1", "to both"],
 )
-def test_both_ranks_stop_at_the_same_step_whichever_got_the_signal(straight: Path, tmp_path: Path, send: Send) -> None:
+def test_both_ranks_stop_at_the_same_step_whichever_got_the_signal(
+    straight: Path, tmp_path: Path, send: Send
+) -> None:
     process, other = begin(tmp_path / "stopped")
     send(process.pid, other)
     said = process.communicate()[0]
@@ -123,9 +137,20 @@ def test_a_signal_to_rank_1_before_and_after_the_training_ends_both(
     where: str, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lightning's handlers would wait for the other rank, which waits for this one."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH",
+        os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+    )
     waiting = f"{{class_path: support.waiting.Waiting, init_args: {{where: {where}, mark: {tmp_path / 'there'}}}}}"
-    command = [*TWO, "--output_dir", str(tmp_path), "--run_name", "run", "--trainer.callbacks+", waiting]
+    command = [
+        *TWO,
+        "--output_dir",
+        str(tmp_path),
+        "--run_name",
+        "run",
+        "--trainer.callbacks+",
+        waiting,
+    ]
     process = start("train.py", *command)
     while not (tmp_path / "there").exists():
         assert process.poll() is None, process.communicate()[0]
@@ -142,11 +167,24 @@ def test_a_signal_to_rank_1_before_and_after_the_training_ends_both(
 
 
 def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
-    done = run("train.py", *TWO, "--output_dir", str(tmp_path), "--run_name", "two", "--trainer.max_epochs", "1")
+    done = run(
+        "train.py",
+        *TWO,
+        "--output_dir",
+        str(tmp_path),
+        "--run_name",
+        "two",
+        "--trainer.max_epochs",
+        "1",
+    )
     assert done.returncode == 0, done.stderr
-    done = run("resume.py", str(tmp_path / "two"), "--trainer.devices", "1", "--trainer.max_epochs", "2")
+    done = run(
+        "resume.py", str(tmp_path / "two"), "--trainer.devices", "1", "--trainer.max_epochs", "2"
+    )
     assert done.returncode == 2
     assert "Another number of processes: 1" in done.stderr
-    done = run("resume.py", str(tmp_path / "two"), "--trainer.devices", "3", "--trainer.max_epochs", "2")
+    done = run(
+        "resume.py", str(tmp_path / "two"), "--trainer.devices", "3", "--trainer.max_epochs", "2"
+    )
     assert done.returncode == 2
     assert done.stderr.count("Another number of processes: 3") == 1

@@ -1,4 +1,5 @@
-"""Three ranks and more (DDP, gloo): from each safe point a resume equals the run that was never stopped.
+"""Three ranks and more (DDP, gloo): from each safe point a resume equals the run that was never
+stopped.
 
 From three ranks on a sum depends on where DDP has put a gradient in its buckets.
 """
@@ -20,7 +21,11 @@ def differences(directory: Path, ranks: int, kind: str, every: int = 1) -> dict[
     """By safe point, what is different at the end of a resume from there."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+        address = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "OMP_NUM_THREADS": "1",
+        }
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "support.ddp_ranks", str(directory), str(ranks), kind, str(every)],
@@ -48,9 +53,15 @@ def test_every_kind_of_ddp_resumes_exactly(tmp_path: Path, ranks: int, kind: str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
-def test_launchers_that_make_their_own_processes_train_and_resume(tmp_path: Path, strategy: str) -> None:
+def test_launchers_that_make_their_own_processes_train_and_resume(
+    tmp_path: Path, strategy: str
+) -> None:
     command = [sys.executable, "-m", "support.spawned", strategy, str(tmp_path)]
     done = subprocess.run(
-        command, env=os.environ | TESTS | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600
+        command,
+        env=os.environ | TESTS | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]

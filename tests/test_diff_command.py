@@ -38,9 +38,14 @@ def test_states_that_say_only_when_and_where_they_were_made_differently_are_equa
     tmp_path: Path, capsys: Capture
 ) -> None:
     made = {"run": {"name": "b"}, "callbacks": {"Meter": {"fit_secs": 3.0}}}
-    code, out, _ = say(capsys, "diff", *pair(tmp_path, small_state() | made, created="2026-01-01T00:00:00+00:00"))
+    code, out, _ = say(
+        capsys, "diff", *pair(tmp_path, small_state() | made, created="2026-01-01T00:00:00+00:00")
+    )
     assert code == 0
-    assert out.splitlines()[-1] == "Equal: every value and every bit, but for manifest, run and the clock."
+    assert (
+        out.splitlines()[-1]
+        == "Equal: every value and every bit, but for manifest, run and the clock."
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,8 +53,16 @@ def test_states_that_say_only_when_and_where_they_were_made_differently_are_equa
     [
         ("epoch", lambda state: state.update(epoch=3)),
         ("rng", lambda state: state["rng"]["torch"].__setitem__(7, 0)),
-        ("state_dict", lambda state: state["state_dict"].__setitem__("bias", torch.full((20,), -0.0))),
-        ("state_dict", lambda state: state["state_dict"].__setitem__("bias", torch.zeros(20, dtype=torch.float16))),
+        (
+            "state_dict",
+            lambda state: state["state_dict"].__setitem__("bias", torch.full((20,), -0.0)),
+        ),
+        (
+            "state_dict",
+            lambda state: state["state_dict"].__setitem__(
+                "bias", torch.zeros(20, dtype=torch.float16)
+            ),
+        ),
         ("state_dict", lambda state: state["state_dict"].pop("bias")),
         ("config", lambda state: state.update(config="model:\n  lr: 0.2\n")),
         ("metric_states", lambda state: state.update(metric_states={})),
@@ -96,7 +109,9 @@ def test_config_keys_are_named_as_their_flags_are(tmp_path: Path, capsys: Captur
     }
 
 
-def test_an_optimizer_is_compared_by_kind_of_state_step_and_hyper_parameters(tmp_path: Path, capsys: Capture) -> None:
+def test_an_optimizer_is_compared_by_kind_of_state_step_and_hyper_parameters(
+    tmp_path: Path, capsys: Capture
+) -> None:
     def change(state: State) -> None:
         (optimizer,) = state["optimizer_states"]
         optimizer["state"][0] = {"momentum_buffer": torch.ones(20, 30), "step": torch.tensor(4.0)}
@@ -111,7 +126,9 @@ def test_an_optimizer_is_compared_by_kind_of_state_step_and_hyper_parameters(tmp
     }
 
 
-def test_facts_and_metrics_that_differ_are_shown_with_their_steps(tmp_path: Path, capsys: Capture) -> None:
+def test_facts_and_metrics_that_differ_are_shown_with_their_steps(
+    tmp_path: Path, capsys: Capture
+) -> None:
     paths = pair(tmp_path, small_state(), **facts(40, 0.25))
     code, out, _ = say(capsys, "diff", *paths)
     assert code == 0  # of one state
@@ -137,7 +154,9 @@ def test_a_damaged_file_is_no_difference_but_bad_input(tmp_path: Path, capsys: C
 def test_a_nan_in_config_or_optimizer_is_equal_to_itself(tmp_path: Path, capsys: Capture) -> None:
     def change(state: State) -> None:
         state.update(config="model:\n  floor: .nan\n  all: [1, {deep: .nan}]\n  lr: 0.2\n")
-        state["optimizer_states"] = [{"state": {}, "param_groups": [{"lr": float("nan"), "params": []}]}]
+        state["optimizer_states"] = [
+            {"state": {}, "param_groups": [{"lr": float("nan"), "params": []}]}
+        ]
 
     write(tmp_path / "a.ckpt", other(change), facts(30, 0.5))
     write(tmp_path / "b.ckpt", other(change) | {"epoch": 9}, facts(30, 0.5))

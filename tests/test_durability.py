@@ -1,7 +1,8 @@
-"""What is on disk before a save is reported: the log's rows, the file, its name; and deletions only after that.
+"""What is on disk before a save is reported: the log's rows, the file, its name; and deletions only
+after that.
 
-No power is cut here: these tests look at the order of the calls, in this process and, under strace, as the kernel saw
-them. tests/test_power_cut.py cuts it.
+No power is cut here: these tests look at the order of the calls, in this process and, under strace,
+as the kernel saw them. tests/test_power_cut.py cuts it.
 """
 
 import contextlib
@@ -55,7 +56,11 @@ class Events(list[Event]):
             yield
 
     def see(self, call: Call) -> object:
-        if call.name == "fsync" and ".ckpt.tmp-" in call.path.name and call.path.stat().st_size > 1000:
+        if (
+            call.name == "fsync"
+            and ".ckpt.tmp-" in call.path.name
+            and call.path.stat().st_size > 1000
+        ):
             assert manifest.diagnose(call.path) == "", "whole when it is synced"
         result = call.go()
         rows = None
@@ -75,26 +80,41 @@ class Events(list[Event]):
     def say(self, path: Path) -> None:
         self.append(Event("said", path))
 
-    def places(self, name: str, path: Path, after: int = -1, before: int | None = None) -> list[int]:
+    def places(
+        self, name: str, path: Path, after: int = -1, before: int | None = None
+    ) -> list[int]:
         """Where this was done to `path`; a rename is done to its new name."""
         between = enumerate(self[:before])
-        return [i for i, one in between if i > after and one.name == name and path == (one.target or one.path)]
+        return [
+            i
+            for i, one in between
+            if i > after and one.name == name and path == (one.target or one.path)
+        ]
 
     def check_written(self, named: int) -> None:
         """The bytes of what gets its name at `named` were on disk before."""
         temp = self[named].path
-        assert self.places("write", temp, before=named)[-1] < self.places("fsync", temp, before=named)[-1]
+        assert (
+            self.places("write", temp, before=named)[-1]
+            < self.places("fsync", temp, before=named)[-1]
+        )
 
     def check(self, path: Path, said: int) -> None:
-        """`path`, reported at `said`, was on disk: its bytes before it got its name, and then its name."""
+        """`path`, reported at `said`, was on disk: its bytes before it got its name, and then its
+        name.
+        """
         named = self.places("replace", path, before=said)[-1]
         self.check_written(named)
         on_disk = self.places("fsync", path.parent, after=named, before=said)[0]
-        gone = [i for i, one in enumerate(self) if one.name == "unlink" and one.path.suffix == ".ckpt"]
+        gone = [
+            i for i, one in enumerate(self) if one.name == "unlink" and one.path.suffix == ".ckpt"
+        ]
         assert not [i for i in gone if named < i < on_disk], "nothing is deleted before"
         if path.name.startswith("step-"):
             last = self.places("replace", path.with_name("last.ckpt"), after=on_disk)[0]
-            assert not [i for i in gone if on_disk < i < last], "nor before what `last` shows is there"
+            assert not [i for i in gone if on_disk < i < last], (
+                "nor before what `last` shows is there"
+            )
 
     def check_all(self) -> list[str]:
         for place, event in enumerate(self):
@@ -120,7 +140,12 @@ def by_the_plugin_in_a_thread(directory: Path, events: Events) -> None:
 
 
 def by_the_callback(directory: Path, events: Events, *, async_save: bool = False) -> None:
-    fit(directory, checkpointing=CheckpointCallback(mode="min", monitor="val/loss", keep_last=1, async_save=async_save))
+    fit(
+        directory,
+        checkpointing=CheckpointCallback(
+            mode="min", monitor="val/loss", keep_last=1, async_save=async_save
+        ),
+    )
 
 
 def by_the_callback_in_a_thread(directory: Path, events: Events) -> None:
@@ -144,7 +169,9 @@ WAYS: dict[Callable[[Path, Events], None], int] = {
 
 
 @pytest.fixture(scope="module", params=WAYS, ids=lambda way: way.__name__)
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Events, int]:
+def saved(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Events, int]:
     directory = tmp_path_factory.mktemp("run")
     events = Events(directory)
     with events.seen():
@@ -152,13 +179,17 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return events, WAYS[request.param]
 
 
-def test_a_file_and_its_name_are_on_disk_before_a_save_is_reported(saved: tuple[Events, int]) -> None:
+def test_a_file_and_its_name_are_on_disk_before_a_save_is_reported(
+    saved: tuple[Events, int],
+) -> None:
     events, number = saved
     said = events.check_all()
     assert len(said) == number, said
 
 
-def test_a_new_directory_is_on_disk_before_a_save_in_it_is_reported(saved: tuple[Events, int]) -> None:
+def test_a_new_directory_is_on_disk_before_a_save_in_it_is_reported(
+    saved: tuple[Events, int],
+) -> None:
     events, _ = saved
     for place, event in enumerate(events):
         if event.name == "mkdir":
@@ -166,7 +197,9 @@ def test_a_new_directory_is_on_disk_before_a_save_in_it_is_reported(saved: tuple
             assert events.places("fsync", event.path.parent, after=place, before=said), event.path
 
 
-def test_the_log_is_on_disk_before_the_checkpoint_that_counts_its_rows(saved: tuple[Events, int]) -> None:
+def test_the_log_is_on_disk_before_the_checkpoint_that_counts_its_rows(
+    saved: tuple[Events, int],
+) -> None:
     events, _ = saved
     rows = [0]
     for event in events:
@@ -176,12 +209,16 @@ def test_the_log_is_on_disk_before_the_checkpoint_that_counts_its_rows(saved: tu
             assert max(rows) >= event.rows > 0, event.target
 
 
-def test_the_name_of_the_log_is_on_disk_before_the_checkpoint_that_counts_its_rows(saved: tuple[Events, int]) -> None:
+def test_the_name_of_the_log_is_on_disk_before_the_checkpoint_that_counts_its_rows(
+    saved: tuple[Events, int],
+) -> None:
     events, _ = saved
     for place in events.places("replace", events.directory / "metrics.csv"):
         events.check_written(place)
         counting = next(
-            i for i, one in enumerate(events) if i > place and one.name == "replace" and one.rows is not None
+            i
+            for i, one in enumerate(events)
+            if i > place and one.name == "replace" and one.rows is not None
         )
         assert events.places("fsync", events.directory, after=place, before=counting)
 
@@ -229,10 +266,14 @@ def test_pointers_need_not_be_durable_as_the_store_never_reads_them_and_the_next
     fresh.add(small_state(30), facts(30, 2.0))
     assert manifest.verify(tmp_path / "last.ckpt")["step"] == 30
     assert manifest.verify(tmp_path / "best.ckpt")["step"] == 20
-    assert names(tmp_path) == ["best.ckpt", "last.ckpt", *(f"step-000000{step}.ckpt" for step in (10, 20, 30))]
+    assert names(tmp_path) == [
+        "best.ckpt",
+        "last.ckpt",
+        *(f"step-000000{step}.ckpt" for step in (10, 20, 30)),
+    ]
 
 
-# -- as the kernel sees it -------------------------------------------------------------------------------------------
+# -- as the kernel sees it -----------------------------------------------------------------------
 
 TRACED = "write,fsync,fdatasync,rename,renameat,renameat2,link,linkat,unlink,unlinkat"
 STRACE = ["strace", "-f", "--seccomp-bpf"]  # stops the process at the traced calls alone
@@ -263,9 +304,23 @@ fit(Path(sys.argv[2]))
 def traced(directory: Path, program: str) -> Events:
     """The calls of a process of its own that runs a training."""
     log = directory.with_suffix(".strace")
-    command = [*STRACE, "-y", "-qq", "-s", "300", "-e", "signal=none", "-e", f"trace={TRACED}", "-o", log]
+    command = [
+        *STRACE,
+        "-y",
+        "-qq",
+        "-s",
+        "300",
+        "-e",
+        "signal=none",
+        "-e",
+        f"trace={TRACED}",
+        "-o",
+        log,
+    ]
     command += [sys.executable, "-W", "ignore", "-c", program, Path(__file__).parent, directory]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     events = Events(directory)
     begun: dict[str, str] = {}
     for line in log.read_text(errors="replace").splitlines():
@@ -294,16 +349,26 @@ def take(events: Events, call: str) -> None:
 
 
 def can_trace() -> bool:
-    return bool(shutil.which("strace")) and not subprocess.run([*STRACE, "true"], capture_output=True).returncode
+    return (
+        bool(shutil.which("strace"))
+        and not subprocess.run([*STRACE, "true"], capture_output=True).returncode
+    )
 
 
 @pytest.mark.skipif(not can_trace(), reason="needs strace and the right to use it")
-@pytest.mark.parametrize("program", [STORE, pytest.param(TRAINING, marks=pytest.mark.slow)], ids=["store", "training"])
-def test_the_kernel_sees_the_same_order_in_a_process_of_its_own(program: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "program", [STORE, pytest.param(TRAINING, marks=pytest.mark.slow)], ids=["store", "training"]
+)
+def test_the_kernel_sees_the_same_order_in_a_process_of_its_own(
+    program: str, tmp_path: Path
+) -> None:
     events = traced(tmp_path / "run", BEGIN + program)
     assert len(events.check_all()) == 3
     log = tmp_path / "run" / "metrics.csv"
     for event in (one for one in events if one.name == "said" and program == TRAINING):
         named = events.places("replace", event.path)[-1]
         begun = events.places("write", events[named].path)[0]
-        assert events.places("write", log, before=begun)[-1] < events.places("fsync", log, before=begun)[-1]
+        assert (
+            events.places("write", log, before=begun)[-1]
+            < events.places("fsync", log, before=begun)[-1]
+        )

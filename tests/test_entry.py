@@ -37,7 +37,12 @@ def mistake(argv):
 
 
 def command(body: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-c", f"{HEAD}\nentry.run({body}, {str(ROOT / 'train.py')!r})", *arguments]
+    return [
+        sys.executable,
+        "-c",
+        f"{HEAD}\nentry.run({body}, {str(ROOT / 'train.py')!r})",
+        *arguments,
+    ]
 
 
 @pytest.mark.parametrize("code", ["{} > /dev/full 2>&1", "{} 2>&1 | head -1", "{} >&- 2>&-"])
@@ -50,7 +55,9 @@ def test_output_that_cannot_be_written_ends_no_training(tmp_path: Path, code: st
     assert (tmp_path / "done").exists()
 
 
-@pytest.mark.parametrize(("body", "code", "said"), [("mistake", 2, "Wrong."), ("fail", 1, "Saving failed.")])
+@pytest.mark.parametrize(
+    ("body", "code", "said"), [("mistake", 2, "Wrong."), ("fail", 1, "Saving failed.")]
+)
 def test_an_error_is_its_message_and_its_exit_code(body: str, code: int, said: str) -> None:
     done = subprocess.run(command(body), capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (code, f"{said}\n")
@@ -112,7 +119,9 @@ entry.run(main, {str(ROOT / "train.py")!r})
 
 
 def test_a_signal_whose_exception_python_drops_ends_the_process_all_the_same() -> None:
-    """Where a handler runs within the callback of a weak reference, as in an import, nothing that it raises goes on."""
+    """Where a handler runs within the callback of a weak reference, as in an import, nothing that
+    it raises goes on.
+    """
     done = subprocess.run(command("dropped"), capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (143, "Stopped by SIGTERM.\n")
 
@@ -132,7 +141,9 @@ print([rank.wait() for rank in ranks])
 def launched(**bodies: str) -> tuple[str, list[str]]:
     """Exit codes of the ranks, and the lines that they said."""
     words = [word for rank, body in bodies.items() for word in (rank[1:], body)]
-    done = subprocess.run([sys.executable, "-c", LAUNCHER, *words], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, *words], capture_output=True, text=True, timeout=60
+    )
     return done.stdout.strip(), done.stderr.splitlines()
 
 
@@ -151,7 +162,9 @@ def test_the_death_of_another_rank_is_one_line() -> None:
     codes, said = launched(r1=f"lambda argv: (_ for _ in ()).throw(RuntimeError({gloo!r}))")
     assert codes == "[1]"
     assert said == ["Another rank is gone (its own output says why): rank 1 cannot go on alone."]
-    codes, said = launched(r1="lambda argv: (_ for _ in ()).throw(RuntimeError('a fault of the model'))")
+    codes, said = launched(
+        r1="lambda argv: (_ for _ in ()).throw(RuntimeError('a fault of the model'))"
+    )
     assert codes == "[1]"
     assert said[-1] == "RuntimeError: a fault of the model"
 
@@ -164,7 +177,10 @@ def test_the_death_of_another_rank_is_one_line() -> None:
     ],
 )  # fmt: skip
 def test_a_torchrun_whose_restarts_share_a_store_is_told_so_once(
-    changed: dict[str, str], said: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    changed: dict[str, str],
+    said: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     given = {"RANK": "0", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     for name, value in (given | {"TORCHELASTIC_MAX_RESTARTS": "3"} | changed).items():

@@ -42,13 +42,25 @@ def test_a_run_leaves_what_the_readme_names(straight: Path) -> None:
 
 @pytest.mark.parametrize(
     "signum",
-    [signal.SIGTERM, signal.SIGINT, signal.SIGKILL, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)],
+    [
+        signal.SIGTERM,
+        signal.SIGINT,
+        signal.SIGKILL,
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_that_is_resumed_equals_the_straight_one(
     straight: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
     process = start(
-        "train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "stopped", "--checkpoint.save_every_steps", "2"
+        "train.py",
+        *SMALL,
+        "--output_dir",
+        str(tmp_path),
+        "--run_name",
+        "stopped",
+        "--checkpoint.save_every_steps",
+        "2",
     )
     wait_for_a_checkpoint(tmp_path / "stopped", process)
     process.send_signal(signum)
@@ -60,7 +72,12 @@ def test_a_stopped_run_that_is_resumed_equals_the_straight_one(
     done = run("resume.py", str(tmp_path / "stopped"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
-        list(difference(final_state(straight) | {"config": ""}, final_state(tmp_path / "stopped") | {"config": ""}))
+        list(
+            difference(
+                final_state(straight) | {"config": ""},
+                final_state(tmp_path / "stopped") | {"config": ""},
+            )
+        )
         == []
     )
     assert rows(straight) == rows(tmp_path / "stopped")
@@ -74,7 +91,8 @@ def test_a_signal_to_save_saves_and_the_run_goes_on(straight: Path, tmp_path: Pa
     process = start("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "asked",
                     "--checkpoint.save_every_steps", "1000", "--checkpoint.keep_last", "9")  # fmt: skip
     until = time.monotonic() + 120
-    while not (tmp_path / "asked" / "config.yaml").exists() and time.monotonic() < until:  # training begins
+    # Training begins.
+    while not (tmp_path / "asked" / "config.yaml").exists() and time.monotonic() < until:
         time.sleep(0.02)
     time.sleep(0.2)
     process.send_signal(signal.SIGUSR1)
@@ -105,7 +123,9 @@ def test_a_finished_run_says_so_and_trains_longer_when_asked(straight: Path) -> 
 
 def test_the_code_of_another_copy_is_refused(tmp_path: Path) -> None:
     shutil.copy(ROOT / "train.py", tmp_path)
-    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "another copy's code" in done.stderr
     assert len(done.stderr.splitlines()) <= 5

@@ -90,11 +90,15 @@ def test_a_file_alone_is_enough(run_dir: Path, tmp_path: Path, capsys: Capture) 
     shutil.rmtree(run_dir)
     code, out, _ = say(capsys, "eval", str(alone), "--json")
     assert code == 0
-    assert json.loads(out) == found(alone.parent / "eval-mine") | {"directory": str(alone.parent / "eval-mine")}
+    assert json.loads(out) == found(alone.parent / "eval-mine") | {
+        "directory": str(alone.parent / "eval-mine")
+    }
     assert json.loads(out)["metrics"]["test/loss"] == summary["test/loss"]
 
 
-def test_the_validation_split_gives_what_was_logged_when_the_file_was_saved(run_dir: Path, capsys: Capture) -> None:
+def test_the_validation_split_gives_what_was_logged_when_the_file_was_saved(
+    run_dir: Path, capsys: Capture
+) -> None:
     code, out, _ = say(capsys, "eval", str(run_dir), "--split", "val", "-o", str(run_dir / "here"))
     assert code == 0
     assert "class " not in out
@@ -105,7 +109,9 @@ def test_the_validation_split_gives_what_was_logged_when_the_file_was_saved(run_
         assert str(metrics["val/loss"]) in [row["val/loss"] for row in csv.DictReader(file)]
 
 
-def test_a_key_of_the_config_can_be_given_in_both_ways_and_is_recorded(run_dir: Path, capsys: Capture) -> None:
+def test_a_key_of_the_config_can_be_given_in_both_ways_and_is_recorded(
+    run_dir: Path, capsys: Capture
+) -> None:
     flags = ["--trainer.limit_test_batches", "1", "--data.batch_size=16"]
     assert say(capsys, "eval", *flags, str(run_dir), "-o", str(run_dir / "here"))[0] == 0
     assert sum(row["count"] for row in found(run_dir / "here")["classes"]) == 16
@@ -186,7 +192,9 @@ def test_a_task_without_classes_has_its_metrics_alone(tmp_path: Path, capsys: Ca
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_a_model_without_a_test_is_evaluated_on_its_validation(tmp_path: Path, capsys: Capture) -> None:
+def test_a_model_without_a_test_is_evaluated_on_its_validation(
+    tmp_path: Path, capsys: Capture
+) -> None:
     run_dir = regression(tmp_path, "Line")
     capsys.readouterr()
     code, out, err = say(capsys, "eval", str(run_dir))
@@ -220,7 +228,9 @@ def test_bad_input_is_one_to_five_lines_and_leaves_nothing(
 def test_a_place_that_cannot_be_written_is_named(run_dir: Path, capsys: Capture) -> None:
     code, out, err = say(capsys, "eval", str(run_dir), "-o", f"{run_dir}/run.json/x")
     assert (code, out) == (2, "")
-    assert err.startswith(f"savepoint eval: Cannot write there: {run_dir}/run.json/x (Not a directory). Expected")
+    assert err.startswith(
+        f"savepoint eval: Cannot write there: {run_dir}/run.json/x (Not a directory). Expected"
+    )
 
 
 def test_a_damaged_checkpoint_is_named(run_dir: Path, capsys: Capture) -> None:

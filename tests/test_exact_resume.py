@@ -1,4 +1,6 @@
-"""A run that was saved anywhere and resumed equals one that was never stopped: every tensor, every logged value."""
+"""A run that was saved anywhere and resumed equals one that was never stopped: every tensor, every
+logged value.
+"""
 
 import inspect
 from functools import partial
@@ -66,7 +68,10 @@ CASES: dict[str, dict[str, Any]] = {
     "an accumulation that grows": {"callbacks": lambda: [GradientAccumulationScheduler({1: 2})]},
     "rows at the start": {"callbacks": lambda: [LogsAtTheStart()]},
     "accumulation": {"accumulate_grad_batches": 3},
-    "early stopping": {"callbacks": lambda: [EarlyStopping("val/loss", patience=1)], "max_epochs": 5},
+    "early stopping": {
+        "callbacks": lambda: [EarlyStopping("val/loss", patience=1)],
+        "max_epochs": 5,
+    },
     "early stopping before min_epochs": {
         "callbacks": lambda: [EarlyStopping("val/loss", patience=0)],
         "min_epochs": 4,
@@ -93,7 +98,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def straight(work: Path, case: dict[str, Any]) -> list[Path]:
-    """The files of a run that was saved at every point, but for the last: from there nothing is left to do."""
+    """The files of a run that was saved at every point, but for the last: from there nothing is
+    left to do.
+    """
     keep = EveryPoint(work / "kept", mode="min", monitor="val/loss")
     fit(work, checkpointing=keep, **case)
     return keep.kept[:-1]
@@ -106,20 +113,31 @@ def test_a_resume_from_every_point_equals_the_straight_run(name: str, tmp_path: 
         files = straight(tmp_path / "straight", CASES[name])
         assert len(files) >= 8
         for file in files:
-            assert resume_differs(tmp_path / "straight", file, tmp_path / "resumed", **CASES[name]) == [], file.name
+            assert (
+                resume_differs(tmp_path / "straight", file, tmp_path / "resumed", **CASES[name])
+                == []
+            ), file.name
     print(f"{name}: {len(files)} resumes, all equal")
 
 
 @pytest.mark.parametrize(
     "callbacks", [list, lambda: [EMAWeightAveraging(decay=0.8)]], ids=["plain", "weight averaging"]
 )
-def test_a_finished_run_that_trains_longer_equals_the_longer_run(callbacks: Any, tmp_path: Path) -> None:
-    case: dict[str, Any] = {"model": partial(SmallModel, schedule="plateau_epoch"), "callbacks": callbacks}
+def test_a_finished_run_that_trains_longer_equals_the_longer_run(
+    callbacks: Any, tmp_path: Path
+) -> None:
+    case: dict[str, Any] = {
+        "model": partial(SmallModel, schedule="plateau_epoch"),
+        "callbacks": callbacks,
+    }
     with one_thread():
         fit(tmp_path / "longer", max_epochs=4, **case)
         fit(tmp_path / "short", max_epochs=2, **case)
         last = tmp_path / "short" / "checkpoints" / "last.ckpt"
-        assert resume_differs(tmp_path / "longer", last, tmp_path / "resumed", max_epochs=4, **case) == []
+        assert (
+            resume_differs(tmp_path / "longer", last, tmp_path / "resumed", max_epochs=4, **case)
+            == []
+        )
 
 
 # Each line of the mechanism: without it, a resume of one of these cases goes wrong.
@@ -148,7 +166,10 @@ def without(line: str, monkeypatch: pytest.MonkeyPatch) -> type:
         if line in source:
             assert source.count(line) == 1
             broken = ModuleType(module.__name__)
-            exec(compile(source.replace(line.strip(), "pass"), module.__file__, "exec"), broken.__dict__)
+            exec(
+                compile(source.replace(line.strip(), "pass"), module.__file__, "exec"),
+                broken.__dict__,
+            )
             if module is callback_module:
                 return broken.CheckpointCallback
             monkeypatch.setattr(callback_module, "state", broken)
@@ -158,14 +179,18 @@ def without(line: str, monkeypatch: pytest.MonkeyPatch) -> type:
 
 @pytest.mark.filterwarnings("ignore:.*dataloader_iter")
 @pytest.mark.parametrize("line", LINES)
-def test_without_this_line_a_resume_goes_wrong(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_this_line_a_resume_goes_wrong(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = CASES[LINES[line]]
     broken = without(line, monkeypatch)
     with one_thread():
         for file in straight(tmp_path / "straight", case):
             resumed = broken(mode="min", monitor="val/loss")
             try:
-                if resume_differs(tmp_path / "straight", file, tmp_path / "resumed", checkpointing=resumed, **case):
+                if resume_differs(
+                    tmp_path / "straight", file, tmp_path / "resumed", checkpointing=resumed, **case
+                ):
                     return
             except Exception:  # noqa: BLE001  (a resume that crashes has gone wrong too)
                 return

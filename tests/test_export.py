@@ -1,4 +1,6 @@
-"""What `savepoint export` writes, read by the libraries it is written for, without any code of ours."""
+"""What `savepoint export` writes, read by the libraries it is written for, without any code of
+ours.
+"""
 
 import importlib.util
 import json
@@ -24,7 +26,9 @@ from savepoint.rebuilding import rebuild
 
 READERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
     "safetensors": safetensors.torch.load_file,
-    "npz": lambda path: {name: torch.from_numpy(value) for name, value in np.load(path, allow_pickle=False).items()},
+    "npz": lambda path: {
+        name: torch.from_numpy(value) for name, value in np.load(path, allow_pickle=False).items()
+    },
     "state_dict": lambda path: torch.load(path, weights_only=True),
 }
 
@@ -37,7 +41,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def same(weights: dict[str, Tensor], file: Path) -> bool:
     wanted = store.load(file)[0]["state_dict"]
     return weights.keys() == wanted.keys() and all(
-        value.dtype == wanted[name].dtype and torch.equal(value, wanted[name]) for name, value in weights.items()
+        value.dtype == wanted[name].dtype and torch.equal(value, wanted[name])
+        for name, value in weights.items()
     )
 
 
@@ -76,7 +81,9 @@ def test_of_a_run_it_is_the_best_checkpoint_and_of_a_file_that_one(
 def test_with_weight_averaging_the_averaged_weights_are_exported_and_it_says_so(
     run_dir: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    current = {name: value + 1 for name, value in store.load(best(run_dir))[0]["state_dict"].items()}
+    current = {
+        name: value + 1 for name, value in store.load(best(run_dir))[0]["state_dict"].items()
+    }
     file = altered(best(run_dir), tmp_path / "a.ckpt", current_model_state=current)
     code, out, _ = say(capsys, "export", str(file), "--format", "safetensors")
     assert code == 0
@@ -84,9 +91,13 @@ def test_with_weight_averaging_the_averaged_weights_are_exported_and_it_says_so(
     assert same(READERS["safetensors"](tmp_path / "a.safetensors"), file)
 
 
-def test_a_file_says_where_it_comes_from_and_what_it_takes(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_file_says_where_it_comes_from_and_what_it_takes(
+    run_dir: Path, tmp_path: Path, capsys: Capture
+) -> None:
     target = tmp_path / "a.safetensors"
-    code, out, _ = say(capsys, "export", str(run_dir), "--format", "safetensors", "-o", str(target), "--json")
+    code, out, _ = say(
+        capsys, "export", str(run_dir), "--format", "safetensors", "-o", str(target), "--json"
+    )
     assert code == 0
     with safetensors.safe_open(target, "pt") as file:
         said = file.metadata()
@@ -130,7 +141,9 @@ def test_a_file_that_does_not_hold_the_weights_is_not_kept(
     monkeypatch.setattr(export, "_weights", one_bit_off)
     target = tmp_path / "a.weights"
     target.write_text("the old one")
-    code, _, err = say(capsys, "export", str(run_dir), "--format", kind, "-o", str(target), "--force")
+    code, _, err = say(
+        capsys, "export", str(run_dir), "--format", kind, "-o", str(target), "--force"
+    )
     assert code == 1
     assert "holds other weights than the checkpoint: net.classify.bias" in err
     assert [path.name for path in tmp_path.iterdir()] == ["a.weights"]
@@ -163,7 +176,9 @@ def test_without_a_canary_it_is_exported_and_said_to_be_unchecked(
     assert same(READERS["state_dict"](tmp_path / "bare.pt"), bare)
 
 
-def test_a_model_without_an_example_input_has_weights_but_no_program(run_dir: Path, tmp_path: Path) -> None:
+def test_a_model_without_an_example_input_has_weights_but_no_program(
+    run_dir: Path, tmp_path: Path
+) -> None:
     made = rebuild(altered(best(run_dir), tmp_path / "bare.ckpt", canary=None))
     made.model.example_input_array = None
     with pytest.raises(ConfigError, match="No example input: ImageClassifier"):
@@ -188,9 +203,15 @@ def test_a_model_that_cannot_be_traced_is_said_and_nothing_is_left(
 
 
 def test_bfloat16_is_no_type_of_npz_and_safetensors_keeps_it(run_dir: Path, tmp_path: Path) -> None:
-    weights = {name: value.bfloat16() for name, value in store.load(best(run_dir))[0]["state_dict"].items()}
-    config = store.load(best(run_dir))[0]["config"].replace("precision: null", "precision: bf16-true")
-    file = altered(best(run_dir), tmp_path / "a.ckpt", state_dict=weights, config=config, canary=None)
+    weights = {
+        name: value.bfloat16() for name, value in store.load(best(run_dir))[0]["state_dict"].items()
+    }
+    config = store.load(best(run_dir))[0]["config"].replace(
+        "precision: null", "precision: bf16-true"
+    )
+    file = altered(
+        best(run_dir), tmp_path / "a.ckpt", state_dict=weights, config=config, canary=None
+    )
     made = rebuild(file)
     with pytest.raises(ConfigError, match="npz has no bfloat16"):
         export.export(made, tmp_path / "a.npz", "npz")
@@ -198,9 +219,13 @@ def test_bfloat16_is_no_type_of_npz_and_safetensors_keeps_it(run_dir: Path, tmp_
     assert same(READERS["safetensors"](tmp_path / "a.safetensors"), file)
 
 
-def test_pt2_runs_without_our_code_for_batches_of_any_size(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_pt2_runs_without_our_code_for_batches_of_any_size(
+    run_dir: Path, tmp_path: Path, capsys: Capture
+) -> None:
     target = tmp_path / "a.pt2"
-    code, out, err = say(capsys, "export", str(run_dir), "--format", "pt2", "-o", str(target), "--json")
+    code, out, err = say(
+        capsys, "export", str(run_dir), "--format", "pt2", "-o", str(target), "--json"
+    )
     assert (code, err) == (0, "")
     assert json.loads(out)["parity"]["largest"] <= json.loads(out)["parity"]["allowed"] < 0.01
     extra = {"metadata.json": ""}
@@ -211,12 +236,16 @@ def test_pt2_runs_without_our_code_for_batches_of_any_size(run_dir: Path, tmp_pa
         assert torch.equal(value, wanted[name]), name
     made, run = rebuild(best(run_dir)), program.module()
     for size in (1, 3, 20):
-        images = torch.randint(256, (size, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+        images = torch.randint(
+            256, (size, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(size)
+        )
         with torch.no_grad():
             torch.testing.assert_close(run(images), made.model(images), rtol=0, atol=1e-5)
 
 
-def test_onnx_runs_without_our_code_for_batches_of_any_size(run_dir: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_onnx_runs_without_our_code_for_batches_of_any_size(
+    run_dir: Path, tmp_path: Path, capsys: Capture
+) -> None:
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     target = tmp_path / "a.onnx"
@@ -227,24 +256,34 @@ def test_onnx_runs_without_our_code_for_batches_of_any_size(run_dir: Path, tmp_p
     assert [(one.domain, one.version) for one in model.opset_import] == [("", 18)]
     wanted = store.load(best(run_dir))[0]["state_dict"]
     kept = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
-    assert {name for name in wanted if name.endswith(("weight", "bias", "mean", "var"))} <= kept.keys()
-    assert all(np.array_equal(kept[name], value.numpy()) for name, value in wanted.items() if name in kept)
+    assert {
+        name for name in wanted if name.endswith(("weight", "bias", "mean", "var"))
+    } <= kept.keys()
+    assert all(
+        np.array_equal(kept[name], value.numpy()) for name, value in wanted.items() if name in kept
+    )
     session = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])
     said = session.get_modelmeta().custom_metadata_map
     assert json.loads(said["classes"]) == list("0123456789")
     made = rebuild(best(run_dir))
     for size in (1, 3, 20):
-        images = torch.randint(256, (size, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+        images = torch.randint(
+            256, (size, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(size)
+        )
         (logits,) = session.run(["output"], {"input": images.numpy()})
         with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(logits), made.model(images), rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                torch.from_numpy(logits), made.model(images), rtol=0, atol=1e-4
+            )
 
 
 def test_where_onnx_is_not_installed_the_extra_is_named(
     run_dir: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name)
+    )
     code, _, err = say(capsys, "export", str(run_dir), "--format", "onnx")
     assert code == 2
     assert "Not installed: " in err
@@ -263,7 +302,9 @@ def test_where_onnx_is_not_installed_the_extra_is_named(
         (["RUN/run.json", "--format", "npz"], "Not a checkpoint of Savepoint: RUN/run.json"),
     ],
 )
-def test_bad_input_is_one_to_five_lines(run_dir: Path, words: list[str], said: str, capsys: Capture) -> None:
+def test_bad_input_is_one_to_five_lines(
+    run_dir: Path, words: list[str], said: str, capsys: Capture
+) -> None:
     code, out, err = say(capsys, "export", *[word.replace("RUN", str(run_dir)) for word in words])
     assert (code, out) == (2, "")
     assert said.replace("RUN", str(run_dir)) in err

@@ -17,7 +17,9 @@ def module(weights: torch.Tensor, buffer: torch.Tensor | None = None) -> nn.Modu
     return made
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_one_value_that_is_not_finite_is_found(dtype: torch.dtype, bad: float) -> None:
     weights = torch.ones(5000, dtype=dtype)

@@ -29,7 +29,9 @@ def prefixed(prefix: str) -> dict[str, torch.Tensor]:
     [91.5, torch.tensor(91.5), torch.tensor([91.5]), np.float64(91.5), np.float32(91.5)],
     ids=lambda best: type(best).__name__,
 )
-def test_a_floydhub_file_gives_weights_epoch_and_best_accuracy(tmp_path: Path, best: Any, old: bool) -> None:
+def test_a_floydhub_file_gives_weights_epoch_and_best_accuracy(
+    tmp_path: Path, best: Any, old: bool
+) -> None:
     content = {"epoch": 4, "state_dict": prefixed("module."), "best_accuracy": best}
     torch.save(content, tmp_path / "a.pth.tar", _use_new_zipfile_serialization=not old)
     found = foreign.read(tmp_path / "a.pth.tar")
@@ -41,15 +43,23 @@ def test_a_floydhub_file_gives_weights_epoch_and_best_accuracy(tmp_path: Path, b
 def test_an_imagenet_file_gives_its_optimizer(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
-    content = {"epoch": 1, "arch": "resnet18", "state_dict": model.state_dict(), "best_acc1": torch.tensor(5.0)}
-    torch.save(content | {"optimizer": optimizer.state_dict(), "scheduler": {}}, tmp_path / "a.pth.tar")
+    content = {
+        "epoch": 1,
+        "arch": "resnet18",
+        "state_dict": model.state_dict(),
+        "best_acc1": torch.tensor(5.0),
+    }
+    torch.save(
+        content | {"optimizer": optimizer.state_dict(), "scheduler": {}}, tmp_path / "a.pth.tar"
+    )
     found = foreign.read(tmp_path / "a.pth.tar")
     assert found["optimizer"]["param_groups"][0]["lr"] == 0.3
     assert found["best_accuracy"] == 5.0
 
 
 @pytest.mark.parametrize(
-    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
+    "prefix",
+    ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."],
 )
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "before zip"])
 def test_a_bare_state_dict_loses_its_prefixes(tmp_path: Path, prefix: str, old: bool) -> None:
@@ -76,10 +86,21 @@ def test_a_compiled_part_inside_a_module_is_named_as_before(tmp_path: Path) -> N
 
 
 def test_a_stock_lightning_checkpoint_is_known(tmp_path: Path) -> None:
-    content = {"epoch": 3, "global_step": 9, "pytorch-lightning_version": "2.6.6", "state_dict": WEIGHTS}
-    torch.save(content | {"optimizer_states": [{"state": {}, "param_groups": []}]}, tmp_path / "a.ckpt")
+    content = {
+        "epoch": 3,
+        "global_step": 9,
+        "pytorch-lightning_version": "2.6.6",
+        "state_dict": WEIGHTS,
+    }
+    torch.save(
+        content | {"optimizer_states": [{"state": {}, "param_groups": []}]}, tmp_path / "a.ckpt"
+    )
     found = foreign.read(tmp_path / "a.ckpt")
-    assert (found["kind"], found["epoch"], found["optimizer"]) == ("lightning", 3, {"state": {}, "param_groups": []})
+    assert (found["kind"], found["epoch"], found["optimizer"]) == (
+        "lightning",
+        3,
+        {"state": {}, "param_groups": []},
+    )
 
 
 def test_our_own_checkpoint_is_read_whole(tmp_path: Path) -> None:
@@ -101,17 +122,37 @@ class Payload:
 
 
 REFUSED = {
-    "a whole model": (lambda path: torch.save(torch.nn.Linear(1, 1), path), "torch.nn.modules.linear.Linear"),
-    "a path": (lambda path: torch.save({"state_dict": WEIGHTS, "root": Path("x")}, path), "pathlib"),
-    "a payload": (lambda path: torch.save({"state_dict": WEIGHTS, "x": Payload(path.with_name("ran"))}, path), "exec"),
-    "an old payload": (
-        lambda path: torch.save({"x": Payload(path.with_name("ran"))}, path, _use_new_zipfile_serialization=False),
+    "a whole model": (
+        lambda path: torch.save(torch.nn.Linear(1, 1), path),
+        "torch.nn.modules.linear.Linear",
+    ),
+    "a path": (
+        lambda path: torch.save({"state_dict": WEIGHTS, "root": Path("x")}, path),
+        "pathlib",
+    ),
+    "a payload": (
+        lambda path: torch.save({"state_dict": WEIGHTS, "x": Payload(path.with_name("ran"))}, path),
         "exec",
     ),
-    "a pickle": (lambda path: path.write_bytes(pickle.dumps(Payload(path.with_name("ran")))), "a pickled object|exec"),
-    "an object array": (lambda path: torch.save({"state_dict": WEIGHTS, "x": np.array([Path()])}, path), "numpy"),
+    "an old payload": (
+        lambda path: torch.save(
+            {"x": Payload(path.with_name("ran"))}, path, _use_new_zipfile_serialization=False
+        ),
+        "exec",
+    ),
+    "a pickle": (
+        lambda path: path.write_bytes(pickle.dumps(Payload(path.with_name("ran")))),
+        "a pickled object|exec",
+    ),
+    "an object array": (
+        lambda path: torch.save({"state_dict": WEIGHTS, "x": np.array([Path()])}, path),
+        "numpy",
+    ),
     "a list": (lambda path: torch.save([1, 2], path), "it holds a list"),
-    "no weights": (lambda path: torch.save({"epoch": 1, "names": ["a"]}, path), "its keys are epoch, names"),
+    "no weights": (
+        lambda path: torch.save({"epoch": 1, "names": ["a"]}, path),
+        "its keys are epoch, names",
+    ),
     "a page": (lambda path: path.write_text("<html></html>"), "an HTML page"),
 }
 
@@ -162,7 +203,9 @@ def test_safetensors_are_read_where_their_reader_is_installed(tmp_path: Path) ->
     assert found["kind"] == "safetensors"
 
 
-def test_safetensors_without_their_reader_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_safetensors_without_their_reader_say_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
     (tmp_path / "a.safetensors").write_bytes(safetensors_bytes())
     with pytest.raises(CheckpointForeignError, match="pip install safetensors"):

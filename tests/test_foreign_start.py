@@ -15,30 +15,48 @@ from savepoint.checkpoint import store
 from savepoint.errors import ConfigMismatchError
 
 CLASSIC = ["--config", "configs/mnist.yaml", "--model.net", "ClassicNet", *SMALL]
-CLASSIC = [word for pair in zip(CLASSIC[::2], CLASSIC[1::2], strict=True) if "width" not in pair[0] for word in pair]
+CLASSIC = [
+    word
+    for pair in zip(CLASSIC[::2], CLASSIC[1::2], strict=True)
+    if "width" not in pair[0]
+    for word in pair
+]
 
 
 def floyd(path: Path, **more: Any) -> project.ClassicNet:
     """As the classic tutorial saves it: the bare network, under the names it has there."""
     torch.manual_seed(5)
     net = project.ClassicNet()
-    torch.save({"epoch": 2, "state_dict": net.state_dict(), "best_accuracy": torch.tensor([93.5])} | more, path)
+    torch.save(
+        {"epoch": 2, "state_dict": net.state_dict(), "best_accuracy": torch.tensor([93.5])} | more,
+        path,
+    )
     return net
 
 
-@pytest.mark.parametrize("best", [0.935, torch.tensor([93.5]), np.float64(0.935)], ids=["float", "percent", "numpy"])
+@pytest.mark.parametrize(
+    "best", [0.935, torch.tensor([93.5]), np.float64(0.935)], ids=["float", "percent", "numpy"]
+)
 def test_a_floydhub_file_continues_at_its_epoch_with_its_best_accuracy(
     best: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     floyd(tmp_path / "checkpoint.pth.tar", best_accuracy=best)
     assert (
-        go(str(tmp_path / "checkpoint.pth.tar"), *CLASSIC, "--output_dir", str(tmp_path / "out"), "--run_name", "on")
+        go(
+            str(tmp_path / "checkpoint.pth.tar"),
+            *CLASSIC,
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--run_name",
+            "on",
+        )
         == 0
     )
     said = capsys.readouterr().out
     assert "epoch 2, best accuracy 0.935" in said
     assert "did not improve from 0.9350" in said
-    assert steps(tmp_path / "out" / "on") == [12]  # two epochs of four steps counted, the third trained
+    # Two epochs of four steps counted, the third trained.
+    assert steps(tmp_path / "out" / "on") == [12]
     state, _ = store.load(tmp_path / "out" / "on" / "checkpoints" / "last.ckpt")
     assert state["epoch"] == 3
     assert state["best_accuracy"] == pytest.approx(0.935)
@@ -47,8 +65,16 @@ def test_a_floydhub_file_continues_at_its_epoch_with_its_best_accuracy(
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "net."])
 def test_weights_under_other_prefixes_are_taken(prefix: str, tmp_path: Path) -> None:
     net = floyd(tmp_path / "unused")
-    torch.save({prefix + name: value for name, value in net.state_dict().items()}, tmp_path / "weights.pt")
-    command = [*CLASSIC, "--init_from", str(tmp_path / "weights.pt"), "--output_dir", str(tmp_path / "out")]
+    torch.save(
+        {prefix + name: value for name, value in net.state_dict().items()}, tmp_path / "weights.pt"
+    )
+    command = [
+        *CLASSIC,
+        "--init_from",
+        str(tmp_path / "weights.pt"),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert begin(*command, "--run_name", "on", "--model.lr", "0") == 0
     state, _ = store.load(tmp_path / "out" / "on" / "checkpoints" / "last.ckpt")
     assert torch.equal(state["state_dict"]["net.fc1.weight"], net.fc1.weight)
@@ -57,7 +83,9 @@ def test_weights_under_other_prefixes_are_taken(prefix: str, tmp_path: Path) -> 
 def test_safetensors_and_old_files_are_read(tmp_path: Path) -> None:
     net = floyd(tmp_path / "unused")
     save_file(net.state_dict(), tmp_path / "weights.safetensors")
-    torch.save({"state_dict": net.state_dict()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"state_dict": net.state_dict()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False
+    )
     for name in ("weights.safetensors", "old.pth"):
         out = ["--output_dir", str(tmp_path / "out"), "--run_name", name]
         assert go(str(tmp_path / name), *CLASSIC, *out, "--model.lr", "0") == 0
@@ -65,13 +93,25 @@ def test_safetensors_and_old_files_are_read(tmp_path: Path) -> None:
         assert torch.equal(state["state_dict"]["net.conv1.weight"], net.conv1.weight)
 
 
-def test_an_optimizer_in_the_file_is_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_optimizer_in_the_file_is_taken_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     net = project.ClassicNet()
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.5)
     net(torch.rand(2, 1, 28, 28)).sum().backward()
     optimizer.step()
     floyd(tmp_path / "with.pth", optimizer=optimizer.state_dict())
-    assert go(str(tmp_path / "with.pth"), *CLASSIC, "--output_dir", str(tmp_path / "out"), "--run_name", "on") == 0
+    assert (
+        go(
+            str(tmp_path / "with.pth"),
+            *CLASSIC,
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--run_name",
+            "on",
+        )
+        == 0
+    )
     assert "optimizer" in capsys.readouterr().out.split("It lacks")[0]
     state, _ = store.load(tmp_path / "out" / "on" / "checkpoints" / "last.ckpt")
     assert float(state["optimizer"]["state"][0]["step"]) == 5  # one there, four here
@@ -94,7 +134,13 @@ class TestInitFrom:
         weights["fc2.weight"] = torch.zeros(3, 128)
         weights["fc1.wieght"] = weights.pop("fc1.weight")
         torch.save(weights, tmp_path / "weights.pt")
-        command = [*CLASSIC, "--init_from", str(tmp_path / "weights.pt"), "--output_dir", str(tmp_path / "out")]
+        command = [
+            *CLASSIC,
+            "--init_from",
+            str(tmp_path / "weights.pt"),
+            "--output_dir",
+            str(tmp_path / "out"),
+        ]
         with pytest.raises(ConfigMismatchError, match="--init_strict false"):
             begin(*command, "--run_name", "strict")
         assert not (tmp_path / "out" / "strict").exists()

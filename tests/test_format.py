@@ -37,7 +37,8 @@ class Config:
     size: int = 3
 
 
-# Ordinary values of hyper-parameters. Whether torch reads one back may change with its version; silence may not.
+# Ordinary values of hyper-parameters. Whether torch reads one back may change with its version;
+# silence may not.
 VALUES = {
     "path": Path("/data"),
     "numpy scalar": np.float32(0.5),
@@ -71,7 +72,19 @@ VALUES = {
     "none": None,
     "bool": True,
 }
-READ_BACK = ["dtype", "size", "set", "device", "bytes", "int", "float", "complex", "none", "bool", "ordered dict"]
+READ_BACK = [
+    "dtype",
+    "size",
+    "set",
+    "device",
+    "bytes",
+    "int",
+    "float",
+    "complex",
+    "none",
+    "bool",
+    "ordered dict",
+]
 
 
 def written(path: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +103,10 @@ def test_a_value_reads_back_equal_or_is_refused_by_name(tmp_path: Path, name: st
     with pytest.raises(CheckpointContentError) as error:
         store.write(tmp_path / "a.ckpt", state, facts(1))
     assert error.value.key == "hyper_parameters.deep[1].root"
-    assert f"hyper_parameters.deep[1].root is a {type(value).__module__}.{type(value).__qualname__}" in str(error.value)
+    assert (
+        f"hyper_parameters.deep[1].root is a {type(value).__module__}.{type(value).__qualname__}"
+        in str(error.value)
+    )
     assert "weights_only" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -108,7 +124,9 @@ def torch_reads_back(value: Any) -> bool:
 
 
 def test_a_key_that_cannot_be_read_back_is_refused() -> None:
-    with pytest.raises(CheckpointContentError, match=r"the key a\.Colour\.RED is a test_format\.Colour"):
+    with pytest.raises(
+        CheckpointContentError, match=r"the key a\.Colour\.RED is a test_format\.Colour"
+    ):
         format.check_readable({"a": {"RED": 1, Colour.RED: 2}})
 
 
@@ -159,23 +177,30 @@ def test_every_kind_of_tensor_reads_back(tmp_path: Path, tensor: torch.Tensor) -
 def test_tensors_that_share_memory_share_it_in_the_file(tmp_path: Path) -> None:
     big = torch.randn(200, 200)
     one = store.write(tmp_path / "a.ckpt", {"x": big}, facts(1)).path
-    two = store.write(tmp_path / "b.ckpt", {"x": big, "y": {"again": big, "row": big[3]}}, facts(1)).path
+    two = store.write(
+        tmp_path / "b.ckpt", {"x": big, "y": {"again": big, "row": big[3]}}, facts(1)
+    ).path
     assert two.stat().st_size - one.stat().st_size < 1000
     back = format.decode(two)
     assert back["x"].data_ptr() == back["y"]["again"].data_ptr()
 
 
 def test_saving_takes_no_memory_for_the_whole(tmp_path: Path) -> None:
-    """64 MB of tensors go to the file one by one, as they are; in a process of its own, as memory stays taken."""
+    """64 MB of tensors go to the file one by one, as they are; in a process of its own, as memory
+    stays taken.
+    """
     program = (
-        "import resource, sys, torch; from pathlib import Path; from savepoint.checkpoint import store\n"
+        "import resource, sys, torch; from pathlib import Path; from savepoint.checkpoint import "
+        "store\n"
         "state = {'state_dict': {str(n): torch.ones(1 << 20) for n in range(16)}}\n"
         "store.write(Path(sys.argv[1]) / 'a.ckpt', {'x': torch.ones(3)}, {'step': 1})\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "store.write(Path(sys.argv[1]) / 'b.ckpt', state, {'step': 2})\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
-    run = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True
+    )
     assert int(run.stdout) < 8 * 1024  # kB
 
 
@@ -196,7 +221,9 @@ def test_what_the_file_system_said_is_raised_not_what_torch_makes_of_it(at: int)
 
 @contextmanager
 def tagged(location: str) -> Iterator[None]:
-    """Tensors that are saved in the block say that they were on `location`: torch's own way to name a device."""
+    """Tensors that are saved in the block say that they were on `location`: torch's own way to name
+    a device.
+    """
     before = list(torch.serialization._package_registry)
     torch.serialization.register_package(-1, lambda storage: location, lambda storage, tag: None)
     try:
@@ -232,11 +259,15 @@ def test_a_file_that_runs_a_program_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_older_format_is_brought_up_step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_format_is_brought_up_step_by_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = store.write(tmp_path / "a.ckpt", {"x": 1}, facts(1)).path
     monkeypatch.setattr(manifest, "FORMAT_VERSION", 3)
     monkeypatch.setattr(
-        format, "MIGRATIONS", {1: lambda state: state | {"y": 2}, 2: lambda state: {"z": state["y"] + 1}}
+        format,
+        "MIGRATIONS",
+        {1: lambda state: state | {"y": 2}, 2: lambda state: {"z": state["y"] + 1}},
     )
     assert format.decode(path) == {"z": 3}
 
@@ -248,9 +279,16 @@ def test_an_archive_without_a_seal_is_not_decoded(tmp_path: Path) -> None:
         format.decode(path)
 
 
-# -- fingerprints ----------------------------------------------------------------------------------------------------
+# -- fingerprints --------------------------------------------------------------------------------
 
-plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(max_size=3)
+plain = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.binary(max_size=3)
+)
 trees = st.recursive(
     plain,
     lambda inner: (
@@ -263,9 +301,17 @@ trees = st.recursive(
 
 
 def described(tree: Any) -> Any:
-    """A text that is equal if and only if two trees are equal in every value, type and bit; dicts in any order."""
+    """A text that is equal if and only if two trees are equal in every value, type and bit; dicts
+    in any order.
+    """
     if isinstance(tree, dict):
-        return "{" + ",".join(sorted(f"{described(key)}:{described(value)}" for key, value in tree.items())) + "}"
+        return (
+            "{"
+            + ",".join(
+                sorted(f"{described(key)}:{described(value)}" for key, value in tree.items())
+            )
+            + "}"
+        )
     if isinstance(tree, list | tuple):
         return f"{type(tree).__name__}[{','.join(described(item) for item in tree)}]"
     return f"{type(tree).__name__} {tree.hex() if isinstance(tree, float | bytes) else ascii(tree)}"
@@ -273,7 +319,9 @@ def described(tree: Any) -> Any:
 
 @given(trees, trees)
 def test_fingerprints_are_equal_exactly_where_trees_are(one: Any, two: Any) -> None:
-    assert (format.fingerprint(one) == format.fingerprint(two)) == (described(one) == described(two))
+    assert (format.fingerprint(one) == format.fingerprint(two)) == (
+        described(one) == described(two)
+    )
 
 
 @given(trees)
@@ -299,7 +347,10 @@ def test_a_fingerprint_survives_the_file(tree: Any) -> None:
         (True, 1),
         ([1, [2]], [[1], 2]),
         (["ab", "c"], ["a", "bc"]),
-        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, torch.tensor(2.0).nextafter(torch.tensor(3.0))])),
+        (
+            torch.tensor([1.0, 2.0]),
+            torch.tensor([1.0, torch.tensor(2.0).nextafter(torch.tensor(3.0))]),
+        ),
     ],
 )
 def test_a_fingerprint_shows_each_difference(one: Any, two: Any) -> None:

@@ -2,9 +2,9 @@
 
     python -m pytest -n 0 -m root -s tests/test_full_disk.py
 
-Whatever happens: no damaged file under a final name, the checkpoints before it load, each save that failed is said, the
-process ends with 1 unless a later save succeeded, and the same command goes on once the disk is mended, to the very end
-that an undisturbed run reaches.
+Whatever happens: no damaged file under a final name, the checkpoints before it load, each save that
+failed is said, the process ends with 1 unless a later save succeeded, and the same command goes on
+once the disk is mended, to the very end that an undisturbed run reaches.
 """
 
 import contextlib
@@ -82,7 +82,9 @@ def held(program: Program, saves: int) -> Iterator[None]:
 
 
 def check_whole(run_dir: Path, reported: list[int], straight: Path) -> int:
-    """No file under a final name is damaged, the newest reported one is there, and no row that it counts is missing."""
+    """No file under a final name is damaged, the newest reported one is there, and no row that it
+    counts is missing.
+    """
     found = [manifest.verify(path)["step"] for path in (run_dir / "checkpoints").glob("*.ckpt")]
     assert found
     assert max(found) >= max(reported)
@@ -92,12 +94,17 @@ def check_whole(run_dir: Path, reported: list[int], straight: Path) -> int:
 
 
 def check_failed(run_dir: Path, program: Program, straight: Path) -> None:
-    """The run has ended: 1, each save that was due is reported or said to have failed, what was there is whole."""
+    """The run has ended: 1, each save that was due is reported or said to have failed, what was
+    there is whole.
+    """
     assert program.wait() == 1, program.said
     assert "Traceback" not in program.said
     assert "Error:" not in program.said
     assert "The newest state of this run is not saved" in program.said
-    failed = {int(step) for step in re.findall(r"(?:failed|before the save): \S*step-(\d+)\.ckpt", program.said)}
+    failed = {
+        int(step)
+        for step in re.findall(r"(?:failed|before the save): \S*step-(\d+)\.ckpt", program.said)
+    }
     assert failed
     assert failed | set(program.saved) == DUE, program.said
     check_whole(run_dir, program.saved, straight)
@@ -126,10 +133,19 @@ def check_refused(code: int, said: str, *names: str) -> None:
     assert all(name in said for name in names), said
     assert "saved step" not in said
     assert "Traceback" not in said
-    assert len([line for line in said.splitlines() if not line.startswith(("Run ", "training from", "Resume "))]) <= 5
+    assert (
+        len(
+            [
+                line
+                for line in said.splitlines()
+                if not line.startswith(("Run ", "training from", "Resume "))
+            ]
+        )
+        <= 5
+    )
 
 
-# -- full ------------------------------------------------------------------------------------------------------------
+# -- full ----------------------------------------------------------------------------------------
 
 
 def test_on_a_disk_that_fills_up_what_is_there_stays_whole(tmp_path: Path, straight: Path) -> None:
@@ -143,7 +159,9 @@ def test_on_a_disk_that_fills_up_what_is_there_stays_whole(tmp_path: Path, strai
         check_goes_on(run_dir, tmp_path / "log", straight)
 
 
-def test_a_run_that_filled_its_disk_goes_on_when_it_is_told_to_keep_fewer(tmp_path: Path, straight: Path) -> None:
+def test_a_run_that_filled_its_disk_goes_on_when_it_is_told_to_keep_fewer(
+    tmp_path: Path, straight: Path
+) -> None:
     with disk(tmp_path, "ext4", 64) as made:
         run_dir = made.directory / "run"
         assert run(training(run_dir, *KEEP_ALL), tmp_path / "log")[0] == 1
@@ -157,7 +175,8 @@ def test_a_neighbour_who_takes_each_byte_that_is_freed_harms_no_checkpoint(
     with disk(tmp_path, kind, 80) as made:
         run_dir, taken = made.directory / "run", made.directory / "neighbour"
         with Program(training(run_dir), tmp_path / "log") as program:
-            with held(program, 4):  # the log has all its columns: what meets the full disk is a save
+            # The log has all its columns: what meets the full disk is a save.
+            with held(program, 4):
                 neighbour = subprocess.Popen([sys.executable, "-S", "-c", NEIGHBOUR, taken])
                 time.sleep(0.5)
             try:
@@ -176,15 +195,21 @@ def test_a_disk_without_room_for_the_weights_is_refused_with_figures(tmp_path: P
         assert sorted(path.name for path in made.directory.iterdir()) == ["lost+found"]
 
 
-def test_a_disk_without_room_for_the_optimizer_too_is_warned_of_with_figures(tmp_path: Path, straight: Path) -> None:
+def test_a_disk_without_room_for_the_optimizer_too_is_warned_of_with_figures(
+    tmp_path: Path, straight: Path
+) -> None:
     with disk(tmp_path, "ext4", 24) as made:
         with Program(training(made.directory / "run"), tmp_path / "log") as program:
             check_failed(made.directory / "run", program, straight)
         first = program.said[: program.said.index("saved step")]
-        assert re.search(r"Perhaps too little room .* has [\d.]+ MB free. Expected 43\.. MB", first), program.said
+        assert re.search(
+            r"Perhaps too little room .* has [\d.]+ MB free. Expected 43\.. MB", first
+        ), program.said
 
 
-def test_a_resume_on_a_full_disk_is_refused_and_changes_nothing(tmp_path: Path, straight: Path) -> None:
+def test_a_resume_on_a_full_disk_is_refused_and_changes_nothing(
+    tmp_path: Path, straight: Path
+) -> None:
     with disk(tmp_path, "ext4", 80) as made:
         run_dir, ballast = stopped(tmp_path, made.directory / "run"), made.directory / "ballast"
         fill(ballast)
@@ -198,20 +223,28 @@ def test_a_resume_on_a_full_disk_is_refused_and_changes_nothing(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("later", ["false", "true"])
-def test_a_disk_that_is_full_only_for_a_while_costs_nothing(tmp_path: Path, straight: Path, later: str) -> None:
+def test_a_disk_that_is_full_only_for_a_while_costs_nothing(
+    tmp_path: Path, straight: Path, later: str
+) -> None:
     with disk(tmp_path, "ext4", 80) as made:
         run_dir, ballast = made.directory / "run", made.directory / "ballast"
-        with Program(training(run_dir, "--checkpoint.async_save", later), tmp_path / "log") as program:
+        with Program(
+            training(run_dir, "--checkpoint.async_save", later), tmp_path / "log"
+        ) as program:
             with held(program, 2):
                 fill(ballast)
-            program.wait_for(lambda: "Saving failed" in program.said or "before the save" in program.said)
+            program.wait_for(
+                lambda: "Saving failed" in program.said or "before the save" in program.said
+            )
             ballast.unlink()
             assert program.wait() == 0, program.said
         assert program.saved[-1] == 24
         check_same(run_dir, program.said, straight)
 
 
-def test_output_into_a_file_on_the_full_disk_ends_no_training(tmp_path: Path, straight: Path) -> None:
+def test_output_into_a_file_on_the_full_disk_ends_no_training(
+    tmp_path: Path, straight: Path
+) -> None:
     with disk(tmp_path, "ext4", 80) as made:
         run_dir, ballast = made.directory / "run", made.directory / "ballast"
         with Program(training(run_dir), made.directory / "log") as program:
@@ -223,7 +256,9 @@ def test_output_into_a_file_on_the_full_disk_ends_no_training(tmp_path: Path, st
         check_same(run_dir, program.said, straight)
 
 
-def test_what_retention_lets_go_anyway_makes_room_on_a_full_disk(tmp_path: Path, straight: Path) -> None:
+def test_what_retention_lets_go_anyway_makes_room_on_a_full_disk(
+    tmp_path: Path, straight: Path
+) -> None:
     with disk(tmp_path, "ext4", 100) as made:
         run_dir, ballast = made.directory / "run", made.directory / "ballast"
         with Program(training(run_dir, *KEEP_THREE), tmp_path / "log") as program:
@@ -237,7 +272,9 @@ def test_what_retention_lets_go_anyway_makes_room_on_a_full_disk(tmp_path: Path,
         check_same(run_dir, program.said, straight)
 
 
-def test_a_signal_on_a_full_disk_leaves_with_its_code_and_says_what_is_lost(tmp_path: Path, straight: Path) -> None:
+def test_a_signal_on_a_full_disk_leaves_with_its_code_and_says_what_is_lost(
+    tmp_path: Path, straight: Path
+) -> None:
     with disk(tmp_path, "ext4", 80) as made:
         run_dir, ballast = made.directory / "run", made.directory / "ballast"
         with Program(training(run_dir), tmp_path / "log") as program:
@@ -246,7 +283,9 @@ def test_a_signal_on_a_full_disk_leaves_with_its_code_and_says_what_is_lost(tmp_
                 program.signal(signal.SIGTERM)
             assert program.wait() == 143, program.said
         assert "Traceback" not in program.said
-        assert re.search(r"Saved at step 8, \d+ steps? lost. Continue with", program.said), program.said
+        assert re.search(r"Saved at step 8, \d+ steps? lost. Continue with", program.said), (
+            program.said
+        )
         check_whole(run_dir, program.saved, straight)
         ballast.unlink()
         check_goes_on(run_dir, tmp_path / "log", straight)
@@ -271,7 +310,9 @@ def take_inodes(directory: Path) -> None:
             (directory / str(number)).touch()
 
 
-def test_a_temporary_directory_that_is_too_small_for_a_checkpoint_is_harmless(tmp_path: Path, straight: Path) -> None:
+def test_a_temporary_directory_that_is_too_small_for_a_checkpoint_is_harmless(
+    tmp_path: Path, straight: Path
+) -> None:
     with disk(tmp_path, "tmpfs", 8) as made:
         run_dir = tmp_path / "outputs" / "run"
         with Program(training(run_dir), tmp_path / "log", TMPDIR=str(made.directory)) as program:
@@ -280,7 +321,7 @@ def test_a_temporary_directory_that_is_too_small_for_a_checkpoint_is_harmless(tm
         assert not list(made.directory.glob("*.ckpt*"))
 
 
-# -- quota -----------------------------------------------------------------------------------------------------------
+# -- quota ---------------------------------------------------------------------------------------
 
 
 def test_a_project_quota_is_a_full_disk(tmp_path: Path, straight: Path) -> None:
@@ -335,7 +376,7 @@ def with_a_quota() -> None:
     os.fdopen = lambda descriptor, mode: io.BufferedRandom(Limited(descriptor, "r+"))  # type: ignore[assignment]
 
 
-# -- not writable ----------------------------------------------------------------------------------------------------
+# -- not writable --------------------------------------------------------------------------------
 
 
 def test_a_directory_of_somebody_else_is_refused_before_the_first_step(tmp_path: Path) -> None:
@@ -348,7 +389,9 @@ def test_a_directory_of_somebody_else_is_refused_before_the_first_step(tmp_path:
 
 
 @pytest.mark.parametrize("place", ["run", "run/checkpoints"])
-def test_a_run_of_somebody_else_is_refused_before_the_first_step(tmp_path: Path, straight: Path, place: str) -> None:
+def test_a_run_of_somebody_else_is_refused_before_the_first_step(
+    tmp_path: Path, straight: Path, place: str
+) -> None:
     run_dir = stopped(tmp_path)
     (run_dir / f"checkpoints/.step-00000012.ckpt.tmp-{socket.gethostname()}-1000000000-0a").touch()
     give_away(run_dir, 0o777)
@@ -365,7 +408,8 @@ def test_checkpoints_that_only_somebody_else_may_replace_stay_and_no_failure_is_
 ) -> None:
     run_dir = stopped(tmp_path)
     give_away(run_dir, 0o777)
-    (run_dir / "checkpoints").chmod(0o1777)  # as in /tmp: everybody may make files there, and delete only their own
+    # As in /tmp: everybody may make files there, and delete only their own.
+    (run_dir / "checkpoints").chmod(0o1777)
     before = contents(run_dir / "checkpoints")
     code, said = run(training(run_dir), tmp_path / "log", without_privileges)
     assert code in (1, 2), said
@@ -396,8 +440,14 @@ def stopped(tmp_path: Path, run_dir: Path | None = None) -> Path:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    found = {str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if name not in ("lock", "metrics.csv")}
+    found = {
+        str(path.relative_to(directory)): path for path in directory.rglob("*") if path.is_file()
+    }
+    return {
+        name: path.read_bytes()
+        for name, path in found.items()
+        if name not in ("lock", "metrics.csv")
+    }
 
 
 def test_a_read_only_disk_is_refused_before_the_first_step(tmp_path: Path) -> None:
@@ -406,7 +456,9 @@ def test_a_read_only_disk_is_refused_before_the_first_step(tmp_path: Path) -> No
         check_refused(code, said, str(made.directory / "run"), "Read-only file system")
 
 
-def test_a_run_on_a_disk_that_is_read_only_now_is_refused_before_the_first_step(tmp_path: Path, straight: Path) -> None:
+def test_a_run_on_a_disk_that_is_read_only_now_is_refused_before_the_first_step(
+    tmp_path: Path, straight: Path
+) -> None:
     with disk(tmp_path, "ext4", 80) as made:
         run_dir = made.directory / "run"
         with Program(training(run_dir), tmp_path / "log") as program:
@@ -418,7 +470,9 @@ def test_a_run_on_a_disk_that_is_read_only_now_is_refused_before_the_first_step(
         check_goes_on(run_dir, tmp_path / "log", straight)
 
 
-def test_a_disk_that_turns_read_only_under_the_training_costs_what_comes_after(tmp_path: Path, straight: Path) -> None:
+def test_a_disk_that_turns_read_only_under_the_training_costs_what_comes_after(
+    tmp_path: Path, straight: Path
+) -> None:
     with disk(tmp_path, "ext4", 80, options="errors=remount-ro") as made:
         run_dir = made.directory / "run"
         with Program(training(run_dir), tmp_path / "log") as program:

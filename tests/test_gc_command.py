@@ -24,7 +24,9 @@ def left(run_dir: Path) -> list[int]:
     return [one.step for one in store(run_dir).checkpoints()]
 
 
-def test_the_rules_of_the_config_decide_and_each_file_is_told_with_its_reason(run_dir: Path, capsys: Capture) -> None:
+def test_the_rules_of_the_config_decide_and_each_file_is_told_with_its_reason(
+    run_dir: Path, capsys: Capture
+) -> None:
     code, out, err = say(capsys, "gc", run_dir)
     assert (code, err) == (0, "")
     assert left(run_dir) == [10, 50]  # keep_last 1, keep_best 1
@@ -51,11 +53,15 @@ def test_the_rules_of_the_config_decide_and_each_file_is_told_with_its_reason(ru
         ("--keep_every_n_steps 20", [10, 20, 40, 50]),
     ],
 )
-def test_a_dry_run_says_what_a_real_one_then_does(flags: str, kept: list[int], run_dir: Path, capsys: Capture) -> None:
+def test_a_dry_run_says_what_a_real_one_then_does(
+    flags: str, kept: list[int], run_dir: Path, capsys: Capture
+) -> None:
     before = names(run_dir / "checkpoints")
     code, out, _ = say(capsys, "gc", run_dir, "--dry-run", "--json", *flags.split())
     assert code == 0
-    assert [row["step"] for row in json.loads(out)["files"] if row["step"] and not row["goes"]] == kept
+    assert [
+        row["step"] for row in json.loads(out)["files"] if row["step"] and not row["goes"]
+    ] == kept
     assert names(run_dir / "checkpoints") == before
     assert "lock" not in names(run_dir)
     say(capsys, "gc", run_dir, *flags.split())
@@ -69,7 +75,8 @@ def test_foreign_and_damaged_files_are_never_touched_and_what_a_dead_process_lef
     others = ["notes.txt", "step-7.pt", "step-00000005.ckpt.corrupt", "step-00000025.ckpt"]
     for name in others:
         (checkpoints / name).write_text("mine")
-    host = write(checkpoints / "x.ckpt", small_state(), facts(1)).path  # any other name is foreign, too
+    # Any other name is foreign, too.
+    host = write(checkpoints / "x.ckpt", small_state(), facts(1)).path
     (checkpoints / ".step-00000060.ckpt.tmp-gone.example-1-0a").touch()
     os.utime(checkpoints / ".step-00000060.ckpt.tmp-gone.example-1-0a", (0, 0))
     code, out, _ = say(capsys, "gc", run_dir)
@@ -85,12 +92,16 @@ def test_where_a_process_trains_nothing_is_deleted(run_dir: Path, capsys: Captur
     with training_in(run_dir) as pid:
         code, out, err = say(capsys, "gc", run_dir)
         assert (code, out) == (2, "")
-        assert f"Another process trains in this run directory: {run_dir}, held by pid {pid} on" in err
+        assert (
+            f"Another process trains in this run directory: {run_dir}, held by pid {pid} on" in err
+        )
         assert say(capsys, "gc", run_dir, "--dry-run")[0] == 0
     assert left(run_dir) == list(STEPS)
 
 
-def test_the_lock_is_given_back_and_json_stays_json_where_a_holder_died(run_dir: Path, capsys: Capture) -> None:
+def test_the_lock_is_given_back_and_json_stays_json_where_a_holder_died(
+    run_dir: Path, capsys: Capture
+) -> None:
     (run_dir / "lock").write_text('{"host": "gone", "pid": 1, "boot_id": ""}')
     code, out, err = say(capsys, "gc", run_dir, "--json")
     assert code == 0
@@ -100,7 +111,9 @@ def test_the_lock_is_given_back_and_json_stays_json_where_a_holder_died(run_dir:
 
 
 @pytest.mark.parametrize("step", [10, 50])
-def test_nothing_is_deleted_where_one_that_would_stay_is_damaged(step: int, run_dir: Path, capsys: Capture) -> None:
+def test_nothing_is_deleted_where_one_that_would_stay_is_damaged(
+    step: int, run_dir: Path, capsys: Capture
+) -> None:
     flip(run_dir / "checkpoints" / f"step-{step:08d}.ckpt")
     for flags in ([], ["--dry-run"]):
         code, out, _ = say(capsys, "gc", run_dir, *flags)
@@ -138,7 +151,9 @@ def test_pointers_show_the_newest_and_the_best_afterwards(run_dir: Path, capsys:
     assert (run_dir / "checkpoints" / "last.ckpt").samefile(latest(run_dir).path)
 
 
-def test_a_directory_of_checkpoints_without_a_run_is_refused(run_dir: Path, capsys: Capture) -> None:
+def test_a_directory_of_checkpoints_without_a_run_is_refused(
+    run_dir: Path, capsys: Capture
+) -> None:
     (run_dir / "checkpoints").rename(run_dir.with_name("loose"))
     code, _, err = say(capsys, "gc", run_dir.with_name("loose"))
     assert code == 2

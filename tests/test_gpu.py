@@ -1,4 +1,6 @@
-"""A checkpoint made on a GPU goes on without one, and back. Needs an accelerator: `make test ARGS="-m gpu"`."""
+"""A checkpoint made on a GPU goes on without one, and back. Needs an accelerator: `make test
+ARGS="-m gpu"`.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -42,4 +44,6 @@ def test_resumes_on_a_gpu_are_exact_with_deterministic_algorithms(
     keep = EveryPoint(tmp_path / "kept", mode="min", monitor="val/loss", async_save=bool(arguments))
     fit(tmp_path / "straight", checkpointing=keep, **case)
     for file in keep.kept[:-1:4]:
-        assert resume_differs(tmp_path / "straight", file, tmp_path / "resumed", **case) == [], file.name
+        assert resume_differs(tmp_path / "straight", file, tmp_path / "resumed", **case) == [], (
+            file.name
+        )

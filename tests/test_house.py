@@ -1,4 +1,6 @@
-"""The rules of the house: which module may import which, what is loaded how, that every config parses."""
+"""The rules of the house: which module may import which, what is loaded how, that every config
+parses.
+"""
 
 import ast
 import inspect
@@ -12,10 +14,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = ROOT / "src"
-MODULES = {".".join(p.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__"): p for p in SRC.rglob("*.py")}
+MODULES = {
+    ".".join(p.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__"): p
+    for p in SRC.rglob("*.py")
+}
 SAVEPOINT = sorted(m for m in MODULES if m.split(".")[0] == "savepoint")
 
-# From the top down: each module stands on one floor, and imports what stands below it or beside it, by whatever way.
+# From the top down: each module stands on one floor, and imports what stands below it or beside it,
+# by whatever way.
 FLOORS = [
     ["__main__"],
     ["commands.*"],
@@ -39,7 +45,13 @@ FLOORS = [
         "training.*",
     ],
     ["checkpoint.callback", "resume.reschedule"],
-    ["checkpoint.io", "checkpoint.finite", "checkpoint.scores", "checkpoint.foreign", "checkpoint.facts"],
+    [
+        "checkpoint.io",
+        "checkpoint.finite",
+        "checkpoint.scores",
+        "checkpoint.foreign",
+        "checkpoint.facts",
+    ],
     ["checkpoint.store", "checkpoint.canary"],
     ["checkpoint.state", "checkpoint.format", "checkpoint.retention"],
     ["checkpoint.look", "checkpoint.manifest", "loader"],
@@ -53,7 +65,9 @@ def floor(module: str) -> int:
     """Counted from the top; the packages themselves hold no code."""
     name = module.removeprefix("savepoint.")
     exact = [number for number, names in enumerate(FLOORS) if name in names]
-    wide = [number for number, names in enumerate(FLOORS) if f"{name.rpartition('.')[0]}.*" in names]
+    wide = [
+        number for number, names in enumerate(FLOORS) if f"{name.rpartition('.')[0]}.*" in names
+    ]
     return (exact or wide)[0]
 
 
@@ -123,20 +137,26 @@ def test_no_module_needs_itself_to_be_loaded(module: str) -> None:
     assert module not in found
 
 
-PACKAGES = {"savepoint", *(f"savepoint.{name}" for name in ("checkpoint", "config", "report", "resume", "training"))}
+PACKAGES = {
+    "savepoint",
+    *(f"savepoint.{name}" for name in ("checkpoint", "config", "report", "resume", "training")),
+}
 
 
 @pytest.mark.parametrize("module", sorted(set(SAVEPOINT) - PACKAGES))
 def test_each_module_has_a_floor_and_imports_point_down(module: str) -> None:
     above = {
-        other for other in direct(module) - PACKAGES if other.startswith("savepoint.") and floor(other) < floor(module)
+        other
+        for other in direct(module) - PACKAGES
+        if other.startswith("savepoint.") and floor(other) < floor(module)
     }
     assert above == set()
 
 
-# -- what is private -------------------------------------------------------------------------------
+# -- what is private -----------------------------------------------------------------------------
 
-# The one file that knows Lightning from inside, the two that read objects of any kind, and Python's own.
+# The one file that knows Lightning from inside, the two that read objects of any kind, and Python's
+# own.
 INSIDERS = {"savepoint.checkpoint.state", "savepoint.checkpoint.look", "savepoint.checkpoint.pack"}
 NAMED_TUPLES = {"_fields", "_asdict", "_replace"}
 OTHERS = {
@@ -168,7 +188,9 @@ def test_what_is_private_to_lightning_stands_in_one_file(module: str) -> None:
     reached_for = {
         f"{ast.unparse(node)}, line {node.lineno}"
         for node in ast.walk(tree(module))
-        if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr) and node.attr not in known
+        if isinstance(node, ast.Attribute)
+        and re.match("_[a-z]", node.attr)
+        and node.attr not in known
         if ast.unparse(node.value) not in ("self", "super()", "cls")
     }
     assert reached_for == set()
@@ -178,17 +200,30 @@ def test_what_is_private_to_lightning_stands_in_one_file(module: str) -> None:
 def test_checkpoints_know_nothing_of_command_lines_and_runs(module: str) -> None:
     forbidden = {
         f"savepoint.{name}"
-        for name in ("config.typed", "config.compose", "config.quick", "run", "training.build", "resume.start")
+        for name in (
+            "config.typed",
+            "config.compose",
+            "config.quick",
+            "run",
+            "training.build",
+            "resume.start",
+        )
     }
     assert reached(module) & forbidden == set()
 
 
 @pytest.mark.parametrize("name", ["format", "store", "retention"])
 def test_storage_knows_no_lightning(name: str) -> None:
-    assert libraries(f"savepoint.checkpoint.{name}") & {"lightning", "pytorch_lightning", "torchmetrics"} == set()
+    assert (
+        libraries(f"savepoint.checkpoint.{name}")
+        & {"lightning", "pytorch_lightning", "torchmetrics"}
+        == set()
+    )
 
 
-@pytest.mark.parametrize("module", ["errors", "entry", "checkpoint.manifest", "checkpoint.retention"])
+@pytest.mark.parametrize(
+    "module", ["errors", "entry", "checkpoint.manifest", "checkpoint.retention"]
+)
 def test_what_must_start_at_once_needs_the_standard_library_only(module: str) -> None:
     assert libraries(f"savepoint.{module}") == set()
 
@@ -200,13 +235,20 @@ def test_the_check_before_lightning_needs_yaml_only(module: str) -> None:
 
 @pytest.mark.parametrize("module", sorted(set(MODULES) - {"savepoint.config.typed"}))
 def test_one_file_knows_jsonargparse_and_lightning_cli(module: str) -> None:
-    known = {name for name in imported(module) if "jsonargparse" in name or name.startswith("lightning.pytorch.cli")}
+    known = {
+        name
+        for name in imported(module)
+        if "jsonargparse" in name or name.startswith("lightning.pytorch.cli")
+    }
     assert known == set()
-    assert "LightningCLI" not in {node.id for node in ast.walk(tree(module)) if isinstance(node, ast.Name)}
+    assert "LightningCLI" not in {
+        node.id for node in ast.walk(tree(module)) if isinstance(node, ast.Name)
+    }
 
 
 SOURCES = sorted(
-    p.relative_to(ROOT).as_posix() for p in [*MODULES.values(), *ROOT.glob("*.py"), *ROOT.glob("[bt]*/*.py")]
+    p.relative_to(ROOT).as_posix()
+    for p in [*MODULES.values(), *ROOT.glob("*.py"), *ROOT.glob("[bt]*/*.py")]
 )
 UNPICKLERS = {
     "pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "dill.loads", "cloudpickle.load", "cloudpickle.loads",
@@ -215,8 +257,18 @@ UNPICKLERS = {
     "yaml.load_all",
 }  # fmt: skip
 # On what this very process has just written.
-ALLOWED = {(source, "torch.export.load") for source in ("src/savepoint/export.py", "tests/test_export.py")}
-INTERPRETERS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "subprocess.getoutput"}
+ALLOWED = {
+    (source, "torch.export.load") for source in ("src/savepoint/export.py", "tests/test_export.py")
+}
+INTERPRETERS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "subprocess.getoutput",
+}
 
 
 def calls_in(source: str) -> Iterator[tuple[str, ast.Call]]:
@@ -243,7 +295,9 @@ def test_no_text_becomes_a_program() -> None:
     for source in SOURCES:
         for name, call in calls_in(source) if source.startswith("src/") else ():
             assert name not in INTERPRETERS, f"{source}, line {call.lineno}: {name}"
-            assert given_as(call, "shell") in ([], ["False"]), f"{source}, line {call.lineno}: {name}"
+            assert given_as(call, "shell") in ([], ["False"]), (
+                f"{source}, line {call.lineno}: {name}"
+            )
 
 
 def test_the_reader_of_configs_builds_plain_values_alone() -> None:
@@ -266,7 +320,10 @@ RUNS = [config for config in CONFIGS if "/sweep/" not in config]  # those have t
 
 def arguments(config: str) -> list[str]:
     group = Path(config).parent.name
-    return [f"--{group}" if group in ("model", "data", "checkpoint") else "--config", str(ROOT / config)]
+    return [
+        f"--{group}" if group in ("model", "data", "checkpoint") else "--config",
+        str(ROOT / config),
+    ]
 
 
 @pytest.mark.parametrize("config", RUNS)
@@ -287,7 +344,9 @@ def test_every_config_says_how_to_run_it_and_what_to_expect(config: str) -> None
 
 
 @pytest.mark.parametrize("config", [c for c in CONFIGS if "/checkpoint/" in c])
-def test_a_checkpoint_preset_names_every_key_so_that_none_of_another_preset_stays(config: str) -> None:
+def test_a_checkpoint_preset_names_every_key_so_that_none_of_another_preset_stays(
+    config: str,
+) -> None:
     from savepoint.checkpoint.callback import CheckpointCallback
     from savepoint.config import compose
 

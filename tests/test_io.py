@@ -79,7 +79,9 @@ class Gate:
         monkeypatch.setattr(files.os, "fsync", guarded)
 
 
-@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers", "ignore:.*log_every_n_steps")
+@pytest.mark.filterwarnings(
+    "ignore:The 'train_dataloader' does not have many workers", "ignore:.*log_every_n_steps"
+)
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 def test_lightning_trains_saves_and_resumes_through_it(tmp_path: Path, io: CheckpointIO) -> None:
     first = trainer(tmp_path, io)
@@ -99,13 +101,17 @@ def test_lightning_trains_saves_and_resumes_through_it(tmp_path: Path, io: Check
     assert format.fingerprint(stock["state_dict"]) == format.fingerprint(loaded.state_dict())
 
 
-def test_the_callbacks_facts_are_the_manifest_and_no_part_of_the_state(tmp_path: Path, io: CheckpointIO) -> None:
+def test_the_callbacks_facts_are_the_manifest_and_no_part_of_the_state(
+    tmp_path: Path, io: CheckpointIO
+) -> None:
     checkpoint = small_state() | {"manifest": facts(30, 0.5, run_id="r")}
     io.save_checkpoint(checkpoint, tmp_path / "a.ckpt")
     io.wait()
     assert manifest.read(tmp_path / "a.ckpt")["run_id"] == "r"
     assert "manifest" in checkpoint
-    assert format.fingerprint(io.load_checkpoint(tmp_path / "a.ckpt")) == format.fingerprint(small_state())
+    assert format.fingerprint(io.load_checkpoint(tmp_path / "a.ckpt")) == format.fingerprint(
+        small_state()
+    )
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path, io: CheckpointIO) -> None:
@@ -120,7 +126,9 @@ def test_a_damaged_file_is_refused(tmp_path: Path, io: CheckpointIO) -> None:
 
 def test_a_file_of_stock_lightning_loads_as_it_is(tmp_path: Path, io: CheckpointIO) -> None:
     TorchCheckpointIO().save_checkpoint(small_state(), tmp_path / "stock.ckpt")
-    assert format.fingerprint(io.load_checkpoint(tmp_path / "stock.ckpt")) == format.fingerprint(small_state())
+    assert format.fingerprint(io.load_checkpoint(tmp_path / "stock.ckpt")) == format.fingerprint(
+        small_state()
+    )
 
 
 def test_what_is_not_supported_is_refused_in_words(tmp_path: Path, io: CheckpointIO) -> None:
@@ -150,7 +158,9 @@ def test_a_save_of_the_store_makes_room_as_the_store_does(
 ) -> None:
     written: list[int] = []
     io.store = CheckpointStore(tmp_path)
-    monkeypatch.setattr(CheckpointStore, "write", lambda self, state, facts: written.append(facts["step"]))
+    monkeypatch.setattr(
+        CheckpointStore, "write", lambda self, state, facts: written.append(facts["step"])
+    )
     io.save_checkpoint(small_state() | {"manifest": facts(30)}, io.store.path(30))
     io.save_checkpoint(small_state() | {"manifest": facts(30)}, tmp_path / "mine.ckpt")
     io.wait()
@@ -158,7 +168,7 @@ def test_a_save_of_the_store_makes_room_as_the_store_does(
     assert names(tmp_path) == ["mine.ckpt"]
 
 
-# -- in a thread -----------------------------------------------------------------------------------------------------
+# -- in a thread ---------------------------------------------------------------------------------
 
 
 def test_training_may_change_the_state_while_it_is_written(
@@ -189,7 +199,13 @@ def test_training_may_change_the_state_while_it_is_written(
 
 def test_a_copy_shares_what_the_state_shares(tmp_path: Path, behind: CheckpointIO) -> None:
     big = torch.randn(100, 100)
-    state = {"a": big, "row": big[3], "turned": big.T, "parameter": torch.nn.Parameter(big), "again": [big]}
+    state = {
+        "a": big,
+        "row": big[3],
+        "turned": big.T,
+        "parameter": torch.nn.Parameter(big),
+        "again": [big],
+    }
     behind.save_checkpoint(state, tmp_path / "a.ckpt")
     behind.wait()
     store.write(tmp_path / "b.ckpt", state, facts(0))
@@ -214,7 +230,9 @@ def test_a_second_save_waits_for_the_first(
     gate = Gate(monkeypatch)
     behind.save_checkpoint(small_state(1), tmp_path / "a.ckpt")
     assert gate.reached.wait(10)
-    second = threading.Thread(target=behind.save_checkpoint, args=(small_state(2), tmp_path / "b.ckpt"))
+    second = threading.Thread(
+        target=behind.save_checkpoint, args=(small_state(2), tmp_path / "b.ckpt")
+    )
     second.start()
     second.join(0.1)
     assert second.is_alive()
@@ -222,7 +240,9 @@ def test_a_second_save_waits_for_the_first(
     second.join(10)
     behind.wait()
     for name, value in (("a.ckpt", 1), ("b.ckpt", 2)):
-        assert format.fingerprint(store.load(tmp_path / name)[0]) == format.fingerprint(small_state(value))
+        assert format.fingerprint(store.load(tmp_path / name)[0]) == format.fingerprint(
+            small_state(value)
+        )
 
 
 def test_a_job_runs_after_the_save_before_it(
@@ -275,7 +295,9 @@ def test_a_save_after_one_that_failed_is_made_and_tells_of_it(
     assert names(tmp_path) == ["b.ckpt"]
 
 
-def test_the_end_waits_for_the_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: CheckpointIO) -> None:
+def test_the_end_waits_for_the_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: CheckpointIO
+) -> None:
     gate = Gate(monkeypatch)
     behind.save_checkpoint(small_state(), tmp_path / "a.ckpt")
     threading.Timer(0.05, gate.open.set).start()

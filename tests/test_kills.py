@@ -1,4 +1,6 @@
-"""Killed again and again with SIGKILL while it saves 50 MB after every step: run by hand, two or three minutes a test."""
+"""Killed again and again with SIGKILL while it saves 50 MB after every step: run by hand, two or
+three minutes a test.
+"""
 
 import sys
 import tempfile
@@ -37,7 +39,9 @@ def check(tally: faults.Tally) -> None:
     assert tally.identical == tally.ends >= 1
 
 
-def test_sixty_kills_damage_nothing_and_the_run_ends_as_if_there_had_been_none(tmp_path: Path) -> None:
+def test_sixty_kills_damage_nothing_and_the_run_ends_as_if_there_had_been_none(
+    tmp_path: Path,
+) -> None:
     check(killed_sixty_times(tmp_path, tmp_path / "tmp", seed=1))
 
 

@@ -1,4 +1,6 @@
-"""Weights and buffers of every kind, and what `get_extra_state` gives: saved, resumed, compared and searched for NaN."""
+"""Weights and buffers of every kind, and what `get_extra_state` gives: saved, resumed, compared and
+searched for NaN.
+"""
 
 import shutil
 import warnings
@@ -64,7 +66,9 @@ def resumed(directory: Path, model: Any, asynchronous: bool = False) -> list[str
     """A run of two epochs, and its first checkpoint resumed: what is different at the end."""
 
     def saving() -> CheckpointCallback:
-        return CheckpointCallback(monitor="val/loss", mode="min", keep_last=9, async_save=asynchronous)
+        return CheckpointCallback(
+            monitor="val/loss", mode="min", keep_last=9, async_save=asynchronous
+        )
 
     fit(directory / "straight", checkpointing=saving(), model=model, max_epochs=2)
     file = sorted((directory / "straight" / "checkpoints").glob("step-*"))[0]
@@ -82,12 +86,16 @@ def resumed(directory: Path, model: Any, asynchronous: bool = False) -> list[str
 
 @EACH
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["at once", "in a thread"])
-def test_a_buffer_of_any_kind_is_saved_and_resumed(value: Tensor, asynchronous: bool, tmp_path: Path) -> None:
+def test_a_buffer_of_any_kind_is_saved_and_resumed(
+    value: Tensor, asynchronous: bool, tmp_path: Path
+) -> None:
     assert not resumed(tmp_path, lambda: holding(value), asynchronous)
 
 
 @pytest.mark.parametrize(
-    "state", [{"a": [1, 2.5, "b"]}, 3, torch.ones(2), None], ids=["dict", "number", "tensor", "none"]
+    "state",
+    [{"a": [1, 2.5, "b"]}, 3, torch.ones(2), None],
+    ids=["dict", "number", "tensor", "none"],
 )
 def test_extra_state_is_saved_resumed_and_compared(
     state: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -128,8 +136,12 @@ def with_nan(value: Tensor) -> Tensor:
     return rows.to(value.dtype)
 
 
-@pytest.mark.parametrize("name", [name for name in VALUES if name.startswith(("float8", "coo", "cs", "complex"))])
-def test_a_nan_in_a_value_of_any_kind_is_found(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "name", [name for name in VALUES if name.startswith(("float8", "coo", "cs", "complex"))]
+)
+def test_a_nan_in_a_value_of_any_kind_is_found(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _all_finite(holding(VALUES[name]))
     bad = with_nan(VALUES[name])
     assert not _all_finite(holding(bad))

@@ -1,4 +1,6 @@
-"""Layers that `setup` or `configure_model` makes, weights that a file leaves out, names that `torch.compile` changes."""
+"""Layers that `setup` or `configure_model` makes, weights that a file leaves out, names that
+`torch.compile` changes.
+"""
 
 import json
 import shutil
@@ -57,7 +59,9 @@ def test_it_is_trained_tested_resumed_evaluated_exported_and_taken_as_a_start(
     straight = Path(shutil.copytree(run_dir, tmp_path / "straight"))
     cut(run_dir)
     assert go(str(run_dir)) == 0
-    assert not list(difference(last(straight)["optimizer_states"], last(run_dir)["optimizer_states"]))
+    assert not list(
+        difference(last(straight)["optimizer_states"], last(run_dir)["optimizer_states"])
+    )
     assert not list(difference(last(straight)["state_dict"], last(run_dir)["state_dict"]))
     again = json.loads((run_dir / "summary.json").read_text())
     assert again["test/loss"] == tested["test/loss"]
@@ -68,10 +72,23 @@ def test_it_is_trained_tested_resumed_evaluated_exported_and_taken_as_a_start(
     code, out, err = say(capsys, "eval", str(run_dir), "--json")
     assert code == 0, err
     assert json.loads(out)["metrics"]["test/loss"] == tested["test/loss"]
-    code, _, err = say(capsys, "export", str(run_dir), "--format", "safetensors", "-o", str(tmp_path / "a.safetensors"))
+    code, _, err = say(
+        capsys,
+        "export",
+        str(run_dir),
+        "--format",
+        "safetensors",
+        "-o",
+        str(tmp_path / "a.safetensors"),
+    )
     assert code == 0, err
     strict = ["--init_strict", "false"] if kind.get("frozen") else []
-    assert begin(*flags[:-1], "other", "--init_from", str(run_dir / "checkpoints" / "last.ckpt"), *strict) == 0
+    assert (
+        begin(
+            *flags[:-1], "other", "--init_from", str(run_dir / "checkpoints" / "last.ckpt"), *strict
+        )
+        == 0
+    )
     assert "Weights from" in capsys.readouterr().out
 
 
@@ -88,7 +105,9 @@ def test_compiling_may_be_switched_between_a_run_and_its_resume(
     assert list(weights(straight)) != list(weights(run_dir))
     for one, other in zip(weights(straight).values(), weights(run_dir).values(), strict=True):
         assert torch.equal(one, other)
-    assert not list(difference(last(straight)["optimizer_states"], last(run_dir)["optimizer_states"]))
+    assert not list(
+        difference(last(straight)["optimizer_states"], last(run_dir)["optimizer_states"])
+    )
     capsys.readouterr()
     code, out, err = say(capsys, "eval", str(straight), "--model.compiled", now, "--json")
     assert code == 0, err
@@ -108,7 +127,9 @@ def test_late_layers_of_another_size_are_refused_with_names_and_shapes(tmp_path:
     assert begin(*flags) == 0
     run_dir = tmp_path / "outputs" / "run"
     cut(run_dir)
-    with pytest.raises(ConfigMismatchError, match=r"net\.0\.weight: \[4, 4\] in the file, \[5, 4\] in the model"):
+    with pytest.raises(
+        ConfigMismatchError, match=r"net\.0\.weight: \[4, 4\] in the file, \[5, 4\] in the model"
+    ):
         go(str(run_dir), "--model.width", "5", "--allow", "model.width")
     with pytest.raises(ConfigMismatchError, match="Another architecture"):
         rebuild(run_dir / "checkpoints" / "step-00000004.ckpt", ["--model.width", "5"])

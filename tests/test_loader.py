@@ -70,7 +70,10 @@ class TestBoth:
         rest = iter(part)
         part.set_epoch(3)  # as Lightning does: iter() first, and the epoch that was restored
         for before, after in zip(expected[2:], rest, strict=True):
-            assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(before, after, strict=True))
+            assert all(
+                torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+                for a, b in zip(before, after, strict=True)
+            )
 
     def test_nothing_happens_before_the_first_batch_is_asked_for(self, make: Any) -> None:
         loader = make()
@@ -144,7 +147,9 @@ SAMPLERS: dict[str, Callable[[], dict[str, Any]]] = {
     "weighted": lambda: {"sampler": WeightedRandomSampler(WEIGHTS, 15)},
     "subset": lambda: {"sampler": SubsetRandomSampler([1, 3, 5, 7, 9, 11])},
     "own": lambda: {"sampler": EveryOther()},
-    "batches of a random one": lambda: {"batch_sampler": BatchSampler(RandomSampler(range(23)), 5, True)},
+    "batches of a random one": lambda: {
+        "batch_sampler": BatchSampler(RandomSampler(range(23)), 5, True)
+    },
 }
 
 

@@ -113,7 +113,14 @@ def test_rows_wait_while_the_disk_is_full_and_none_is_lost_cut_or_doubled(
         logger.log_metrics({"loss": float(step)}, step=step)
         logger.save()
     logger.finalize("success")
-    assert [row["loss"] for row in read(tmp_path / "metrics.csv")] == ["0.0", "1.0", "2.0", "3.0", "4.0", "5.0"]
+    assert [row["loss"] for row in read(tmp_path / "metrics.csv")] == [
+        "0.0",
+        "1.0",
+        "2.0",
+        "3.0",
+        "4.0",
+        "5.0",
+    ]
     said = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in said] == ["Cannot be written", "Written again, whole"]
     assert str(tmp_path / "metrics.csv") in said[0]
@@ -137,7 +144,9 @@ def test_a_column_that_appears_while_the_disk_is_full_waits_too(tmp_path: Path, 
     ]  # fmt: skip
 
 
-def test_a_sync_that_could_not_write_raises_so_that_no_checkpoint_counts_the_rows(tmp_path: Path, disk: Disk) -> None:
+def test_a_sync_that_could_not_write_raises_so_that_no_checkpoint_counts_the_rows(
+    tmp_path: Path, disk: Disk
+) -> None:
     logger = RunCSVLogger(tmp_path / "metrics.csv")
     logger.log_metrics({"loss": 0.0}, step=0)
     disk.full = True
@@ -149,7 +158,9 @@ def test_a_sync_that_could_not_write_raises_so_that_no_checkpoint_counts_the_row
     assert logger.failure is None
 
 
-def test_the_end_of_a_training_on_a_full_disk_is_told_and_raises_nothing(tmp_path: Path, disk: Disk) -> None:
+def test_the_end_of_a_training_on_a_full_disk_is_told_and_raises_nothing(
+    tmp_path: Path, disk: Disk
+) -> None:
     logger = RunCSVLogger(tmp_path / "metrics.csv")
     logger.log_metrics({"loss": 0.0}, step=0)
     disk.full = True

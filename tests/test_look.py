@@ -85,7 +85,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a new attribute": lambda m: setattr(m, "later", {"a": torch.ones(1)}),
     "an attribute that is gone": lambda m: delattr(m, "text"),
     "many of one kind": lambda m: m.history.extend(range(500)),
-    "many tuples": lambda m: setattr(m, "history", [(torch.ones(2) * i, i, str(i)) for i in range(99)]),
+    "many tuples": lambda m: setattr(
+        m, "history", [(torch.ones(2) * i, i, str(i)) for i in range(99)]
+    ),
 }
 
 
@@ -156,7 +158,10 @@ NAMED: dict[str, tuple[Callable[[Any, Path], Any], str]] = {
     "an iterator": (lambda m, p: setattr(m, "source", iter([1])), "model.source (an iterator"),
     "an object": (lambda m, p: setattr(m, "other", Helper()), "model.other (a new Helper)"),
     "objects": (lambda m, p: setattr(m, "others", [Helper()]), "model.others (a list of objects)"),
-    "a function": (lambda m, p: setattr(m, "counted", lambda: 1), "model.counted (another function"),
+    "a function": (
+        lambda m, p: setattr(m, "counted", lambda: 1),
+        "model.counted (another function",
+    ),
     "a layer": (lambda m, p: setattr(m, "net", nn.Identity()), "model.net (a new Identity)"),
     "a hook": (lambda m, p: m.net[0].register_forward_hook(print), "model.net.0 (other hooks"),
     "a graph": (lambda m, p: setattr(m, "tensor", m.net[0].weight * 2), "a gradient's history"),
@@ -165,7 +170,9 @@ NAMED: dict[str, tuple[Callable[[Any, Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_what_is_no_plain_value_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_plain_value_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Model, "savepoint_count", 0, raising=False)
     model = Model()
     base = Baseline(look(model))

@@ -1,4 +1,6 @@
-"""Each command of the README's table, typed as it stands there, in a clone: the front door for real."""
+"""Each command of the README's table, typed as it stands there, in a clone: the front door for
+real.
+"""
 
 import importlib.util
 import os
@@ -22,8 +24,17 @@ sampler: grid
 parameters: {model.lr: {choices: [0.02]}}
 overrides: {data.dataset: digits, trainer.limit_train_batches: 2, trainer.log_every_n_steps: 1}
 """
-# What takes minutes, is this very test, or ends only when it is stopped (test_tensorboard.py starts that).
-NOT_HERE = ["make prove", "make drill", "make bench", "make test", "make lint", "make tensorboard", "make upgrade"]
+# What takes minutes, is this very test, or ends only when it is stopped (test_tensorboard.py starts
+# that).
+NOT_HERE = [
+    "make prove",
+    "make drill",
+    "make bench",
+    "make test",
+    "make lint",
+    "make tensorboard",
+    "make upgrade",
+]
 WORDS = {
     "make train": ["CONFIG=configs/fast.yaml", f"ARGS=--run_name first {shlex.join(LITTLE)}"],
     "make resume": ["CKPT=outputs/first", "ARGS=--trainer.max_epochs 2"],
@@ -33,7 +44,10 @@ WORDS = {
     "make sweep": ["CONFIG=one.yaml"],
     "python train.py": ["--run_name", "second", *LITTLE, "--trainer.max_epochs", "1"],
     "python resume.py": ["outputs/second", "--trainer.max_epochs", "2"],
-    "python -m savepoint diff": ["outputs/first/checkpoints/best.ckpt", "outputs/second/checkpoints/best.ckpt"],
+    "python -m savepoint diff": [
+        "outputs/first/checkpoints/best.ckpt",
+        "outputs/second/checkpoints/best.ckpt",
+    ],
     "python -m savepoint verify": ["--deep", "outputs/first"],
     "python -m savepoint gc": ["outputs/first", "--dry-run"],
     "python -m savepoint export": ["outputs/first", "--format", "safetensors"],
@@ -47,7 +61,10 @@ def rows() -> list[str]:
     table = (ROOT / "README.md").read_text().split("\n## Commands")[1].split("\n## ")[0]
     cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     found = [code for cell in cells for code in re.findall("`([^`]+)`", cell)]
-    return [re.match(r"make \S+|python -m savepoint \S+|python \S+ ?\S*", code)[0].strip() for code in found]  # type: ignore[index]
+    return [
+        re.match(r"make \S+|python -m savepoint \S+|python \S+ ?\S*", code)[0].strip()
+        for code in found
+    ]  # type: ignore[index]
 
 
 def wrap(program: Path, command: str) -> None:
@@ -69,7 +86,12 @@ def test_each_command_of_the_table_runs_as_it_is_written_there(committed: Path) 
             continue
         program = [".venv/bin/python", *words[1:]] if words[0] == "python" else words
         done = subprocess.run(
-            [*program, *WORDS.get(row, [])], cwd=committed, env=environment, capture_output=True, text=True, timeout=300
+            [*program, *WORDS.get(row, [])],
+            cwd=committed,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
         expected = 1 if row == "python -m savepoint diff" else 0  # of two configs
         assert done.returncode == expected, (row, done.stdout, done.stderr)
@@ -91,5 +113,7 @@ def test_what_takes_minutes_starts(committed: Path, words: list[str]) -> None:
     wrap(committed / ".venv/bin/python", shlex.quote(sys.executable))
     (committed / ".venv/ready").touch()
     environment = os.environ | {"PYTHONPATH": str(committed / "src")}
-    done = subprocess.run(words, cwd=committed, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        words, cwd=committed, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -38,7 +38,9 @@ def refused(path: Path) -> bool:
 
 
 def test_no_flipped_bit_of_the_end_verifies(path: Path) -> None:
-    """One of each byte of the manifest, the directory and the seal: here CRCs miss some, or the manifest loses its name."""
+    """One of each byte of the manifest, the directory and the seal: here CRCs miss some, or the
+    manifest loses its name.
+    """
     data = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         start = archive.getinfo(seal.RECORD).header_offset
@@ -88,7 +90,9 @@ def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
 
 
 def test_equal_states_and_facts_give_equal_files(tmp_path: Path) -> None:
-    one, two = (store.write(tmp_path / name, small_state(), facts(1)).path for name in ("a.ckpt", "b.ckpt"))
+    one, two = (
+        store.write(tmp_path / name, small_state(), facts(1)).path for name in ("a.ckpt", "b.ckpt")
+    )
     assert one.read_bytes() == two.read_bytes()
 
 
@@ -98,7 +102,9 @@ def test_a_newer_format_is_not_called_corrupt(path: Path, monkeypatch: pytest.Mo
         manifest.read(path)
 
 
-@pytest.mark.parametrize("url", ["http://host/a.ckpt", "s3://bucket/a.ckpt", "file:///a.ckpt", Path("https://h/a")])
+@pytest.mark.parametrize(
+    "url", ["http://host/a.ckpt", "s3://bucket/a.ckpt", "file:///a.ckpt", Path("https://h/a")]
+)
 def test_a_url_is_refused_in_words(url: str | Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="No checkpoint is loaded from a URL"):
         manifest.read(url)
@@ -153,7 +159,9 @@ def test_a_file_of_another_program_is_foreign_and_named(tmp_path: Path, kind: st
         (b"\xff\xfe\x01\x02" * 9, "no zip archive: it begins with the bytes ff fe 01 02"),
     ],
 )
-def test_remains_of_a_file_are_corrupt_and_named(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_remains_of_a_file_are_corrupt_and_named(
+    tmp_path: Path, content: bytes, reason: str
+) -> None:
     path = tmp_path / "a.ckpt"
     path.write_bytes(content)
     with pytest.raises(CheckpointCorruptError, match=reason) as error:
@@ -163,7 +171,10 @@ def test_remains_of_a_file_are_corrupt_and_named(tmp_path: Path, content: bytes,
 
 
 def test_the_whole_size_of_a_truncated_file_is_estimated(tmp_path: Path) -> None:
-    state = {"half": torch.zeros(50_000, dtype=torch.float16), "long": torch.zeros(30_000, dtype=torch.int64)}
+    state = {
+        "half": torch.zeros(50_000, dtype=torch.float16),
+        "long": torch.zeros(30_000, dtype=torch.int64),
+    }
     state |= {"shared": state["long"][:5], "tensors": [torch.randn(10, 10) for _ in range(40)]}
     path = store.write(tmp_path / "a.ckpt", state, facts(1)).path
     size = path.stat().st_size
@@ -188,7 +199,9 @@ def test_what_was_damaged_is_said(path: Path) -> None:
 def test_each_flipped_bit_of_a_large_file_is_found_and_its_record_named(tmp_path: Path) -> None:
     """Several threads look at it."""
     path = tmp_path / "large.ckpt"
-    store.write(path, {"weights": [torch.zeros(3_000_000, dtype=torch.uint8) for _ in range(7)]}, facts(1))
+    store.write(
+        path, {"weights": [torch.zeros(3_000_000, dtype=torch.uint8) for _ in range(7)]}, facts(1)
+    )
     for number, middle in enumerate(range(1_500_000, 21_000_000, 3_000_000)):
         with path.open("r+b") as file:
             for byte in (1, 0):
@@ -199,9 +212,13 @@ def test_each_flipped_bit_of_a_large_file_is_found_and_its_record_named(tmp_path
                 assert manifest.diagnose(path) == said
 
 
-def test_a_look_that_fails_in_one_thread_ends_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_that_fails_in_one_thread_ends_in_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "large.ckpt"
-    store.write(path, {"weights": [torch.zeros(16 << 20, dtype=torch.uint8) for _ in range(4)]}, facts(1))
+    store.write(
+        path, {"weights": [torch.zeros(16 << 20, dtype=torch.uint8) for _ in range(4)]}, facts(1)
+    )
     reads: list[int] = []
 
     def read(descriptor: int, size: int, start: int) -> bytes:
@@ -226,8 +243,11 @@ def test_facts_that_are_no_json_are_refused_before_the_seal(tmp_path: Path) -> N
 def test_the_manifest_is_read_without_torch(path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from savepoint.checkpoint import manifest, store\n"
-        "manifest.verify(sys.argv[1]); assert store.CheckpointStore(Path(sys.argv[1]).parent).latest() is None\n"
+        "manifest.verify(sys.argv[1]); assert "
+        "store.CheckpointStore(Path(sys.argv[1]).parent).latest() is None\n"
         "print([name for name in ('torch', 'numpy', 'lightning') if name in sys.modules])"
     )
-    run = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program, path], capture_output=True, text=True, check=True
+    )
     assert run.stdout.strip() == "[]"

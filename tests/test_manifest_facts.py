@@ -1,4 +1,6 @@
-"""A sealed manifest may say anything: what is no fact of a checkpoint does not verify, and no command fails over it."""
+"""A sealed manifest may say anything: what is no fact of a checkpoint does not verify, and no
+command fails over it.
+"""
 
 import contextlib
 import hashlib
@@ -27,8 +29,15 @@ KEYS = [
     "run_id", *GATHERED,
 ]  # fmt: skip
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.integers(10**20, 10**400) | st.floats() | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(10**20, 10**400)
+    | st.floats()
+    | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 
@@ -66,7 +75,9 @@ def run_dir(tmp_path: Path) -> Path:
         ("versions", []), ("monitor", 3), ("mode", "up"), ("exact", "yes"), ("run_id", 1), ("digest", 1),
     ],
 )  # fmt: skip
-def test_a_fact_of_another_type_does_not_verify_and_is_named(run_dir: Path, key: str, value: Any) -> None:
+def test_a_fact_of_another_type_does_not_verify_and_is_named(
+    run_dir: Path, key: str, value: Any
+) -> None:
     path = latest(run_dir).path
     sealed(path, {key: value})
     for look in (manifest.read, manifest.verify, store.load):
@@ -76,7 +87,9 @@ def test_a_fact_of_another_type_does_not_verify_and_is_named(run_dir: Path, key:
 
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "[" * 100_000])
-def test_what_is_no_json_does_not_verify(run_dir: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_json_does_not_verify(
+    run_dir: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, dumps = latest(run_dir).path, json.dumps
     monkeypatch.setattr(json, "dumps", lambda facts: dumps(facts).replace('"here"', text))
     sealed(path, {"score": "here"})
@@ -87,17 +100,32 @@ def test_what_is_no_json_does_not_verify(run_dir: Path, text: str, monkeypatch: 
 
 def test_what_other_programs_and_older_ones_say_verifies(run_dir: Path) -> None:
     path = latest(run_dir).path
-    sealed(path, {"mine": {"a": [None]}, "epoch": None, "monitor": None, "mode": None, "score": None, "dataset": None})
+    sealed(
+        path,
+        {
+            "mine": {"a": [None]},
+            "epoch": None,
+            "monitor": None,
+            "mode": None,
+            "score": None,
+            "dataset": None,
+        },
+    )
     assert manifest.verify(path)["mine"] == {"a": [None]}
     written = store.write(run_dir / "b.ckpt", {"global_step": 3}, io._facts({"global_step": 3}))
     assert manifest.verify(written.path)["step"] == 3
     assert manifest.verify(store.write(run_dir / "c.ckpt", {}, {"step": 3}).path)["step"] == 3
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(key=st.sampled_from([*KEYS, "mine"]), value=JSON)
 def test_no_command_ends_in_a_traceback_whatever_a_manifest_says(
-    tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str], key: str, value: Any
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+    value: Any,
 ) -> None:
     run_dir = make_run(tmp_path_factory.mktemp("runs"), "a", **GATHERED)
     path = latest(run_dir).path

@@ -83,7 +83,9 @@ def learning_rates(model: ImageClassifier, **arguments: Any) -> list[float]:
 
 
 @pytest.mark.parametrize(("net", "parameters"), [(ConvNet, 47_194), (ClassicNet, 1_199_882)])
-def test_a_net_gives_one_logit_a_class_and_has_its_number_of_parameters(net: type[nn.Module], parameters: int) -> None:
+def test_a_net_gives_one_logit_a_class_and_has_its_number_of_parameters(
+    net: type[nn.Module], parameters: int
+) -> None:
     assert net()(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
     assert net(num_classes=4)(torch.zeros(3, 1, 28, 28)).shape == (3, 4)
     assert sum(parameter.numel() for parameter in net().parameters()) == parameters
@@ -119,12 +121,18 @@ def test_a_training_and_its_test_log_loss_and_accuracy_of_each_part(tmp_path: Pa
     assert set(train.callback_metrics) == {
         "train/loss_step", "train/loss", "train/accuracy", "val/loss", "val/accuracy"
     }  # fmt: skip
-    assert set(train.test(ImageClassifier(ConvNet()), FewImages(), verbose=False)[0]) == {"test/loss", "test/accuracy"}
+    assert set(train.test(ImageClassifier(ConvNet()), FewImages(), verbose=False)[0]) == {
+        "test/loss",
+        "test/accuracy",
+    }
 
 
 def test_metrics_are_means_over_samples_not_over_batches(tmp_path: Path) -> None:
     """Also of training: with a learning rate of 0 it sees the same net throughout."""
-    data, model = FewImages(), ImageClassifier(Unsure(), lr=0.0, schedule="constant", weight_decay=0.0)
+    data, model = (
+        FewImages(),
+        ImageClassifier(Unsure(), lr=0.0, schedule="constant", weight_decay=0.0),
+    )
     train = trainer(tmp_path)
     train.fit(model, data)
     logits = model(data.images)
@@ -166,7 +174,10 @@ def test_training_on_past_the_end_of_a_schedule_goes_on(tmp_path: Path) -> None:
     train.fit(model, FewImages())
     train.save_checkpoint(tmp_path / "end.ckpt", weights_only=False)
     rates = learning_rates(
-        ImageClassifier(Unsure(), lr=0.5), tmp_path=tmp_path, max_epochs=3, ckpt_path=tmp_path / "end.ckpt"
+        ImageClassifier(Unsure(), lr=0.5),
+        tmp_path=tmp_path,
+        max_epochs=3,
+        ckpt_path=tmp_path / "end.ckpt",
     )
     assert rates == [0.5 * one_cycle(4, 4), *(0.5 * one_cycle(step, 12) for step in range(5, 12))]
 
@@ -190,7 +201,9 @@ def test_a_checkpoint_of_a_net_built_in_python_is_loaded_with_that_net(tmp_path:
     model, train = ImageClassifier(ConvNet(width=4), lr=0.25), trainer(tmp_path)
     train.fit(model, FewImages())
     train.save_checkpoint(tmp_path / "it.ckpt", weights_only=False)
-    loaded = ImageClassifier.load_from_checkpoint(tmp_path / "it.ckpt", net=ConvNet(width=4), weights_only=True)
+    loaded = ImageClassifier.load_from_checkpoint(
+        tmp_path / "it.ckpt", net=ConvNet(width=4), weights_only=True
+    )
     images = model.example_input_array
     assert torch.equal(loaded.eval()(images), model.eval()(images))
     assert loaded.lr == 0.25
@@ -209,7 +222,10 @@ def test_a_checkpoint_of_a_config_names_its_net_and_loads_alone(
     train.fit(model, FewImages())
     train.save_checkpoint(tmp_path / "it.ckpt", weights_only=False)
     hyperparameters = torch.load(tmp_path / "it.ckpt", weights_only=True)["hyper_parameters"]
-    assert hyperparameters["net"] == {"class_path": "project.ConvNet", "init_args": {"width": 4, "num_classes": 10}}
+    assert hyperparameters["net"] == {
+        "class_path": "project.ConvNet",
+        "init_args": {"width": 4, "num_classes": 10},
+    }
     assert not isinstance(hyperparameters["net"], Namespace)
     loaded = ImageClassifier.load_from_checkpoint(tmp_path / "it.ckpt", weights_only=True)
     images = model.example_input_array
@@ -222,10 +238,15 @@ def test_a_checkpoint_of_a_config_names_its_net_and_loads_alone(
 
 def figures(directory: Path) -> dict[str, Image.Image]:
     events = EventAccumulator(str(directory), size_guidance={"images": 0}).Reload()
-    return {tag: Image.open(BytesIO(events.Images(tag)[0].encoded_image_string)) for tag in events.Tags()["images"]}
+    return {
+        tag: Image.open(BytesIO(events.Images(tag)[0].encoded_image_string))
+        for tag in events.Tags()["images"]
+    }
 
 
-def test_a_test_leaves_a_confusion_matrix_and_its_worst_mistakes_in_tensorboard(tmp_path: Path) -> None:
+def test_a_test_leaves_a_confusion_matrix_and_its_worst_mistakes_in_tensorboard(
+    tmp_path: Path,
+) -> None:
     seed_everything(0, verbose=False)
     train = trainer(tmp_path, logger=TensorBoardLogger(tmp_path, name="run", version=""))
     train.test(ImageClassifier(Unsure()), FewImages(), verbose=False)
@@ -249,7 +270,9 @@ def test_the_worst_mistakes_are_those_with_the_largest_loss(tmp_path: Path) -> N
     losses = F.cross_entropy(logits, data.labels, reduction="none")
     losses[logits.argmax(1) == data.labels] = 0
     worst = losses.argsort(descending=True)[:25]
-    drawn = draw_mistakes(data.images[worst], data.labels[worst].tolist(), logits.argmax(1)[worst].tolist(), NAMES)
+    drawn = draw_mistakes(
+        data.images[worst], data.labels[worst].tolist(), logits.argmax(1)[worst].tolist(), NAMES
+    )
     assert figures(tmp_path / "run")["test/worst_mistakes"].tobytes() == drawn.tobytes()
 
 
@@ -260,7 +283,10 @@ def test_a_test_without_mistakes_or_without_a_logger_draws_what_there_is(tmp_pat
     train.test(ImageClassifier(Unsure()), data, verbose=False)
     train.logger.finalize("success")
     assert set(figures(tmp_path / "run")) == {"test/confusion"}
-    assert trainer(tmp_path).test(ImageClassifier(Unsure()), data, verbose=False)[0]["test/accuracy"] == 1
+    assert (
+        trainer(tmp_path).test(ImageClassifier(Unsure()), data, verbose=False)[0]["test/accuracy"]
+        == 1
+    )
 
 
 def test_every_cell_of_the_confusion_matrix_has_its_place_and_colour() -> None:
@@ -269,7 +295,9 @@ def test_every_cell_of_the_confusion_matrix_has_its_place_and_colour() -> None:
     before = draw_confusion(torch.zeros(10, 10, dtype=torch.int64), NAMES)
     after = draw_confusion(counts, NAMES)
     cells = (0, 80, before.width, before.height)  # below the title
-    left, top, right, bottom = ImageChops.difference(before.crop(cells), after.crop(cells)).getbbox() or (0, 0, 0, 0)
+    left, top, right, bottom = ImageChops.difference(
+        before.crop(cells), after.crop(cells)
+    ).getbbox() or (0, 0, 0, 0)
     assert round((right - left) / CELL) == 2
     assert round((bottom - top) / CELL) == 5
     red, _, blue = after.getpixel((right - 4, 80 + top + 3))

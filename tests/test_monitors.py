@@ -20,14 +20,22 @@ def test_the_gradient_norm_is_that_of_all_gradients_before_they_are_clipped(tmp_
     norms: list[tuple[float, float]] = []
 
     class Both(Callback):
-        def on_before_optimizer_step(self, trainer: Trainer, module: LightningModule, optimizer: Any) -> None:
+        def on_before_optimizer_step(
+            self, trainer: Trainer, module: LightningModule, optimizer: Any
+        ) -> None:
             self.before = float(torch.cat([p.grad.flatten() for p in module.parameters()]).norm())
 
         def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
             logged = float(trainer.logged_metrics["train/grad_norm"])
             norms.append((self.before, logged))
 
-    fit(tmp_path, callbacks=lambda: [Both(), GradientNorm()], gradient_clip_val=0.01, log_every_n_steps=1, max_epochs=1)
+    fit(
+        tmp_path,
+        callbacks=lambda: [Both(), GradientNorm()],
+        gradient_clip_val=0.01,
+        log_every_n_steps=1,
+        max_epochs=1,
+    )
     assert len(norms) == 6
     for before, logged in norms:
         assert logged == pytest.approx(before, rel=1e-6)
@@ -35,11 +43,20 @@ def test_the_gradient_norm_is_that_of_all_gradients_before_they_are_clipped(tmp_
 
 
 def test_each_of_several_optimizers_has_a_norm_of_its_own(tmp_path: Path) -> None:
-    fit(tmp_path, model=partial(SmallModel, automatic=False), callbacks=lambda: [GradientNorm()], max_epochs=1)
-    assert {"train/grad_norm_0", "train/grad_norm_1"} <= {name for row in rows(tmp_path) for name in row}
+    fit(
+        tmp_path,
+        model=partial(SmallModel, automatic=False),
+        callbacks=lambda: [GradientNorm()],
+        max_epochs=1,
+    )
+    assert {"train/grad_norm_0", "train/grad_norm_1"} <= {
+        name for row in rows(tmp_path) for name in row
+    }
 
 
-def test_what_comes_from_the_clock_stands_in_time_columns_and_in_no_checkpoint(tmp_path: Path) -> None:
+def test_what_comes_from_the_clock_stands_in_time_columns_and_in_no_checkpoint(
+    tmp_path: Path,
+) -> None:
     fit(tmp_path, callbacks=lambda: [Resources()], max_epochs=1)
     measured = [row for row in read(tmp_path / "metrics.csv") if row["time/step_ms"]]
     assert [row["step"] for row in measured] == ["2", "4", "6"]
@@ -88,9 +105,14 @@ class TestLearningRateFinder:
 
 def test_a_file_can_add_to_a_list_of_the_trainer(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        (tmp_path / f"{name}.yaml").write_text(f"trainer: {{max_epochs: 3, callbacks+: [{{class_path: {name}}}]}}")
+        (tmp_path / f"{name}.yaml").write_text(
+            f"trainer: {{max_epochs: 3, callbacks+: [{{class_path: {name}}}]}}"
+        )
     flags = [f"--config={tmp_path / name}.yaml" for name in ("one", "two")]
-    assert compose.compose(flags).config["trainer"]["callbacks"] == [{"class_path": "one"}, {"class_path": "two"}]
+    assert compose.compose(flags).config["trainer"]["callbacks"] == [
+        {"class_path": "one"},
+        {"class_path": "two"},
+    ]
     (tmp_path / "three.yaml").write_text("trainer: {callbacks: [{class_path: three}]}")
     last = compose.compose([*flags, f"--config={tmp_path / 'three.yaml'}"]).config["trainer"]
     assert last == {"max_epochs": 3, "callbacks": [{"class_path": "three"}]}

@@ -1,10 +1,12 @@
-"""The power is cut under a real training, on real file systems: what was reported as saved is there afterwards.
+"""The power is cut under a real training, on real file systems: what was reported as saved is there
+afterwards.
 
     python -m pytest -n 0 -m root -s tests/test_power_cut.py
 
-The kernel's shutdown call stands for the power cut: from then on nothing reaches the device, whatever the page cache
-holds. After 12 s ext4 has put the names of new files on the device and not yet their bytes, after 31 s XFS has: so long
-is the wait between the last save and the cut. A `sync` of anybody on the machine in that time would hide a loss.
+The kernel's shutdown call stands for the power cut: from then on nothing reaches the device,
+whatever the page cache holds. After 12 s ext4 has put the names of new files on the device and not
+yet their bytes, after 31 s XFS has: so long is the wait between the last save and the cut. A `sync`
+of anybody on the machine in that time would hide a loss.
 """
 
 import json
@@ -34,7 +36,8 @@ TRAINING = [
     "--trainer.limit_train_batches", "12", "--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "1",
 ]  # fmt: skip
 KINDS = ("ext4", "xfs")
-DELAYS = (31.0, 12.0, 0.2)  # seconds from the report of a save to the cut; the longest waits begin first
+# Seconds from the report of a save to the cut; the longest waits begin first.
+DELAYS = (31.0, 12.0, 0.2)
 KEPT = {"the last": ["--checkpoint.keep_last", "1"], "three": ["--checkpoint.keep_last", "3"],
         "all": ["--checkpoint.keep_every_n_steps", "1"]}  # fmt: skip
 NUMBER = {"the last": 1, "three": 3, "all": 10**6}
@@ -42,7 +45,9 @@ NUMBER = {"the last": 1, "three": 3, "all": 10**6}
 
 @dataclass
 class Cut:
-    """One cut: where, when, and what was found afterwards. No `delay`: at some moment while saves are made."""
+    """One cut: where, when, and what was found afterwards. No `delay`: at some moment while saves
+    are made.
+    """
 
     kind: str
     delay: float | None
@@ -96,7 +101,8 @@ def perform(cut: Cut, folder: Path, straight: Path) -> Cut:
                 time.sleep(random.uniform(0.0, 0.8))
             else:
                 program.wait_for(lambda: len(program.saved) >= 3)
-                program.signal(signal.SIGSTOP)  # the next save is not reported before the cut, perhaps begun
+                # The next save is not reported before the cut, perhaps begun.
+                program.signal(signal.SIGSTOP)
                 time.sleep(cut.delay)
             made.cut()
         cut.reported = program.saved
@@ -116,11 +122,15 @@ def look(cut: Cut, run_dir: Path, straight: Path) -> None:
             cut.damaged.append(f"{path.name}: {error}")
     # Retention may have deleted one that enough newer ones follow.
     newer = {step: sum(other > step for other in cut.found) for step in cut.reported}
-    cut.lost = [step for step in cut.reported if step not in cut.found and newer[step] < NUMBER[cut.kept]]
+    cut.lost = [
+        step for step in cut.reported if step not in cut.found and newer[step] < NUMBER[cut.kept]
+    ]
     if cut.found and not cut.damaged:
         state, _ = store.load(run_dir / f"checkpoints/step-{max(cut.found):08d}.ckpt")
         counted = slice(state["logged_rows"])
-        cut.missing_rows = sum(one != other for one, other in zip_rows(rows(straight)[counted], rows(run_dir)[counted]))
+        cut.missing_rows = sum(
+            one != other for one, other in zip_rows(rows(straight)[counted], rows(run_dir)[counted])
+        )
 
 
 def go_on(cut: Cut, run_dir: Path, log: Path, straight: Path) -> None:
@@ -150,14 +160,22 @@ def go_on(cut: Cut, run_dir: Path, log: Path, straight: Path) -> None:
 def side_by_side(cuts: list[Cut], folder: Path, straight: Path, number: int = 12) -> list[Cut]:
     # The threads begin in the mount namespace of the one that makes them.
     with ThreadPoolExecutor(number) as pool:
-        return list(pool.map(lambda item: perform(item[1], folder / str(item[0]), straight), enumerate(cuts)))
+        return list(
+            pool.map(
+                lambda item: perform(item[1], folder / str(item[0]), straight), enumerate(cuts)
+            )
+        )
 
 
 def table(cuts: list[Cut]) -> str:
     groups: dict[tuple[str, str], list[Cut]] = defaultdict(list)
     for cut in cuts:
-        groups[(cut.kind, "while saving" if cut.delay is None else f"{cut.delay:g} s after")].append(cut)
-    lines = ["file system  cut              cuts  reported  lost  damaged  rows missing  failed resumes"]
+        groups[
+            (cut.kind, "while saving" if cut.delay is None else f"{cut.delay:g} s after")
+        ].append(cut)
+    lines = [
+        "file system  cut              cuts  reported  lost  damaged  rows missing  failed resumes"
+    ]
     for (kind, when), group in sorted(groups.items()):
         counts = [
             len(group), sum(len(cut.reported) for cut in group), sum(len(cut.lost) for cut in group),
@@ -165,7 +183,9 @@ def table(cuts: list[Cut]) -> str:
             sum(bool(cut.failure) for cut in group),
         ]  # fmt: skip
         widths = (4, 8, 4, 7, 12, 14)
-        numbers = "  ".join(f"{count:{width}d}" for count, width in zip(counts, widths, strict=True))
+        numbers = "  ".join(
+            f"{count:{width}d}" for count, width in zip(counts, widths, strict=True)
+        )
         lines.append(f"{kind:<11}  {when:<15}  {numbers}")
     return "\n".join(lines)
 
@@ -179,16 +199,22 @@ def unclean(cuts: list[Cut]) -> Iterator[str]:
 def test_every_reported_save_outlives_a_power_cut(tmp_path: Path, straight: Path) -> None:
     """36 cuts: two file systems, three delays, saves at once and in a thread, three retentions."""
     plans = product(DELAYS, KINDS, KEPT, (False, True))
-    cuts = side_by_side([Cut(kind, delay, kept, later) for delay, kind, kept, later in plans], tmp_path, straight)
+    cuts = side_by_side(
+        [Cut(kind, delay, kept, later) for delay, kind, kept, later in plans], tmp_path, straight
+    )
     print("\n" + table(cuts))
     assert len(cuts) == 36
     assert all(cut.clean for cut in cuts), "\n".join(unclean(cuts))
 
 
-def test_a_power_cut_in_the_middle_of_saves_leaves_the_last_reported_one(tmp_path: Path, straight: Path) -> None:
+def test_a_power_cut_in_the_middle_of_saves_leaves_the_last_reported_one(
+    tmp_path: Path, straight: Path
+) -> None:
     """24 cuts, at random moments of a training that saves at every step."""
     plans = product(KINDS, ("the last", "three"), (False, True), range(3))
-    cuts = side_by_side([Cut(kind, None, kept, later) for kind, kept, later, _ in plans], tmp_path, straight, 4)
+    cuts = side_by_side(
+        [Cut(kind, None, kept, later) for kind, kept, later, _ in plans], tmp_path, straight, 4
+    )
     print("\n" + table(cuts))
     assert len(cuts) == 24
     assert all(cut.clean for cut in cuts), "\n".join(unclean(cuts))
@@ -197,7 +223,9 @@ def test_a_power_cut_in_the_middle_of_saves_leaves_the_last_reported_one(tmp_pat
 def test_without_fsync_the_same_cuts_lose_what_was_reported(tmp_path: Path, straight: Path) -> None:
     """The cuts are real: the tests above could fail."""
     plans = (("xfs", 31.0), ("ext4", 12.0), ("xfs", 0.2), ("ext4", 0.2))
-    cuts = side_by_side([Cut(kind, delay, before=without_fsync) for kind, delay in plans], tmp_path, straight)
+    cuts = side_by_side(
+        [Cut(kind, delay, before=without_fsync) for kind, delay in plans], tmp_path, straight
+    )
     print("\n" + table(cuts))
     assert not any(cut.clean for cut in cuts), table(cuts)
     assert all(cut.lost for cut in cuts if cut.delay == 0.2), table(cuts)

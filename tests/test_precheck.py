@@ -32,21 +32,34 @@ def refusal(*argv: str) -> str:
         ("- 1", "A config file that is no mapping of keys to values: bad.yaml."),
         ("trainer: {max_epochs: 3", "Malformed YAML: bad.yaml, line 1, column 24"),
         ("trainer:\n\tmax_epochs: 3", "Malformed YAML: bad.yaml, line 2, column 1"),
-        ("trainer: {}\ntrainer: {}", "Malformed YAML: bad.yaml, line 2, column 1 (the key 'trainer' twice)."),
+        (
+            "trainer: {}\ntrainer: {}",
+            "Malformed YAML: bad.yaml, line 2, column 1 (the key 'trainer' twice).",
+        ),
         ("trianer: {}", "Unknown key in bad.yaml: trianer. Did you mean trainer?"),
         ("zzz: 3", "Unknown key in bad.yaml: zzz. It is none of seed_everything, output_dir,"),
         ("trainer: 3", "Not a group: `trainer` is 3 (bad.yaml)."),
         ("trainer:", "Nothing in `trainer`: bad.yaml."),
-        ("checkpoint: short", "Not a group file: short (`checkpoint`, bad.yaml). configs/checkpoint has: "),
-        ("model: {lr: 3}", "Unknown key in `model`: lr (bad.yaml). Expected `class_path` and `init_args`."),
+        (
+            "checkpoint: short",
+            "Not a group file: short (`checkpoint`, bad.yaml). configs/checkpoint has: ",
+        ),
+        (
+            "model: {lr: 3}",
+            "Unknown key in `model`: lr (bad.yaml). Expected `class_path` and `init_args`.",
+        ),
         (
             "model: {class_pat: 3}",
-            "Unknown key in `model`: class_pat (bad.yaml). Expected `class_path` and `init_args`. Did",
+            "Unknown key in `model`: class_pat (bad.yaml). Expected `class_path` and "
+            "`init_args`. Did",
         ),
         ("model: {init_args: {}}", "No class chosen by `model`: bad.yaml."),
         ("model: nope.yaml", "No such model group file: nope.yaml."),
         ("model: {class_path: M}", "No class chosen for `data`: bad.yaml names none."),
-        ("class_path: M", "A group file where a config was expected: bad.yaml. Give it with --model."),
+        (
+            "class_path: M",
+            "A group file where a config was expected: bad.yaml. Give it with --model.",
+        ),
     ],
 )
 def test_a_bad_config_file_is_refused_with_its_name(here: Path, text: str, message: str) -> None:
@@ -58,16 +71,24 @@ def test_a_bad_config_file_is_refused_with_its_name(here: Path, text: str, messa
     ("argv", "message"),
     [
         ("--config", "A flag without its value: --config. Expected --config configs/fast.yaml."),
-        ("--run_name --model.lr 3", "A flag without its value: --run_name. Expected --run_name VALUE."),
-        ("--config god.yaml", "No such config file: god.yaml. . has: good.yaml. Did you mean good.yaml?"),
+        (
+            "--run_name --model.lr 3",
+            "A flag without its value: --run_name. Expected --run_name VALUE.",
+        ),
+        (
+            "--config god.yaml",
+            "No such config file: god.yaml. . has: good.yaml. Did you mean good.yaml?",
+        ),
         (
             "--config nowhere/god.yaml",
-            "No such config file: nowhere/god.yaml. The folder /HERE/nowhere does not exist either.",
+            "No such config file: nowhere/god.yaml. The folder /HERE/nowhere does not exist "
+            "either.",
         ),
         ("--config .", "Not a config file but a folder: .. . has: good.yaml."),
         (
             "good.yaml",
-            "Unexpected word on the command line: good.yaml. Expected --KEY VALUE. Did you mean --config good.yaml?",
+            "Unexpected word on the command line: good.yaml. Expected --KEY VALUE. Did you mean "
+            "--config good.yaml?",
         ),
         ("--run_name.x 3", "Unknown flag: --run_name.x. Did you mean --run_name?"),
         ("---x 3", "Unknown flag: ---x."),
@@ -88,7 +109,8 @@ def test_a_bad_command_line_is_refused_with_the_flag(here: Path, argv: str, mess
 def test_a_group_file_that_is_missing_is_answered_with_those_that_are_there() -> None:
     message = refusal("--data", "configs/data/fashon.yaml")
     assert message.endswith(
-        "configs/data has: digits.yaml, fashion.yaml, mnist.yaml, workers.yaml. Did you mean fashion.yaml?"
+        "configs/data has: digits.yaml, fashion.yaml, mnist.yaml, workers.yaml. Did you mean "
+        "fashion.yaml?"
     )
 
 
@@ -98,7 +120,16 @@ def test_a_config_file_that_is_not_text_is_refused(here: Path) -> None:
 
 
 def test_a_good_command_line_passes(here: Path) -> None:
-    quick.check(["-c", "good.yaml", "--model.anything.at_all", "3", "--trainer.callbacks+=Timer", "--run_name=x"])
+    quick.check(
+        [
+            "-c",
+            "good.yaml",
+            "--model.anything.at_all",
+            "3",
+            "--trainer.callbacks+=Timer",
+            "--run_name=x",
+        ]
+    )
 
 
 def test_help_is_short_and_leaves_with_zero(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,10 +141,16 @@ def test_help_is_short_and_leaves_with_zero(capsys: pytest.CaptureFixture[str]) 
 
 def test_the_check_imports_neither_torch_nor_lightning() -> None:
     code = (
-        "import sys; from savepoint.config import quick; quick.check(['--config', 'configs/mnist.yaml']); "
-        "print(sorted({'torch', 'lightning', 'numpy', 'jsonargparse'} & set(sys.modules)))"
+        "import sys; from savepoint.config import quick; quick.check(['--config', "
+        "'configs/mnist.yaml']); print(sorted({'torch', 'lightning', 'numpy', 'jsonargparse'} & "
+        "set(sys.modules)))"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
+    )
 
 
 def test_a_name_that_is_taken_is_told_before_the_imports(tmp_path: Path) -> None:
@@ -132,13 +169,19 @@ def test_an_empty_directory_is_a_place_to_start(tmp_path: Path, inside: list[str
     quick.check(["--output_dir", str(tmp_path), "--run_name", "there"])
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/x", "gs://b", "memory://m", "file:///tmp/x", "hdfs:/x"])
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/x", "gs://b", "memory://m", "file:///tmp/x", "hdfs:/x"]
+)
 @pytest.mark.parametrize("key", ["output_dir", "trainer.default_root_dir"])
 def test_a_url_to_save_to_is_refused_before_the_imports(here: Path, key: str, url: str) -> None:
     assert refusal(f"--{key}", url).startswith(f"Nothing is saved to a URL: {key} is {url}. ")
     group, _, name = key.rpartition(".")
-    (here / "url.yaml").write_text(f"{group}: {{{name}: '{url}'}}\n" if group else f"{name}: '{url}'\n")
-    assert refusal("--config", "good.yaml", "--config", "url.yaml").startswith(f"Nothing is saved to a URL: {key} is")
+    (here / "url.yaml").write_text(
+        f"{group}: {{{name}: '{url}'}}\n" if group else f"{name}: '{url}'\n"
+    )
+    assert refusal("--config", "good.yaml", "--config", "url.yaml").startswith(
+        f"Nothing is saved to a URL: {key} is"
+    )
     if key == "output_dir":
         with pytest.raises(ConfigError, match="Nothing is saved to a URL"):
             request.requested(["--output_dir", url])

@@ -87,7 +87,9 @@ def on_paper(image: Image.Image) -> Image.Image:
 
 def coloured(image: Image.Image) -> Image.Image:
     """White becomes a green that is as light."""
-    return Image.merge("RGB", [image.point(lambda value: value // 2), image, image.point(lambda value: value // 4)])
+    return Image.merge(
+        "RGB", [image.point(lambda value: value // 2), image, image.point(lambda value: value // 4)]
+    )
 
 
 def with_alpha(image: Image.Image) -> Image.Image:
@@ -125,7 +127,10 @@ def palette(image: Image.Image) -> Image.Image:
     ],
 )
 def test_the_same_image_in_another_form_is_the_same_to_the_network(
-    digits: tuple[Pixels, list[int]], tmp_path: Path, change: Callable[[Image.Image], Image.Image], said: list[str]
+    digits: tuple[Pixels, list[int]],
+    tmp_path: Path,
+    change: Callable[[Image.Image], Image.Image],
+    said: list[str],
 ) -> None:
     change(Image.fromarray(digits[0][0])).save(tmp_path / "a.png")
     (picture,) = read(tmp_path / "a.png")
@@ -141,7 +146,9 @@ def test_colours_become_their_lightness(digits: tuple[Pixels, list[int]], tmp_pa
 
 
 @pytest.mark.parametrize("size", [(56, 56), (280, 140), (10, 20), (28, 14), (1, 3000)])
-def test_another_size_is_made_to_fit_and_keeps_its_shape(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_another_size_is_made_to_fit_and_keeps_its_shape(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
     """A white frame on black, as large as the image but for a margin."""
     width, height = size
     pixels = np.zeros((height, width), np.uint8)
@@ -171,7 +178,9 @@ def test_a_photograph_stands_upright_and_of_an_animation_the_first_frame_counts(
     assert np.array_equal(picture.pixels, digits[0][0])
 
 
-@pytest.mark.parametrize(("invert", "changes"), [("auto", ["inverted"]), ("yes", ["inverted"]), ("no", [])])
+@pytest.mark.parametrize(
+    ("invert", "changes"), [("auto", ["inverted"]), ("yes", ["inverted"]), ("no", [])]
+)
 def test_inverting_can_be_left_to_the_user(tmp_path: Path, invert: Any, changes: list[str]) -> None:
     np.save(tmp_path / "a.npy", np.full((28, 28), 200, np.uint8))
     (picture,) = read(tmp_path / "a.npy", invert)
@@ -190,7 +199,11 @@ def test_csv_and_json_hold_the_same_labels_and_probabilities(
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["digest"] == store.load(best(run_dir))[1]["digest"]
     for row, one in zip(rows(tmp_path / "a.csv"), found["predictions"], strict=True):
-        assert one["label"] == row["label"] == max(one["probabilities"], key=one["probabilities"].__getitem__)
+        assert (
+            one["label"]
+            == row["label"]
+            == max(one["probabilities"], key=one["probabilities"].__getitem__)
+        )
         assert one["probability"] == float(row["probability"]) == max(one["probabilities"].values())
         assert {name: float(row[name]) for name in "0123456789"} == one["probabilities"]
         assert sum(one["probabilities"].values()) == pytest.approx(1)
@@ -208,7 +221,9 @@ def test_neither_data_nor_a_run_directory_is_needed(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "alone.ckpt"]
 
 
-def test_the_program_ends_with_2_and_a_line_for_what_is_not_there(run_dir: Path, tmp_path: Path) -> None:
+def test_the_program_ends_with_2_and_a_line_for_what_is_not_there(
+    run_dir: Path, tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "project.predict", str(run_dir), "none.png"]
     quiet = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=quiet)
@@ -275,5 +290,7 @@ def test_a_model_for_other_inputs_and_a_file_of_another_kind_are_refused(
     made = predict.rebuild(best(run_dir))
     made.model.example_input_array = torch.zeros(2, 4)
     monkeypatch.setattr(predict, "rebuild", lambda *_, **__: made)
-    with pytest.raises(ConfigError, match=r"Not a model for images of 1x28x28: .*whose input is \[4\]"):
+    with pytest.raises(
+        ConfigError, match=r"Not a model for images of 1x28x28: .*whose input is \[4\]"
+    ):
         predict.main(words)

@@ -10,7 +10,9 @@ HEAD = "import os, signal, sys, time\nfrom savepoint import preemption as p\n"
 
 
 def run(body: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", HEAD + body], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", HEAD + body], capture_output=True, text=True, timeout=60
+    )
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -21,7 +23,10 @@ def test_while_nothing_is_at_stake_a_signal_leaves_at_once_with_its_code(signum:
 
 
 def test_in_training_the_first_signal_is_only_noted_and_the_second_leaves() -> None:
-    once, again = "p.install(); p.arm()\nos.kill(os.getpid(), 15)\n", "time.sleep(1.1)\nos.kill(os.getpid(), 15)\n"
+    once, again = (
+        "p.install(); p.arm()\nos.kill(os.getpid(), 15)\n",
+        "time.sleep(1.1)\nos.kill(os.getpid(), 15)\n",
+    )
     twice = f"{once}print(p.requests.stop, flush=True)\n{again}"
     done = run(twice + "time.sleep(9)")
     assert done.stdout == "15\n"

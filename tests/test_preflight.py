@@ -26,7 +26,9 @@ def failing(code: int) -> Any:
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, free_bytes: int, blocks: int = 1) -> None:
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free_bytes, f_frsize=1, f_blocks=blocks))
+    monkeypatch.setattr(
+        os, "statvfs", lambda _: SimpleNamespace(f_bavail=free_bytes, f_frsize=1, f_blocks=blocks)
+    )
 
 
 @pytest.mark.parametrize("call", ["open", "write", "fsync", "replace"])
@@ -42,7 +44,9 @@ def test_a_directory_that_a_save_could_not_use_is_refused_by_name(
     assert names(tmp_path / "checkpoints") == []
 
 
-def test_where_links_fail_a_directory_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_links_fail_a_directory_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "link", failing(errno.EPERM))
     assert CheckpointStore(tmp_path).preflight(1, 1) == ""
     assert names(tmp_path) == []
@@ -53,19 +57,29 @@ def test_where_links_fail_a_directory_will_do(tmp_path: Path, monkeypatch: pytes
     [(None, 1, 1, 2), ("val/loss", 1, 1, 3), ("val/loss", 3, 2, 6), ("val/loss", 0, 0, 3)],
 )
 def test_room_is_needed_for_all_that_retention_keeps_and_one_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, monitor: str | None, keep_last: int, keep_best: int, number: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    monitor: str | None,
+    keep_last: int,
+    keep_best: int,
+    number: int,
 ) -> None:
-    kept = CheckpointStore(tmp_path, retention=Retention(keep_last=keep_last, keep_best=keep_best), monitor=monitor)
+    kept = CheckpointStore(
+        tmp_path, retention=Retention(keep_last=keep_last, keep_best=keep_best), monitor=monitor
+    )
     with_free(monkeypatch, number * MB)
     assert kept.preflight(MB, MB) == ""
     with_free(monkeypatch, number * MB - 1)
     with pytest.raises(
-        RunDirectoryError, match=rf"{tmp_path} has .* MB free. Expected {number}\.0 MB: {number} more of"
+        RunDirectoryError,
+        match=rf"{tmp_path} has .* MB free. Expected {number}\.0 MB: {number} more of",
     ):
         kept.preflight(MB, MB)
 
 
-def test_what_is_there_already_takes_no_more_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_there_already_takes_no_more_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = CheckpointStore(tmp_path, monitor="val/loss")
     kept.add(small_state(10), facts(10, 1.0))
     kept.add(small_state(20), facts(20, 2.0))
@@ -73,7 +87,9 @@ def test_what_is_there_already_takes_no_more_room(tmp_path: Path, monkeypatch: p
     assert kept.preflight(MB, MB) == ""
 
 
-def test_room_that_may_be_too_little_is_a_warning_with_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_that_may_be_too_little_is_a_warning_with_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with_free(monkeypatch, 4 * MB)
     warning = CheckpointStore(tmp_path, monitor="val/loss").preflight(MB, 3 * MB)
     assert warning.startswith("Perhaps too little room")
@@ -111,11 +127,19 @@ def test_a_training_without_room_for_its_checkpoints_makes_no_step(
     assert taken == []
 
 
-def test_the_state_that_an_optimizer_will_have_is_thought_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_that_an_optimizer_will_have_is_thought_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(CheckpointStore, "preflight", lambda self, *sizes, alone: seen.append(sizes) or "")
+    monkeypatch.setattr(
+        CheckpointStore, "preflight", lambda self, *sizes, alone: seen.append(sizes) or ""
+    )
     trainer = fit(tmp_path / "fresh", max_epochs=1)
-    fit(tmp_path / "resumed", max_epochs=2, ckpt_path=tmp_path / "fresh" / "checkpoints" / "last.ckpt")
+    fit(
+        tmp_path / "resumed",
+        max_epochs=2,
+        ckpt_path=tmp_path / "fresh" / "checkpoints" / "last.ckpt",
+    )
     (least, likely), (resumed, resumed_likely) = seen
     parameters = sum(p.numel() * p.element_size() for p in trainer.lightning_module.parameters())
     assert likely == least + 2 * parameters

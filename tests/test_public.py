@@ -1,4 +1,6 @@
-"""The public face of the library: its names, that they load late, and that the examples of its page run as they stand."""
+"""The public face of the library: its names, that they load late, and that the examples of its page
+run as they stand.
+"""
 
 import os
 import re
@@ -48,7 +50,9 @@ def test_the_page_names_every_public_name() -> None:
 
 
 @pytest.mark.parametrize("heading", examples())
-def test_each_example_of_the_page_runs_twice_and_goes_on_where_it_was(heading: str, tmp_path: Path) -> None:
+def test_each_example_of_the_page_runs_twice_and_goes_on_where_it_was(
+    heading: str, tmp_path: Path
+) -> None:
     program = tmp_path / "program.py"
     program.write_text(examples()[heading])
     for _ in range(2):
@@ -67,12 +71,17 @@ def test_a_loop_of_ones_own_that_is_stopped_saves_and_goes_on(tmp_path: Path) ->
     assert "loss.backward()" in text
     program.write_text("import os, signal\n" + text.replace("loss.backward()", "loss.backward(); stop_at(step)").replace(
         "with stoppable()", "def stop_at(step):\n    if step == 23 and not os.path.exists('stopped'):\n"
-        "        open('stopped', 'w').close()\n        os.kill(os.getpid(), signal.SIGTERM)\n\n\nwith stoppable()",
+        "        open('stopped', 'w').close()\n        os.kill(os.getpid(), "
+        "signal.SIGTERM)\n\n\nwith stoppable()",
     ))  # fmt: skip
     command = [sys.executable, "-W", "ignore", program]
-    stopped = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    stopped = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
     assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
     assert (tmp_path / "checkpoints" / "step-00000024.ckpt").exists()
-    went_on = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    went_on = subprocess.run(
+        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
     assert went_on.returncode == 0, went_on.stderr
     assert "going on from step 24" in went_on.stdout

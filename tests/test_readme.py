@@ -1,4 +1,6 @@
-"""What the README, its pages and the configs say works: every command is run, every config trains, every link leads on."""
+"""What the README, its pages and the configs say works: every command is run, every config trains,
+every link leads on.
+"""
 
 import re
 import shlex
@@ -25,7 +27,9 @@ README = (ROOT / "README.md").read_text()
 DOCS = list(dict.fromkeys(re.findall(r"\]\((docs/\w+\.md)\)", README)))
 PAGES = {name: (ROOT / name).read_text() for name in ["README.md", *DOCS, "CONTRIBUTING.md"]}
 COMMANDS = {name: commands_in(text) for name, text in PAGES.items()}
-PROMISES = re.split(r"(?m)^- ", PAGES["docs/exactness.md"].split("\n## Promises\n")[1].split("\n## ")[0])[1:]
+PROMISES = re.split(
+    r"(?m)^- ", PAGES["docs/exactness.md"].split("\n## Promises\n")[1].split("\n## ")[0]
+)[1:]
 FIGURES = [line for line in PAGES["docs/figures.md"].splitlines() if line.startswith("|")][2:]
 
 
@@ -44,11 +48,17 @@ def execute(words: list[str]) -> int:
 
 
 def programs(name: str) -> list[list[str]]:
-    return [shlex.split(command, comments=True) for command in COMMANDS[name] if command.startswith("python ")]
+    return [
+        shlex.split(command, comments=True)
+        for command in COMMANDS[name]
+        if command.startswith("python ")
+    ]
 
 
 @pytest.mark.parametrize("name", [name for name in PAGES if programs(name)])
-def test_the_commands_of_a_page_run_in_their_order(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_a_page_run_in_their_order(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # runs go to its outputs/
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for words in programs(name):
@@ -61,15 +71,23 @@ def test_the_commands_of_a_page_run_in_their_order(name: str, tmp_path: Path, mo
 
 def test_no_command_of_a_page_is_left_out() -> None:
     known = ("python ", "make ", "source .venv/bin/activate")
-    assert [line for lines in COMMANDS.values() for line in lines if not line.startswith(known)] == []
+    assert [
+        line for lines in COMMANDS.values() for line in lines if not line.startswith(known)
+    ] == []
     assert sum(len(programs(name)) for name in PAGES) >= 25
 
 
 @pytest.mark.parametrize(
-    "command", sorted({line for lines in COMMANDS.values() for line in lines if line[:5] == "make "})
+    "command",
+    sorted({line for lines in COMMANDS.values() for line in lines if line[:5] == "make "}),
 )
 def test_make_knows_the_targets_that_are_named(command: str) -> None:
-    done = subprocess.run([*shlex.split(command, comments=True), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*shlex.split(command, comments=True), "--dry-run"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -84,7 +102,9 @@ def headings(page: Path) -> list[str]:
     return [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in found]
 
 
-@pytest.mark.parametrize("name", [*PAGES, "CHANGELOG.md", "benchmarks/README.md", "src/savepoint/README.md"])
+@pytest.mark.parametrize(
+    "name", [*PAGES, "CHANGELOG.md", "benchmarks/README.md", "src/savepoint/README.md"]
+)
 def test_every_link_leads_somewhere(name: str) -> None:
     page = ROOT / name
     for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
@@ -95,7 +115,9 @@ def test_every_link_leads_somewhere(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_path_that_a_page_names_is_there(name: str) -> None:
-    for path in re.findall(r"(?<![\w./])(?:src|tests|configs|docs|benchmarks)/[\w./]*\w", PAGES[name]):
+    for path in re.findall(
+        r"(?<![\w./])(?:src|tests|configs|docs|benchmarks)/[\w./]*\w", PAGES[name]
+    ):
         assert (ROOT / path).exists() or path == "configs/mine.yaml", path
 
 
@@ -130,9 +152,13 @@ from savepoint.loader import resumable
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_the_edits_that_make_it_yours_train_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_edits_that_make_it_yours_train_and_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = PAGES["CONTRIBUTING.md"]
-    code, config = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "yaml"))
+    code, config = (
+        re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "yaml")
+    )
     assert code
     assert config
     (tmp_path / "mine.py").write_text(HEAD + code[1])
@@ -140,7 +166,14 @@ def test_the_edits_that_make_it_yours_train_and_resume(tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(str(tmp_path))
     import mine  # type: ignore[import-not-found]  # noqa: F401
 
-    command = ["--config", str(tmp_path / "mine.yaml"), "--output_dir", str(tmp_path), "--run_name", "mine"]
+    command = [
+        "--config",
+        str(tmp_path / "mine.yaml"),
+        "--output_dir",
+        str(tmp_path),
+        "--run_name",
+        "mine",
+    ]
     with as_a_new_process():
         assert start.start(quick.check([*command, "--trainer.max_epochs", "2"])) == 0
         asked = request.requested([str(tmp_path / "mine"), "--trainer.max_epochs", "3"])
@@ -163,8 +196,18 @@ def test_every_config_trains(path: Path, tmp_path: Path, monkeypatch: pytest.Mon
         pytest.importorskip(path.stem, reason="needs: make extras")
     monkeypatch.chdir(tmp_path)
     group = path.parent.name if path.parent.name in ("model", "data", "checkpoint") else "config"
-    command = [f"--{group}", str(path), "--output_dir", str(tmp_path), "--run_name", "x", "--trainer.max_epochs", "1"]
-    more = ["--trainer.limit_train_batches", "40"] if path.stem == "lr_finder" else []  # too few to find one
+    command = [
+        f"--{group}",
+        str(path),
+        "--output_dir",
+        str(tmp_path),
+        "--run_name",
+        "x",
+        "--trainer.max_epochs",
+        "1",
+    ]
+    # Too few to find one.
+    more = ["--trainer.limit_train_batches", "40"] if path.stem == "lr_finder" else []
     with as_a_new_process():
         assert start.start(quick.check([*command, *LITTLE, *more])) == 0
 

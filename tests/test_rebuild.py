@@ -29,9 +29,15 @@ def test_what_the_run_was_trained_on_need_not_be_there(checkpoint: Path, tmp_pat
     config = store.load(checkpoint)[0]["config"]
     assert "accelerator: cpu" in config
     assert "root: null" in config
-    elsewhere = config.replace("accelerator: cpu", "accelerator: gpu").replace("strategy: auto", "strategy: ddp")
-    elsewhere = elsewhere.replace("devices: auto", "devices: 4").replace("num_nodes: 1", "num_nodes: 2")
-    elsewhere = elsewhere.replace("dataset: digits", "dataset: mnist").replace("root: null", "root: /gone/data")
+    elsewhere = config.replace("accelerator: cpu", "accelerator: gpu").replace(
+        "strategy: auto", "strategy: ddp"
+    )
+    elsewhere = elsewhere.replace("devices: auto", "devices: 4").replace(
+        "num_nodes: 1", "num_nodes: 2"
+    )
+    elsewhere = elsewhere.replace("dataset: digits", "dataset: mnist").replace(
+        "root: null", "root: /gone/data"
+    )
     made = rebuild(altered(checkpoint, tmp_path / "a.ckpt", config=elsewhere))
     assert made.trainer.world_size == 1
     assert made.data.root == Path("/gone/data")
@@ -45,7 +51,8 @@ def test_an_override_wins_over_the_config_in_the_file(checkpoint: Path) -> None:
 
 def test_another_architecture_is_refused_with_the_names_that_differ(checkpoint: Path) -> None:
     with pytest.raises(
-        ConfigMismatchError, match=r"net\.features\.0\.weight: \[4, 1, 3, 3\] in the file, \[8, 1, 3, 3\]"
+        ConfigMismatchError,
+        match=r"net\.features\.0\.weight: \[4, 1, 3, 3\] in the file, \[8, 1, 3, 3\]",
     ):
         rebuild(checkpoint, ["--model.net.width", "8"])
 
@@ -77,7 +84,9 @@ def test_a_run_in_another_precision_is_rebuilt_in_it(checkpoint: Path, tmp_path:
     assert {value.dtype for value in made.model.parameters()} == {torch.float64}
 
 
-@pytest.mark.parametrize(("dataset", "classes"), [("digits", list("0123456789")), ("fashion", None)])
+@pytest.mark.parametrize(
+    ("dataset", "classes"), [("digits", list("0123456789")), ("fashion", None)]
+)
 def test_classes_have_the_names_of_the_data_that_was_trained_on(
     checkpoint: Path, tmp_path: Path, dataset: str, classes: list[str] | None
 ) -> None:

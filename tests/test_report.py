@@ -1,4 +1,6 @@
-"""The page that shows a run: its numbers, nothing from elsewhere, no name that acts, and no run too damaged to be shown."""
+"""The page that shows a run: its numbers, nothing from elsewhere, no name that acts, and no run too
+damaged to be shown.
+"""
 
 import io
 import json
@@ -31,7 +33,9 @@ from savepoint.commands import main
 from savepoint.words import python
 
 CONFIG = "model: {lr: 0.1}\ncheckpoint: {keep_last: 2, keep_best: 1, keep_every_n_epochs: null, mode: max}\n"
-HOSTILE = """<script>document.title='hacked'</script><img src=x onerror="document.title='hacked'">'"&"""
+HOSTILE = (
+    """<script>document.title='hacked'</script><img src=x onerror="document.title='hacked'">'"&"""
+)
 
 
 class Seen(HTMLParser):
@@ -61,7 +65,11 @@ class Seen(HTMLParser):
             self._text.append(data)
 
     def all(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
-        return [found for name, found in self.tags if name == tag and attributes.items() <= found.items()]
+        return [
+            found
+            for name, found in self.tags
+            if name == tag and attributes.items() <= found.items()
+        ]
 
     def charts(self) -> dict[str, dict[str, Any]]:
         """By name, what the script is given of each chart."""
@@ -72,8 +80,16 @@ class Seen(HTMLParser):
 
 def facts(step: int, score: float, **more: Any) -> dict[str, Any]:
     measured = {"val/accuracy": {"value": score, "step": step}}
-    ranking = {"monitor": "val/accuracy", "mode": "max", "score": score, "best_score": max(score, 0.9)}
-    made = {"created": "2026-11-21T14:55:00+00:00", "dataset": {"name": "MNIST", "fingerprint": "f00d"}}
+    ranking = {
+        "monitor": "val/accuracy",
+        "mode": "max",
+        "score": score,
+        "best_score": max(score, 0.9),
+    }
+    made = {
+        "created": "2026-11-21T14:55:00+00:00",
+        "dataset": {"name": "MNIST", "fingerprint": "f00d"},
+    }
     return (
         {"step": step, "epoch": step // 10, "metrics": measured, "at": "epoch", "reason": "epochs"}
         | ranking
@@ -104,26 +120,39 @@ def run_json(starts: list[dict[str, Any]]) -> str:
 def make_run(directory: Path, pictures: bool = False) -> Path:
     """Finished at step 40: stopped at 20, damaged at 30 and taken up again at 20, rewound from 50."""
     checkpoints = directory / "checkpoints"
-    kept = CheckpointStore(checkpoints, retention=Retention(keep_last=2), monitor="val/accuracy", mode="max")
+    kept = CheckpointStore(
+        checkpoints, retention=Retention(keep_last=2), monitor="val/accuracy", mode="max"
+    )
     for step, score in ((20, 0.9), (30, 0.85)):
         kept.add(small_state(), facts(step, score))
     kept.add(small_state(), facts(40, 0.88, reason="end", ended="max_epochs"))
     damaged = kept.path(30).with_name("step-00000030.ckpt.corrupt")
     damaged.write_bytes(kept.path(20).read_bytes()[:-200])
     store.write(
-        directory / "rewound" / "20261121-1455-from-step-50" / "step-00000050.ckpt", small_state(), facts(50, 0.7)
+        directory / "rewound" / "20261121-1455-from-step-50" / "step-00000050.ckpt",
+        small_state(),
+        facts(50, 0.7),
     )
     starts = [
         began(None, 0, versions={"python": "3.11.7", "torch": "2.14.0"}),
         began("step-00000020.ckpt", 20, changed={"model.lr": [0.2, 0.1]}),
     ]
     (directory / "run.json").write_text(run_json(starts))
-    summary = {"test/loss": 0.5, "test/accuracy": 0.9876, "steps": 40, "fit_secs": 75.2, "parameters": 1234}
-    (directory / "summary.json").write_text(json.dumps(summary | {"dataset": "MNIST", "images_per_sec": 100}))
+    summary = {
+        "test/loss": 0.5,
+        "test/accuracy": 0.9876,
+        "steps": 40,
+        "fit_secs": 75.2,
+        "parameters": 1234,
+    }
+    (directory / "summary.json").write_text(
+        json.dumps(summary | {"dataset": "MNIST", "images_per_sec": 100})
+    )
     (directory / "config.yaml").write_text(CONFIG)
     rows = ["step,time/secs,epoch,train/loss,val/loss,val/accuracy,lr"]
     rows += [
-        f"{step},{step / 2},0,{1 / (step + 1)},{2 / (step + 1) if step % 10 == 9 else ''},,0.01" for step in range(40)
+        f"{step},{step / 2},0,{1 / (step + 1)},{2 / (step + 1) if step % 10 == 9 else ''},,0.01"
+        for step in range(40)
     ]
     rows += ["19,9.5,1,,,0.9,", "39,20,1,,,0.88,"]
     (directory / "metrics.csv").write_text("\n".join(rows) + "\n")
@@ -154,11 +183,12 @@ def seen(made: Path) -> Seen:
     return Seen(made.parent / "seen.html")
 
 
-# -- what it says ----------------------------------------------------------------------------------------------------
+# -- what it says --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("words", [
-    "first finished MNIST · 1,234 parameters · begun 2026-11-21 14:53 · 2 starts · ended by max_epochs",
+    "first finished MNIST · 1,234 parameters · begun 2026-11-21 14:53 · 2 starts · ended by "
+    "max_epochs",
     "test accuracy 98.76 %",
     "test loss 0.5000",
     "best val/accuracy 90.00 % at step 20",
@@ -191,7 +221,11 @@ def test_each_checkpoint_is_listed_with_its_fate(seen: Seen, file: str, fate: st
 
 
 def test_each_checkpoint_stands_in_the_time_line(seen: Seen) -> None:
-    (line,) = [found for found in seen.all("svg") if (found.get("aria-label") or "").startswith("Checkpoints by step")]
+    (line,) = [
+        found
+        for found in seen.all("svg")
+        if (found.get("aria-label") or "").startswith("Checkpoints by step")
+    ]
     assert str(line["aria-label"]).endswith(
         "in the run: step 20, best, step 30, step 40, latest; damaged: step 30; rewound: step 50"
     )
@@ -208,11 +242,20 @@ def test_what_happened_is_told_in_the_order_of_time(run_dir: Path) -> None:
     record = json.loads((run_dir / "run.json").read_text())
     record["starts"] = [
         began(None, 0),
-        began("step-00000020.ckpt", 20, time="2026-11-21T15:00:00+00:00", took_over="pid 7 on here", reached=34),
+        began(
+            "step-00000020.ckpt",
+            20,
+            time="2026-11-21T15:00:00+00:00",
+            took_over="pid 7 on here",
+            reached=34,
+        ),
         began("step-00000035.ckpt", 35, time="2026-11-21T16:00:00+00:00", reached=34),
     ]
     (run_dir / "run.json").write_text(json.dumps(record))
-    for name, hour in (("checkpoints/step-00000030.ckpt.corrupt", 14), ("rewound/20261121-1455-from-step-50", 17)):
+    for name, hour in (
+        ("checkpoints/step-00000030.ckpt.corrupt", 14),
+        ("rewound/20261121-1455-from-step-50", 17),
+    ):
         when = datetime(2026, 11, 21, hour, tzinfo=UTC).timestamp()
         os.utime(run_dir / name, (when, when))
     told = report(run_dir).words.split("What happened ")[1]
@@ -247,7 +290,9 @@ def test_a_damaged_record_is_told_apart_from_one_that_is_old_or_missing(
     assert said in report(run_dir).words
 
 
-def test_train_and_val_of_a_quantity_stand_in_one_chart_and_that_of_the_monitor_comes_first(seen: Seen) -> None:
+def test_train_and_val_of_a_quantity_stand_in_one_chart_and_that_of_the_monitor_comes_first(
+    seen: Seen,
+) -> None:
     charts = seen.charts()
     assert list(charts) == ["accuracy", "loss", "lr"]
     assert [series["role"] for series in charts["loss"]["series"]] == ["train", "val"]
@@ -270,12 +315,15 @@ def test_a_run_without_pictures_has_no_such_section(run_dir: Path) -> None:
     assert "Pictures" not in report(run_dir).words
 
 
-# -- what it never does ----------------------------------------------------------------------------------------------
+# -- what it never does --------------------------------------------------------------------------
 
 
 def test_the_page_needs_nothing_from_elsewhere(seen: Seen) -> None:
     fetched = [
-        value for _, found in seen.tags for name, value in found.items() if name in ("src", "href", "srcset", "data")
+        value
+        for _, found in seen.tags
+        for name, value in found.items()
+        if name in ("src", "href", "srcset", "data")
     ]
     assert [value for value in fetched if not str(value).startswith("data:")] == []
     assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in seen.tags}
@@ -303,11 +351,18 @@ def test_no_other_command_loads_the_templates(tmp_path: Path) -> None:
 
 
 def hostile_run(directory: Path) -> Path:
-    """Markup wherever a name comes from: the log, the config, the command line, the run and its files."""
+    """Markup wherever a name comes from: the log, the config, the command line, the run and its
+    files.
+    """
     run_dir = make_run(directory / HOSTILE.replace("/", "_"), pictures=True)
     header = f'step,"{HOSTILE.replace(chr(34), 2 * chr(34))}"'
     (run_dir / "metrics.csv").write_text(f"{header}\n1,2\n2,3\n")
-    changed = {"argv": [HOSTILE], "changed": {HOSTILE: [HOSTILE, 1]}, "host": HOSTILE, "versions": {HOSTILE: HOSTILE}}
+    changed = {
+        "argv": [HOSTILE],
+        "changed": {HOSTILE: [HOSTILE, 1]},
+        "host": HOSTILE,
+        "versions": {HOSTILE: HOSTILE},
+    }
     starts = [began(None, 0), began(HOSTILE, 20, **changed)]
     (run_dir / "run.json").write_text(run_json(starts))
     (run_dir / "config.yaml").write_text(f"{CONFIG}# </pre>{HOSTILE}\n")
@@ -324,11 +379,14 @@ def test_markup_in_a_name_is_text(tmp_path: Path, seen: Seen) -> None:
     assert hostile.words.count("<script>document.title='hacked'</script>") > 8
 
 
-# -- curves ----------------------------------------------------------------------------------------------------------
+# -- curves --------------------------------------------------------------------------------------
 
 
 def test_a_long_log_is_thinned_and_keeps_its_ends_and_extremes(run_dir: Path) -> None:
-    rows = [f"{step},{-5 if step == 12_345 else 7 if step == 23_456 else step % 10 / 10}" for step in range(30_000)]
+    rows = [
+        f"{step},{-5 if step == 12_345 else 7 if step == 23_456 else step % 10 / 10}"
+        for step in range(30_000)
+    ]
     (run_dir / "metrics.csv").write_text("\n".join(["step,train/loss", *rows]) + "\n")
     seen = report(run_dir)
     (series,) = seen.charts()["loss"]["series"]
@@ -355,7 +413,8 @@ def test_a_series_of_one_value_is_no_curve(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [[0, 0], [1e-300, 1e-300], [5e-324, 0], [-1e199, 1e199], [1e6, 1e6 + 1], [0.1, 0.1 + 2e-17]]
+    "values",
+    [[0, 0], [1e-300, 1e-300], [5e-324, 0], [-1e199, 1e199], [1e6, 1e6 + 1], [0.1, 0.1 + 2e-17]],
 )
 def test_any_range_of_values_has_an_axis(run_dir: Path, values: list[float]) -> None:
     (run_dir / "metrics.csv").write_text(f"step,loss\n0,{values[0]!r}\n9,{values[1]!r}\n")
@@ -364,7 +423,7 @@ def test_any_range_of_values_has_an_axis(run_dir: Path, values: list[float]) -> 
     assert len(seen.all("text", **{"class": "tick end"})) >= 2
 
 
-# -- damaged, unfinished ---------------------------------------------------------------------------------------------
+# -- damaged, unfinished -------------------------------------------------------------------------
 
 
 def remove(*names: str) -> Callable[[Path], None]:
@@ -452,7 +511,9 @@ def test_the_results_of_an_earlier_end_are_not_shown(run_dir: Path) -> None:
 
 def test_a_stopped_run_says_how_to_go_on_and_counts_its_time_over_its_starts(run_dir: Path) -> None:
     (run_dir / "summary.json").unlink()
-    (run_dir / "metrics.csv").write_text("step,time/secs,loss\n1,1.5,1\n2,2.5,1\n3,1.0,1\n4,3.0,1\n")
+    (run_dir / "metrics.csv").write_text(
+        "step,time/secs,loss\n1,1.5,1\n2,2.5,1\n3,1.0,1\n4,3.0,1\n"
+    )
     words = report(run_dir).words
     assert "first stopped" in words
     assert f"Go on {python()} resume.py {run_dir} Curves" in words
@@ -472,10 +533,12 @@ def test_a_running_run_is_shown_without_disturbing_it(run_dir: Path) -> None:
     assert f"Save now, and go on touch {run_dir}/save-now" in seen.words
 
 
-# -- the command -----------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------
 
 
-def test_the_command_names_the_file_and_its_size(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_the_file_and_its_size(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (run_dir / "config.yaml").unlink()
     report(run_dir)
     size = (run_dir / "report.html").stat().st_size
@@ -506,7 +569,9 @@ def test_a_place_that_cannot_be_written_exits_with_2(
     assert sorted(run_dir.iterdir()) == before
 
 
-def test_only_a_report_is_ever_replaced_by_one(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_a_report_is_ever_replaced_by_one(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     report(run_dir)
     assert main(["report", str(run_dir)]) == 0
     for other in (run_dir / "run.json", run_dir / "checkpoints" / "last.ckpt", Path(os.devnull)):
@@ -524,7 +589,7 @@ def test_what_is_no_run_exits_with_2(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.startswith("savepoint report: Not a run directory")
 
 
-# -- in a real browser -----------------------------------------------------------------------------------------------
+# -- in a real browser ---------------------------------------------------------------------------
 
 SIZES = """[...document.querySelectorAll('.plot > svg')].map((svg) => {
   const box = svg.getBoundingClientRect(), lines = [...svg.querySelectorAll('path.line')];
@@ -568,7 +633,15 @@ def test_a_browser_shows_it_whole_and_readable(
 ) -> None:
     browser.open(made.parent / "seen.html", width, dark=dark)
     text = browser.ask("document.body.innerText")
-    for words in ("first", "98.76 %", "Curves", "What happened", "Pictures", "Checkpoints", "kept: the best"):
+    for words in (
+        "first",
+        "98.76 %",
+        "Curves",
+        "What happened",
+        "Pictures",
+        "Checkpoints",
+        "kept: the best",
+    ):
         assert words in text
     assert browser.ask("document.documentElement.scrollWidth") == width
     *charts, time_line = browser.ask(SIZES)
@@ -585,9 +658,14 @@ def test_a_browser_shows_it_whole_and_readable(
 
 
 @pytest.mark.slow
-def test_the_values_under_the_pointer_are_told(browser: chromium.Browser, seen: Seen, made: Path) -> None:
+def test_the_values_under_the_pointer_are_told(
+    browser: chromium.Browser, seen: Seen, made: Path
+) -> None:
     browser.open(made.parent / "seen.html", 1400)
-    box = browser.ask("JSON.parse(JSON.stringify(document.querySelectorAll('.plot > svg')[1].getBoundingClientRect()))")
+    box = browser.ask(
+        "JSON.parse(JSON.stringify(document.querySelectorAll('.plot > "
+        "svg')[1].getBoundingClientRect()))"
+    )
     legend = "document.querySelectorAll('figcaption')[1].innerText.split(/\\s+/).join(' ')"
     before = browser.ask(legend)
     browser.point_at(box["x"] + 19 / 50 * box["width"], box["y"] + 20)
@@ -598,7 +676,9 @@ def test_the_values_under_the_pointer_are_told(browser: chromium.Browser, seen: 
 
 
 @pytest.mark.slow
-def test_it_reads_the_same_without_a_script(browser: chromium.Browser, seen: Seen, made: Path) -> None:
+def test_it_reads_the_same_without_a_script(
+    browser: chromium.Browser, seen: Seen, made: Path
+) -> None:
     browser.open(made.parent / "seen.html", 1400)
     text, sizes = browser.ask("document.body.innerText"), browser.ask(SIZES)
     browser.open(made.parent / "seen.html", 1400, script=False)
@@ -606,7 +686,9 @@ def test_it_reads_the_same_without_a_script(browser: chromium.Browser, seen: See
 
 
 @pytest.mark.slow
-def test_markup_in_a_name_does_nothing_in_a_browser(browser: chromium.Browser, tmp_path: Path) -> None:
+def test_markup_in_a_name_does_nothing_in_a_browser(
+    browser: chromium.Browser, tmp_path: Path
+) -> None:
     run_dir = hostile_run(tmp_path)
     report(run_dir)
     browser.open(run_dir / "report.html", 400)

@@ -1,4 +1,6 @@
-"""Overrides of a resume reach each of torch's schedules: as a fresh one after the same number of steps, to the end."""
+"""Overrides of a resume reach each of torch's schedules: as a fresh one after the same number of
+steps, to the end.
+"""
 
 import math
 import warnings
@@ -24,30 +26,47 @@ from savepoint.resume.overrides import ApplyOverrides
 BATCHES = 5
 Made = Callable[[Optimizer, int, float], Any]
 
-# Of an optimizer, the length of the training in the scheduler's own steps, and a hyper-parameter in 0..1.
+# Of an optimizer, the length of the training in the scheduler's own steps, and a hyper-parameter in
+# 0..1.
 SCHEDULES: dict[str, Made] = {
     "lambda": lambda o, n, g: schedulers.LambdaLR(o, lambda step: g * (1 - step / (n + 1))),
-    "multiplicative": lambda o, n, g: schedulers.MultiplicativeLR(o, lambda step: 1 - g / (n + step)),
+    "multiplicative": lambda o, n, g: schedulers.MultiplicativeLR(
+        o, lambda step: 1 - g / (n + step)
+    ),
     "step": lambda o, n, g: schedulers.StepLR(o, step_size=max(1, n // 3), gamma=g),
     "multi_step": lambda o, n, g: schedulers.MultiStepLR(o, milestones=[n // 3, n // 2], gamma=g),
     "constant": lambda o, n, g: schedulers.ConstantLR(o, factor=g, total_iters=n // 2),
-    "linear": lambda o, n, g: schedulers.LinearLR(o, start_factor=1.0, end_factor=g / 10, total_iters=n),
+    "linear": lambda o, n, g: schedulers.LinearLR(
+        o, start_factor=1.0, end_factor=g / 10, total_iters=n
+    ),
     "exponential": lambda o, n, g: schedulers.ExponentialLR(o, gamma=g),
     "sequential": lambda o, n, g: schedulers.SequentialLR(
         o,
-        [schedulers.LinearLR(o, start_factor=g / 2, total_iters=n // 3), schedulers.CosineAnnealingLR(o, n - n // 3)],
+        [
+            schedulers.LinearLR(o, start_factor=g / 2, total_iters=n // 3),
+            schedulers.CosineAnnealingLR(o, n - n // 3),
+        ],
         milestones=[n // 3],
     ),
     "polynomial": lambda o, n, g: schedulers.PolynomialLR(o, total_iters=n, power=1 + g),
     "cosine": lambda o, n, g: schedulers.CosineAnnealingLR(o, T_max=n, eta_min=g / 100),
     "chained": lambda o, n, g: schedulers.ChainedScheduler(
-        [schedulers.ConstantLR(o, factor=g, total_iters=n // 2), schedulers.ExponentialLR(o, gamma=0.9)]
+        [
+            schedulers.ConstantLR(o, factor=g, total_iters=n // 2),
+            schedulers.ExponentialLR(o, gamma=0.9),
+        ]
     ),
     "cyclic": lambda o, n, g: schedulers.CyclicLR(
-        o, base_lr=0.01, max_lr=g, step_size_up=max(1, n // 3), cycle_momentum="momentum" in o.defaults
+        o,
+        base_lr=0.01,
+        max_lr=g,
+        step_size_up=max(1, n // 3),
+        cycle_momentum="momentum" in o.defaults,
     ),
     "one_cycle": lambda o, n, g: schedulers.OneCycleLR(o, max_lr=g, total_steps=n + 1),
-    "warm_restarts": lambda o, n, g: schedulers.CosineAnnealingWarmRestarts(o, T_0=max(1, n // 3), eta_min=g / 100),
+    "warm_restarts": lambda o, n, g: schedulers.CosineAnnealingWarmRestarts(
+        o, T_0=max(1, n // 3), eta_min=g / 100
+    ),
     "swa": lambda o, n, g: SWALR(o, swa_lr=g / 10, anneal_epochs=n),
 }
 
@@ -55,9 +74,16 @@ SCHEDULES: dict[str, Made] = {
 class Scheduled(LightningModule):
     """One schedule on each of its optimizers; the second has two groups."""
 
-    def __init__(self, schedule: Made, interval: str = "step", frequency: int = 1, gamma: float = 0.5) -> None:
+    def __init__(
+        self, schedule: Made, interval: str = "step", frequency: int = 1, gamma: float = 0.5
+    ) -> None:
         super().__init__()
-        self.schedule, self.interval, self.frequency, self.gamma = schedule, interval, frequency, gamma
+        self.schedule, self.interval, self.frequency, self.gamma = (
+            schedule,
+            interval,
+            frequency,
+            gamma,
+        )
         self.net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
         self.automatic_optimization = False
 
@@ -82,9 +108,14 @@ class Scheduled(LightningModule):
         first, last = self.net[0], self.net[2]
         optimizers = [
             SGD(first.parameters(), lr=0.1, momentum=0.9),
-            AdamW([{"params": [last.weight], "lr": 0.05}, {"params": [last.bias], "lr": 0.02}], weight_decay=0.1),
+            AdamW(
+                [{"params": [last.weight], "lr": 0.05}, {"params": [last.bias], "lr": 0.02}],
+                weight_decay=0.1,
+            ),
         ]
-        return optimizers, [self.schedule(optimizer, length, self.gamma) for optimizer in optimizers]
+        return optimizers, [
+            self.schedule(optimizer, length, self.gamma) for optimizer in optimizers
+        ]
 
     def length(self, epochs: int) -> int:
         steps = epochs * BATCHES if self.interval == "step" else epochs
@@ -92,7 +123,10 @@ class Scheduled(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizers, made = self.made(self.length(self.trainer.max_epochs))
-        return optimizers, [{"scheduler": one, "interval": self.interval, "frequency": self.frequency} for one in made]
+        return optimizers, [
+            {"scheduler": one, "interval": self.interval, "frequency": self.frequency}
+            for one in made
+        ]
 
 
 class Automatic(Scheduled):
@@ -114,12 +148,17 @@ class Automatic(Scheduled):
         return [optimizer], [self.schedule(optimizer, length, self.gamma)]
 
 
-def fit(directory: Path, model: LightningModule, epochs: int, file: Path | None = None, **changed: Any) -> Trainer:
+def fit(
+    directory: Path, model: LightningModule, epochs: int, file: Path | None = None, **changed: Any
+) -> Trainer:
     seed_everything(1, verbose=False)
     callbacks: list[Any] = [CheckpointCallback(monitor=None, keep_last=99)]
     if file is not None:
         state, facts = store.load(file)
-        callbacks.insert(0, ApplyOverrides(state, facts, {k.replace("__", "."): v for k, v in changed.items()}, []))
+        callbacks.insert(
+            0,
+            ApplyOverrides(state, facts, {k.replace("__", "."): v for k, v in changed.items()}, []),
+        )
     trainer = Trainer(
         accelerator="cpu", max_epochs=epochs, callbacks=callbacks, default_root_dir=str(directory), logger=False,
         enable_progress_bar=False, enable_model_summary=False,
@@ -132,7 +171,17 @@ def fit(directory: Path, model: LightningModule, epochs: int, file: Path | None 
 
 
 def rates(trainer: Trainer) -> list[Any]:
-    wanted = ("lr", "initial_lr", "momentum", "betas", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+    wanted = (
+        "lr",
+        "initial_lr",
+        "momentum",
+        "betas",
+        "max_lr",
+        "min_lr",
+        "base_momentum",
+        "max_momentum",
+        "swa_lr",
+    )
     return [
         {key: group[key] for key in wanted if key in group}
         for optimizer in trainer.optimizers
@@ -141,7 +190,9 @@ def rates(trainer: Trainer) -> list[Any]:
 
 
 def fresh(model: Scheduled, epochs: int, steps: int) -> list[Any]:
-    """What the module's schedules give that are made for so many epochs and have made so many steps."""
+    """What the module's schedules give that are made for so many epochs and have made so many
+    steps.
+    """
     optimizers, made = model.made(model.length(epochs))
     with warnings.catch_warnings(action="ignore"):
         for _ in range(steps):
@@ -179,7 +230,9 @@ def test_training_longer_goes_on_as_the_schedule_of_that_length(
         return kind(schedule, interval, frequency)
 
     fit(tmp_path / "first", model(), 4)
-    longer = fit(tmp_path / "longer", model(), 8, newest(tmp_path / "first"), trainer__max_epochs=(4, 8))
+    longer = fit(
+        tmp_path / "longer", model(), 8, newest(tmp_path / "first"), trainer__max_epochs=(4, 8)
+    )
     steps = (8 * (BATCHES // frequency)) if interval == "step" else 8 // frequency
     assert rates(longer) == fresh(model(), 8, steps)
     assert all(math.isfinite(group["lr"]) for group in rates(longer))
@@ -191,7 +244,9 @@ def test_a_new_hyper_parameter_gives_the_rates_of_a_fresh_schedule(
     schedule: Made, kind: type[Scheduled], interval: str, frequency: int, tmp_path: Path
 ) -> None:
     fit(tmp_path / "first", kind(schedule, interval, frequency), 4)
-    file = next(p for p in (tmp_path / "first/checkpoints").glob("step-*") if store.load(p)[1]["epoch"] == 2)
+    file = next(
+        p for p in (tmp_path / "first/checkpoints").glob("step-*") if store.load(p)[1]["epoch"] == 2
+    )
     model = kind(schedule, interval, frequency, gamma=0.25)
     end = fit(tmp_path / "other", model, 4, file, model__gamma=(0.5, 0.25))
     steps = (4 * (BATCHES // frequency)) if interval == "step" else 4 // frequency
@@ -200,9 +255,13 @@ def test_a_new_hyper_parameter_gives_the_rates_of_a_fresh_schedule(
 
 @EACH
 @pytest.mark.parametrize("key", ["trainer.log_every_n_steps", "model.dropout"])
-def test_overrides_of_something_else_change_no_bit(schedule: Made, key: str, tmp_path: Path) -> None:
+def test_overrides_of_something_else_change_no_bit(
+    schedule: Made, key: str, tmp_path: Path
+) -> None:
     fit(tmp_path / "first", Scheduled(schedule), 4)
-    file = next(p for p in (tmp_path / "first/checkpoints").glob("step-*") if store.load(p)[1]["epoch"] == 2)
+    file = next(
+        p for p in (tmp_path / "first/checkpoints").glob("step-*") if store.load(p)[1]["epoch"] == 2
+    )
     fit(tmp_path / "again", Scheduled(schedule), 4, file, **{key.replace(".", "__"): (1, 2)})
     ends = [store.load(newest(tmp_path / name))[0] for name in ("first", "again")]
     for part in ("optimizer_states", "lr_schedulers", "state_dict"):
@@ -219,12 +278,17 @@ class Warmed(Automatic):
         optimizer = SGD(self.parameters(), lr=0.1)
         warm = schedulers.LinearLR(optimizer, start_factor=self.gamma, total_iters=7)
         decay = schedulers.ExponentialLR(optimizer, gamma=0.9)
-        return [optimizer], [{"scheduler": warm, "interval": "step"}, {"scheduler": decay, "interval": "epoch"}]
+        return [optimizer], [
+            {"scheduler": warm, "interval": "step"},
+            {"scheduler": decay, "interval": "epoch"},
+        ]
 
 
 def test_two_schedules_of_one_optimizer_take_their_turns(tmp_path: Path) -> None:
     fit(tmp_path / "first", Warmed(), 4)
-    file = next(p for p in (tmp_path / "first/checkpoints").glob("step-*") if store.load(p)[1]["epoch"] == 2)
+    file = next(
+        p for p in (tmp_path / "first/checkpoints").glob("step-*") if store.load(p)[1]["epoch"] == 2
+    )
     changed = fit(tmp_path / "changed", Warmed(gamma=0.25), 4, file, model__gamma=(0.5, 0.25))
     straight = fit(tmp_path / "straight", Warmed(gamma=0.25), 4)
     assert rates(changed) == rates(straight)
@@ -243,7 +307,9 @@ class Plateau(Automatic):
 
     def configure_optimizers(self) -> Any:
         optimizer = SGD(self.parameters(), lr=self.lr)
-        plateau = schedulers.ReduceLROnPlateau(optimizer, patience=self.patience, factor=self.factor)
+        plateau = schedulers.ReduceLROnPlateau(
+            optimizer, patience=self.patience, factor=self.factor
+        )
         return [optimizer], [{"scheduler": plateau, "monitor": "metric"}]
 
 
@@ -302,7 +368,9 @@ def test_a_scheduler_of_the_user_goes_on_as_it_was_saved_and_that_is_said(
     assert "Halving of optimizer 0 goes on as it was saved" in capsys.readouterr().out
 
 
-def test_the_rates_of_three_groups_are_said_at_most(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_rates_of_three_groups_are_said_at_most(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fit(tmp_path / "first", Automatic(SCHEDULES["cosine"]), 2)
     model = Automatic(SCHEDULES["cosine"])
     fit(tmp_path / "longer", model, 4, newest(tmp_path / "first"), trainer__max_epochs=(2, 4))
@@ -314,5 +382,7 @@ def test_a_schedule_that_is_shorter_than_what_is_trained_is_refused(tmp_path: Pa
     fit(tmp_path / "first", Automatic(SCHEDULES["exponential"]), 4)
     file = newest(tmp_path / "first")
     model = Automatic(lambda o, n, g: schedulers.OneCycleLR(o, max_lr=0.1, total_steps=3))
-    with pytest.raises(ConfigMismatchError, match="The schedule ends before the checkpoint: OneCycleLR"):
+    with pytest.raises(
+        ConfigMismatchError, match="The schedule ends before the checkpoint: OneCycleLR"
+    ):
         fit(tmp_path / "other", model, 8, file, model__schedule=("exponential", "one_cycle"))

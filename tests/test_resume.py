@@ -1,4 +1,6 @@
-"""What resume.py chooses, says, refuses and changes; the programs' own functions, called in this process."""
+"""What resume.py chooses, says, refuses and changes; the programs' own functions, called in this
+process.
+"""
 
 import json
 import os
@@ -59,7 +61,9 @@ class TestChoosing:
         self, finished: Path, at_epoch_2: Path
     ) -> None:
         assert go(str(at_epoch_2)) == 0
-        ends = [store.load(path / "checkpoints" / "last.ckpt")[0] for path in (finished, at_epoch_2)]
+        ends = [
+            store.load(path / "checkpoints" / "last.ckpt")[0] for path in (finished, at_epoch_2)
+        ]
         for name, value in ends[0]["state_dict"].items():
             assert torch.equal(value, ends[1]["state_dict"][name]), name
         assert rows(finished) == rows(at_epoch_2)
@@ -91,7 +95,9 @@ class TestChoosing:
         assert damaged.with_name("step-00000012.ckpt.corrupt").exists()
         assert 12 in steps(run_dir)
 
-    def test_a_damaged_file_that_was_named_is_an_error_and_stays_as_it_is(self, run_dir: Path) -> None:
+    def test_a_damaged_file_that_was_named_is_an_error_and_stays_as_it_is(
+        self, run_dir: Path
+    ) -> None:
         damaged = run_dir / "checkpoints" / "step-00000012.ckpt"
         whole = damaged.read_bytes()
         damaged.unlink()
@@ -100,7 +106,9 @@ class TestChoosing:
             go(str(damaged))
         assert damaged.exists()
 
-    def test_an_older_checkpoint_is_refused_in_place_with_both_ways_named(self, run_dir: Path) -> None:
+    def test_an_older_checkpoint_is_refused_in_place_with_both_ways_named(
+        self, run_dir: Path
+    ) -> None:
         with pytest.raises(ConfigMismatchError, match=r"(?s)--fork NAME.*--rewind"):
             go(str(run_dir / "checkpoints" / "step-00000008.ckpt"))
         assert steps(run_dir) == [4, 8, 12]
@@ -113,14 +121,22 @@ class TestChoosing:
         assert steps(run_dir.with_name("second")) == [12]
         parent = store.load(source)[1]["digest"]
         assert (
-            store.CheckpointStore(run_dir.with_name("second") / "checkpoints").checkpoints()[0].manifest["parent"]
+            store.CheckpointStore(run_dir.with_name("second") / "checkpoints")
+            .checkpoints()[0]
+            .manifest["parent"]
             == parent
         )
 
-    def test_a_rewind_sets_later_checkpoints_and_rows_aside(self, finished: Path, run_dir: Path) -> None:
+    def test_a_rewind_sets_later_checkpoints_and_rows_aside(
+        self, finished: Path, run_dir: Path
+    ) -> None:
         assert go(str(run_dir / "checkpoints" / "step-00000004.ckpt"), "--rewind") == 0
         aside = next((run_dir / "rewound").iterdir())
-        assert {path.name for path in aside.iterdir()} >= {"step-00000008.ckpt", "step-00000012.ckpt", "metrics.csv"}
+        assert {path.name for path in aside.iterdir()} >= {
+            "step-00000008.ckpt",
+            "step-00000012.ckpt",
+            "metrics.csv",
+        }
         assert steps(run_dir) == [4, 8, 12]
         assert rows(run_dir) == rows(finished)
 
@@ -137,32 +153,66 @@ class TestChoosing:
         before = {path: path.read_bytes() for path in at_epoch_2.rglob("*") if path.is_file()}
         assert go(str(at_epoch_2), "--plan", "--trainer.max_epochs", "7") == 0
         said = capsys.readouterr().out
-        for part in ("step-00000008.ckpt", "overridden", "trainer.max_epochs: 3 -> 7", "left", "5 epochs"):
+        for part in (
+            "step-00000008.ckpt",
+            "overridden",
+            "trainer.max_epochs: 3 -> 7",
+            "left",
+            "5 epochs",
+        ):
             assert part in said
-        assert {path: path.read_bytes() for path in at_epoch_2.rglob("*") if path.is_file()} == before
+        assert {
+            path: path.read_bytes() for path in at_epoch_2.rglob("*") if path.is_file()
+        } == before
 
 
 class TestOverrides:
-    def test_a_change_of_the_trajectory_is_refused_unless_it_is_allowed(self, at_epoch_2: Path) -> None:
+    def test_a_change_of_the_trajectory_is_refused_unless_it_is_allowed(
+        self, at_epoch_2: Path
+    ) -> None:
         with pytest.raises(ConfigMismatchError, match=r"(?s)model\.lr.*--allow model\.lr"):
             go(str(at_epoch_2), "--model.lr", "0.5")
         assert steps(at_epoch_2) == [4, 8]
 
-    def test_a_learning_rate_that_is_allowed_reaches_the_optimizer_and_its_schedule(self, at_epoch_2: Path) -> None:
+    def test_a_learning_rate_that_is_allowed_reaches_the_optimizer_and_its_schedule(
+        self, at_epoch_2: Path
+    ) -> None:
         before, _ = store.load(at_epoch_2 / "checkpoints" / "step-00000008.ckpt")
         new = 10 * before["optimizer"]["param_groups"][0]["initial_lr"]
-        assert go(str(at_epoch_2), "--model.lr", str(new), "--allow", "model.lr", "--trainer.max_epochs", "4") == 0
+        assert (
+            go(
+                str(at_epoch_2),
+                "--model.lr",
+                str(new),
+                "--allow",
+                "model.lr",
+                "--trainer.max_epochs",
+                "4",
+            )
+            == 0
+        )
         after, _ = store.load(at_epoch_2 / "checkpoints" / "step-00000012.ckpt")
         assert after["optimizer"]["param_groups"][0]["initial_lr"] == pytest.approx(new)
         assert after["lr_schedulers"][0]["base_lrs"] == [pytest.approx(new)]
-        assert after["optimizer"]["param_groups"][0]["lr"] > before["optimizer"]["param_groups"][0]["lr"]
+        assert (
+            after["optimizer"]["param_groups"][0]["lr"]
+            > before["optimizer"]["param_groups"][0]["lr"]
+        )
 
     def test_a_free_change_is_applied_without_asking(self, at_epoch_2: Path) -> None:
-        assert go(str(at_epoch_2), "--data.root", "/nowhere", "--checkpoint.save_every_steps", "3") == 0
+        assert (
+            go(str(at_epoch_2), "--data.root", "/nowhere", "--checkpoint.save_every_steps", "3")
+            == 0
+        )
         assert 11 in steps(at_epoch_2) or 12 in steps(at_epoch_2)
 
-    def test_another_architecture_is_refused_with_names_shapes_and_the_key(self, at_epoch_2: Path) -> None:
-        with pytest.raises(ConfigMismatchError, match=r"(?s)features.*\[.*\] in the file.*model\.net\.width: 4 -> 8"):
+    def test_another_architecture_is_refused_with_names_shapes_and_the_key(
+        self, at_epoch_2: Path
+    ) -> None:
+        with pytest.raises(
+            ConfigMismatchError,
+            match=r"(?s)features.*\[.*\] in the file.*model\.net\.width: 4 -> 8",
+        ):
             go(str(at_epoch_2), "--model.net.width", "8", "--allow", "model.net")
 
     def test_a_model_that_computes_something_else_is_refused(
@@ -181,7 +231,9 @@ class TestOverrides:
         from project import sources
 
         images, test = sources.embedded_digits()
-        monkeypatch.setattr(sources, "embedded_digits", lambda: (images.pick(np.arange(1000)), test))
+        monkeypatch.setattr(
+            sources, "embedded_digits", lambda: (images.pick(np.arange(1000)), test)
+        )
         with pytest.raises(ConfigMismatchError, match="Another data set"):
             go(str(at_epoch_2))
 
@@ -195,7 +247,9 @@ class TestOverrides:
 
 
 class TestAfterAnAccident:
-    def test_a_run_that_was_killed_in_its_test_is_tested_and_not_trained(self, run_dir: Path) -> None:
+    def test_a_run_that_was_killed_in_its_test_is_tested_and_not_trained(
+        self, run_dir: Path
+    ) -> None:
         before = (run_dir / "checkpoints" / "step-00000012.ckpt").read_bytes()
         summary = json.loads((run_dir / "summary.json").read_text())
         (run_dir / "summary.json").unlink()
@@ -213,7 +267,9 @@ class TestAfterAnAccident:
 
     @pytest.mark.parametrize("name", ["run.json", "config.yaml"])
     @pytest.mark.parametrize("damage", [b"", b"{bad", b"[]", b"model: [", b"\xff\xfe"])
-    def test_damaged_records_do_not_stop_a_resume(self, name: str, damage: bytes, at_epoch_2: Path) -> None:
+    def test_damaged_records_do_not_stop_a_resume(
+        self, name: str, damage: bytes, at_epoch_2: Path
+    ) -> None:
         (at_epoch_2 / name).write_bytes(damage)
         assert go(str(at_epoch_2), "--trainer.max_epochs", "3") == 0
         assert steps(at_epoch_2) == [4, 8, 12]
@@ -234,7 +290,15 @@ class TestAfterAnAccident:
         assert steps(tmp_path / "full") == [4, 8]
 
     def test_a_damaged_best_file_is_not_passed_over_in_the_test(self, tmp_path: Path) -> None:
-        worst = [*SMALL, "--checkpoint.mode", "min", "--output_dir", str(tmp_path), "--run_name", "worst"]
+        worst = [
+            *SMALL,
+            "--checkpoint.mode",
+            "min",
+            "--output_dir",
+            str(tmp_path),
+            "--run_name",
+            "worst",
+        ]
         assert begin(*worst) == 0
         run_dir = tmp_path / "worst"
         best = store.CheckpointStore(run_dir / "checkpoints").best()
@@ -276,8 +340,12 @@ class TestAfterAnAccident:
         assert asked is not None
         assert asked.run_dir == at_epoch_2
 
-    @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path)], ids=["pipe", "loop"])
-    def test_what_is_no_file_is_refused_at_once(self, make: Callable[[Path], Any], tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        "make", [os.mkfifo, lambda path: path.symlink_to(path)], ids=["pipe", "loop"]
+    )
+    def test_what_is_no_file_is_refused_at_once(
+        self, make: Callable[[Path], Any], tmp_path: Path
+    ) -> None:
         make(tmp_path / "odd.ckpt")
         with pytest.raises(CheckpointNotFoundError, match=r"odd\.ckpt"):
             request.requested([str(tmp_path / "odd.ckpt")])
@@ -288,7 +356,9 @@ class TestAfterAnAccident:
 
 
 class TestAutomatic:
-    def test_auto_does_not_start_over_where_all_checkpoints_are_damaged(self, at_epoch_2: Path) -> None:
+    def test_auto_does_not_start_over_where_all_checkpoints_are_damaged(
+        self, at_epoch_2: Path
+    ) -> None:
         for path in (at_epoch_2 / "checkpoints").iterdir():
             path.write_bytes(path.read_bytes()[:1000])
         for _ in range(2):
@@ -299,7 +369,9 @@ class TestAutomatic:
     def auto(self, outputs: Path, how: str) -> int:
         return begin(*SMALL, "--output_dir", str(outputs), "--run_name", "first", "--resume", how)
 
-    def test_auto_starts_what_is_not_there_and_continues_what_is(self, tmp_path: Path, at_epoch_2: Path) -> None:
+    def test_auto_starts_what_is_not_there_and_continues_what_is(
+        self, tmp_path: Path, at_epoch_2: Path
+    ) -> None:
         assert self.auto(tmp_path / "new", "auto") == 0
         assert steps(tmp_path / "new" / "first") == [4, 8, 12]
         assert self.auto(at_epoch_2.parent, "auto") == 0
@@ -313,9 +385,7 @@ class TestAutomatic:
 
     def test_a_run_that_is_being_trained_is_refused(self, at_epoch_2: Path) -> None:
         # From another process: a POSIX lock does not hold against its own.
-        program = (
-            "import sys, pathlib, savepoint.run as r; r.Run.open(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
-        )
+        program = "import sys, pathlib, savepoint.run as r; r.Run.open(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
         command = [sys.executable, "-uc", program, str(at_epoch_2)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
             assert holder.stdout is not None
@@ -348,12 +418,16 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[SavepointError], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("flags", [[], ["--config", "configs/fast.yaml"]])
-def test_a_wrong_file_is_named_with_its_cause_and_never_run(name: str, flags: list[str], tmp_path: Path) -> None:
+def test_a_wrong_file_is_named_with_its_cause_and_never_run(
+    name: str, flags: list[str], tmp_path: Path
+) -> None:
     write, error, cause = BAD[name]
     path = tmp_path / "bad.ckpt"
     write(path)
     before = path.read_bytes()
-    with pytest.raises(error, match=f"(?is)(bad.ckpt.*{cause}|{cause}.*bad.ckpt|bad.ckpt)") as caught:
+    with pytest.raises(
+        error, match=f"(?is)(bad.ckpt.*{cause}|{cause}.*bad.ckpt|bad.ckpt)"
+    ) as caught:
         go(str(path), *flags, "--output_dir", str(tmp_path / "outputs"))
     assert "weights_only" not in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 5
@@ -363,13 +437,17 @@ def test_a_wrong_file_is_named_with_its_cause_and_never_run(name: str, flags: li
 
 def test_fewer_epochs_than_are_trained_already_are_refused(at_epoch_2: Path) -> None:
     before = sorted(at_epoch_2.rglob("*"))
-    with pytest.raises(ConfigError, match=r"is of epoch 2, and trainer\.max_epochs is 1\. Expected 2 or more"):
+    with pytest.raises(
+        ConfigError, match=r"is of epoch 2, and trainer\.max_epochs is 1\. Expected 2 or more"
+    ):
         go(str(at_epoch_2), "--trainer.max_epochs", "1")
     assert sorted(at_epoch_2.rglob("*")) == before
 
 
 def test_fewer_steps_or_less_time_than_are_trained_already_are_refused(at_epoch_2: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is of step 8, and trainer\.max_steps is 5\. Expected 8 or more"):
+    with pytest.raises(
+        ConfigError, match=r"is of step 8, and trainer\.max_steps is 5\. Expected 8 or more"
+    ):
         go(str(at_epoch_2), "--trainer.max_steps", "5")
     with pytest.raises(ConfigError, match=r"is of step 8, and trainer\.max_steps is 5"):
         go(str(at_epoch_2), "--trainer.max_steps", "5", "--trainer.max_epochs", "9")
@@ -415,7 +493,15 @@ class TestWhatABreakerFound:
     def test_a_fork_that_was_killed_before_its_first_save_is_begun_again_by_the_same_command(
         self, run_dir: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        command = [str(run_dir), "--fork", "again", "--trainer.max_epochs", "4", "--output_dir", str(run_dir.parent)]
+        command = [
+            str(run_dir),
+            "--fork",
+            "again",
+            "--trainer.max_epochs",
+            "4",
+            "--output_dir",
+            str(run_dir.parent),
+        ]
         with monkeypatch.context() as patch:
             patch.setattr(project.ImageClassifier, "training_step", lambda *_: sys.exit(9))
             with pytest.raises(SystemExit):
@@ -464,11 +550,15 @@ class TestWhatABreakerFound:
 
     def test_the_file_is_read_once(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read, decode = [], format.decode
-        monkeypatch.setattr(format, "decode", lambda path, *rest, **more: (read.append(path.name), decode(path))[1])
+        monkeypatch.setattr(
+            format, "decode", lambda path, *rest, **more: (read.append(path.name), decode(path))[1]
+        )
         assert go(str(run_dir), "--trainer.max_epochs", "4") == 0
         assert len(read) == 2, "one for the resume, and the best for the test"
 
-    def test_a_directory_called_save_now_is_no_request_and_stops_no_save(self, at_epoch_2: Path) -> None:
+    def test_a_directory_called_save_now_is_no_request_and_stops_no_save(
+        self, at_epoch_2: Path
+    ) -> None:
         (at_epoch_2 / "save-now").mkdir()
         assert go(str(at_epoch_2)) == 0
         assert steps(at_epoch_2) == [4, 8, 12]
@@ -482,7 +572,9 @@ class TestWhatANewcomerMissed:
         assert go(str(at_epoch_2)) == 0
         assert "step 10: batch 2 of 4 in epoch 3, " in capsys.readouterr().out
 
-    def test_a_test_on_a_part_of_the_data_says_so(self, at_epoch_2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_test_on_a_part_of_the_data_says_so(
+        self, at_epoch_2: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert go(str(at_epoch_2)) == 0
         assert "a part of the test data: trainer.limit_test_batches 1" in capsys.readouterr().out
         assert json.loads((at_epoch_2 / "summary.json").read_text())["limit_test_batches"] == 1

@@ -32,7 +32,11 @@ def test_a_checkpoint_stays_if_any_rule_keeps_it(retention: Retention, kept: set
 
 
 def test_each_reason_is_said() -> None:
-    why = reasons(facts(3.0, 1.0, 2.0, 5.0), Retention(2, 2, keep_every_n_epochs=2, keep_every_n_steps=20), "max")
+    why = reasons(
+        facts(3.0, 1.0, 2.0, 5.0),
+        Retention(2, 2, keep_every_n_epochs=2, keep_every_n_steps=20),
+        "max",
+    )
     assert why == {
         40: ["last-1", "best-1", "every 2 epochs", "every 20 steps"],
         30: ["last-2"],
@@ -54,11 +58,14 @@ def test_of_equal_scores_the_earlier_is_better(mode: str, best: list[int]) -> No
 
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_no_number_that_is_not_finite_is_ranked(mode: str) -> None:
-    assert [one.step for one in ranked(facts(math.nan, math.inf, 1.0, -math.inf, None), mode)] == [30]
+    assert [one.step for one in ranked(facts(math.nan, math.inf, 1.0, -math.inf, None), mode)] == [
+        30
+    ]
 
 
 @pytest.mark.parametrize(
-    "bad", [{"keep_last": -1}, {"keep_best": -1}, {"keep_every_n_steps": 0}, {"keep_every_n_epochs": -2}]
+    "bad",
+    [{"keep_last": -1}, {"keep_best": -1}, {"keep_every_n_steps": 0}, {"keep_every_n_epochs": -2}],
 )
 def test_a_number_out_of_range_is_refused_by_name(bad: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
@@ -70,8 +77,14 @@ numbers = st.integers(0, 4)
 intervals = st.none() | st.integers(1, 5)
 
 
-@given(scores, st.builds(Retention, numbers, numbers, intervals, intervals), st.sampled_from(["min", "max"]))
-def test_the_newest_and_the_best_never_go(scores: list[float | None], retention: Retention, mode: str) -> None:
+@given(
+    scores,
+    st.builds(Retention, numbers, numbers, intervals, intervals),
+    st.sampled_from(["min", "max"]),
+)
+def test_the_newest_and_the_best_never_go(
+    scores: list[float | None], retention: Retention, mode: str
+) -> None:
     checkpoints = facts(*scores)
     kept = reasons(checkpoints, retention, mode)
     finite = [one for one in checkpoints if one.score is not None and math.isfinite(one.score)]

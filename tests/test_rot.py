@@ -1,4 +1,5 @@
-"""Files that changed on disk: none loads, whichever way it is asked for, and the one before it is taken.
+"""Files that changed on disk: none loads, whichever way it is asked for, and the one before it is
+taken.
 
 tests/test_manifest.py has what is seen in a file; these tests go through every door of the project.
 """
@@ -50,7 +51,11 @@ def zeroed_pages(data: bytes, inside: set[int], draw: random.Random) -> Damages:
 
 
 def cut(data: bytes, inside: set[int], draw: random.Random) -> Damages:
-    for length in [0, *(draw.randrange(len(data)) for _ in range(49)), *(len(data) - n for n in range(1, 23))]:
+    for length in [
+        0,
+        *(draw.randrange(len(data)) for _ in range(49)),
+        *(len(data) - n for n in range(1, 23)),
+    ]:
         yield f"cut to {length} of {len(data)} bytes", data[:length]
 
 
@@ -158,7 +163,9 @@ def flip(path: Path) -> bytes:
 
 @pytest.fixture
 def run_of_four(tmp_path: Path) -> CheckpointStore:
-    kept = CheckpointStore(tmp_path / "checkpoints", monitor="val/loss", retention=Retention(keep_last=3))
+    kept = CheckpointStore(
+        tmp_path / "checkpoints", monitor="val/loss", retention=Retention(keep_last=3)
+    )
     for step in (10, 20, 30, 40):
         kept.add(small_state(step), facts(step, float(step)))
     for name in ("last.ckpt", "best.ckpt"):
@@ -166,12 +173,16 @@ def run_of_four(tmp_path: Path) -> CheckpointStore:
     return kept
 
 
-def test_a_file_that_was_set_aside_is_kept_and_counts_for_nothing(run_of_four: CheckpointStore) -> None:
+def test_a_file_that_was_set_aside_is_kept_and_counts_for_nothing(
+    run_of_four: CheckpointStore,
+) -> None:
     damaged = flip(run_of_four.path(40))
     run_of_four.load_latest(lock_holder=True)
     aside = run_of_four.directory / "step-00000040.ckpt.corrupt"
     for step in (31, 32, 33):
-        fresh = CheckpointStore(run_of_four.directory, monitor="val/loss", retention=Retention(keep_last=3))
+        fresh = CheckpointStore(
+            run_of_four.directory, monitor="val/loss", retention=Retention(keep_last=3)
+        )
         fresh.add(small_state(step), facts(step, float(step)))
         assert aside.read_bytes() == damaged
     assert [one.step for one in fresh.checkpoints()] == [10, 31, 32, 33]  # the best, and three
@@ -179,7 +190,9 @@ def test_a_file_that_was_set_aside_is_kept_and_counts_for_nothing(run_of_four: C
     assert (checkpoint.step, lines) == (33, [])
 
 
-def test_a_damaged_file_in_the_middle_is_said_and_set_aside_once_it_is_needed(run_of_four: CheckpointStore) -> None:
+def test_a_damaged_file_in_the_middle_is_said_and_set_aside_once_it_is_needed(
+    run_of_four: CheckpointStore,
+) -> None:
     flip(run_of_four.path(30))
     before = names(run_of_four.directory)
     checkpoint, _, lines = run_of_four.load_latest(lock_holder=True)
@@ -188,11 +201,17 @@ def test_a_damaged_file_in_the_middle_is_said_and_set_aside_once_it_is_needed(ru
     checkpoint, _, lines = run_of_four.load_latest(lock_holder=True)
     assert (checkpoint.step, len(lines)) == (20, 2)
     assert [line.split(" costs ")[1] for line in lines] == ["20 steps.", "10 steps."]
-    assert {"step-00000030.ckpt.corrupt", "step-00000040.ckpt.corrupt"} < set(names(run_of_four.directory))
+    assert {"step-00000030.ckpt.corrupt", "step-00000040.ckpt.corrupt"} < set(
+        names(run_of_four.directory)
+    )
 
 
-def test_a_run_with_a_flipped_bit_goes_on_from_the_file_before_and_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
-    """A process of its own; tests/test_resume.py has the best file that is damaged before the final test."""
+def test_a_run_with_a_flipped_bit_goes_on_from_the_file_before_and_ends_as_if_nothing_had_been(
+    tmp_path: Path,
+) -> None:
+    """A process of its own; tests/test_resume.py has the best file that is damaged before the final
+    test.
+    """
     run_dir, log = tmp_path / "first", tmp_path / "log"
     training = [*TRAINING, "--output_dir", str(tmp_path), "--run_name", "first"]
     assert run(training, log)[0] == 0
@@ -204,8 +223,12 @@ def test_a_run_with_a_flipped_bit_goes_on_from_the_file_before_and_ends_as_if_no
     code, said = run(training, log)
     assert code == 0, said
     (line,) = [line for line in said.splitlines() if "does not verify" in line]
-    assert line.startswith("step-00000012.ckpt does not verify: one or more damaged bytes in record archive/data/")
-    assert line.endswith("renamed to step-00000012.ckpt.corrupt. Going on from step 8 costs 4 steps.")
+    assert line.startswith(
+        "step-00000012.ckpt does not verify: one or more damaged bytes in record archive/data/"
+    )
+    assert line.endswith(
+        "renamed to step-00000012.ckpt.corrupt. Going on from step 8 costs 4 steps."
+    )
     assert newest.with_name("step-00000012.ckpt.corrupt").read_bytes() == damaged
     assert list(difference(end, final_state(run_dir))) == []
     assert rows(run_dir) == logged

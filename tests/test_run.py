@@ -14,7 +14,14 @@ from savepoint.run import Run, resume_command
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SAVEPOINT_RUN_DIR", "RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+    for name in (
+        "SAVEPOINT_RUN_DIR",
+        "RANK",
+        "LOCAL_RANK",
+        "SLURM_PROCID",
+        "SLURM_JOB_ID",
+        "TORCHELASTIC_RUN_ID",
+    ):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
 
@@ -39,13 +46,17 @@ def test_two_runs_of_the_same_second_get_directories_of_their_own(tmp_path: Path
     assert all("mnist-2" in run.directory.name for run in runs)
 
 
-def test_other_ranks_take_the_directory_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_ranks_take_the_directory_of_rank_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = Run.create(str(tmp_path), None, "mnist")
     monkeypatch.setenv("LOCAL_RANK", "1")  # the launcher's, beside what it inherited
     assert Run.create(str(tmp_path), None, "mnist").directory == made.directory
 
 
-def test_ranks_that_start_by_themselves_agree_by_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_start_by_themselves_agree_by_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
     monkeypatch.setenv("RANK", "1")
     directory = Run.create(str(tmp_path), None, "mnist").directory
@@ -69,10 +80,14 @@ def test_an_output_directory_that_cannot_be_written_is_said(tmp_path: Path) -> N
         Run.create(str(tmp_path / "file"), "x", "mnist")
 
 
-def test_the_lock_is_held_against_other_processes_and_dropped_with_the_process(tmp_path: Path) -> None:
+def test_the_lock_is_held_against_other_processes_and_dropped_with_the_process(
+    tmp_path: Path,
+) -> None:
     program = "import sys, pathlib, savepoint.run as r; r.Run.open(pathlib.Path(sys.argv[1])); print('held'); sys.stdin.read()"
     command = [sys.executable, "-uc", program, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(RunLockedError, match=f"pid {holder.pid} on"):
@@ -97,7 +112,9 @@ def test_an_empty_directory_is_taken_for_the_run_and_left_empty_where_no_trainin
     assert [path.name for path in (tmp_path / "volume").iterdir()] == ["lost+found"]
 
 
-def test_a_stale_lock_is_taken_over_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stale_lock_is_taken_over_with_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "lock").write_text(json.dumps({"host": "gone", "pid": 1, "boot_id": ""}))
     Run.open(tmp_path)
     assert "pid 1 on gone" in capsys.readouterr().out
@@ -113,7 +130,9 @@ def test_each_start_is_an_entry_of_the_record(tmp_path: Path) -> None:
     assert (tmp_path / "config.yaml").read_text() == "config: 1\n"
 
 
-def test_a_directory_in_which_no_training_began_is_removed_and_any_other_kept(tmp_path: Path) -> None:
+def test_a_directory_in_which_no_training_began_is_removed_and_any_other_kept(
+    tmp_path: Path,
+) -> None:
     run = Run.create(str(tmp_path), "empty", "mnist")
     run.discard()
     assert not run.directory.exists()
@@ -147,7 +166,9 @@ def test_a_look_at_a_damaged_record_changes_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_temporary_files_of_a_dead_process_are_swept_by_the_next_holder_of_the_lock(tmp_path: Path) -> None:
+def test_temporary_files_of_a_dead_process_are_swept_by_the_next_holder_of_the_lock(
+    tmp_path: Path,
+) -> None:
     (tmp_path / ".metrics.csv.99999.tmp").touch()
     Run.open(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]

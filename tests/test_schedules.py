@@ -18,7 +18,9 @@ def test_a_factor_is_above_0_and_at_most_1(schedule: Schedule, now: int, total: 
 @EACH
 @pytest.mark.parametrize("total", [1, 7, 2150])
 def test_past_its_end_a_schedule_stays_where_it_ended(schedule: Schedule, total: int) -> None:
-    assert {schedule(now, total) for now in (total, total + 1, 10 * total)} == {schedule(total, total)}
+    assert {schedule(now, total) for now in (total, total + 1, 10 * total)} == {
+        schedule(total, total)
+    }
 
 
 @EACH

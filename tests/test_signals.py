@@ -1,7 +1,9 @@
-"""Signals in whole trainings: what is saved, how the process ends, and that the command it prints goes on from there.
+"""Signals in whole trainings: what is saved, how the process ends, and that the command it prints
+goes on from there.
 
-The signals are real, and where no other process is needed to see what one does, this one sends it to itself: at a given
-call of a hook, so that it certainly falls into a step, a validation, the start or the test.
+The signals are real, and where no other process is needed to see what one does, this one sends it
+to itself: at a given call of a hook, so that it certainly falls into a step, a validation, the
+start or the test.
 """
 
 import hashlib
@@ -32,12 +34,15 @@ from savepoint.preemption import Preempted
 
 def of_best(run_dir: Path) -> tuple[str, int, str]:
     """The bytes of best.ckpt, the file it is, and the name of that file."""
-    path, best = run_dir / "checkpoints" / "best.ckpt", CheckpointStore(run_dir / "checkpoints").best()
+    path, best = (
+        run_dir / "checkpoints" / "best.ckpt",
+        CheckpointStore(run_dir / "checkpoints").best(),
+    )
     assert best is not None
     return hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_ino, best.path.name
 
 
-# -- training and validation -----------------------------------------------------------------------------------------
+# -- training and validation ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("signum", STOPPING)
@@ -45,7 +50,9 @@ def of_best(run_dir: Path) -> tuple[str, int, str]:
 def test_a_signal_loses_no_step_leaves_the_best_as_it_is_and_the_resume_is_exact(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals, hook: str, nth: int
 ) -> None:
-    """The ninth step is in the second epoch, and so is the fifth batch of a validation: a best checkpoint is there."""
+    """The ninth step is in the second epoch, and so is the fifth batch of a validation: a best
+    checkpoint is there.
+    """
     preemption.install()
     stopped, straight = tmp_path / "stopped", tmp_path / "straight"
     with one_thread():
@@ -59,7 +66,8 @@ def test_a_signal_loses_no_step_leaves_the_best_as_it_is_and_the_resume_is_exact
                 fit(stopped)
         (step, best), saved = seen[0], latest(stopped)
         assert left.value.code == 128 + signum
-        assert saved.step == step + (hook == "training_step")  # the step that it fell into was ended and saved
+        # The step that it fell into was ended and saved.
+        assert saved.step == step + (hook == "training_step")
         assert saved.manifest["reason"] == f"signal {int(signum)}"
         assert saved.manifest["at"] == ("batch" if hook == "training_step" else "validation")
         assert of_best(stopped) == best
@@ -74,7 +82,10 @@ def test_the_printed_command_is_the_one_in_the_run_directory_and_goes_on(
     run_dir = tmp_path / "it's stopped"
     with monkeypatch.context() as patch:
         send_in(patch, ImageClassifier, "training_step", nth=9, signum=signal.SIGHUP)
-        assert call("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", run_dir.name) == 129
+        assert (
+            call("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", run_dir.name)
+            == 129
+        )
     said = capfd.readouterr()
     assert "Saved at step 9. Continue with: " in said.out  # and nothing of lost steps
     assert said.err == "Stopped by SIGHUP.\n"
@@ -96,12 +107,17 @@ def test_the_signal_to_save_in_a_validation_saves_and_changes_nothing_else(
         capsys.readouterr()
         send_in(monkeypatch, SmallModel, "validation_step", nth=5, signum=signal.SIGUSR1)
         fit(tmp_path / "asked")
-    assert re.findall("(.*?): .*saved step-00000012", capsys.readouterr().out) == ["step 12", "epoch 2"]
-    assert list(difference(final_state(tmp_path / "straight"), final_state(tmp_path / "asked"))) == []
+    assert re.findall("(.*?): .*saved step-00000012", capsys.readouterr().out) == [
+        "step 12",
+        "epoch 2",
+    ]
+    assert (
+        list(difference(final_state(tmp_path / "straight"), final_state(tmp_path / "asked"))) == []
+    )
     assert rows(tmp_path / "straight") == rows(tmp_path / "asked")
 
 
-# -- before and after ------------------------------------------------------------------------------------------------
+# -- before and after ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -145,11 +161,12 @@ def test_a_signal_in_the_test_after_the_training_ends_the_process_and_a_resume_m
         assert not (run_dir / "summary.json").exists()
     assert call("resume.py", str(run_dir)) == 0
     assert (run_dir / "summary.json").exists()
-    assert rows(tmp_path / "straight") == rows(run_dir)  # the test's figures at the step that it tested
+    # The test's figures at the step that it tested.
+    assert rows(tmp_path / "straight") == rows(run_dir)
     assert "training from step" not in capfd.readouterr().out
 
 
-# -- the handlers ----------------------------------------------------------------------------------------------------
+# -- the handlers --------------------------------------------------------------------------------
 
 OURS = {**dict.fromkeys(STOPPING, preemption._on_stop), signal.SIGUSR1: preemption._on_save}
 
@@ -168,7 +185,9 @@ def test_while_it_trains_the_handlers_are_ours_and_afterwards_those_from_before(
         preemption.install()
     before, seen = now(), []
     original = SmallModel.training_step
-    monkeypatch.setattr(SmallModel, "training_step", lambda *args: (seen.append(now()), original(*args))[1])
+    monkeypatch.setattr(
+        SmallModel, "training_step", lambda *args: (seen.append(now()), original(*args))[1]
+    )
     fit(tmp_path, max_epochs=1)
     assert seen == [OURS] * 6
     assert now() == before
@@ -202,7 +221,7 @@ def test_what_stopped_one_training_does_not_stop_the_next_of_the_same_process(
     assert latest(tmp_path).step == 18
 
 
-# -- processes of their own ------------------------------------------------------------------------------------------
+# -- processes of their own ----------------------------------------------------------------------
 
 
 def with_a_validation_that_takes_ten_minutes() -> None:
@@ -233,11 +252,19 @@ def test_a_second_signal_leaves_at_once_and_the_last_checkpoint_is_whole(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["the repository", "elsewhere"])
-def test_the_command_goes_on_as_it_is_printed_where_it_is_printed(place: str, tmp_path: Path) -> None:
+def test_the_command_goes_on_as_it_is_printed_where_it_is_printed(
+    place: str, tmp_path: Path
+) -> None:
     """Pasted into the shell that started the run, whichever Python is the first on its PATH."""
     where = ROOT if place == "the repository" else tmp_path
     little = [word if word != SMALL[1] else str(ROOT / word) for word in SMALL]
-    command = [*little, "--config", str(ROOT / "configs" / "mnist.yaml"), "--output_dir", str(tmp_path / "my runs")]
+    command = [
+        *little,
+        "--config",
+        str(ROOT / "configs" / "mnist.yaml"),
+        "--output_dir",
+        str(tmp_path / "my runs"),
+    ]
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *command, "--run_name", "run", "--trainer.max_epochs", "9"],
         cwd=where, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -253,7 +280,9 @@ def test_the_command_goes_on_as_it_is_printed_where_it_is_printed(place: str, tm
 
 @pytest.mark.slow
 def test_a_background_job_under_nohup_trains_on_when_the_terminal_closes(tmp_path: Path) -> None:
-    command = shlex.join([sys.executable, "train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "left"])
+    command = shlex.join(
+        [sys.executable, "train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "left"]
+    )
     script = f"nohup {command} --trainer.max_epochs 40 & echo $!; wait $!; exit $?"
     with subprocess.Popen(["sh", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}) as shell:  # fmt: skip
@@ -269,7 +298,9 @@ def test_a_background_job_under_nohup_trains_on_when_the_terminal_closes(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_signal_at_any_time_of_the_start_leaves_nothing_that_cannot_be_started_again(tmp_path: Path) -> None:
+def test_a_signal_at_any_time_of_the_start_leaves_nothing_that_cannot_be_started_again(
+    tmp_path: Path,
+) -> None:
     """The real program, imports and all: at sixteen moments up to its first steps."""
     command = ["train.py", *SMALL, "--trainer.max_epochs", "40", "--output_dir", str(tmp_path)]
 

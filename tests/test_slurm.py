@@ -1,4 +1,6 @@
-"""Under SLURM: a job that is requeued goes on with its run by the same command, and Lightning's own requeueing stays out."""
+"""Under SLURM: a job that is requeued goes on with its run by the same command, and Lightning's own
+requeueing stays out.
+"""
 
 import os
 import re
@@ -34,7 +36,9 @@ NAME = "mnist-4711"
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A job of one task, with the cluster's commands. Returns the file in which they would say that they were called."""
+    """A job of one task, with the cluster's commands. Returns the file in which they would say that
+    they were called.
+    """
     programs, called = tmp_path / "bin", tmp_path / "called.txt"
     programs.mkdir()
     for name in ("scontrol", "srun"):
@@ -78,7 +82,9 @@ def test_a_requeued_job_goes_on_by_the_same_command_and_ends_as_if_nothing_had_h
 def test_the_two_tasks_of_a_job_that_is_requeued_go_on_together(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `srun` does it: it starts both by the same command, sends a signal to both and takes the highest exit code."""
+    """As `srun` does it: it starts both by the same command, sends a signal to both and takes the
+    highest exit code.
+    """
     outputs, run_dir = tmp_path / "outputs", tmp_path / "outputs" / NAME
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "2")
@@ -110,11 +116,17 @@ def test_the_two_tasks_of_a_job_that_is_requeued_go_on_together(
     assert not job.exists()
 
 
-def test_the_tasks_of_an_array_have_runs_of_their_own(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tasks_of_an_array_have_runs_of_their_own(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each has a job id of its own; the last one's is that of the array."""
     names = set()
     for task, job_id in ((1, "101"), (2, "102"), (3, "100")):
-        for key, value in (("ARRAY_JOB_ID", "100"), ("ARRAY_TASK_ID", str(task)), ("JOB_ID", job_id)):
+        for key, value in (
+            ("ARRAY_JOB_ID", "100"),
+            ("ARRAY_TASK_ID", str(task)),
+            ("JOB_ID", job_id),
+        ):
             monkeypatch.setenv(f"SLURM_{key}", value)
         names.add(default_name("mnist"))
     assert len(names) == 3
@@ -125,7 +137,17 @@ def test_a_job_that_was_requeued_before_its_first_checkpoint_begins_in_the_same_
 ) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     (tmp_path / "outputs" / NAME).mkdir(parents=True)
-    assert call("train.py", *SMALL, "--output_dir", str(tmp_path / "outputs"), "--trainer.max_epochs", "1") == 0
+    assert (
+        call(
+            "train.py",
+            *SMALL,
+            "--output_dir",
+            str(tmp_path / "outputs"),
+            "--trainer.max_epochs",
+            "1",
+        )
+        == 0
+    )
     assert latest(tmp_path / "outputs" / NAME).step == 6
 
 
@@ -140,7 +162,12 @@ def test_a_job_that_was_requeued_before_its_first_checkpoint_begins_in_the_same_
     ],
 )
 def test_what_the_command_says_about_resuming_counts_more_than_what_slurm_says(
-    resume: list[str], restarts: str, runs: int, job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    resume: list[str],
+    restarts: str,
+    runs: int,
+    job: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
     outputs = tmp_path / "outputs"
@@ -154,7 +181,9 @@ def test_what_the_command_says_about_resuming_counts_more_than_what_slurm_says(
 def test_a_requeued_job_that_had_several_runs_is_asked_for_their_names(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Two times `srun python train.py` in one script: without a name, both would go on with the first one's run."""
+    """Two times `srun python train.py` in one script: without a name, both would go on with the
+    first one's run.
+    """
     for name in (NAME, f"{NAME}-2"):
         (tmp_path / name).mkdir()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -166,9 +195,27 @@ def test_a_fork_with_a_name_that_a_requeued_job_began_goes_on(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (
-        call("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "run", "--trainer.max_epochs", "1") == 0
+        call(
+            "train.py",
+            *SMALL,
+            "--output_dir",
+            str(tmp_path),
+            "--run_name",
+            "run",
+            "--trainer.max_epochs",
+            "1",
+        )
+        == 0
     )
-    command = [str(tmp_path / "run"), "--fork", "second", "--output_dir", str(tmp_path), "--trainer.max_epochs", "2"]
+    command = [
+        str(tmp_path / "run"),
+        "--fork",
+        "second",
+        "--output_dir",
+        str(tmp_path),
+        "--trainer.max_epochs",
+        "2",
+    ]
     for signum, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129)):
         with monkeypatch.context() as patch:
             send_in(patch, ImageClassifier, "training_step", nth=2, signum=signum)
@@ -186,7 +233,9 @@ def test_a_config_that_says_never_as_older_checkpoints_do_is_resumed() -> None:
 
 
 @pytest.mark.parametrize("flag", ["--rewind", "--fork"])
-def test_what_a_requeued_job_would_do_a_second_time_is_refused(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_requeued_job_would_do_a_second_time_is_refused(
+    flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with pytest.raises(ConfigError, match=f"^{flag} in a job that SLURM requeued"):
         request.requested(["outputs/run", flag])
@@ -194,9 +243,15 @@ def test_what_a_requeued_job_would_do_a_second_time_is_refused(flag: str, monkey
 
 @pytest.mark.parametrize("code", [0, 1, 2, 143])
 def test_the_batch_script_of_the_docs_requeues_only_what_was_stopped(code: int, job: Path) -> None:
-    script = re.search(r"```(?:bash)?\n((?:#!.*\n)?#SBATCH.*?)```", (ROOT / "docs/clusters.md").read_text(), re.DOTALL)
+    script = re.search(
+        r"```(?:bash)?\n((?:#!.*\n)?#SBATCH.*?)```",
+        (ROOT / "docs/clusters.md").read_text(),
+        re.DOTALL,
+    )
     assert script
     (job.parent / "bin" / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
     done = subprocess.run(["bash", "-c", script[1]], cwd=job.parent, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, "")
-    assert (job.read_text() if job.exists() else "") == ("scontrol requeue 4711\n" if code == 143 else "")
+    assert (job.read_text() if job.exists() else "") == (
+        "scontrol requeue 4711\n" if code == 143 else ""
+    )

@@ -58,7 +58,7 @@ def failing(code: int) -> Callable[..., Any]:
     return fail
 
 
-# -- looking ---------------------------------------------------------------------------------------------------------
+# -- looking -------------------------------------------------------------------------------------
 
 
 def test_a_saved_checkpoint_is_found_and_loads(kept: CheckpointStore) -> None:
@@ -75,7 +75,13 @@ def test_a_saved_checkpoint_is_found_and_loads(kept: CheckpointStore) -> None:
 def test_an_empty_or_missing_directory_has_no_checkpoint(tmp_path: Path) -> None:
     for directory in (tmp_path, tmp_path / "none"):
         empty = CheckpointStore(directory)
-        assert (empty.checkpoints(), empty.latest(), empty.best(), empty.commit(), empty.sweep()) == (
+        assert (
+            empty.checkpoints(),
+            empty.latest(),
+            empty.best(),
+            empty.commit(),
+            empty.sweep(),
+        ) == (
             [],
             None,
             None,
@@ -109,7 +115,10 @@ def test_a_metric_measured_at_another_step_does_not_rank(kept: CheckpointStore) 
 def test_any_metric_can_rank_afterwards(tmp_path: Path) -> None:
     kept = CheckpointStore(tmp_path, retention=ALL)
     for step, accuracy in ((10, 0.5), (20, 0.9), (30, 0.9)):
-        metrics = {"val/accuracy": {"value": accuracy, "step": step}, "val/loss": {"value": -step, "step": step}}
+        metrics = {
+            "val/accuracy": {"value": accuracy, "step": step},
+            "val/loss": {"value": -step, "step": step},
+        }
         kept.add(small_state(), facts(step) | {"metrics": metrics})
     assert kept.best("val/accuracy", "max").step == 20
     assert kept.best("val/accuracy", "min").step == 10
@@ -135,14 +144,16 @@ def test_a_file_that_changed_is_read_again(kept: CheckpointStore) -> None:
     assert kept.best().step == 30
 
 
-def test_a_file_that_did_not_change_is_not_read_again(kept: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_did_not_change_is_not_read_again(
+    kept: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept.checkpoints()
     monkeypatch.setattr(manifest, "read", failing(errno.EIO))
     assert [one.step for one in kept.checkpoints()] == [10, 20, 30, 40]
     assert CheckpointStore(kept.directory).checkpoints() == []
 
 
-# -- saving ----------------------------------------------------------------------------------------------------------
+# -- saving --------------------------------------------------------------------------------------
 
 
 def test_retention_deletes_after_the_pointers_moved(tmp_path: Path) -> None:
@@ -164,7 +175,9 @@ def test_saving_a_step_again_moves_the_pointers_too(kept: CheckpointStore) -> No
 
 
 @pytest.mark.parametrize("links", ["symlinks", "copies"])
-def test_pointers_work_where_links_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: str) -> None:
+def test_pointers_work_where_links_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: str
+) -> None:
     monkeypatch.setattr(os, "link", failing(errno.EPERM))
     if links == "copies":
         monkeypatch.setattr(os, "symlink", failing(errno.EPERM))
@@ -174,7 +187,10 @@ def test_pointers_work_where_links_fail(tmp_path: Path, monkeypatch: pytest.Monk
         kept.add(small_state(), facts(step, score))
     moved = (tmp_path / "a").rename(tmp_path / "b")
     assert names(moved) == ["best.ckpt", "last.ckpt", "step-00000010.ckpt", "step-00000030.ckpt"]
-    assert (manifest.verify(moved / "last.ckpt")["step"], manifest.verify(moved / "best.ckpt")["step"]) == (30, 10)
+    assert (
+        manifest.verify(moved / "last.ckpt")["step"],
+        manifest.verify(moved / "best.ckpt")["step"],
+    ) == (30, 10)
     assert (moved / "last.ckpt").is_symlink() == (links == "symlinks")
     before = (moved / "last.ckpt").lstat().st_ino
     CheckpointStore(moved, monitor="val/loss").commit()
@@ -230,7 +246,9 @@ def test_a_disk_that_fills_within_a_tensor_is_told_as_such(
     assert manifest.verify(kept.path(40))
 
 
-def test_an_interrupted_save_leaves_no_temp(kept: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_save_leaves_no_temp(
+    kept: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
@@ -266,26 +284,31 @@ def test_a_full_disk_is_freed_of_what_the_save_makes_superfluous(
     assert manifest.verify(tmp_path / "last.ckpt")["step"] == 50
 
 
-def test_a_full_disk_never_costs_the_newest_or_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_never_costs_the_newest_or_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = CheckpointStore(tmp_path, monitor="val/loss")
     kept.add(small_state(), facts(10, 1.0))
     kept.add(small_state(), facts(20, 2.0))
     full_until(monkeypatch, tmp_path, 2)
-    # This one would be both the newest and the best: were it counted as there, the two others would go.
+    # This one would be both the newest and the best: were it counted as there, the two others would
+    # go.
     with pytest.raises(CheckpointSaveError, match="No space left"):
         kept.add(small_state(), facts(30, 0.5))
     assert [one.step for one in kept.checkpoints()] == [10, 20]
     assert manifest.verify(tmp_path / "last.ckpt")["step"] == 20
 
 
-def test_a_deletion_that_fails_is_said(kept: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deletion_that_fails_is_said(
+    kept: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     strict = CheckpointStore(kept.directory, monitor="val/loss")
     monkeypatch.setattr(Path, "unlink", failing(errno.EACCES))
     with pytest.raises(CheckpointSaveError, match="step-00000010"):
         strict.commit()
 
 
-# -- starting again --------------------------------------------------------------------------------------------------
+# -- starting again ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -300,7 +323,9 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_taken(
     assert format.fingerprint(state) == format.fingerprint(small_state(30))
     assert len(lines) == 1
     assert lines[0].startswith("step-00000040.ckpt does not verify: ")
-    assert lines[0].endswith("renamed to step-00000040.ckpt.corrupt. Going on from step 30 costs 10 steps.")
+    assert lines[0].endswith(
+        "renamed to step-00000040.ckpt.corrupt. Going on from step 30 costs 10 steps."
+    )
     assert (kept.directory / "step-00000040.ckpt.corrupt").exists()
     assert not kept.path(40).exists()
     assert manifest.verify(kept.directory / "last.ckpt")["step"] == 30
@@ -335,7 +360,8 @@ def test_where_none_verifies_all_are_named_and_none_is_deleted(kept: CheckpointS
     for one in kept.checkpoints():
         damage(one.path)
     with pytest.raises(
-        CheckpointNotFoundError, match=r"4 found: step-00000040\.ckpt does not verify: one or more damaged"
+        CheckpointNotFoundError,
+        match=r"4 found: step-00000040\.ckpt does not verify: one or more damaged",
     ):
         kept.load_latest(lock_holder=True)
     assert names(kept.directory) == [f"step-000000{step}.ckpt.corrupt" for step in (10, 20, 30, 40)]
@@ -347,7 +373,9 @@ def test_a_second_damaged_file_of_a_name_replaces_none(kept: CheckpointStore) ->
     for _ in range(2):
         damage(kept.add(small_state(), facts(50)).path)
         kept.load_latest(lock_holder=True)
-    assert {"step-00000050.ckpt.corrupt", "step-00000050.ckpt.2.corrupt"} <= set(names(kept.directory))
+    assert {"step-00000050.ckpt.corrupt", "step-00000050.ckpt.2.corrupt"} <= set(
+        names(kept.directory)
+    )
 
 
 def test_a_copy_of_the_newest_takes_the_place_of_a_damaged_one(kept: CheckpointStore) -> None:
@@ -357,11 +385,15 @@ def test_a_copy_of_the_newest_takes_the_place_of_a_damaged_one(kept: CheckpointS
     damage(kept.path(40))
     checkpoint, _, lines = kept.load_latest(lock_holder=True)
     assert checkpoint.path == kept.path(40)
-    assert lines[0].endswith("renamed to step-00000040.ckpt.corrupt. Going on from step 40 costs 0 steps.")
+    assert lines[0].endswith(
+        "renamed to step-00000040.ckpt.corrupt. Going on from step 40 costs 0 steps."
+    )
     assert manifest.verify(kept.directory / "last.ckpt")["step"] == 40
 
 
-def test_a_copy_is_taken_where_a_foreign_file_has_its_name_and_the_others_are_damaged(kept: CheckpointStore) -> None:
+def test_a_copy_is_taken_where_a_foreign_file_has_its_name_and_the_others_are_damaged(
+    kept: CheckpointStore,
+) -> None:
     shutil.copy(kept.path(40), kept.directory / "copy")
     os.replace(kept.directory / "copy", kept.directory / "last.ckpt")
     kept.path(40).unlink()
@@ -410,7 +442,13 @@ def test_a_sweep_takes_the_temps_of_the_dead_alone(kept: CheckpointStore) -> Non
         temp(here, os.getpid()),
         temp("gone", 1, "best.ckpt"),
     ]
-    fresh = [temp("other", 1), temp(here, os.getppid()), ".step-00000050.ckpt.tmp-mine", "notes.txt", "a.ckpt.tmp"]
+    fresh = [
+        temp("other", 1),
+        temp(here, os.getppid()),
+        ".step-00000050.ckpt.tmp-mine",
+        "notes.txt",
+        "a.ckpt.tmp",
+    ]
     for name in stale + fresh:
         (kept.directory / name).write_bytes(b"x")
     os.utime(kept.directory / stale[-1], (time.time() - 7200,) * 2)
@@ -451,7 +489,14 @@ def test_later_checkpoints_are_set_aside_for_a_rewind(kept: CheckpointStore) -> 
 def test_other_peoples_files_are_never_touched(kept: CheckpointStore) -> None:
     others = {
         name: f"mine {name}"
-        for name in ("model.ckpt", "step-1.ckpt.bak", "step-abc.ckpt", ".hidden", "x.tmp", "a.corrupt")
+        for name in (
+            "model.ckpt",
+            "step-1.ckpt.bak",
+            "step-abc.ckpt",
+            ".hidden",
+            "x.tmp",
+            "a.corrupt",
+        )
     }
     for name, text in others.items():
         (kept.directory / name).write_text(text)
@@ -476,7 +521,9 @@ def test_a_directory_named_by_a_url_is_refused() -> None:
             CheckpointStore(url)
 
 
-def test_the_holder_of_a_lock_sweeps_what_others_left_whoever_they_were(kept: CheckpointStore) -> None:
+def test_the_holder_of_a_lock_sweeps_what_others_left_whoever_they_were(
+    kept: CheckpointStore,
+) -> None:
     """A container has another host name at each start, and its pids begin anew."""
     left = {temp("other", 1), temp(files._HOST, os.getppid())}
     for name in left:
@@ -529,4 +576,7 @@ def test_a_damaged_copy_of_a_pointer_is_replaced_at_the_next_commit(kept: Checkp
         (kept.directory / name).write_bytes(whole)
         damage(kept.directory / name)
     kept.mend()
-    assert [manifest.diagnose(kept.directory / name) for name in ("last.ckpt", "best.ckpt")] == ["", ""]
+    assert [manifest.diagnose(kept.directory / name) for name in ("last.ckpt", "best.ckpt")] == [
+        "",
+        "",
+    ]

@@ -1,4 +1,5 @@
-"""Files, records and addresses of strangers, given to every entry point: none of their programs runs.
+"""Files, records and addresses of strangers, given to every entry point: none of their programs
+runs.
 
 The entry points are called in this process, and two of them as processes of their own.
 """
@@ -49,7 +50,7 @@ def payload(path: Path) -> Payload:
     return Payload(path.parent / MARKER)
 
 
-# -- what is given ---------------------------------------------------------------------------------------------------
+# -- what is given -------------------------------------------------------------------------------
 
 
 def zipped(path: Path) -> None:
@@ -79,7 +80,9 @@ def in_hyper_parameters(path: Path) -> None:
 def in_the_config(path: Path) -> None:
     """Plain values alone, and a text that is a program to an unsafe reader of YAML."""
     text = f"model: !!python/object/apply:os.system ['touch {path.parent / MARKER}']\n"
-    store.write(path, small_state() | {"config": text}, facts(99, 1.0) | {"ended": None, "exact": True})
+    store.write(
+        path, small_state() | {"config": text}, facts(99, 1.0) | {"ended": None, "exact": True}
+    )
 
 
 def in_a_script(path: Path) -> None:
@@ -103,7 +106,7 @@ FILES: list[Callable[[Path], Path | None]] = [
     zipped, before_zip, bare, sealed, in_hyper_parameters, in_the_config, in_a_script, *ALONE,
 ]  # fmt: skip
 
-# -- to whom ---------------------------------------------------------------------------------------------------------
+# -- to whom --------------------------------------------------------------------------------------
 
 
 def program(script: str, *argv: str) -> int:
@@ -131,7 +134,10 @@ ENTRIES: dict[str, tuple[Callable[..., int], list[str]]] = {
     "init_from": (train, ["--init_from", "FILE", "--output_dir", "OUTPUTS"]),
     "resume auto": (train, ["--resume", "auto", "--output_dir", "OUTPUTS", "--run_name", "run"]),
     "file": (resume, ["FILE", "--output_dir", "OUTPUTS"]),
-    "file with a config": (resume, ["FILE", "--config", "configs/fast.yaml", "--output_dir", "OUTPUTS"]),
+    "file with a config": (
+        resume,
+        ["FILE", "--config", "configs/fast.yaml", "--output_dir", "OUTPUTS"],
+    ),
     "run": (resume, ["RUN"]),
     "newest run": (resume, ["--output_dir", "OUTPUTS"]),
     "plan": (resume, ["RUN", "--plan"]),
@@ -197,7 +203,9 @@ def check_said(code: int, said: Any, codes: set[int], what: str = "") -> None:
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_no_program_in_a_file_runs(name: str, outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_program_in_a_file_runs(
+    name: str, outputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     call, words = ENTRIES[name]
     for kind in kinds(words):
         code = call(*given(words, outputs, make(kind, outputs)))
@@ -205,7 +213,9 @@ def test_no_program_in_a_file_runs(name: str, outputs: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_no_command_runs_a_program_in_a_file(name: str, outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_runs_a_program_in_a_file(
+    name: str, outputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What a listing shows of it stands in its manifest, which is text: 0 is right there."""
     for kind in kinds(ASKED[name]):
         code = commands.main(given(ASKED[name], outputs, make(kind, outputs)))
@@ -220,16 +230,23 @@ def test_no_program_in_a_file_runs_in_a_process_of_its_own(outputs: Path) -> Non
         assert program.wait() == 2, program.said
         assert "Traceback" not in program.said
     file = make(bare, outputs)
-    for words, code in ((["resume.py", str(outputs / "run")], 2), (["-m", "savepoint", "verify", str(file)], 1)):
+    for words, code in (
+        (["resume.py", str(outputs / "run")], 2),
+        (["-m", "savepoint", "verify", str(file)], 1),
+    ):
         done = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, env=os.environ | unsafe
+            [sys.executable, *words],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=os.environ | unsafe,
         )
         assert done.returncode == code, done.stderr
         assert 1 <= len((done.stderr or done.stdout).splitlines()) <= 5
         assert "Traceback" not in done.stderr
 
 
-# -- a run directory's other files -----------------------------------------------------------------------------------
+# -- a run directory's other files ---------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +267,9 @@ def test_no_program_in_a_record_runs(run_of_ours: Path, capsys: pytest.CaptureFi
     """The checkpoints are whole, and the run has ended: there is nothing left to train."""
     marker = run_of_ours / MARKER
     for_yaml = f"model: !!python/object/apply:os.system ['touch {marker}']\n".encode()
-    records = dict.fromkeys(("run.json", "summary.json", "metrics.csv", "lock"), pickle.dumps(Payload(marker)))
+    records = dict.fromkeys(
+        ("run.json", "summary.json", "metrics.csv", "lock"), pickle.dumps(Payload(marker))
+    )
     records |= dict.fromkeys(("config.yaml", "RESUME.txt"), for_yaml)
     for asked in (["RUN", "--plan"], ["RUN"], *([name, "RUN"] for name in commands.COMMANDS)):
         for name, content in records.items():
@@ -260,7 +279,7 @@ def test_no_program_in_a_record_runs(run_of_ours: Path, capsys: pytest.CaptureFi
         check_said(code, capsys.readouterr(), {0, 1, 2})
 
 
-# -- addresses -------------------------------------------------------------------------------------------------------
+# -- addresses -----------------------------------------------------------------------------------
 
 URLS = ["http://localhost:9/a.ckpt", "https://localhost:9/a.ckpt", "s3://bucket/a.ckpt"]
 
@@ -276,7 +295,9 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("name", [name for name, (_, words) in ENTRIES.items() if "FILE" in words])
-def test_no_address_is_loaded(name: str, run_of_ours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_address_is_loaded(
+    name: str, run_of_ours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     call, words = ENTRIES[name]
     for url in [*URLS, (run_of_ours / "run" / "checkpoints" / "last.ckpt").as_uri()]:
         code = call(*given(words, run_of_ours, url))
@@ -288,7 +309,9 @@ def test_no_address_is_loaded(name: str, run_of_ours: Path, capsys: pytest.Captu
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("url", [*URLS, "file:///etc/hostname"])
-def test_no_config_is_read_from_an_address(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_config_is_read_from_an_address(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code = train("--config", url, "--output_dir", str(tmp_path))
     check_said(code, capsys.readouterr(), {2})
     assert not list(tmp_path.iterdir())
@@ -296,13 +319,15 @@ def test_no_config_is_read_from_an_address(url: str, tmp_path: Path, capsys: pyt
 
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("name", [name for name, words in ASKED.items() if "FILE" in words])
-def test_no_command_loads_an_address(name: str, run_of_ours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_command_loads_an_address(
+    name: str, run_of_ours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for url in [*URLS, (run_of_ours / "run" / "checkpoints" / "last.ckpt").as_uri()]:
         code = commands.main(given(ASKED[name], run_of_ours, url))
         check_said(code, capsys.readouterr(), {2})
 
 
-# -- what a config names ---------------------------------------------------------------------------------------------
+# -- what a config names -------------------------------------------------------------------------
 
 PROGRAMS = {
     "os.system": {"command": "touch MARKER"},
@@ -323,9 +348,15 @@ def renamed(run_of_ours: Path, place: str, name: str, arguments: Any = None) -> 
         config["trainer"]["callbacks" if place == "callback" else "logger"] = [named]
     else:
         config[place] = named
-    kept = {key: value for key, value in its_facts.items() if key not in ("digest", "body", "format_version", "ended")}
+    kept = {
+        key: value
+        for key, value in its_facts.items()
+        if key not in ("digest", "body", "format_version", "ended")
+    }
     return store.write(
-        run_of_ours / "file.ckpt", state | {"config": compose.to_yaml(config)}, kept | {"ended": None}
+        run_of_ours / "file.ckpt",
+        state | {"config": compose.to_yaml(config)},
+        kept | {"ended": None},
     ).path
 
 
@@ -343,8 +374,12 @@ def test_a_config_that_names_what_is_no_class_of_its_place_is_refused(
 
 
 @pytest.fixture
-def named_by_a_stranger(run_of_ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A checkpoint whose config names a class of a module that can be imported here, and leaves a file when it is."""
+def named_by_a_stranger(
+    run_of_ours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A checkpoint whose config names a class of a module that can be imported here, and leaves a
+    file when it is.
+    """
     (tmp_path / "of_a_stranger.py").write_text(
         f"import os\nos.mkdir({str(tmp_path / 'imported')!r})\nclass Model: ...\n"
     )
@@ -353,13 +388,18 @@ def named_by_a_stranger(run_of_ours: Path, tmp_path: Path, monkeypatch: pytest.M
     sys.modules.pop("of_a_stranger", None)
 
 
-@pytest.mark.parametrize("words", [["FILE", "--plan"], ["FILE", "--trainer.max_epochs", "2"]], ids=["plan", "resume"])
+@pytest.mark.parametrize(
+    "words", [["FILE", "--plan"], ["FILE", "--trainer.max_epochs", "2"]], ids=["plan", "resume"]
+)
 def test_a_resume_imports_what_the_config_names_so_a_strangers_is_not_to_be_resumed(
     words: list[str], named_by_a_stranger: Path, tmp_path: Path
 ) -> None:
     assert resume(*given(words, tmp_path, named_by_a_stranger), "--output_dir", str(tmp_path)) == 2
     assert (tmp_path / "imported").exists()
-    assert "its config is not to be resumed, nor evaluated, nor exported" in (ROOT / "docs/exactness.md").read_text()
+    assert (
+        "its config is not to be resumed, nor evaluated, nor exported"
+        in (ROOT / "docs/exactness.md").read_text()
+    )
 
 
 BUILDING = ("eval", "export")  # the model, as a resume does
@@ -378,5 +418,7 @@ def test_no_command_that_only_reads_imports_what_the_config_names(
 def test_to_begin_with_the_weights_of_a_file_imports_nothing_that_its_config_names(
     named_by_a_stranger: Path, tmp_path: Path
 ) -> None:
-    assert train("--init_from", str(named_by_a_stranger), "--output_dir", str(tmp_path / "new")) == 0
+    assert (
+        train("--init_from", str(named_by_a_stranger), "--output_dir", str(tmp_path / "new")) == 0
+    )
     assert not (tmp_path / "imported").exists()

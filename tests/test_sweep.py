@@ -1,4 +1,6 @@
-"""Sweeps: trials are runs, finished ones are not run again, one that was cut off goes on. Real trials need the extra."""
+"""Sweeps: trials are runs, finished ones are not run again, one that was cut off goes on. Real
+trials need the extra.
+"""
 
 import csv
 import json
@@ -24,8 +26,13 @@ SMALL = {
 
 
 def written(path: Path, **changed: Any) -> Path:
-    content = {"config": "configs/mnist.yaml", "parameters": {"model.lr": {"choices": [0.001, 0.02]}}} | changed
-    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not ...}))
+    content = {
+        "config": "configs/mnist.yaml",
+        "parameters": {"model.lr": {"choices": [0.001, 0.02]}},
+    } | changed
+    path.write_text(
+        yaml.safe_dump({key: value for key, value in content.items() if value is not ...})
+    )
     return path
 
 
@@ -38,13 +45,22 @@ def written(path: Path, **changed: Any) -> Path:
         ({"mode": "maximum"}, "min or max"),
         ({"parameters": {"model.lr": 0.1}}, "parameters.model.lr is 0.1"),
         ({"parameters": {"model.lr": {"low": 0.1}}}, "low: 0.001, high: 0.1"),
-        ({"sampler": "grid", "parameters": {"model.lr": {"low": 0.1, "high": 1.0}}}, "a grid has choices"),
+        (
+            {"sampler": "grid", "parameters": {"model.lr": {"low": 0.1, "high": 1.0}}},
+            "a grid has choices",
+        ),
         ({"parameters": ["model.lr"]}, "parameters is .* a value of type dict"),
         ({"parameters": {}}, "a config key or more"),
         ({"parameters": {"model.lr": {"low": 1.0, "high": 0.1}}}, "low below high"),
         ({"parameters": {"model.lr": {"low": "a", "high": "b"}}}, "parameters.model.lr is"),
-        ({"parameters": {"model.lr": {"low": 0, "high": 1, "log": True}}}, "parameters.model.lr is"),
-        ({"parameters": {"model.lr": {"low": 1, "high": 8, "log": True, "step": 2}}}, "parameters.model.lr is"),
+        (
+            {"parameters": {"model.lr": {"low": 0, "high": 1, "log": True}}},
+            "parameters.model.lr is",
+        ),
+        (
+            {"parameters": {"model.lr": {"low": 1, "high": 8, "log": True, "step": 2}}},
+            "parameters.model.lr is",
+        ),
         ({"parameters": {"model.lr": {"choices": []}}}, "parameters.model.lr is"),
         ({"trials": "many"}, "trials is many. Expected a value of type int"),
         ({"trials": 0}, "trials is 0. Expected 1 or more"),
@@ -74,7 +90,9 @@ def test_what_is_wrong_with_the_config_of_a_sweep_costs_no_trial(
         sweep_file.read(written(tmp_path / "wrong.yaml", **changed))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "sweep").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_sweep_of_the_project_reads_and_its_values_fit_its_config(path: Path) -> None:
     import project  # noqa: F401
     from savepoint.config import compose, typed
@@ -82,21 +100,27 @@ def test_every_sweep_of_the_project_reads_and_its_values_fit_its_config(path: Pa
     asked = sweep_file.read(path)
     for edge in (0, -1):
         values = {
-            key: space["choices"][edge] if "choices" in space else space["low" if edge == 0 else "high"]
+            key: space["choices"][edge]
+            if "choices" in space
+            else space["low" if edge == 0 else "high"]
             for key, space in asked.parameters.items()
         }
         flags = [f"--{key}={value}" for key, value in {**asked.overrides, **values}.items()]
-        parsed = compose.flatten(typed.dump(typed.parse(["--config", str(ROOT / asked.config), *flags])))
+        parsed = compose.flatten(
+            typed.dump(typed.parse(["--config", str(ROOT / asked.config), *flags]))
+        )
         assert {key: parsed[key] for key in values} == values
 
 
-def test_without_its_package_the_command_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_package_the_command_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"optuna.*pip install 'savepoint-lightning\[sweep\]'"):
         sweep.run(written(tmp_path / "lr.yaml"), str(tmp_path))
 
 
-# -- with Optuna ---------------------------------------------------------------------------------------------------------
+# -- with Optuna ---------------------------------------------------------------------------------
 
 
 def command(file: Path, out: Path) -> list[str]:
@@ -124,8 +148,13 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_sweep_tells_a_script_each_trial_and_the_best_of_them(file: Path) -> None:
-    spaces = {"model.lr": {"low": 0.005, "high": 0.05, "log": True}, "data.batch_size": {"choices": [32, 64]}}
-    done = swept(written(file, sampler="tpe", trials=2, overrides=SMALL, parameters=spaces), "--json")
+    spaces = {
+        "model.lr": {"low": 0.005, "high": 0.05, "log": True},
+        "data.batch_size": {"choices": [32, 64]},
+    }
+    done = swept(
+        written(file, sampler="tpe", trials=2, overrides=SMALL, parameters=spaces), "--json"
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert [one["state"] for one in told["trials"]] == ["complete", "complete"]
@@ -137,9 +166,18 @@ def test_a_sweep_tells_a_script_each_trial_and_the_best_of_them(file: Path) -> N
     assert Path(told["plot"]).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_trial_that_is_refused_or_measures_another_metric_stops_the_sweep_and_stays_open(file: Path) -> None:
+def test_a_trial_that_is_refused_or_measures_another_metric_stops_the_sweep_and_stays_open(
+    file: Path,
+) -> None:
     small = SMALL | {"trainer.max_epochs": 1}
-    done = swept(written(file, sampler="grid", overrides=small, parameters={"model.lr": {"choices": ["much", 0.02]}}))
+    done = swept(
+        written(
+            file,
+            sampler="grid",
+            overrides=small,
+            parameters={"model.lr": {"choices": ["much", 0.02]}},
+        )
+    )
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert "trial-000 was refused: " in done.stderr
     assert "much" in done.stderr
@@ -160,14 +198,22 @@ def test_a_record_that_is_damaged_and_a_sweep_that_runs_are_refused(file: Path) 
     with sweep._lock(directory).locked():
         done = swept(file)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert f"Another process runs this sweep: {directory}, held by pid {os.getpid()} on" in done.stderr
+    assert (
+        f"Another process runs this sweep: {directory}, held by pid {os.getpid()} on" in done.stderr
+    )
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])
-def test_a_sweep_that_is_cut_off_goes_on_with_the_values_that_it_would_have_had(sampler: str, tmp_path: Path) -> None:
+def test_a_sweep_that_is_cut_off_goes_on_with_the_values_that_it_would_have_had(
+    sampler: str, tmp_path: Path
+) -> None:
     optuna = pytest.importorskip("optuna", reason="needs: make extras")
     asked = sweep_file.read(
-        written(tmp_path / "a.yaml", sampler=sampler, parameters={"model.lr": {"low": 0.001, "high": 0.1}})
+        written(
+            tmp_path / "a.yaml",
+            sampler=sampler,
+            parameters={"model.lr": {"low": 0.001, "high": 0.1}},
+        )
     )
     drawn: dict[str, list[float]] = {}
     for name, parts in (("whole", [4]), ("cut off", [1, 2, 1])):
@@ -195,7 +241,8 @@ def test_a_trial_that_failed_is_told_and_tried_again(file: Path) -> None:
         assert process.poll() is None
         time.sleep(0.02)
     subprocess.run(
-        ["pkill", "-KILL", "-f", "--", f"--output_dir {file.parent / 'tiny'} --run_name trial-000"], check=True
+        ["pkill", "-KILL", "-f", "--", f"--output_dir {file.parent / 'tiny'} --run_name trial-000"],
+        check=True,
     )
     said = process.communicate()[0]
     assert process.returncode == 1, said
@@ -210,7 +257,9 @@ def test_a_trial_that_failed_is_told_and_tried_again(file: Path) -> None:
 def test_a_sweep_that_is_killed_says_who_still_trains_and_then_goes_on(file: Path) -> None:
     one = {"model.lr": {"choices": [0.02]}}
     written(file, sampler="grid", parameters=one, overrides=SMALL | {"trainer.max_epochs": 60})
-    process = subprocess.Popen(command(file, file.parent), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(file, file.parent), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL
+    )
     lock = file.parent / "tiny" / "trial-000" / "run.json"
     while not lock.exists():
         assert process.poll() is None
@@ -233,7 +282,9 @@ def test_a_sweep_that_is_killed_says_who_still_trains_and_then_goes_on(file: Pat
 def test_a_trial_that_falls_behind_is_stopped_shown_and_not_run_again(file: Path) -> None:
     values = [0.02, 0.03, 0.015, 0.025, 1e-7]
     overrides = SMALL | {"trainer.max_epochs": 6}
-    pruning = written(file, sampler="grid", parameters={"model.lr": {"choices": values}}, overrides=overrides)
+    pruning = written(
+        file, sampler="grid", parameters={"model.lr": {"choices": values}}, overrides=overrides
+    )
     done = swept(pruning)
     assert done.returncode == 0, done.stderr
     assert sorted(states(file)) == ["complete"] * 4 + ["pruned"]
@@ -247,8 +298,12 @@ def test_a_trial_that_falls_behind_is_stopped_shown_and_not_run_again(file: Path
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_cut_off_goes_on_with_the_same_trial_and_repeats_none(file: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(command(file, tmp_path), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+def test_a_sweep_that_is_cut_off_goes_on_with_the_same_trial_and_repeats_none(
+    file: Path, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        command(file, tmp_path), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
+    )
     second = tmp_path / "tiny" / "trial-001" / "checkpoints"
     until = time.monotonic() + 240
     while not list(second.glob("step-*.ckpt")):
@@ -259,7 +314,9 @@ def test_a_sweep_that_is_cut_off_goes_on_with_the_same_trial_and_repeats_none(fi
     process.communicate()
     assert process.returncode == 143
     before = (tmp_path / "tiny" / "trial-000" / "run.json").read_bytes()
-    done = subprocess.run(command(file, tmp_path), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        command(file, tmp_path), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "2 trials, 1 done" in done.stdout
     assert (tmp_path / "tiny" / "trial-000" / "run.json").read_bytes() == before
@@ -270,5 +327,7 @@ def test_a_sweep_that_is_cut_off_goes_on_with_the_same_trial_and_repeats_none(fi
     assert {row["state"] for row in rows} == {"complete"}
     assert rows[0]["val/accuracy"] >= rows[1]["val/accuracy"]
     assert (tmp_path / "tiny" / "trials.png").read_bytes().startswith(b"\x89PNG")
-    again = subprocess.run(command(file, tmp_path), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    again = subprocess.run(
+        command(file, tmp_path), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
     assert "2 trials, 2 done" in again.stdout

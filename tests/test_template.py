@@ -1,4 +1,5 @@
-"""A copy of the template: what is in it, how it gets a newer library, and that other projects train in it.
+"""A copy of the template: what is in it, how it gets a newer library, and that other projects train
+in it.
 
 The template of these tests is the working tree, committed to a repository of its own.
 """
@@ -86,7 +87,9 @@ def test_a_copy_is_what_is_committed_under_a_name_of_its_own(template: Path, whe
     assert (project["name"], project["version"]) == ("black-cats", "0.1.0")
     assert {"license", "authors"} & project.keys() == set()
     name = "from savepoint.run import default_name; print(default_name('mnist'))"
-    made = subprocess.check_output([sys.executable, "-B", "-c", name], cwd=copy, env=environment(copy), text=True)
+    made = subprocess.check_output(
+        [sys.executable, "-B", "-c", name], cwd=copy, env=environment(copy), text=True
+    )
     assert re.fullmatch(r"black-cats-mnist-\d{8}-\d{6}\n", made)
     assert git(copy, "status", "--porcelain", "--ignored") == ""
     subject = f"black-cats, from Savepoint ({git(template, 'rev-parse', 'HEAD')[:7]})"
@@ -118,9 +121,13 @@ def test_a_copy_needs_its_own_files_and_wheel_alone(cats: Path) -> None:
         assert not any(gone in text for text in texts), gone
     targets = re.findall(r"^make (\S+)", copied["README.md"].decode(), re.MULTILINE)
     for target in [*targets, "extras", "upgrade"]:
-        done = subprocess.run(["make", "--dry-run", target], cwd=cats, capture_output=True, text=True)
+        done = subprocess.run(
+            ["make", "--dry-run", target], cwd=cats, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
-    assert subprocess.run(["make", "--dry-run", "new"], cwd=cats, capture_output=True).returncode == 2
+    assert (
+        subprocess.run(["make", "--dry-run", "new"], cwd=cats, capture_output=True).returncode == 2
+    )
 
 
 def test_the_wheel_is_built_of_what_is_committed_and_holds_it_all(template: Path) -> None:
@@ -143,7 +150,9 @@ def test_a_copy_with_the_library_as_sources_has_all_of_it(template: Path) -> Non
     assert done.returncode == 0, done.stderr
     copy = template.parent / "cats"
     copied = files(copy)
-    library = {name: text for name, text in files(template).items() if name.startswith("src/savepoint/")}
+    library = {
+        name: text for name, text in files(template).items() if name.startswith("src/savepoint/")
+    }
     assert library.items() <= copied.items()
     assert copied["requirements.txt"].decode().endswith("\n-e ./src/savepoint\n-e .\n")
     assert not any(name.endswith(".whl") for name in copied)
@@ -160,8 +169,12 @@ def test_the_first_commit_is_the_users_or_the_projects_where_git_knows_no_user(
     committed: Path, tmp_path: Path, wheel: Path, known: bool
 ) -> None:
     config = tmp_path / "gitconfig"
-    config.write_text("[user]\nname = Ada\nemail = ada@example.org\n" if known else "[commit]\ngpgSign = true\n")
-    unknown = {key: "" for key in ("EMAIL", "GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME") if key in os.environ}
+    config.write_text(
+        "[user]\nname = Ada\nemail = ada@example.org\n" if known else "[commit]\ngpgSign = true\n"
+    )
+    unknown = {
+        key: "" for key in ("EMAIL", "GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME") if key in os.environ
+    }
     settings = {"GIT_CONFIG_GLOBAL": str(config), "GIT_CONFIG_NOSYSTEM": "1"} | unknown
     copy = make(committed, tmp_path / "cats", wheel, **settings)
     author = git(copy, "log", "--format=%an <%ae>")
@@ -172,9 +185,15 @@ def test_a_copy_that_a_git_hook_makes_leaves_the_repository_of_the_hook_alone(
     committed: Path, tmp_path: Path, wheel: Path
 ) -> None:
     before = git(committed, "log", "--all", "--format=%H"), git(committed, "status", "--porcelain")
-    called_by_git = {"GIT_DIR": str(committed / ".git"), "GIT_INDEX_FILE": str(committed / ".git/index")}
+    called_by_git = {
+        "GIT_DIR": str(committed / ".git"),
+        "GIT_INDEX_FILE": str(committed / ".git/index"),
+    }
     copy = make(committed, tmp_path / "cats", wheel, **called_by_git)
-    assert (git(committed, "log", "--all", "--format=%H"), git(committed, "status", "--porcelain")) == before
+    assert (
+        git(committed, "log", "--all", "--format=%H"),
+        git(committed, "status", "--porcelain"),
+    ) == before
     assert len(git(copy, "log", "--format=%H").splitlines()) == 1
 
 
@@ -226,7 +245,9 @@ def test_a_bad_name_or_place_is_refused_and_leaves_nothing(
     assert sorted(crowded.parent.rglob("*")) == before
 
 
-def test_an_empty_directory_is_a_place_for_a_copy(committed: Path, tmp_path: Path, wheel: Path) -> None:
+def test_an_empty_directory_is_a_place_for_a_copy(
+    committed: Path, tmp_path: Path, wheel: Path
+) -> None:
     (tmp_path / "cats").mkdir()
     assert (make(committed, tmp_path / "cats", wheel) / "train.py").exists()
 
@@ -243,7 +264,9 @@ def test_a_template_without_a_repository_of_its_own_is_refused(template: Path) -
 
 
 @pytest.mark.root
-def test_a_repository_that_git_does_not_trust_is_refused_with_the_command_that_trusts_it(template: Path) -> None:
+def test_a_repository_that_git_does_not_trust_is_refused_with_the_command_that_trusts_it(
+    template: Path,
+) -> None:
     for path in (template, *template.rglob("*")):
         os.chown(path, 65534, 65534, follow_symlinks=False)
     said = f"Another user's repository: {template}. Expected one that git trusts. If you trust it: git config --global"
@@ -251,11 +274,16 @@ def test_a_repository_that_git_does_not_trust_is_refused_with_the_command_that_t
 
 
 def test_a_machine_without_git_is_told_so(committed: Path) -> None:
-    refused(call(committed, "new", "cats", "../cats", PATH=str(committed)), "No git on this machine")
+    refused(
+        call(committed, "new", "cats", "../cats", PATH=str(committed)), "No git on this machine"
+    )
 
 
 def test_a_copy_of_a_copy_is_refused(cats: Path) -> None:
-    refused(call(cats, "new", "dogs", "../dogs"), f"Not the template: {cats}, where pyproject.toml names cats")
+    refused(
+        call(cats, "new", "dogs", "../dogs"),
+        f"Not the template: {cats}, where pyproject.toml names cats",
+    )
 
 
 def test_a_wheel_that_cannot_be_built_is_refused_and_leaves_nothing(template: Path) -> None:
@@ -292,10 +320,14 @@ def test_an_interrupted_copy_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
 
-def test_a_copy_that_is_interrupted_while_the_wheel_is_built_leaves_nothing(committed: Path, tmp_path: Path) -> None:
+def test_a_copy_that_is_interrupted_while_the_wheel_is_built_leaves_nothing(
+    committed: Path, tmp_path: Path
+) -> None:
     slow_pip = tmp_path / "slow" / "pip.py"
     slow_pip.parent.mkdir()
-    slow_pip.write_text(f"open({str(slow_pip.parent / 'here')!r}, 'w').close()\nimport time; time.sleep(60)\n")
+    slow_pip.write_text(
+        f"open({str(slow_pip.parent / 'here')!r}, 'w').close()\nimport time; time.sleep(60)\n"
+    )
     paths = f"{slow_pip.parent}:{environment(committed)['PYTHONPATH']}"
     process = subprocess.Popen(
         [sys.executable, "-m", "savepoint.template", "new", "cats", str(tmp_path / "cats")],
@@ -399,7 +431,14 @@ def test_another_model_and_other_data_train_are_killed_and_resume_exactly_in_a_c
     copy: Path, library: Path, name: str, score: str
 ) -> None:
     make_it_yours(copy, PROJECTS[name])
-    command = ["train.py", "--config", "configs/mine.yaml", "--checkpoint.save_every_steps", "5", "--run_name"]
+    command = [
+        "train.py",
+        "--config",
+        "configs/mine.yaml",
+        "--checkpoint.save_every_steps",
+        "5",
+        "--run_name",
+    ]
     end(start(copy, library, *command, "straight"))
     killed = start(copy, library, *command, "killed")
     stop_after_a_save(killed, copy / "outputs/killed", signal.SIGKILL)
@@ -409,15 +448,25 @@ def test_another_model_and_other_data_train_are_killed_and_resume_exactly_in_a_c
     assert rows(copy / "outputs/straight") == rows(copy / "outputs/killed")
     assert resumed[score] is not None
     assert "verifies" in end(start(copy, library, "-m", "savepoint", "verify", "outputs/killed"))
-    end(start(copy, library, "-m", "savepoint", "export", "outputs/killed", "--format", "safetensors"))
+    end(
+        start(
+            copy, library, "-m", "savepoint", "export", "outputs/killed", "--format", "safetensors"
+        )
+    )
     assert git(copy, "status", "--porcelain") == "", "a run leaves nothing that git would see"
 
 
 @pytest.mark.parametrize(
     "name",
-    ["sums", pytest.param("waves", marks=pytest.mark.slow), pytest.param("gan", marks=pytest.mark.slow)],
+    [
+        "sums",
+        pytest.param("waves", marks=pytest.mark.slow),
+        pytest.param("gan", marks=pytest.mark.slow),
+    ],
 )
-def test_the_tests_of_a_copy_pass_with_another_model_and_other_data(copy: Path, library: Path, name: str) -> None:
+def test_the_tests_of_a_copy_pass_with_another_model_and_other_data(
+    copy: Path, library: Path, name: str
+) -> None:
     make_it_yours(copy, PROJECTS[name])
     said = end(start(copy, library, "-m", "pytest", "-q"))
     assert "2 passed" in said
@@ -439,14 +488,24 @@ def test_a_checkpoint_of_the_old_library_resumes_with_the_new_one(
     copy: Path, library: Path, newer: Path, tmp_path: Path
 ) -> None:
     make_it_yours(copy, PROJECTS["sums"])
-    command = ["train.py", "--config", "configs/mine.yaml", "--checkpoint.save_every_steps", "5", "--run_name"]
+    command = [
+        "train.py",
+        "--config",
+        "configs/mine.yaml",
+        "--checkpoint.save_every_steps",
+        "5",
+        "--run_name",
+    ]
     end(start(copy, library, *command, "straight"))
     stopped = start(copy, library, *command, "stopped")
     stop_after_a_save(stopped, copy / "outputs/stopped", signal.SIGTERM)
     assert call(copy, "upgrade", str(newer)).returncode == 0
     upgraded = unpacked(copy / "vendor" / newer.name, tmp_path / "upgraded")
     end(start(copy, upgraded, "resume.py", "outputs/stopped"))
-    ends = [store.CheckpointStore(copy / "outputs" / one / "checkpoints").latest() for one in ("straight", "stopped")]
+    ends = [
+        store.CheckpointStore(copy / "outputs" / one / "checkpoints").latest()
+        for one in ("straight", "stopped")
+    ]
     versions = [one.manifest["versions"]["savepoint"] for one in ends if one]
     assert versions == [savepoint.__version__, "97.0.1"]
     straight, resumed = (final_state(copy / "outputs" / one) for one in ("straight", "stopped"))
@@ -480,7 +539,9 @@ def test_a_copy_sets_itself_up_is_linted_tested_and_upgraded(
     known = make_environment(copy)
 
     def run(*command: str) -> str:
-        ended = subprocess.run(command, cwd=copy, env=known, capture_output=True, text=True, timeout=600)
+        ended = subprocess.run(
+            command, cwd=copy, env=known, capture_output=True, text=True, timeout=600
+        )
         assert ended.returncode == 0, (command, ended.stdout[-3000:], ended.stderr[-3000:])
         return ended.stdout
 
@@ -497,4 +558,6 @@ def test_a_copy_sets_itself_up_is_linted_tested_and_upgraded(
         assert f"{copy}/src/savepoint/__init__.py" in run(".venv/bin/python", "-c", where)
     run("make", "clean")
     git(copy, "checkout", "--quiet", ".")
-    assert [line for line in git(copy, "status", "--porcelain").splitlines() if newer.name not in line] == []
+    assert [
+        line for line in git(copy, "status", "--porcelain").splitlines() if newer.name not in line
+    ] == []

@@ -1,4 +1,6 @@
-"""TensorBoard itself, started as a person would, shows a run that was stopped and resumed as one curve."""
+"""TensorBoard itself, started as a person would, shows a run that was stopped and resumed as one
+curve.
+"""
 
 import json
 import os
@@ -29,7 +31,9 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Killed twice before the newest checkpoint was there: steps 8 to 17, then 12 to 17 were logged again."""
+    """Killed twice before the newest checkpoint was there: steps 8 to 17, then 12 to 17 were logged
+    again.
+    """
     outputs = tmp_path_factory.mktemp("outputs")
     run_dir = outputs / "killed"
     start.start(quick.check([*SMALL, "--output_dir", str(outputs), "--run_name", "killed"]))
@@ -43,7 +47,8 @@ def go_on_from(run_dir: Path, step: int, time_of_the_start_before: str) -> None:
         if file.name not in [f"step-{saved:08d}.ckpt" for saved in range(step + 1)]:
             file.unlink()
     for file in run_dir.glob("events.out.tfevents.*"):
-        if not file.name.endswith("before"):  # in its name stands the second, and two starts are never of the same
+        # In its name stands the second, and two starts are never of the same.
+        if not file.name.endswith("before"):
             file.rename(file.with_name(f"events.out.tfevents.{time_of_the_start_before}.before"))
     for name in ("SAVEPOINT_RUN_DIR", "SAVEPOINT_CHECKPOINT"):  # as in a process of its own
         os.environ.pop(name, None)
@@ -54,13 +59,18 @@ def go_on_from(run_dir: Path, step: int, time_of_the_start_before: str) -> None:
 
 @pytest.fixture(scope="module", params=["auto", "false"])
 def ask(run_dir: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
-    """Asks a running TensorBoard for data: one that reads with its data server, and one that reads in Python."""
+    """Asks a running TensorBoard for data: one that reads with its data server, and one that reads
+    in Python.
+    """
     log = run_dir.parent / "tensorboard.log"
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", run_dir, "--port", "0", "--host", "127.0.0.1",
                "--load_fast", request.param]  # fmt: skip
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
     try:
         until, found = time.monotonic() + 120, None
@@ -85,7 +95,9 @@ def ask(run_dir: Path, request: pytest.FixtureRequest) -> Iterator[Callable[...,
         process.wait()
 
 
-@pytest.mark.parametrize("tag", ["train/loss_step", "train/loss", "val/loss", "val/accuracy", "test/accuracy"])
+@pytest.mark.parametrize(
+    "tag", ["train/loss_step", "train/loss", "val/loss", "val/accuracy", "test/accuracy"]
+)
 def test_a_killed_and_resumed_run_is_one_curve_that_equals_the_log(
     run_dir: Path, ask: Callable[..., Any], tag: str
 ) -> None:
@@ -93,7 +105,9 @@ def test_a_killed_and_resumed_run_is_one_curve_that_equals_the_log(
     seen = [(step, value) for _, step, value in ask("scalars/scalars", run=".", tag=tag)]
     logged = [(int(row["step"]), float(row[tag])) for row in rows(run_dir) if tag in row]
     assert [step for step, _ in seen] == [step for step, _ in logged]
-    assert torch.equal(torch.tensor([value for _, value in seen]), torch.tensor([value for _, value in logged]))
+    assert torch.equal(
+        torch.tensor([value for _, value in seen]), torch.tensor([value for _, value in logged])
+    )
 
 
 def test_no_step_of_the_curve_is_missing_or_doubled(ask: Callable[..., Any]) -> None:
@@ -101,7 +115,9 @@ def test_no_step_of_the_curve_is_missing_or_doubled(ask: Callable[..., Any]) -> 
     assert steps == list(range(18))
 
 
-def test_every_metric_of_the_log_is_there_and_no_other(run_dir: Path, ask: Callable[..., Any]) -> None:
+def test_every_metric_of_the_log_is_there_and_no_other(
+    run_dir: Path, ask: Callable[..., Any]
+) -> None:
     logged = {name for row in rows(run_dir) for name in row} - {"step"}
     assert set(ask("scalars/tags")["."]) == logged
 

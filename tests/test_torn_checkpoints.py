@@ -1,4 +1,6 @@
-"""Every part of a signal's checkpoint is of one step, also where the signal falls into the middle of an optimizer's step."""
+"""Every part of a signal's checkpoint is of one step, also where the signal falls into the middle
+of an optimizer's step.
+"""
 
 import os
 import random
@@ -27,7 +29,9 @@ PARAMETERS = 80
 
 
 class OneMore(torch.optim.Optimizer):
-    """Adds one to every parameter, one after the other. Between two of them it may send its process a signal."""
+    """Adds one to every parameter, one after the other. Between two of them it may send its process
+    a signal.
+    """
 
     def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
         super().__init__(parameters, {})
@@ -67,7 +71,9 @@ class Data(LightningDataModule):
 
 
 class Signals(Callback):
-    """First one that asks for a save, then one that stops: from another thread at a random time, or within a step."""
+    """First one that asks for a save, then one that stops: from another thread at a random time, or
+    within a step.
+    """
 
     savepoint_skip = frozenset(
         {"randoms", "signals", "within_a_step", "left", "began"}
@@ -81,17 +87,23 @@ class Signals(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = trainer.global_step
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if not self.signals or trainer.global_step < self.began + 2:
             return
         if self.within_a_step:
-            trainer.optimizers[0].send = {self.randoms.randrange(1, PARAMETERS): self.signals.pop(0)}
+            trainer.optimizers[0].send = {
+                self.randoms.randrange(1, PARAMETERS): self.signals.pop(0)
+            }
             self.began = trainer.global_step
         else:
             threading.Thread(target=self._send, args=(self.signals,)).start()
             self.signals = []
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self.left.set()
 
     def _send(self, signals: list[int]) -> None:
@@ -111,7 +123,11 @@ def steps_in(state: dict[str, Any]) -> set[int]:
 
 def train(directory: Path, signals: Signals, **arguments: Any) -> None:
     checkpointing = CheckpointCallback(
-        monitor=None, save_every_epochs=None, keep_last=999, keep_best=0, async_save=arguments.pop("async_save", False)
+        monitor=None,
+        save_every_epochs=None,
+        keep_last=999,
+        keep_best=0,
+        async_save=arguments.pop("async_save", False),
     )
     fit(directory, checkpointing=checkpointing, model=Counting, data=Data, callbacks=lambda: [signals],
         max_epochs=-1, limit_val_batches=0, **arguments)  # fmt: skip
@@ -124,17 +140,30 @@ def test_of_sixty_signal_checkpoints_none_holds_two_steps(async_save: bool, tmp_
     for nth in range(99):
         latest, signals = found.latest(), Signals(randoms, signal.SIGUSR1, STOPPING[nth % 3])
         with pytest.raises(Preempted):
-            train(tmp_path, signals, async_save=async_save, ckpt_path=latest and latest.path, max_steps=9999)
+            train(
+                tmp_path,
+                signals,
+                async_save=async_save,
+                ckpt_path=latest and latest.path,
+                max_steps=9999,
+            )
         if len(found.checkpoints()) >= 60:
             break
     files = found.checkpoints()
     assert len(files) >= 60
-    assert {one.manifest["reason"] for one in files} == {"request or time", "signal 15", "signal 2", "signal 1"}
+    assert {one.manifest["reason"] for one in files} == {
+        "request or time",
+        "signal 15",
+        "signal 2",
+        "signal 1",
+    }
     assert [one.step for one in files if steps_in(store.load(one.path)[0]) != {one.step}] == []
     print(f"{len(files)} signal checkpoints, none of two steps")
 
 
-def test_a_save_inside_the_handler_would_hold_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_inside_the_handler_would_hold_two_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the test above would see if a handler did more than to note the signal."""
     files: list[Path] = []
 

@@ -1,4 +1,6 @@
-"""However often a run is started, it is one run in its tracker. With the trackers themselves: they need the extras."""
+"""However often a run is started, it is one run in its tracker. With the trackers themselves: they
+need the extras.
+"""
 
 import json
 import os
@@ -14,10 +16,14 @@ from savepoint.trackers import RunMLFlowLogger, RunWandbLogger
 
 
 @pytest.mark.parametrize("logger", [RunWandbLogger, RunMLFlowLogger])
-def test_without_its_package_a_tracker_says_what_to_install(logger: type, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_package_a_tracker_says_what_to_install(
+    logger: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
     extra = logger.__name__.removeprefix("Run").removesuffix("Logger").lower()
     monkeypatch.setattr(f"lightning.pytorch.loggers.{extra}._{extra.upper()}_AVAILABLE", False)
-    with pytest.raises(ConfigError, match=rf"missing: {extra}\..*pip install 'savepoint-lightning\[{extra}\]'"):
+    with pytest.raises(
+        ConfigError, match=rf"missing: {extra}\..*pip install 'savepoint-lightning\[{extra}\]'"
+    ):
         logger()
 
 
@@ -28,12 +34,16 @@ def test_in_mlflow_each_start_of_a_run_is_the_same_run(tmp_path: Path) -> None:
     for run in ("one", "one", "another"):
         logger = RunMLFlowLogger("tests", f"sqlite:///{tmp_path / 'mlflow.db'}")
         logger.join(run, tmp_path / run)
-        logger.log_hyperparams({"lr": 0.1 * (len(ids) + 1)})  # a parameter that was changed: MLflow would refuse it
+        # A parameter that was changed: MLflow would refuse it.
+        logger.log_hyperparams({"lr": 0.1 * (len(ids) + 1)})
         logger.log_metrics({"loss": 1.0}, step=len(ids))
         logger.finalize("success")
         ids.append(logger.run_id)
     assert ids[0] == ids[1] != ids[2]
-    assert [metric.step for metric in logger.experiment.get_metric_history(ids[0], "loss")] == [0, 1]
+    assert [metric.step for metric in logger.experiment.get_metric_history(ids[0], "loss")] == [
+        0,
+        1,
+    ]
 
 
 @pytest.mark.filterwarnings("ignore")  # of wandb's own
@@ -51,17 +61,25 @@ def test_in_wandb_each_start_of_a_run_is_the_same_run(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
-def test_a_resume_by_the_config_goes_on_with_the_run_of_the_tracker(name: str, tmp_path: Path) -> None:
+def test_a_resume_by_the_config_goes_on_with_the_run_of_the_tracker(
+    name: str, tmp_path: Path
+) -> None:
     module = pytest.importorskip(name, reason="needs: make extras")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     configs = ["--config", "configs/fast.yaml", "--config", f"configs/logger/{name}.yaml"]
-    quiet = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {"OMP_NUM_THREADS": "1"}
+    quiet = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {
+        "OMP_NUM_THREADS": "1"
+    }
     for script, *words in (
         ("train.py", *configs, "--run_name", "run", *LITTLE),
         ("resume.py", "outputs/run", "--trainer.max_epochs", "2"),
     ):
         done = subprocess.run(
-            [sys.executable, str(ROOT / script), *words], cwd=tmp_path, env=quiet, capture_output=True, text=True
+            [sys.executable, str(ROOT / script), *words],
+            cwd=tmp_path,
+            env=quiet,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
     run_id = json.loads((tmp_path / "outputs/run/run.json").read_text())["id"]
@@ -73,4 +91,9 @@ def test_a_resume_by_the_config_goes_on_with_the_run_of_the_tracker(name: str, t
     client = module.MlflowClient(f"sqlite:///{tmp_path / 'outputs/mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("savepoint").experiment_id])
     assert run.data.tags["savepoint.run"] == run_id
-    assert [one.step for one in client.get_metric_history(run.info.run_id, "train/loss_step")] == [0, 1, 2, 3]
+    assert [one.step for one in client.get_metric_history(run.info.run_id, "train/loss_step")] == [
+        0,
+        1,
+        2,
+        3,
+    ]

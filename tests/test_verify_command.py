@@ -66,10 +66,12 @@ def findings(capsys: Capture, path: Path, *, wrong: bool = True) -> dict[str, st
     return said
 
 
-# -- what verifies ---------------------------------------------------------------------------------
+# -- what verifies -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["", "checkpoints", "checkpoints/step-00000020.ckpt", "checkpoints/best.ckpt"])
+@pytest.mark.parametrize(
+    "name", ["", "checkpoints", "checkpoints/step-00000020.ckpt", "checkpoints/best.ckpt"]
+)
 def test_what_verifies_exits_with_0(copied: Path, name: str, capsys: Capture) -> None:
     code, lines, _ = verified(capsys, copied / name)
     assert code == 0
@@ -82,7 +84,10 @@ def test_one_damaged_file_exits_with_1_and_is_named(copied: Path, capsys: Captur
     code, lines, _ = verified(capsys, copied)
     assert code == 1
     assert [": verifies: " in line for line in lines] == [True, False, True]
-    assert "step-00000020.ckpt: does not verify: one or more damaged bytes in record archive/data/" in lines[1]
+    assert (
+        "step-00000020.ckpt: does not verify: one or more damaged bytes in record archive/data/"
+        in lines[1]
+    )
     assert verified(capsys, copied / "checkpoints" / "step-00000010.ckpt")[0] == 0
 
 
@@ -208,7 +213,7 @@ def test_a_file_that_may_not_be_read_is_to_be_permitted(
     assert findings(capsys, path) == {said: f"Permit it: chmod u+r {path}"}
 
 
-# -- runs ------------------------------------------------------------------------------------------
+# -- runs ----------------------------------------------------------------------------------------
 
 
 def test_nothing_is_wrong_with_a_finished_run(run_dir: Path, capsys: Capture) -> None:
@@ -222,7 +227,9 @@ def test_nothing_is_wrong_with_a_finished_run(run_dir: Path, capsys: Capture) ->
 
 
 @pytest.mark.parametrize("name", ["step-00000030.ckpt", "step-00000020.ckpt"])
-def test_a_damaged_checkpoint_is_named_with_the_step_to_go_on_from(name: str, run_dir: Path, capsys: Capture) -> None:
+def test_a_damaged_checkpoint_is_named_with_the_step_to_go_on_from(
+    name: str, run_dir: Path, capsys: Capture
+) -> None:
     flip(run_dir / "checkpoints" / name)
     (found,) = findings(capsys, run_dir).items()
     assert found[0].startswith(f"{name} does not verify: one or more damaged bytes in record ")
@@ -230,13 +237,18 @@ def test_a_damaged_checkpoint_is_named_with_the_step_to_go_on_from(name: str, ru
     assert found[1].endswith(f"{python()} resume.py {run_dir}")
 
 
-def test_a_run_without_a_checkpoint_that_verifies_is_started_again(run_dir: Path, capsys: Capture) -> None:
+def test_a_run_without_a_checkpoint_that_verifies_is_started_again(
+    run_dir: Path, capsys: Capture
+) -> None:
     command = f"{python()} train.py --config configs/fast.yaml --run_name"
     for one in store(run_dir).checkpoints():
         truncate(one.path)
     wrong = findings(capsys, run_dir)
     assert len(wrong) == 3
-    assert all(do.endswith(f"Start it again, under another name: {command} first-2") for do in wrong.values())
+    assert all(
+        do.endswith(f"Start it again, under another name: {command} first-2")
+        for do in wrong.values()
+    )
     for path in (run_dir / "checkpoints").iterdir():
         path.unlink()
     assert findings(capsys, run_dir)["It has no checkpoint that verifies."] == (
@@ -244,20 +256,27 @@ def test_a_run_without_a_checkpoint_that_verifies_is_started_again(run_dir: Path
     )
 
 
-def test_a_foreign_file_under_a_checkpoint_s_name_is_no_damage(run_dir: Path, capsys: Capture) -> None:
+def test_a_foreign_file_under_a_checkpoint_s_name_is_no_damage(
+    run_dir: Path, capsys: Capture
+) -> None:
     torch.save({}, run_dir / "checkpoints" / "step-00000040.ckpt")
     (found,) = findings(capsys, run_dir).items()
     assert "a torch.save file without a manifest" in found[0]
     assert found[1].startswith("Start from its weights: ")
 
 
-@pytest.mark.parametrize(("name", "target"), [("last.ckpt", "step-00000030.ckpt"), ("best.ckpt", "step-00000010.ckpt")])
+@pytest.mark.parametrize(
+    ("name", "target"), [("last.ckpt", "step-00000030.ckpt"), ("best.ckpt", "step-00000010.ckpt")]
+)
 def test_a_pointer_that_shows_another_file_is_mended_by_the_command_that_is_named(
     name: str, target: str, run_dir: Path, capsys: Capture
 ) -> None:
     pointer = run_dir / "checkpoints" / name
     pointer.unlink()
-    for damage in (lambda: None, lambda: os.link(run_dir / "checkpoints" / "step-00000020.ckpt", pointer)):
+    for damage in (
+        lambda: None,
+        lambda: os.link(run_dir / "checkpoints" / "step-00000020.ckpt", pointer),
+    ):
         damage()
         (found,) = findings(capsys, run_dir).items()
         assert found[0] == f"{name} does not show {target}."
@@ -289,15 +308,21 @@ def test_damaged_records_are_said(name: str, run_dir: Path, capsys: Capture) -> 
     assert any(what.startswith(f"{name} is damaged") for what in findings(capsys, run_dir))
 
 
-def test_rows_that_the_newest_checkpoint_counts_and_the_log_has_not_are_missed(run_dir: Path, capsys: Capture) -> None:
+def test_rows_that_the_newest_checkpoint_counts_and_the_log_has_not_are_missed(
+    run_dir: Path, capsys: Capture
+) -> None:
     store(run_dir).add(small_state() | {"logged_rows": 3}, facts(40, 40.0))
     for text, there in (("step,loss\n1,2\n", 1), ("", 0), (None, 0)):
         (run_dir / "metrics.csv").unlink(missing_ok=True)
         if text is not None:
             (run_dir / "metrics.csv").write_text(text)
         (what,) = findings(capsys, run_dir)
-        assert what == f"metrics.csv has {there} of the 3 rows that step-00000040.ckpt counts: the others are lost."
-    (run_dir / "metrics.csv").write_text("step,loss\n1,2\n2,2\n3,1\n4,1\n")  # a resume cuts what is too much
+        assert (
+            what
+            == f"metrics.csv has {there} of the 3 rows that step-00000040.ckpt counts: the others are lost."
+        )
+    # A resume cuts what is too much.
+    (run_dir / "metrics.csv").write_text("step,loss\n1,2\n2,2\n3,1\n4,1\n")
     assert findings(capsys, run_dir) == {}
 
 
@@ -313,9 +338,15 @@ def test_weights_that_are_not_finite_are_said(run_dir: Path, capsys: Capture) ->
     assert f"  Choose an older one, with --rewind: {python()} -m savepoint ls {run_dir}\n" in out
 
 
-def test_too_little_room_is_said(run_dir: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=10, f_frsize=1000, f_blocks=99))
-    assert findings(capsys, run_dir).keys() == {"Too little room: 0.01 MB free, a checkpoint takes 0.01 MB."}
+def test_too_little_room_is_said(
+    run_dir: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        os, "statvfs", lambda path: SimpleNamespace(f_bavail=10, f_frsize=1000, f_blocks=99)
+    )
+    assert findings(capsys, run_dir).keys() == {
+        "Too little room: 0.01 MB free, a checkpoint takes 0.01 MB."
+    }
 
 
 def test_a_run_that_ended_before_its_first_save_is_started_again(
@@ -339,7 +370,9 @@ def test_a_directory_that_cannot_be_written_is_said(
 
 def test_what_is_worth_knowing_is_no_fault(run_dir: Path, capsys: Capture) -> None:
     (run_dir / "summary.json").unlink()
-    assert findings(capsys, run_dir, wrong=False).keys() == {"Its training ended, the test was not made."}
+    assert findings(capsys, run_dir, wrong=False).keys() == {
+        "Its training ended, the test was not made."
+    }
     with training_in(run_dir) as pid:
         (what,) = findings(capsys, run_dir, wrong=False)
         assert what.startswith(f"pid {pid} on ")
@@ -351,10 +384,12 @@ def test_what_is_worth_knowing_is_no_fault(run_dir: Path, capsys: Capture) -> No
     truncate(run_dir / "checkpoints" / "step-00000040.ckpt.corrupt")
     notes = findings(capsys, run_dir, wrong=False)
     assert any(what.startswith("1 file that a process was writing when it died") for what in notes)
-    assert any(what.startswith("step-00000040.ckpt.corrupt was set aside: truncated") for what in notes)
+    assert any(
+        what.startswith("step-00000040.ckpt.corrupt was set aside: truncated") for what in notes
+    )
 
 
-# -- what to do with a file ------------------------------------------------------------------------
+# -- what to do with a file ----------------------------------------------------------------------
 
 
 def test_a_whole_file_goes_on_in_its_run_or_in_a_new_one(run_dir: Path, capsys: Capture) -> None:
@@ -369,7 +404,11 @@ def test_a_whole_file_goes_on_in_its_run_or_in_a_new_one(run_dir: Path, capsys: 
     [
         (b"", "empty", "Copy it again"),
         (b"\0" * 5000, "all zero bytes", "Copy it again"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "git-LFS pointer", "git lfs pull --include '"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "git-LFS pointer",
+            "git lfs pull --include '",
+        ),
         (b"<html>", "an HTML page", "download the file again"),
         (b"\x1f\x8b123", "a compressed file", "Unpack it"),
         (b"notes", "a text file", "It is no checkpoint"),
@@ -402,7 +441,9 @@ def test_files_that_torch_wrote_get_advice_of_their_own(tmp_path: Path, capsys: 
     assert "TorchScript" in said
 
 
-def test_a_truncated_copy_is_copied_again_and_one_in_a_run_is_gone_around(run_dir: Path, capsys: Capture) -> None:
+def test_a_truncated_copy_is_copied_again_and_one_in_a_run_is_gone_around(
+    run_dir: Path, capsys: Capture
+) -> None:
     copy = small_checkpoint(run_dir.parent / "copy.ckpt").path
     truncate(copy)
     ((what, do),) = findings(capsys, copy).items()
@@ -410,11 +451,15 @@ def test_a_truncated_copy_is_copied_again_and_one_in_a_run_is_gone_around(run_di
     assert do.startswith("Copy it again")
     truncate(latest(run_dir).path)
     assert (
-        findings(capsys, run_dir / "checkpoints" / "step-00000030.ckpt").popitem()[1].startswith("Go on from step 20")
+        findings(capsys, run_dir / "checkpoints" / "step-00000030.ckpt")
+        .popitem()[1]
+        .startswith("Go on from step 20")
     )
 
 
-def test_a_whole_copy_of_a_damaged_checkpoint_is_what_a_resume_goes_on_from(run_dir: Path, capsys: Capture) -> None:
+def test_a_whole_copy_of_a_damaged_checkpoint_is_what_a_resume_goes_on_from(
+    run_dir: Path, capsys: Capture
+) -> None:
     newest = run_dir / "checkpoints" / "step-00000030.ckpt"
     copy = run_dir / "checkpoints" / "last.ckpt"
     copy.unlink()

@@ -1,6 +1,8 @@
-"""Yours, replace it: what is trained. `model.py` and `figures.py` the network and its pictures, `data.py` its data.
+"""Yours, replace it: what is trained. `model.py` and `figures.py` the network and its pictures,
+`data.py` its data.
 
-The names below are what configs and flags may say without a package path (`--model.net ClassicNet`).
+The names below are what configs and flags may say without a package path (`--model.net
+ClassicNet`).
 """
 
 from project.data import ImageData

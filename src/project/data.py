@@ -1,7 +1,8 @@
-"""The data: MNIST, Fashion-MNIST or the embedded digits, held whole as uint8 tensors and cut into batches at once.
+"""The data: MNIST, Fashion-MNIST or the embedded digits, held whole as uint8 tensors and cut into
+batches at once.
 
-The official test set is the test set. One image in twelve of the training set (5,000 of 60,000), always the same ones
-whatever the seed, is the validation set.
+The official test set is the test set. One image in twelve of the training set (5,000 of 60,000),
+always the same ones whatever the seed, is the validation set.
 """
 
 import hashlib
@@ -25,21 +26,28 @@ from savepoint.errors import ConfigError, DataError
 
 EMBEDDED = "embedded digits"
 EMBEDDED_REPEATS = 10
-"""Times that an epoch goes through the 1,319 embedded training images, each time shifted anew: 103 steps, not 11."""
+"""Times that an epoch goes through the 1,319 embedded training images, each time shifted anew: 103
+steps, not 11.
+"""
 
 
 class ImageData(LightningDataModule):
     """Batches of images (B, 1, 28, 28) uint8 and labels (B,) int64 from one of three data sets.
 
     Args:
-        dataset: `mnist`, `fashion` (Fashion-MNIST) or `digits` (the 1,797 that ship with scikit-learn).
-        root: Folder that holds `MNIST/raw` or `FashionMNIST/raw`. By default the environment's DATA_ROOT, else `data`.
-            Whoever names one gets that data or an error: the fallback is for runs where nothing was named.
+        dataset: `mnist`, `fashion` (Fashion-MNIST) or `digits` (the 1,797 that ship with
+            scikit-learn).
+        root: Folder that holds `MNIST/raw` or `FashionMNIST/raw`. By default the environment's
+            DATA_ROOT, else `data`. Whoever names one gets that data or an error: the fallback is
+            for runs where nothing was named.
         download: Whether a data set that is not there may be downloaded into the root.
-        fallback: What is trained on, said loudly, where the data is not there and cannot be downloaded. Null: an error.
+        fallback: What is trained on, said loudly, where the data is not there and cannot be
+            downloaded. Null: an error.
         batch_size: Images a batch, on each process.
-        shift: Training images move by up to this many pixels each way, anew in every epoch. 0: not at all.
-        in_memory: False reads image by image through a DataLoader: the pattern for data that does not fit in memory.
+        shift: Training images move by up to this many pixels each way, anew in every epoch. 0: not
+            at all.
+        in_memory: False reads image by image through a DataLoader: the pattern for data that does
+            not fit in memory.
         num_workers: Worker processes of that DataLoader; any number gives the same batches.
     """
 
@@ -60,9 +68,16 @@ class ImageData(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        for key, value, least in (("batch_size", batch_size, 1), ("shift", shift, 0), ("num_workers", num_workers, 0)):
+        for key, value, least in (
+            ("batch_size", batch_size, 1),
+            ("shift", shift, 0),
+            ("num_workers", num_workers, 0),
+        ):
             if value < least:
-                raise ConfigError(f"Too small: data.{key} is {value}. Expected {least} or more. Change --data.{key}.")
+                raise ConfigError(
+                    f"Too small: data.{key} is {value}. Expected {least} or more. Change "
+                    f"--data.{key}."
+                )
         self.dataset, self.download, self.fallback = dataset, download, fallback
         self.batch_size, self.shift = batch_size, shift
         self.in_memory, self.num_workers = in_memory, num_workers
@@ -76,12 +91,15 @@ class ImageData(LightningDataModule):
         self.raw = self.root / self.name / "raw"
         self._parts: dict[str, Images] = {}
         self._seed = 0
-        self._not_downloaded = "downloading was not tried" if download else "--data.download is false"
+        self._not_downloaded = (
+            "downloading was not tried" if download else "--data.download is false"
+        )
 
     def prepare_data(self) -> None:
         if self._parts or self.dataset == "digits" or not self.download:
             return
-        if len(sources.missing(self.raw)) < len(sources.FILES):  # whole, or damaged: for `setup` to say
+        # Whole, or damaged: for `setup` to say.
+        if len(sources.missing(self.raw)) < len(sources.FILES):
             return
         try:
             sources.download(self.name, self.raw)
@@ -92,7 +110,8 @@ class ImageData(LightningDataModule):
         if self._parts:  # Lightning calls this before fit and again before test: one split for both
             return
         train, test = self._load()
-        order = np.random.RandomState(0).permutation(len(train))  # frozen by NumPy: the same split in every version
+        # Frozen by NumPy: the same split in every version.
+        order = np.random.RandomState(0).permutation(len(train))
         held_out = len(train) // 12
         val, train = train.pick(order[:held_out]), train.pick(order[held_out:])
         self.fingerprint = _fingerprint(train)
@@ -131,24 +150,37 @@ class ImageData(LightningDataModule):
         """
         where = f"No {self.name} in {self.raw} (the root is {self.root_named_by or 'the default'})"
         if self.root_named_by or not self.fallback:
-            instead = f"leave {self.root_named_by} out" if self.fallback else "allow --data.fallback digits"
+            instead = (
+                f"leave {self.root_named_by} out"
+                if self.fallback
+                else "allow --data.fallback digits"
+            )
             raise DataError(
-                f"{where}, and {self._not_downloaded}. Expected {sources.FILES[0]} and three more, plain or .gz. "
-                f"Put them there, name another root with --data.root or DATA_ROOT, or {instead} for the {EMBEDDED}."
+                f"{where}, and {self._not_downloaded}. Expected {sources.FILES[0]} and three more, "
+                "plain or .gz. Put them there, name another root with --data.root or DATA_ROOT, "
+                f"or {instead} for the {EMBEDDED}."
             )
         _warn(
-            f"WARNING: {where}, and {self._not_downloaded}. The {EMBEDDED} are used instead: this is NOT {self.name}. "
-            f"Name a folder that holds {self.name}/raw with --data.root or DATA_ROOT."
+            f"WARNING: {where}, and {self._not_downloaded}. The {EMBEDDED} are used instead: this "
+            f"is NOT {self.name}. Name a folder that holds {self.name}/raw with --data.root or "
+            "DATA_ROOT."
         )
 
-    def _loader(self, part: str, shuffle: bool = False, shift: int = 0) -> Batches | ResumableLoader:
+    def _loader(
+        self, part: str, shuffle: bool = False, shift: int = 0
+    ) -> Batches | ResumableLoader:
         self.setup()
         data = self._parts[part]
-        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        rank, world_size = (
+            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        )
         augment = RandomShift(shift) if shift else None
         if not self.in_memory:
             loader = DataLoader(
-                OneByOne(data, augment), batch_size=self.batch_size, shuffle=shuffle, num_workers=self.num_workers
+                OneByOne(data, augment),
+                batch_size=self.batch_size,
+                shuffle=shuffle,
+                num_workers=self.num_workers,
             )
             return resumable(loader, seed=self._seed, rank=rank, world_size=world_size)
         if self.trainer and _fits(data, self.trainer.strategy.root_device):
@@ -166,7 +198,8 @@ class ImageData(LightningDataModule):
 
 
 class RandomShift:
-    """Moves each image (B, C, H, W) of a batch by its own random number of pixels, up to `reach` each way; 0 comes in.
+    """Moves each image (B, C, H, W) of a batch by its own random number of pixels, up to `reach`
+    each way; 0 comes in.
 
     The offsets are drawn from the CPU generator that is given, so that every device moves alike.
     """
@@ -175,15 +208,20 @@ class RandomShift:
         self.reach = reach
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        down, right = torch.randint(2 * self.reach + 1, (2, len(images)), generator=generator).to(images.device)
+        down, right = torch.randint(2 * self.reach + 1, (2, len(images)), generator=generator).to(
+            images.device
+        )
         height, width = images.shape[-2:]
-        # A view of each place where the frame can lie on the padded image, (B, C, down, right, H, W): nothing is copied
+        # A view of each place where the frame can lie on the padded image, (B, C, down, right, H,
+        # W): nothing is copied
         frames = F.pad(images, [self.reach] * 4).unfold(2, height, 1).unfold(3, width, 1)
         return frames[torch.arange(len(images), device=images.device), :, down, right]
 
 
 class OneByOne(Dataset[tuple[Tensor, Tensor]]):
-    """Image by image. Draws from torch's global generator, which `resumable` seeds from (seed, epoch, index)."""
+    """Image by image. Draws from torch's global generator, which `resumable` seeds from (seed,
+    epoch, index).
+    """
 
     def __init__(self, data: Images, augment: RandomShift | None) -> None:
         self.data, self.augment = data, augment
@@ -197,13 +235,26 @@ class OneByOne(Dataset[tuple[Tensor, Tensor]]):
 
 
 DIGITS = tuple("0123456789")
-GARMENTS = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Boot")
+GARMENTS = (
+    "T-shirt",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Boot",
+)
 
 _warn = rank_zero_only(logging.getLogger(__name__).warning)
 
 
 def _fits(data: Images, device: torch.device) -> bool:
-    """In a quarter of the accelerator's free memory. Elsewhere than on CUDA, Lightning moves each batch."""
+    """In a quarter of the accelerator's free memory. Elsewhere than on CUDA, Lightning moves each
+    batch.
+    """
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)

@@ -1,4 +1,6 @@
-"""Pictures of a test: the confusion matrix and the worst mistakes. Drawn once, after the test, for TensorBoard or a file."""
+"""Pictures of a test: the confusion matrix and the worst mistakes. Drawn once, after the test, for
+TensorBoard or a file.
+"""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +23,8 @@ CELL = 44
 
 
 class TestFigures(Callback):
-    """Collects what a test got wrong. Needs a `test_step` that returns logits for a batch of (images, labels).
+    """Collects what a test got wrong. Needs a `test_step` that returns logits for a batch of
+    (images, labels).
 
     With several processes the matrix counts all of them, the mistakes are those of rank 0.
     """
@@ -51,21 +54,32 @@ class TestFigures(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         confusion = trainer.strategy.reduce(self.confusion, reduce_op="sum")
-        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        writers = [
+            logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)
+        ]
         if not writers or not len(confusion) or not trainer.is_global_zero:
             return
         names = _names(trainer, len(confusion))
         losses, *rest = (torch.cat(parts) for parts in zip(*self.mistakes, strict=True))
-        images, labels, guesses = (part[losses.argsort(descending=True)[: self.worst]].cpu() for part in rest)
+        images, labels, guesses = (
+            part[losses.argsort(descending=True)[: self.worst]].cpu() for part in rest
+        )
         for writer in writers:
             step = trainer.global_step
-            writer.add_image("test/confusion", _pixels(draw_confusion(confusion.cpu(), names)), step, dataformats="HWC")
+            writer.add_image(
+                "test/confusion",
+                _pixels(draw_confusion(confusion.cpu(), names)),
+                step,
+                dataformats="HWC",
+            )
             if len(images):
                 grid = draw_mistakes(images, labels.tolist(), guesses.tolist(), names)
                 writer.add_image("test/worst_mistakes", _pixels(grid), step, dataformats="HWC")
 
     def report(self, trainer: Trainer, directory: Path) -> tuple[str, dict[str, Any]]:
-        """What `savepoint eval` asks for after a test in one process: a table of the classes, and confusion.png."""
+        """What `savepoint eval` asks for after a test in one process: a table of the classes, and
+        confusion.png.
+        """
         if not len(self.confusion):
             return "", {}
         counts = self.confusion.cpu()
@@ -75,7 +89,11 @@ class TestFigures(Callback):
         rows = per_class(counts, names)
         shares = ("accuracy", "precision", "recall")
         lines = [
-            (row["class"], f"{row['count']}", *("-" if row[key] is None else f"{100 * row[key]:.2f}" for key in shares))
+            (
+                row["class"],
+                f"{row['count']}",
+                *("-" if row[key] is None else f"{100 * row[key]:.2f}" for key in shares),
+            )
             for row in rows
         ]
         text = table(("class", "count", *(f"{key} %" for key in shares)), lines)
@@ -84,7 +102,8 @@ class TestFigures(Callback):
 
 
 def per_class(counts: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-    """For each class how many images it has, and its accuracy against all others, precision and recall.
+    """For each class how many images it has, and its accuracy against all others, precision and
+    recall.
 
     Null where nothing was counted: the precision of a class that was never predicted.
 
@@ -94,7 +113,11 @@ def per_class(counts: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
     total = int(counts.sum())
     rows = []
     for index, name in enumerate(names):
-        right, true, predicted = int(counts[index, index]), int(counts[index].sum()), int(counts[:, index].sum())
+        right, true, predicted = (
+            int(counts[index, index]),
+            int(counts[index].sum()),
+            int(counts[:, index].sum()),
+        )
         rows.append(
             {
                 "class": name, "count": true, "accuracy": (total - true - predicted + 2 * right) / total,
@@ -105,7 +128,8 @@ def per_class(counts: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def draw_confusion(counts: Tensor, names: Sequence[str]) -> Image.Image:
-    """One row a true class, one column a predicted one. Blue is right, red is wrong, stronger is more.
+    """One row a true class, one column a predicted one. Blue is right, red is wrong, stronger is
+    more.
 
     Args:
         counts: (classes, classes) int, `counts[true, predicted]`.
@@ -114,7 +138,9 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Image.Image:
     left, top = 40 + max(round(font.getlength(name)) for name in names), 92
     picture = Image.new("RGB", (left + classes * CELL + 16, top + classes * CELL + 16), PAPER)
     draw = ImageDraw.Draw(picture)
-    draw.text((16, 14), f"{int(counts.diagonal().sum()):,} of {int(counts.sum()):,} right", INK, _font(18))
+    draw.text(
+        (16, 14), f"{int(counts.diagonal().sum()):,} of {int(counts.sum()):,} right", INK, _font(18)
+    )
     draw.text((16, 40), "row: true, column: predicted", INK, _font(13))
     most_wrong = max(1, int((counts - counts.diagonal().diag()).max()))
     for row, name in enumerate(names):
@@ -123,7 +149,11 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Image.Image:
         in_row = max(1, int(counts[row].sum()))
         for column in range(classes):
             count = int(counts[row, column])
-            color = _mix(RIGHT, count / in_row) if row == column else _mix(WRONG, math.sqrt(count / most_wrong))
+            color = (
+                _mix(RIGHT, count / in_row)
+                if row == column
+                else _mix(WRONG, math.sqrt(count / most_wrong))
+            )
             x, y = left + column * CELL, top + row * CELL
             draw.rectangle((x, y, x + CELL - 2, y + CELL - 2), color)
             ink = PAPER if sum(color) < 450 else INK
@@ -132,7 +162,9 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Image.Image:
     return picture
 
 
-def draw_mistakes(images: Tensor, labels: Sequence[int], guesses: Sequence[int], names: Sequence[str]) -> Image.Image:
+def draw_mistakes(
+    images: Tensor, labels: Sequence[int], guesses: Sequence[int], names: Sequence[str]
+) -> Image.Image:
     """A grid of images (N, 1, H, W) uint8, each under its true and its predicted class."""
     columns, side, title, top = min(len(images), 5), 112, 26, 32
     rows = math.ceil(len(images) / columns)
@@ -142,14 +174,24 @@ def draw_mistakes(images: Tensor, labels: Sequence[int], guesses: Sequence[int],
     for i, (image, label, guess) in enumerate(zip(images, labels, guesses, strict=True)):
         x, y = 12 + i % columns * (side + 12), top + i // columns * (side + title + 8)
         words = f"{names[label]} > {names[guess]}"
-        draw.text((x + side / 2, y + title / 2), words, INK, _font(18 if len(words) < 9 else 11), anchor="mm")
-        drawn = Image.fromarray(255 - image[0].numpy()).resize((side, side), Image.Resampling.NEAREST)
+        draw.text(
+            (x + side / 2, y + title / 2),
+            words,
+            INK,
+            _font(18 if len(words) < 9 else 11),
+            anchor="mm",
+        )
+        drawn = Image.fromarray(255 - image[0].numpy()).resize(
+            (side, side), Image.Resampling.NEAREST
+        )
         picture.paste(drawn, (x, y + title))
     return picture
 
 
 def _names(trainer: Trainer, classes: int) -> Sequence[str]:
-    return getattr(getattr(trainer, "datamodule", None), "classes", None) or list(map(str, range(classes)))
+    return getattr(getattr(trainer, "datamodule", None), "classes", None) or list(
+        map(str, range(classes))
+    )
 
 
 def _mix(color: tuple[int, int, int], share: float) -> tuple[int, int, int]:

@@ -20,10 +20,12 @@ Batch = tuple[Tensor, Tensor]
 
 
 class ConvNet(nn.Module):
-    """Four batch-normalised convolutions and one linear layer: images (B, 1, 28, 28) to logits (B, num_classes).
+    """Four batch-normalised convolutions and one linear layer: images (B, 1, 28, 28) to logits (B,
+    num_classes).
 
     Args:
-        width: Channels of the first convolution; the others have 2, 3 and 4 times as many. 16: 47,194 parameters.
+        width: Channels of the first convolution; the others have 2, 3 and 4 times as many. 16:
+            47,194 parameters.
     """
 
     def __init__(self, width: int = 16, num_classes: int = 10) -> None:
@@ -44,7 +46,8 @@ class ConvNet(nn.Module):
 
 
 def _halve(channels_in: int, channels_out: int) -> list[nn.Module]:
-    # Pooled before it is normalised: that leaves the slow, memory-bound layers a quarter of the work.
+    # Pooled before it is normalised: that leaves the slow, memory-bound layers a quarter of the
+    # work.
     return [
         nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False),
         nn.MaxPool2d(2),
@@ -54,7 +57,9 @@ def _halve(channels_in: int, channels_out: int) -> list[nn.Module]:
 
 
 class ClassicNet(nn.Module):
-    """The network of the classic MNIST tutorials, 1.2 million parameters: (B, 1, 28, 28) to logits (B, num_classes)."""
+    """The network of the classic MNIST tutorials, 1.2 million parameters: (B, 1, 28, 28) to logits
+    (B, num_classes).
+    """
 
     def __init__(self, num_classes: int = 10) -> None:
         super().__init__()
@@ -79,7 +84,8 @@ class ImageClassifier(LightningModule):
         net: Maps normalised images (B, 1, 28, 28) to logits (B, num_classes).
         lr: The highest learning rate; `schedule` gives the share of it at each step.
         schedule: Over the whole training, as long as the Trainer says it is.
-        label_smoothing: Of the training loss only: `val/loss` and `test/loss` are plain cross-entropy.
+        label_smoothing: Of the training loss only: `val/loss` and `test/loss` are plain
+            cross-entropy.
         mean: Subtracted from images in 0..1, before they are divided by `std`.
     """
 
@@ -96,19 +102,28 @@ class ImageClassifier(LightningModule):
         std: float = 0.3081,
     ) -> None:
         super().__init__()
-        # Only what weights_only=True reads back. A config names its net; one that was built in Python is not saved and
-        # has to be given again: `load_from_checkpoint(path, net=...)`.
+        # Only what weights_only=True reads back. A config names its net; one that was built in
+        # Python is not saved and has to be given again: `load_from_checkpoint(path, net=...)`.
         self.save_hyperparameters(ignore=["net"])
         if "_instantiator" in self.hparams:  # built from a config
             self.save_hyperparameters()
         self.net = net.to(memory_format=torch.channels_last)  # ConvNet: half the time on a CPU
-        self.lr, self.weight_decay, self.optimizer, self.schedule = lr, weight_decay, optimizer, schedule
+        self.lr, self.weight_decay, self.optimizer, self.schedule = (
+            lr,
+            weight_decay,
+            optimizer,
+            schedule,
+        )
         self.label_smoothing, self.mean, self.std = label_smoothing, mean, std
-        self.train_loss, self.val_loss, self.test_loss = (MeanMetric(nan_strategy="disable") for _ in range(3))
+        self.train_loss, self.val_loss, self.test_loss = (
+            MeanMetric(nan_strategy="disable") for _ in range(3)
+        )
         self.train_accuracy, self.val_accuracy, self.test_accuracy = (
             MulticlassAccuracy(num_classes, average="micro", validate_args=False) for _ in range(3)
         )
-        self.example_input_array = (torch.arange(8 * 28 * 28) * 37 % 256).to(torch.uint8).view(8, 1, 28, 28)
+        self.example_input_array = (
+            (torch.arange(8 * 28 * 28) * 37 % 256).to(torch.uint8).view(8, 1, 28, 28)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, 1, 28, 28), uint8 in 0..255 or float in 0..1."""
@@ -117,13 +132,15 @@ class ImageClassifier(LightningModule):
         logits: Tensor = self.net(normalised.contiguous(memory_format=torch.channels_last))
         return logits
 
-    # The metrics add up at every step and are logged at the end of the epoch: a `self.log` at every step would cost as
-    # much time as a tenth of the network.
+    # The metrics add up at every step and are logged at the end of the epoch: a `self.log` at every
+    # step would cost as much time as a tenth of the network.
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
         logits = self(images)
-        losses = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing, reduction="none")
+        losses = F.cross_entropy(
+            logits, labels, label_smoothing=self.label_smoothing, reduction="none"
+        )
         loss = losses.mean()
         self.train_loss.update(losses.detach())
         self.train_accuracy.update(logits.detach(), labels)
@@ -162,13 +179,17 @@ class ImageClassifier(LightningModule):
         total_steps = self.trainer.estimated_stepping_batches
         if total_steps == float("inf") and self.schedule != "constant":
             raise ConfigError(
-                f"A schedule without an end: model.schedule is {self.schedule}, but the training has no last step. "
-                "Expected one. Set --trainer.max_epochs or --trainer.max_steps, or --model.schedule constant."
+                f"A schedule without an end: model.schedule is {self.schedule}, but the training "
+                "has no last step. Expected one. Set --trainer.max_epochs or --trainer.max_steps, "
+                "or --model.schedule constant."
             )
         optimizer, schedule = self._optimizer(), SCHEDULES[self.schedule]
         # A lambda, because LambdaLR saves the attributes of any other callable with the checkpoint.
         scheduler = LambdaLR(optimizer, lambda step: schedule(step, total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def configure_callbacks(self) -> list[Callback]:
         return [TestFigures()]
@@ -179,7 +200,12 @@ class ImageClassifier(LightningModule):
             return torch.optim.Adadelta(parameters, lr=lr, weight_decay=weight_decay)
         if self.optimizer == "sgd":
             return torch.optim.SGD(
-                parameters, lr=lr, weight_decay=weight_decay, momentum=0.9, nesterov=True, fused=True
+                parameters,
+                lr=lr,
+                weight_decay=weight_decay,
+                momentum=0.9,
+                nesterov=True,
+                fused=True,
             )
         adam = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
         return adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)

@@ -1,4 +1,6 @@
-"""Image files and arrays of any size and colour, brought to what the network knows: grey, 28x28, white on black."""
+"""Image files and arrays of any size and colour, brought to what the network knows: grey, 28x28,
+white on black.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +44,16 @@ def read(path: Path, invert: Invert = "auto") -> list[Picture]:
         if path.is_dir():
             files = sorted(one for one in path.iterdir() if one.suffix.lower() in SUFFIXES)
             if not files:
-                raise DataError(f"No image in this folder: {path}. Expected files that end in {', '.join(SUFFIXES)}.")
+                raise DataError(
+                    f"No image in this folder: {path}. Expected files that end in "
+                    f"{', '.join(SUFFIXES)}."
+                )
             return [read_picture(file, invert) for file in files]
         path.stat()
     except OSError as error:
         raise DataError(
-            f"Cannot be read: {str(path)[:200]} ({error.strerror}). Expected an image, a folder of images or a .npy file. "
-            "Check the path."
+            f"Cannot be read: {str(path)[:200]} ({error.strerror}). Expected an image, a folder of "
+            "images or a .npy file. Check the path."
         ) from error
     return read_array(path, invert) if path.suffix == ".npy" else [read_picture(path, invert)]
 
@@ -59,7 +64,8 @@ def read_array(path: Path, invert: Invert = "auto") -> list[Picture]:
             images: Pixels = np.lib.format.read_array(file, allow_pickle=False)
     except Exception as error:  # damaged bytes can raise anything
         raise DataError(
-            f"Cannot be read: {path} ({_first_line(error)}). Expected an array as np.save writes it."
+            f"Cannot be read: {path} ({_first_line(error)}). Expected an array as np.save writes "
+            "it."
         ) from error
     shape = list(images.shape)
     if images.ndim == 2:
@@ -68,14 +74,16 @@ def read_array(path: Path, invert: Invert = "auto") -> list[Picture]:
         images = images[:, 0]
     if images.ndim != 3 or images.shape[1:] != (SIDE, SIDE) or not len(images):
         raise DataError(
-            f"An array of the wrong shape: {path} is {shape}. Expected (28, 28), (N, 28, 28) or (N, 1, 28, 28), N of 1 or more."
+            f"An array of the wrong shape: {path} is {shape}. Expected (28, 28), (N, 28, 28) or "
+            "(N, 1, 28, 28), N of 1 or more."
         )
     if images.dtype != np.uint8:
         is_float = np.issubdtype(images.dtype, np.floating)
         if not is_float or not ((images >= 0) & (images <= 1)).all():
             held = f"{images.dtype} outside 0..1" if is_float else str(images.dtype)
             raise DataError(
-                f"Pixels of the wrong kind: {path} holds {held}. Expected uint8, or float in 0..1. Convert it."
+                f"Pixels of the wrong kind: {path} holds {held}. Expected uint8, or float in 0..1. "
+                "Convert it."
             )
         images = images.astype(np.float32)
     return [Picture(path, *_inverted(image, invert), index) for index, image in enumerate(images)]
@@ -100,7 +108,9 @@ def _grey(image: Image.Image) -> tuple[Pixels, list[str]]:
     if image.mode == "F":
         raise ValueError("pixels are floating-point numbers")
     if image.mode.startswith("I"):  # 16 bits, in one mode or another
-        return (np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8), ["16 bits made 8"]
+        return (np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8), [
+            "16 bits made 8"
+        ]
     changes = []
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -130,12 +140,16 @@ def _border(pixels: Pixels) -> float:
 
 
 def _resized(pixels: Pixels) -> tuple[Pixels, list[str]]:
-    """The whole image, as large as it fits, in the middle of 28x28; its border's grey goes on around it."""
+    """The whole image, as large as it fits, in the middle of 28x28; its border's grey goes on
+    around it.
+    """
     changes, longer = [], max(pixels.shape)
     border = round(_border(pixels))
     if longer != SIDE:
         width, height = (max(1, round(length * SIDE / longer)) for length in reversed(pixels.shape))
-        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+        pixels = np.asarray(
+            Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+        )
         changes = ["resized"]
     if pixels.shape != (SIDE, SIDE):
         height, width = pixels.shape

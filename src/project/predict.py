@@ -3,8 +3,9 @@
 python -m project.predict outputs/first photo.png
 python -m project.predict outputs/first/checkpoints/best.ckpt scans/ -o scans.csv
 
-INPUT is an image file, a folder of them, or a .npy file: (28, 28), (N, 28, 28) or (N, 1, 28, 28), uint8 or float in 0..1.
-The network knows grey, 28x28, white on black. What is done to bring an image there is said, and stands with its row.
+INPUT is an image file, a folder of them, or a .npy file: (28, 28), (N, 28, 28) or (N, 1, 28, 28),
+uint8 or float in 0..1. The network knows grey, 28x28, white on black. What is done to bring an
+image there is said, and stands with its row.
 """
 
 import argparse
@@ -54,20 +55,44 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("python -m project.predict", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "ckpt", metavar="CKPT", nargs="?", help="a checkpoint, or a run directory: its best; default: the newest run"
+        "ckpt",
+        metavar="CKPT",
+        nargs="?",
+        help="a checkpoint, or a run directory: its best; default: the newest run",
     )
-    parser.add_argument("input", metavar="INPUT", type=Path, help="an image, a folder of images, or a .npy file")
-    parser.add_argument("-o", dest="output", metavar="FILE", type=Path, help=".csv or .json; without it CSV is printed")
     parser.add_argument(
-        "--invert", choices=["auto", "yes", "no"], default="auto", help="auto: where the border is light"
+        "input", metavar="INPUT", type=Path, help="an image, a folder of images, or a .npy file"
     )
-    parser.add_argument("--all", action="store_true", help="the probabilities of all classes in the CSV; JSON has them")
     parser.add_argument(
-        "--allow", choices=["canary"], action="append", default=[], help="though the model's code has changed"
+        "-o",
+        dest="output",
+        metavar="FILE",
+        type=Path,
+        help=".csv or .json; without it CSV is printed",
+    )
+    parser.add_argument(
+        "--invert",
+        choices=["auto", "yes", "no"],
+        default="auto",
+        help="auto: where the border is light",
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="the probabilities of all classes in the CSV; JSON has them",
+    )
+    parser.add_argument(
+        "--allow",
+        choices=["canary"],
+        action="append",
+        default=[],
+        help="though the model's code has changed",
     )
     arguments = parser.parse_intermixed_args(argv)
     if arguments.output is not None and arguments.output.suffix not in (".csv", ".json"):
-        raise ConfigError(f"Neither CSV nor JSON: {arguments.output}. Expected a name that ends in .csv or .json.")
+        raise ConfigError(
+            f"Neither CSV nor JSON: {arguments.output}. Expected a name that ends in .csv or .json."
+        )
     return arguments
 
 
@@ -80,8 +105,8 @@ def predict(made: Rebuilt, images: Sequence[Pixels]) -> tuple[list[str], Tensor]
     example = made.model.example_input_array
     if isinstance(example, Tensor) and example.shape[1:] != (1, SIDE, SIDE):
         raise ConfigError(
-            f"Not a model for images of 1x{SIDE}x{SIDE}: {made.path}, whose input is {list(example.shape[1:])}. "
-            "Expected such a model. Write a predict.py for yours."
+            f"Not a model for images of 1x{SIDE}x{SIDE}: {made.path}, whose input is "
+            f"{list(example.shape[1:])}. Expected such a model. Write a predict.py for yours."
         )
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model = made.model.to(device)
@@ -96,32 +121,46 @@ def predict(made: Rebuilt, images: Sequence[Pixels]) -> tuple[list[str], Tensor]
     return made.classes or list(map(str, range(shares.shape[1]))), shares
 
 
-# -- saying ----------------------------------------------------------------------------------------------------------
+# -- saying --------------------------------------------------------------------------------------
 
 
 def _row(picture: Picture, names: Sequence[str], shares: Tensor) -> dict[str, Any]:
     best = int(shares.argmax())
     return {
-        "file": str(picture.file).encode(errors="backslashreplace").decode(),  # a name may be no text
+        # A name may be no text.
+        "file": str(picture.file).encode(errors="backslashreplace").decode(),
         "index": picture.index,
         "label": names[best],
         "probability": round(float(shares[best]), 6),
         "changes": picture.changes,
-        "probabilities": {name: round(share, 6) for name, share in zip(names, shares.tolist(), strict=True)},
+        "probabilities": {
+            name: round(share, 6) for name, share in zip(names, shares.tolist(), strict=True)
+        },
     }
 
 
 def _summary(pictures: Sequence[Picture], source: Path) -> str:
     counts = Counter(change for picture in pictures for change in picture.changes)
-    said = ", ".join(f"{count} {change}" for change, count in counts.items()) or "all taken as they are"
-    others = [one for one in source.iterdir() if one.suffix.lower() not in SUFFIXES] if source.is_dir() else []
+    said = (
+        ", ".join(f"{count} {change}" for change, count in counts.items())
+        or "all taken as they are"
+    )
+    others = (
+        [one for one in source.iterdir() if one.suffix.lower() not in SUFFIXES]
+        if source.is_dir()
+        else []
+    )
     return f"{plural(len(pictures), 'image')}: {said}" + (
         f"; {plural(len(others), 'other file')} left out" if others else ""
     )
 
 
 def _json(made: Rebuilt, rows: Sequence[Mapping[str, Any]]) -> str:
-    source = {"checkpoint": str(made.path), "digest": made.manifest["digest"], "step": made.manifest["step"]}
+    source = {
+        "checkpoint": str(made.path),
+        "digest": made.manifest["digest"],
+        "step": made.manifest["step"],
+    }
     return json.dumps({**source, "predictions": rows}, indent=2) + "\n"
 
 
@@ -130,7 +169,13 @@ def _csv(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "index", "label", "probability", "changes", *names])
     for row in rows:
-        plain = [row["file"], row["index"], row["label"], row["probability"], "; ".join(row["changes"])]
+        plain = [
+            row["file"],
+            row["index"],
+            row["label"],
+            row["probability"],
+            "; ".join(row["changes"]),
+        ]
         writer.writerow([*plain, *(row["probabilities"][name] for name in names)])
     return text.getvalue()
 

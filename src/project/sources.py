@@ -1,4 +1,6 @@
-"""Where images come from: IDX files as torchvision lays them out, its download, or the digits inside scikit-learn."""
+"""Where images come from: IDX files as torchvision lays them out, its download, or the digits
+inside scikit-learn.
+"""
 
 import gzip
 import math
@@ -21,7 +23,12 @@ from torch import Tensor
 
 from savepoint.errors import DataError
 
-FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 MEND = "Put an intact copy there, or delete the folder to have all four files downloaded anew."
 
 
@@ -55,30 +62,40 @@ def read(raw: Path, part: str) -> Images:
     """Reads `part` ("train" or "t10k") from `raw`.
 
     Raises:
-        DataError: A file that is truncated, too long, not what its name says, or does not fit the other one.
+        DataError: A file that is truncated, too long, not what its name says, or does not fit the
+            other one.
     """
-    image_file, label_file = (_find(raw, f"{part}-{name}-ubyte") for name in ("images-idx3", "labels-idx1"))
+    image_file, label_file = (
+        _find(raw, f"{part}-{name}-ubyte") for name in ("images-idx3", "labels-idx1")
+    )
     if image_file is None or label_file is None:
-        raise DataError(f"Incomplete data set: {raw} lacks {', '.join(missing(raw))}. Expected four files. {MEND}")
+        raise DataError(
+            f"Incomplete data set: {raw} lacks {', '.join(missing(raw))}. Expected four files. "
+            f"{MEND}"
+        )
     images, labels = read_idx(image_file, dimensions=3), read_idx(label_file, dimensions=1)
     if images.shape[1:] != (28, 28):
         size = "x".join(map(str, images.shape[1:]))
-        raise DataError(f"Images of the wrong size: {image_file} holds {size}. Expected 28x28. {MEND}")
+        raise DataError(
+            f"Images of the wrong size: {image_file} holds {size}. Expected 28x28. {MEND}"
+        )
     if len(images) != len(labels) or len(images) == 0:
         raise DataError(
-            f"Images and labels do not match: {image_file} holds {len(images)}, {label_file} holds {len(labels)}. "
-            f"Expected one label an image, and at least one. {MEND}"
+            f"Images and labels do not match: {image_file} holds {len(images)}, {label_file} holds "
+            f"{len(labels)}. Expected one label an image, and at least one. {MEND}"
         )
     if labels.max() > 9:
-        raise DataError(f"A label out of range: {label_file} holds {labels.max()}. Expected 0 to 9. {MEND}")
+        raise DataError(
+            f"A label out of range: {label_file} holds {labels.max()}. Expected 0 to 9. {MEND}"
+        )
     return Images(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long())
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Reads an IDX file of unsigned bytes, plain or .gz.
 
-    The format: two zero bytes, 8 for "unsigned byte", the number of dimensions, the size of each dimension as a
-    big-endian 32-bit number, the bytes.
+    The format: two zero bytes, 8 for "unsigned byte", the number of dimensions, the size of each
+    dimension as a big-endian 32-bit number, the bytes.
 
     Raises:
         DataError: The file cannot be read, or its magic number or size is wrong.
@@ -86,46 +103,60 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray[Any, np.dtype[np.uint8]]
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"Truncated or damaged: {path} ({error}). Expected a whole gzip file. {MEND}") from error
+        raise DataError(
+            f"Truncated or damaged: {path} ({error}). Expected a whole gzip file. {MEND}"
+        ) from error
     except OSError as error:
-        raise DataError(f"Cannot be read: {path} ({error.strerror}). Expected a readable file. {MEND}") from error
+        raise DataError(
+            f"Cannot be read: {path} ({error.strerror}). Expected a readable file. {MEND}"
+        ) from error
     magic, head = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
     if len(content) >= 4 and content[:4] != magic:
         raise DataError(
-            f"Not an IDX file of {dimensions}-dimensional bytes: {path} begins with {content[:4].hex()}. "
-            f"Expected the magic number {magic.hex()}. {MEND}"
+            f"Not an IDX file of {dimensions}-dimensional bytes: {path} begins with "
+            f"{content[:4].hex()}. Expected the magic number {magic.hex()}. {MEND}"
         )
     shape = np.frombuffer(content[4:head], ">u4").tolist() if len(content) >= head else [0]
     whole = head + math.prod(shape)
     if len(content) != whole:
         what = "Truncated" if len(content) < whole else "Too long"
         least = "at least " if len(content) < head else ""
-        raise DataError(f"{what}: {path} has {len(content):,} bytes. Expected {least}{whole:,}. {MEND}")
+        raise DataError(
+            f"{what}: {path} has {len(content):,} bytes. Expected {least}{whole:,}. {MEND}"
+        )
     return np.frombuffer(bytearray(content), np.uint8, offset=head).reshape(shape)
 
 
 def embedded_digits() -> tuple[Images, Images]:
     """Training and test part (1,438 and 359) of scikit-learn's 8x8 digits, brought to 28x28.
 
-    Enlarged three times, bilinear but in whole numbers, so that every machine gets the same bytes; a margin of two.
+    Enlarged three times, bilinear but in whole numbers, so that every machine gets the same bytes;
+    a margin of two.
     """
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # a second of import, rarely needed
 
     small, labels = load_digits(return_X_y=True)  # (1797, 64) of 0 to 16
     slope = torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0])
     large = F.conv_transpose2d(
-        torch.from_numpy(small).float().view(-1, 1, 8, 8), slope.outer(slope)[None, None], stride=3, padding=1
+        torch.from_numpy(small).float().view(-1, 1, 8, 8),
+        slope.outer(slope)[None, None],
+        stride=3,
+        padding=1,
     )  # 24x24 of 0 to 144: small whole numbers, exact in any order of summation
-    data = Images(F.pad((large.long() * 255 // 144).to(torch.uint8), [2] * 4), torch.from_numpy(labels).long())
+    data = Images(
+        F.pad((large.long() * 255 // 144).to(torch.uint8), [2] * 4), torch.from_numpy(labels).long()
+    )
     order = np.random.RandomState(0).permutation(len(data))
     held_out = len(data) // 5
     return data.pick(order[held_out:]), data.pick(order[:held_out])
 
 
 def download(name: str, raw: Path) -> None:
-    """Has torchvision download, unpack and check the four files of its data set `name`, and puts them into `raw`.
+    """Has torchvision download, unpack and check the four files of its data set `name`, and puts
+    them into `raw`.
 
-    They are gathered in a temporary folder: a download that fails leaves nothing that looks like data.
+    They are gathered in a temporary folder: a download that fails leaves nothing that looks like
+    data.
 
     Raises:
         OSError: No network, or no place to write.
@@ -135,10 +166,14 @@ def download(name: str, raw: Path) -> None:
 
     source = getattr(torchvision.datasets, name)
     _reach(f"{mirror}{source.resources[0][0]}" for mirror in source.mirrors)
-    with _made(raw) as folder, tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch:
+    with (
+        _made(raw) as folder,
+        tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as scratch,
+    ):
         with _patience(30):
             source(scratch, download=True)
-        for file in FILES:  # a crash between two of these leaves an incomplete set, which the next start names
+        # A crash between two of these leaves an incomplete set, which the next start names.
+        for file in FILES:
             os.replace(Path(scratch, name, "raw", file), raw / file)
 
 
@@ -147,7 +182,9 @@ def _find(raw: Path, name: str) -> Path | None:
 
 
 def _reach(urls: Iterable[str]) -> None:
-    """Raises OSError, soon, if none of the servers answers: torchvision would wait for each of them without end."""
+    """Raises OSError, soon, if none of the servers answers: torchvision would wait for each of them
+    without end.
+    """
     problem: OSError = OSError("no server is known")
     for url in urls:
         try:
@@ -174,7 +211,9 @@ def _patience(secs: float) -> Iterator[None]:
 
 @contextmanager
 def _made(folder: Path) -> Iterator[Path]:
-    """The folder, made with its parents; if the block fails, those that were made here and are empty go again."""
+    """The folder, made with its parents; if the block fails, those that were made here and are
+    empty go again.
+    """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
-"""Runs that survive: how a training is saved, verified and resumed exactly. What stands in `__all__` is the public face.
+"""Runs that survive: how a training is saved, verified and resumed exactly. What stands in
+`__all__` is the public face.
 
-Each name is imported when it is first asked for: a command that only lists files does not wait for torch.
+Each name is imported when it is first asked for: a command that only lists files does not wait for
+torch.
 """
 
 import time

@@ -1,4 +1,5 @@
-"""From `python train.py` to an exit code: one place where errors become messages. Standard library only.
+"""From `python train.py` to an exit code: one place where errors become messages. Standard library
+only.
 
 0          done
 1          a failure: a traceback, or an error that says the run could not be saved
@@ -48,7 +49,8 @@ def run(main: Callable[[Sequence[str]], int], script: str, default_config: str =
         sys.unraisablehook = preemption.asked_again(sys.unraisablehook)
         code = main(sys.argv[1:])
     except preemption.Preempted as preempted:
-        # 0 on the ranks that do not speak for the run: the launcher would take one for crashed, and kill the one that saves.
+        # 0 on the ranks that do not speak for the run: the launcher would take one for crashed, and
+        # kill the one that saves.
         code = 0 if rank() else int(preempted.code or 0)
         if code:
             print(f"Stopped by {preempted.name}.", file=sys.stderr)
@@ -59,30 +61,44 @@ def run(main: Callable[[Sequence[str]], int], script: str, default_config: str =
     except RuntimeError as error:
         if not is_peer_gone(error):
             raise
-        print(f"Another rank is gone (its own output says why): rank {rank()} cannot go on alone.", file=sys.stderr)
+        print(
+            f"Another rank is gone (its own output says why): rank {rank()} cannot go on alone.",
+            file=sys.stderr,
+        )
         code = 1
     sys.exit(code)
 
 
 def warn_of_shared_store() -> None:
-    """Once, under a torchrun that may start its workers again: by chance those read the addresses of the dead ones."""
+    """Once, under a torchrun that may start its workers again: by chance those read the addresses
+    of the dead ones.
+    """
     known = os.environ
-    if rank() or known.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or known.get("TORCHELASTIC_RESTART_COUNT") != "0":
+    if (
+        rank()
+        or known.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        or known.get("TORCHELASTIC_RESTART_COUNT") != "0"
+    ):
         return
     if known.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
         print(
-            "A restart by this torchrun may fail: its store, which all starts share, still names the dead ranks. "
-            "Start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment.",
+            "A restart by this torchrun may fail: its store, which all starts share, still names "
+            "the dead ranks. Start torchrun with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its "
+            "environment.",
             file=sys.stderr,
         )
 
 
 def is_said(message: str) -> bool:
-    """Whether another rank on this host says just this: rank 0 says what all refuse, and each what it alone has seen."""
+    """Whether another rank on this host says just this: rank 0 says what all refuse, and each what
+    it alone has seen.
+    """
     launched = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
     # Rank 0 may have started the others itself.
     launcher = os.getpid() if launched and not _STARTED_AS_RANK else os.getppid()
-    said = hashlib.sha256(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {message}".encode()).hexdigest()[:16]
+    said = hashlib.sha256(
+        f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {message}".encode()
+    ).hexdigest()[:16]
     mark = Path(tempfile.gettempdir(), f"savepoint-said-{os.getuid()}-{launcher}-{said}")
     if rank() == 0:
         if launched:
@@ -94,7 +110,8 @@ def is_said(message: str) -> bool:
         if _is_fresh(mark):
             return True
         time.sleep(0.05)
-    return not _leave(mark)  # rank 0 is on another host, or has not seen it: the first of the others says it
+    # Rank 0 is on another host, or has not seen it: the first of the others says it.
+    return not _leave(mark)
 
 
 def _sweep(mark: Path) -> None:
@@ -126,14 +143,20 @@ def _is_fresh(mark: Path) -> bool:
 def is_peer_gone(error: RuntimeError) -> bool:
     """As the collectives of gloo and NCCL say that the process at the other end has died."""
     said = str(error)
-    closed = ("Connection closed by peer", "Connection reset by peer", "Socket closed", "Broken pipe")
+    closed = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Socket closed",
+        "Broken pipe",
+    )
     return ("gloo/" in said or "NCCL" in said) and any(words in said for words in closed)
 
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Around the slow imports. They make a million objects that all stay: looking through these for garbage, again and
-    again, is a sixth of a start, and some of every collection later."""
+    """Around the slow imports. They make a million objects that all stay: looking through these for
+    garbage, again and again, is a sixth of a start, and some of every collection later.
+    """
     if "lightning" in sys.modules:
         yield
         return
@@ -143,12 +166,14 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-        atexit.register(gc.unfreeze)  # or the bindings of Triton call what is still there at the end a leak
+        # Or the bindings of Triton call what is still there at the end a leak.
+        atexit.register(gc.unfreeze)
 
 
 class _Output(io.FileIO):
-    """Standard output or error. Its reader may be gone (`| head`, a closed terminal) or its disk full: there is nobody
-    to tell then, and a training does not end for it."""
+    """Standard output or error. Its reader may be gone (`| head`, a closed terminal) or its disk
+    full: there is nobody to tell then, and a training does not end for it.
+    """
 
     lost: OSError | None = None  # the first thing that could not be written
 
@@ -167,12 +192,17 @@ def tolerant(stream: TextIO) -> TextIO:
     stream.flush()
     output = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
     return io.TextIOWrapper(
-        output, stream.encoding, stream.errors, line_buffering=stream.line_buffering, write_through=stream.write_through
+        output,
+        stream.encoding,
+        stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
     )
 
 
 def require_whole_output() -> None:
-    """At the end of a command whose output is its result; a reader that left early has what it wanted.
+    """At the end of a command whose output is its result; a reader that left early has what it
+    wanted.
 
     Raises:
         ConfigError: the disk that it goes to is full, say.
@@ -181,12 +211,15 @@ def require_whole_output() -> None:
     lost = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", None)
     if lost is not None and lost.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         raise ConfigError(
-            f"The output could not be written: {lost.strerror}. Expected room for it. Make some, and call again."
+            f"The output could not be written: {lost.strerror}. Expected room for it. Make some, "
+            "and call again."
         )
 
 
 def refuse_foreign_install(root: Path) -> None:
-    """A copied project that runs in the environment of the one it was copied from would train the other one's code."""
+    """A copied project that runs in the environment of the one it was copied from would train the
+    other one's code.
+    """
     for package in ("savepoint", "project"):
         found = importlib.util.find_spec(package)
         own = root / "src" / package

@@ -1,8 +1,10 @@
-"""What a checkpoint scores, rebuilt from the file alone: the metrics of its test, and what its callbacks have to say.
+"""What a checkpoint scores, rebuilt from the file alone: the metrics of its test, and what its
+callbacks have to say.
 
-Metrics are what every LightningModule has; classes and confusion are of one kind of task. So what goes beyond metrics comes
-from the project's own callbacks, which see each output of the test: one that has `report(trainer, directory)` is asked, after
-the test, for a text to print and for facts as JSON can hold them; what it draws goes to the directory.
+Metrics are what every LightningModule has; classes and confusion are of one kind of task. So what
+goes beyond metrics comes from the project's own callbacks, which see each output of the test: one
+that has `report(trainer, directory)` is asked, after the test, for a text to print and for facts as
+JSON can hold them; what it draws goes to the directory.
 """
 
 import json
@@ -23,7 +25,12 @@ Split = Literal["test", "val"]
 
 
 def evaluate(
-    made: Rebuilt, split: Split, directory: Path, *, overrides: Sequence[str] = (), allow: Sequence[str] = ()
+    made: Rebuilt,
+    split: Split,
+    directory: Path,
+    *,
+    overrides: Sequence[str] = (),
+    allow: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[str]]:
     """Test, or with "val" validate, and write `metrics.json` into `directory`.
 
@@ -62,7 +69,8 @@ def evaluate(
             text, more = callback.report(made.trainer, directory)
             facts |= more
             texts += [text] if text else []
-    # Last: where it is, the rest is. A crash before it leaves the metrics of the evaluation before, if there was one.
+    # Last: where it is, the rest is. A crash before it leaves the metrics of the evaluation before,
+    # if there was one.
     with files.replacing(directory / "metrics.json") as file:
         file.write(json.dumps(facts, indent=2).encode() + b"\n")
     return facts, texts
@@ -75,12 +83,15 @@ def _check_parts(made: Rebuilt, split: Split) -> None:
         if not is_overridden(name, part):
             other = "val" if split == "test" else "test"
             raise ConfigError(
-                f"Nothing to evaluate: {type(part).__name__} has no {name}. Expected one. Write it, or give --split {other}"
+                f"Nothing to evaluate: {type(part).__name__} has no {name}. Expected one. Write "
+                f"it, or give --split {other}"
             )
 
 
 class _SameData(Callback):
-    """Refuses other data than the checkpoint was trained on, once the data module knows what it has found."""
+    """Refuses other data than the checkpoint was trained on, once the data module knows what it has
+    found.
+    """
 
     def __init__(self, trained_on: dict[str, Any]) -> None:
         self.trained_on = trained_on
@@ -90,7 +101,8 @@ class _SameData(Callback):
         now = getattr(data, "fingerprint", None)
         if now != self.trained_on.get("fingerprint"):
             raise ConfigMismatchError(
-                f"Another data set: {getattr(data, 'name', None)} ({now}). The checkpoint was trained on "
-                f"{self.trained_on.get('name')} ({self.trained_on.get('fingerprint')}). Expected the same. "
-                "Point --data.root at it, or evaluate on this one: --allow dataset"
+                f"Another data set: {getattr(data, 'name', None)} ({now}). The checkpoint was "
+                f"trained on {self.trained_on.get('name')} ({self.trained_on.get('fingerprint')}). "
+                "Expected the same. Point --data.root at it, or evaluate on this one: --allow "
+                "dataset"
             )

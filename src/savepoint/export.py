@@ -1,9 +1,11 @@
-"""A checkpoint's model in formats that need no Savepoint. A file is compared with the checkpoint before it gets its name.
+"""A checkpoint's model in formats that need no Savepoint. A file is compared with the checkpoint
+before it gets its name.
 
     safetensors, npz, state_dict    the weights, bit for bit, under the names of the LightningModule
     pt2, onnx                       weights and `forward` in eval mode, for batches of any size
 
-The input is that of `forward`: what a model does to its input there (normalising, say) is part of pt2 and ONNX files.
+The input is that of `forward`: what a model does to its input there (normalising, say) is part of
+pt2 and ONNX files.
 """
 
 import importlib
@@ -33,7 +35,9 @@ from savepoint.resume.overrides import plain_name, under_names_of
 OPSET = 18
 """Of ONNX: the one torch translates to by itself; a newer one would be converted from it."""
 TOLERANCE = 1e-4
-"""Of the largest output, for the formats that another engine runs; of a model in half precision ten of its last digits."""
+"""Of the largest output, for the formats that another engine runs; of a model in half precision ten
+of its last digits.
+"""
 
 
 class ParityError(SavepointError, ArithmeticError):
@@ -44,10 +48,12 @@ class ParityError(SavepointError, ArithmeticError):
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the outputs of the file, for the canary's input, are from those of the checkpoint's weights here.
+    """How far the outputs of the file, for the canary's input, are from those of the checkpoint's
+    weights here.
 
     Attributes:
-        saved: How far the latter are from the output in the checkpoint: 0 but for the arithmetic of another device.
+        saved: How far the latter are from the output in the checkpoint: 0 but for the arithmetic of
+            another device.
     """
 
     largest: float
@@ -59,7 +65,8 @@ def export(made: Rebuilt, path: Path, kind: str) -> Parity | None:
     """Write `path` in the format `kind`; None where the checkpoint has no canary to compare with.
 
     Raises:
-        ParityError: the file does not give what the checkpoint gives; nothing was changed under `path`.
+        ParityError: the file does not give what the checkpoint gives; nothing was changed under
+            `path`.
         ConfigError: the model cannot be written in this format.
         CheckpointSaveError: the file cannot be written.
     """
@@ -68,7 +75,8 @@ def export(made: Rebuilt, path: Path, kind: str) -> Parity | None:
     if saved and "seed" in saved and not exact:
         saved = None  # another engine draws other numbers
     here = _outputs(made, saved["input"]) if saved else None
-    # It has its name only after it was compared: a crash or a mismatch before that leaves what was there.
+    # It has its name only after it was compared: a crash or a mismatch before that leaves what was
+    # there.
     with files.replacing(path) as file:
         with _explained(made, kind):
             write(made, file)
@@ -84,8 +92,9 @@ def export(made: Rebuilt, path: Path, kind: str) -> Parity | None:
         )
         if not parity.largest <= parity.allowed:
             raise ParityError(
-                f"The exported file computes something else than the checkpoint: {path}, largest difference "
-                f"{parity.largest:.3g}. Expected {parity.allowed:.3g} at most. It was not kept; try another --format."
+                f"The exported file computes something else than the checkpoint: {path}, largest "
+                f"difference {parity.largest:.3g}. Expected {parity.allowed:.3g} at most. It was "
+                "not kept; try another --format."
             )
     return parity
 
@@ -97,7 +106,9 @@ def _tolerance(made: Rebuilt) -> float:
 
 @contextmanager
 def _explained(made: Rebuilt, kind: str) -> Iterator[None]:
-    """Tracing a model and running it in another engine can fail in any way: what a user can mend is the model or the format."""
+    """Tracing a model and running it in another engine can fail in any way: what a user can mend is
+    the model or the format.
+    """
     try:
         yield
     except (SavepointError, OSError):
@@ -105,13 +116,16 @@ def _explained(made: Rebuilt, kind: str) -> Iterator[None]:
     except Exception as error:
         first = (str(error) or type(error).__name__).splitlines()[0][:300]
         raise ConfigError(
-            f"Not possible as {kind}: {type(made.model).__name__} ({first}). Expected a forward, and types of weights, that "
-            "this format knows. Give another --format: state_dict takes all."
+            f"Not possible as {kind}: {type(made.model).__name__} ({first}). Expected a forward, "
+            "and types of weights, that this format knows. Give another --format: state_dict "
+            "takes all."
         ) from error
 
 
 def describe(made: Rebuilt) -> dict[str, Any]:
-    """What goes into a file that has room for it: where it comes from, its input, its classes, the arguments of its model."""
+    """What goes into a file that has room for it: where it comes from, its input, its classes, the
+    arguments of its model.
+    """
     facts = made.manifest
     described = {
         "savepoint": savepoint.__version__,
@@ -136,7 +150,9 @@ def _input(made: Rebuilt) -> str | None:
     example = _example(made)
     if example is None:
         return None
-    return f"{str(example.dtype).removeprefix('torch.')} {['batch', *example.shape[1:]]}".replace("'", "")
+    return f"{str(example.dtype).removeprefix('torch.')} {['batch', *example.shape[1:]]}".replace(
+        "'", ""
+    )
 
 
 def _example(made: Rebuilt) -> Tensor | None:
@@ -152,23 +168,34 @@ def _outputs(made: Rebuilt, example: Any) -> Any:
 
 
 def _texts(made: Rebuilt) -> dict[str, str]:
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in describe(made).items()}
+    return {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in describe(made).items()
+    }
 
 
-# -- weights ---------------------------------------------------------------------------------------------------------
+# -- weights -------------------------------------------------------------------------------------
 
 Run = Callable[[Any], Any]
 
 
 def _weights(made: Rebuilt) -> dict[str, Tensor]:
-    """A copy of each, whole and by itself: views of a larger tensor, or two of one, are not for every format."""
+    """A copy of each, whole and by itself: views of a larger tensor, or two of one, are not for
+    every format.
+    """
     state: Mapping[str, Any] = made.state["state_dict"]
-    return {plain_name(name): _alone(value) for name, value in state.items() if isinstance(value, Tensor)}
+    return {
+        plain_name(name): _alone(value)
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
 
 
 def _alone(value: Tensor) -> Tensor:
     whole = value.layout is torch.strided and not value.is_quantized
-    return value.detach().clone(memory_format=torch.contiguous_format if whole else torch.preserve_format)
+    return value.detach().clone(
+        memory_format=torch.contiguous_format if whole else torch.preserve_format
+    )
 
 
 def _write_safetensors(made: Rebuilt, file: BinaryIO) -> None:
@@ -178,11 +205,13 @@ def _write_safetensors(made: Rebuilt, file: BinaryIO) -> None:
 
 def _write_npz(made: Rebuilt, file: BinaryIO) -> None:
     weights = _weights(made)
-    if strange := {name: value.dtype for name, value in weights.items() if not _known_to_numpy(value)}:
+    if strange := {
+        name: value.dtype for name, value in weights.items() if not _known_to_numpy(value)
+    }:
         name, kind = next(iter(strange.items()))
         raise ConfigError(
-            f"npz has no {str(kind).removeprefix('torch.')}: {name} and {len(strange) - 1} more. Expected types that "
-            "numpy knows. Give --format safetensors"
+            f"npz has no {str(kind).removeprefix('torch.')}: {name} and {len(strange) - 1} more. "
+            "Expected types that numpy knows. Give --format safetensors"
         )
     with zipfile.ZipFile(file, "w") as archive:  # as np.savez writes it, whatever the names are
         for name, value in weights.items():
@@ -216,12 +245,17 @@ def _read_state_dict(file: BinaryIO) -> dict[str, Tensor]:
 def _with(read: Callable[[BinaryIO], dict[str, Tensor]]) -> Callable[[Rebuilt, BinaryIO], Run]:
     def run(made: Rebuilt, file: BinaryIO) -> Run:
         found, saved = read(file), made.state["state_dict"]
-        wanted = {plain_name(name): value for name, value in saved.items() if isinstance(value, Tensor)}
-        other = [name for name in {**found, **wanted} if not _equal(found.get(name), wanted.get(name))]
+        wanted = {
+            plain_name(name): value for name, value in saved.items() if isinstance(value, Tensor)
+        }
+        other = [
+            name for name in {**found, **wanted} if not _equal(found.get(name), wanted.get(name))
+        ]
         if other:
             raise ParityError(
-                f"The exported file holds other weights than the checkpoint: {other[0]} and {len(other) - 1} more. "
-                "Expected the same bits. It was not kept; try another --format."
+                f"The exported file holds other weights than the checkpoint: {other[0]} and "
+                f"{len(other) - 1} more. Expected the same bits. It was not kept; try another "
+                "--format."
             )
         target = made.model.state_dict()
         loaded = under_names_of(saved, target) | under_names_of(found, target)
@@ -235,18 +269,21 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
     return one is not None and other is not None and fingerprint(one) == fingerprint(other)
 
 
-# -- weights and forward ---------------------------------------------------------------------------------------------
+# -- weights and forward -------------------------------------------------------------------------
 
 
 def _traced(made: Rebuilt) -> torch.export.ExportedProgram:
     example = _example(made)
     if example is None:
         raise ConfigError(
-            f"No example input: {type(made.model).__name__} has no example_input_array that is a tensor. Expected one "
-            "to trace `forward` with. Set it in the model's __init__, or give --format safetensors"
+            f"No example input: {type(made.model).__name__} has no example_input_array that is a "
+            "tensor. Expected one to trace `forward` with. Set it in the model's __init__, or "
+            "give --format safetensors"
         )
     twice = torch.cat([example, example])  # a batch of one would be taken for a constant
-    return torch.export.export(made.model, (twice,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    return torch.export.export(
+        made.model, (twice,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+    )
 
 
 def _write_pt2(made: Rebuilt, file: BinaryIO) -> None:
@@ -258,7 +295,8 @@ def _write_pt2(made: Rebuilt, file: BinaryIO) -> None:
 
 
 def _read_pt2(made: Rebuilt, file: BinaryIO) -> Run:
-    # torch.export.load may unpickle: it is called here on what this process has just written, never on a file of others.
+    # torch.export.load may unpickle: it is called here on what this process has just written, never
+    # on a file of others.
     program = torch.export.load(file).module()
 
     def run(example: Tensor) -> Tensor:
@@ -272,7 +310,9 @@ def _read_pt2(made: Rebuilt, file: BinaryIO) -> Run:
 def _write_onnx(made: Rebuilt, file: BinaryIO) -> None:
     program = torch.onnx.export(
         _traced(made), dynamo=True, opset_version=OPSET, input_names=["input"], output_names=["output"], verbose=False,
-        optimize=False,  # it would fold batch norms into convolutions: the runtime does so, and the file keeps the weights
+        # It would fold batch norms into convolutions: the runtime does so, and the file keeps the
+        # weights.
+        optimize=False,
     )  # fmt: skip
     assert program is not None
     program.model.metadata_props.update(_texts(made))
@@ -282,7 +322,9 @@ def _write_onnx(made: Rebuilt, file: BinaryIO) -> None:
 def _read_onnx(made: Rebuilt, file: BinaryIO) -> Run:
     onnxruntime = importlib.import_module("onnxruntime")  # an extra
     session = onnxruntime.InferenceSession(file.read(), providers=["CPUExecutionProvider"])
-    return lambda example: torch.from_numpy(session.run(None, {"input": example.numpy()})[0]).float()
+    return lambda example: torch.from_numpy(
+        session.run(None, {"input": example.numpy()})[0]
+    ).float()
 
 
 _Format = tuple[Callable[[Rebuilt, BinaryIO], None], Callable[[Rebuilt, BinaryIO], Run], bool]

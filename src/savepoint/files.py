@@ -1,6 +1,8 @@
-"""How one file gets its name, durably: temporary names, renames, links, and what a failure is called.
+"""How one file gets its name, durably: temporary names, renames, links, and what a failure is
+called.
 
-Each function leaves either what was there or what was asked for under the final name, whenever the process dies.
+Each function leaves either what was there or what was asked for under the final name, whenever the
+process dies.
 """
 
 import contextlib
@@ -21,16 +23,20 @@ from savepoint.errors import CheckpointSaveError, ConfigError
 FULL = {errno.ENOSPC, errno.EDQUOT}
 _ADVICE: dict[int | None, str] = {
     **dict.fromkeys(FULL, "Free some space there, or keep fewer checkpoints."),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Make that directory writable, or choose another."),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "Make that directory writable, or choose another."
+    ),
 }
 _HOST = re.sub(r"[^A-Za-z0-9.]", "_", socket.gethostname())
 _TEMP_NAME = re.compile(r"\..+\.tmp-(?P<host>[^-]+)-(?P<pid>\d+)-[0-9a-f]+")
-_temps_in_use: set[str] = set()  # this process's own: in a container the process before may have had the same pid
+# This process's own: in a container the process before may have had the same pid.
+_temps_in_use: set[str] = set()
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, open for writing and reading, that is `path` once the block ends; if that fails, nothing changed.
+    """A new file, open for writing and reading, that is `path` once the block ends; if that fails,
+    nothing changed.
 
     Raises:
         CheckpointSaveError: what the file system says, in words.
@@ -44,17 +50,20 @@ def rewriting(path: Path) -> Iterator[BinaryIO]:
     """As `replacing`, for callers with words of their own: raises the OSError itself."""
     make_directory(path.parent)
     with _temp_for(path) as temp:
-        # 0o666 less the umask, as any file a user makes. A crash in here leaves a temp: the next sweep takes it.
+        # 0o666 less the umask, as any file a user makes. A crash in here leaves a temp: the next
+        # sweep takes it.
         descriptor = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with os.fdopen(descriptor, "w+b") as file:
             yield file
             file.flush()
-            # Without this, a power cut after the rename can leave the new name without bytes and the old file gone.
+            # Without this, a power cut after the rename can leave the new name without bytes and
+            # the old file gone.
             os.fsync(file.fileno())
-        # A crash before this line costs the new file: the old one stands, a temp is left for the next sweep. The
-        # name changes in one step, and only ever to bytes that are on disk.
+        # A crash before this line costs the new file: the old one stands, a temp is left for the
+        # next sweep. The name changes in one step, and only ever to bytes that are on disk.
         os.replace(temp, path)
-    # A crash before this line costs, at a power cut only, the new name: the directory shows the old file again.
+    # A crash before this line costs, at a power cut only, the new name: the directory shows the old
+    # file again.
     sync_directory(path.parent)
 
 
@@ -66,13 +75,15 @@ def refuse_url(path: Path | str, given: str) -> None:
     """Raises ConfigError where something was to be saved at `path`, the value of `given`."""
     if is_url(path):
         raise ConfigError(
-            f"Nothing is saved to a URL: {given} is {path}. A directory on this machine was expected, as a save must be "
-            "synced and renamed there. Give a local or a mounted one."
+            f"Nothing is saved to a URL: {given} is {path}. A directory on this machine was "
+            "expected, as a save must be synced and renamed there. Give a local or a mounted one."
         )
 
 
 def make_directory(directory: Path) -> None:
-    """With its parents, each of their names on disk: a file is not safe in a directory that a power cut takes away."""
+    """With its parents, each of their names on disk: a file is not safe in a directory that a power
+    cut takes away.
+    """
     if not directory.is_dir():
         make_directory(directory.parent)
         directory.mkdir(exist_ok=True)
@@ -84,7 +95,8 @@ def sync_directory(directory: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # file systems that keep no such promise to break
+        # File systems that keep no such promise to break.
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
             raise
     finally:
         os.close(descriptor)
@@ -98,7 +110,8 @@ def _temp_for(path: Path) -> Iterator[Path]:
     try:
         yield temp
     finally:
-        with contextlib.suppress(OSError):  # what stays is swept at the next start; the first error matters more
+        # What stays is swept at the next start; the first error matters more.
+        with contextlib.suppress(OSError):
             temp.unlink()
         _temps_in_use.discard(temp.name)
 
@@ -107,13 +120,15 @@ def is_stale_temp(path: Path, *, alone: bool) -> bool:
     """Whether `path` is what a process that is dead was writing here.
 
     Args:
-        alone: Nobody but this process writes here. Without a lock that says so, the host and pid in the name must do.
+        alone: Nobody but this process writes here. Without a lock that says so, the host and pid in
+            the name must do.
     """
     if not (match := _TEMP_NAME.fullmatch(path.name)):
         return False
     if alone:
         return path.name not in _temps_in_use
-    if match["host"] != _HOST:  # a container's name changes at each start; a writer that lives wrote within the hour
+    # A container's name changes at each start; a writer that lives wrote within the hour.
+    if match["host"] != _HOST:
         return time.time() - path.stat().st_mtime > 3600
     if int(match["pid"]) == os.getpid():
         return path.name not in _temps_in_use
@@ -145,8 +160,8 @@ def point(pointer: Path, target: Path, is_copy: Callable[[Path, Path], bool]) ->
             if is_copy(pointer, target):
                 return
             _copy(target, temp)
-        # A crash before this line costs a pointer to an earlier checkpoint, which still exists: deletions come later,
-        # and the next commit points again.
+        # A crash before this line costs a pointer to an earlier checkpoint, which still exists:
+        # deletions come later, and the next commit points again.
         os.replace(temp, pointer)
 
 
@@ -171,7 +186,9 @@ def try_out(directory: Path) -> None:
 
 
 def _link(target: Path, name: Path) -> bool:
-    """Make `name`, which is free, show `target`: a link, where links fail a symlink. False where both fail."""
+    """Make `name`, which is free, show `target`: a link, where links fail a symlink. False where
+    both fail.
+    """
     makers: list[Callable[[Path, Path], None]] = [os.link, _symlink]
     for make in makers:
         with contextlib.suppress(OSError):
@@ -213,13 +230,16 @@ def move(path: Path, target: Path) -> Path:
 
 @contextlib.contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Turn what the file system says into a CheckpointSaveError with the path, the reason and `errno`."""
+    """Turn what the file system says into a CheckpointSaveError with the path, the reason and
+    `errno`.
+    """
     try:
         yield
     except OSError as error:
         failure = CheckpointSaveError(
-            f"Saving failed: {path}: {error.strerror or error}. Expected to be able to write, rename and delete in "
-            f"{path.parent}; what was there is intact. {_ADVICE.get(error.errno, 'Look at the disk.')}",
+            f"Saving failed: {path}: {error.strerror or error}. Expected to be able to write, "
+            f"rename and delete in {path.parent}; what was there is intact. "
+            f"{_ADVICE.get(error.errno, 'Look at the disk.')}",
             path,
         )
         failure.errno = error.errno

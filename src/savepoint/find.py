@@ -1,4 +1,6 @@
-"""Which run or checkpoint the argument of a command means: a file, a run directory, its checkpoints/, or the newest run."""
+"""Which run or checkpoint the argument of a command means: a file, a run directory, its
+checkpoints/, or the newest run.
+"""
 
 import difflib
 import shlex
@@ -12,7 +14,8 @@ from savepoint.words import python, show
 
 
 def run(argument: str | Path | None) -> Run:
-    """The run that is meant by the argument of a command: a run directory, its checkpoints/, or the newest run.
+    """The run that is meant by the argument of a command: a run directory, its checkpoints/, or the
+    newest run.
 
     Raises:
         CheckpointNotFoundError: nothing there, or no run.
@@ -22,11 +25,14 @@ def run(argument: str | Path | None) -> Run:
     path = manifest.local_path(argument)
     if not path.is_dir():
         raise missing(path)
-    is_run = path.absolute().name != "checkpoints" or (path / "checkpoints").is_dir()  # a run may be called so
+    # A run may be called so.
+    is_run = path.absolute().name != "checkpoints" or (path / "checkpoints").is_dir()
     found = Run(path if is_run else path.absolute().parent)
     if not found.is_begun() and not manifest.step_files(path):
         raise CheckpointNotFoundError(
-            f"Not a run directory: {path}. One with run.json or checkpoints/ was expected. {instead(path)}", path
+            f"Not a run directory: {path}. One with run.json or checkpoints/ was expected. "
+            f"{instead(path)}",
+            path,
         )
     return found
 
@@ -69,7 +75,11 @@ def latest(found: Run) -> Path:
 
 def runs_in(directory: Path) -> list[Run]:
     """The runs that lie in a directory, by name; also what cannot be looked into, as it may be one."""
-    found = [Run(path) for path in sorted(directory.iterdir()) if not path.name.startswith(".") and path.is_dir()]
+    found = [
+        Run(path)
+        for path in sorted(directory.iterdir())
+        if not path.name.startswith(".") and path.is_dir()
+    ]
     return [one for one in found if not one.is_readable() or one.is_begun()]
 
 
@@ -101,41 +111,58 @@ def missing(path: Path, expected: str = "a run directory") -> CheckpointNotFound
         near = [by_name]
     near = [one for one in near if one != path]  # a link that leads nowhere has the very name
     hint = f"Did you mean {' or '.join(map(str, near))}?" if near else "Check the path."
-    return CheckpointNotFoundError(f"Nothing there: {path}. {expected.capitalize()} was expected. {hint}", path)
+    return CheckpointNotFoundError(
+        f"Nothing there: {path}. {expected.capitalize()} was expected. {hint}", path
+    )
 
 
 def newest_run(output_dir: Path) -> Path:
     """The run that was started or resumed last, by what its run.json says."""
     found = [path.parent for path in sorted(output_dir.glob(f"*/{record.NAME}"))]
-    runs = [(Run(run_dir).last_start(), run_dir) for run_dir in found if manifest.step_files(run_dir / "checkpoints")]
+    runs = [
+        (Run(run_dir).last_start(), run_dir)
+        for run_dir in found
+        if manifest.step_files(run_dir / "checkpoints")
+    ]
     if not runs:
         raise CheckpointNotFoundError(
-            f"No run with a checkpoint under: {output_dir}. Expected one to continue. Start one: python train.py",
+            f"No run with a checkpoint under: {output_dir}. Expected one to continue. Start one: "
+            "python train.py",
             output_dir,
         )
     return max(runs)[1]
 
 
 def file_or_best(argument: str | None) -> tuple[Path, str]:
-    """The checkpoint, and in words which one it is. Its seal is looked at, every byte when it is loaded.
+    """The checkpoint, and in words which one it is. Its seal is looked at, every byte when it is
+    loaded.
 
     Raises:
-        CheckpointNotFoundError, CheckpointCorruptError, CheckpointForeignError, CheckpointVersionError: about CKPT.
+        CheckpointNotFoundError, CheckpointCorruptError, CheckpointForeignError,
+            CheckpointVersionError: about CKPT.
     """
     if argument is not None and not manifest.local_path(argument).is_dir():
         path, which = file_or_latest(argument), ""
     else:
         best = run(argument).store.best()
         if best is not None:
-            path, which = best.path, f"best of the run: {best.manifest.get('monitor')} {best.score:.4f}"
+            path, which = (
+                best.path,
+                f"best of the run: {best.manifest.get('monitor')} {best.score:.4f}",
+            )
         else:
-            path, which = file_or_latest(argument), "latest of the run: none has a value of its metric"
+            path, which = (
+                file_or_latest(argument),
+                "latest of the run: none has a value of its metric",
+            )
     facts = manifest.read(path)
     said = f"{path}: step {facts['step']}, epoch {facts.get('epoch')}"
     return path, f"{said} ({which})" if which else said
 
 
 def beside(path: Path, name: str) -> Path:
-    """Where something made from a checkpoint goes: into its run directory, beside a file that lies in none."""
+    """Where something made from a checkpoint goes: into its run directory, beside a file that lies
+    in none.
+    """
     found = run_of(path)
     return (found.directory if found else path.absolute().parent) / name

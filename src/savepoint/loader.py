@@ -1,13 +1,16 @@
 """Batches whose order is a function of (seed, epoch) and whose position is state.
 
-Two loaders keep the same promises, `Batches` (tensors held whole) and `ResumableLoader` (a DataLoader with workers):
+Two loaders keep the same promises, `Batches` (tensors held whole) and `ResumableLoader` (a
+DataLoader with workers):
 
-- Nothing happens before the first `next()`. Lightning calls `iter()` before `set_epoch()` and not again on a resume, so
-  an order fixed in `iter()` would replay epoch 0.
-- `state_dict()` is the epoch and the number of batches handed out; `load_state_dict()` goes on behind them.
-- No draw from a generator of the training, so that building an iterator anew after a resume shifts nothing. What a
-  sampler, a sample or a collate function draws comes from generators that are seeded from (seed, epoch), (seed, epoch,
-  index) and (seed, epoch, first index of the batch): the global ones, and those that they own.
+- Nothing happens before the first `next()`. Lightning calls `iter()` before `set_epoch()` and not
+  again on a resume, so an order fixed in `iter()` would replay epoch 0.
+- `state_dict()` is the epoch and the number of batches handed out; `load_state_dict()` goes on
+  behind them.
+- No draw from a generator of the training, so that building an iterator anew after a resume shifts
+  nothing. What a sampler, a sample or a collate function draws comes from generators that are
+  seeded from (seed, epoch), (seed, epoch, index) and (seed, epoch, first index of the batch): the
+  global ones, and those that they own.
 
 `len()` is that of the whole epoch, also after a resume.
 """
@@ -50,8 +53,15 @@ from savepoint.errors import ConfigError
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 _PLAIN_COLLATE = (default_collate, default_convert)
-# Their order is a function of what they were given and of the generator. Any other sampler may go by more than that.
-_DERIVED = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+# Their order is a function of what they were given and of the generator. Any other sampler may go
+# by more than that.
+_DERIVED = (
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    DistributedSampler,
+)
 
 
 # Where no generator of the user's is looked for; a module's belong to everybody.
@@ -59,13 +69,17 @@ _NO_OWNERS = (Tensor, np.ndarray, nn.Module, ModuleType, type, str, bytes)
 
 
 def derive(*numbers: int) -> int:
-    """One 63-bit seed from several numbers, such as (seed, epoch, index): neighbours give unrelated streams."""
+    """One 63-bit seed from several numbers, such as (seed, epoch, index): neighbours give unrelated
+    streams.
+    """
     entropy = [number % 2**64 for number in numbers]
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def generators_of(value: Any) -> list[Any]:
-    """Every random generator that an object owns, in attributes, containers and objects below it, always in one order."""
+    """Every random generator that an object owns, in attributes, containers and objects below it,
+    always in one order.
+    """
     found: list[Any] = []
     seen: set[int] = set()
     waiting = [value]
@@ -85,14 +99,17 @@ def generators_of(value: Any) -> list[Any]:
             for cell in getattr(one, "__closure__", None) or ():
                 with suppress(ValueError):  # an empty one
                     waiting.append(cell.cell_contents)
-            waiting += [getattr(one, name) for name in ("__self__", "func", "args") if hasattr(one, name)]
+            waiting += [
+                getattr(one, name) for name in ("__self__", "func", "args") if hasattr(one, name)
+            ]
     return found
 
 
 class _Randomness:
     """The global generators and some owned ones, exchanged for seeded ones and back.
 
-    Without workers these are the generators of the training: dropout must not notice the reading of a sample.
+    Without workers these are the generators of the training: dropout must not notice the reading of
+    a sample.
     """
 
     def __init__(self, owned: Sequence[Any] = ()) -> None:
@@ -113,7 +130,8 @@ class _Randomness:
 
     @contextmanager
     def seeded(self, seed: int, *, keep: bool = False) -> Iterator[None]:
-        # `keep` is for `gone_on`, which goes on from the end of this block: reading it costs as much as all the rest.
+        # `keep` is for `gone_on`, which goes on from the end of this block: reading it costs as
+        # much as all the rest.
         before = self._now()
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -146,7 +164,9 @@ class _Resumable:
     num_workers = 0
     persistent_workers = False
 
-    def __init__(self, *, seed: int | None, shuffle: bool, rank: int | None, world_size: int | None) -> None:
+    def __init__(
+        self, *, seed: int | None, shuffle: bool, rank: int | None, world_size: int | None
+    ) -> None:
         self.shuffle = shuffle
         self._seed, self._given = seed, seed is not None
         self._rank, self._world_size = rank, world_size
@@ -154,7 +174,9 @@ class _Resumable:
 
     @property
     def seed(self) -> int:
-        """By default the one that `seed_everything` set, as it is when the first batch is asked for."""
+        """By default the one that `seed_everything` set, as it is when the first batch is asked
+        for.
+        """
         if self._seed is None:
             common = _common_seed() if self.world_size > 1 else torch.initial_seed()
             self._seed = common % 2**63  # so that a checkpoint holds it as a plain number
@@ -174,7 +196,9 @@ class _Resumable:
 
     @property
     def sampler(self) -> "_Resumable | _InOrder":
-        """Lightning calls `loader.sampler.set_epoch(epoch)`, and asks whether it shuffles by the sampler's class."""
+        """Lightning calls `loader.sampler.set_epoch(epoch)`, and asks whether it shuffles by the
+        sampler's class.
+        """
         return self if self.shuffle else _InOrder(self)
 
     def set_epoch(self, epoch: int) -> None:
@@ -186,7 +210,11 @@ class _Resumable:
         return {"epoch": self.epoch, "position": self.position, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.position, self._start = state["epoch"], state["position"], state["position"]
+        self.epoch, self.position, self._start = (
+            state["epoch"],
+            state["position"],
+            state["position"],
+        )
         if not self._given:
             self._seed = state.get("seed", self._seed)
 
@@ -195,14 +223,15 @@ class _Resumable:
         return {}
 
     def _share(self, samples: int) -> int:
-        """How many of `samples` each rank gets: the same number, so the remainder is left out of this epoch.
+        """How many of `samples` each rank gets: the same number, so the remainder is left out of
+        this epoch.
 
         With one batch more on one rank, the others would wait for it for ever.
         """
         if samples < self.world_size:
             raise ConfigError(
-                f"Too few samples to share: {samples} for {self.world_size} processes. Expected one for each at least. "
-                "Start fewer processes or give more data."
+                f"Too few samples to share: {samples} for {self.world_size} processes. Expected "
+                "one for each at least. Start fewer processes or give more data."
             )
         return samples // self.world_size
 
@@ -218,7 +247,9 @@ def _distributed() -> bool:
 
 
 def _common_seed() -> int:
-    """Of all ranks: unseeded, each of them has another one of its own, and they would not share one order."""
+    """Of all ranks: unseeded, each of them has another one of its own, and they would not share one
+    order.
+    """
     return int(os.environ.get("PL_GLOBAL_SEED") or 0)
 
 
@@ -233,9 +264,10 @@ class Batches(_Resumable):
 
     Args:
         tensors: Of equal first dimension; a batch is a tuple of one slice of each.
-        augment: Applied to the first tensor's batch, with a CPU generator seeded from (seed, epoch, batch, rank).
-        rank: Of this process, and `world_size`: by default those of the process group. Lightning shards DataLoaders only,
-            so this loader takes every `world_size`-th sample itself.
+        augment: Applied to the first tensor's batch, with a CPU generator seeded from (seed, epoch,
+            batch, rank).
+        rank: Of this process, and `world_size`: by default those of the process group. Lightning
+            shards DataLoaders only, so this loader takes every `world_size`-th sample itself.
     """
 
     def __init__(
@@ -272,13 +304,16 @@ class Batches(_Resumable):
             pick = order[i * self.batch_size : (i + 1) * self.batch_size]
             first, *rest = (tensor[pick] for tensor in self.tensors)
             if self.augment is not None:
-                generator = torch.Generator().manual_seed(derive(self.seed, self.epoch, i, self.rank))
+                generator = torch.Generator().manual_seed(
+                    derive(self.seed, self.epoch, i, self.rank)
+                )
                 first = self.augment(first, generator)
             yield first, *rest
 
 
 class _SeededByIndex(Dataset[Any]):
-    """Reads sample `index` with every generator seeded from (seed, epoch, index): any worker gives the same sample.
+    """Reads sample `index` with every generator seeded from (seed, epoch, index): any worker gives
+    the same sample.
 
     Args:
         keyed: Give (key, sample), for a collate function that is seeded by the first of its batch.
@@ -286,7 +321,8 @@ class _SeededByIndex(Dataset[Any]):
 
     def __init__(self, dataset: Dataset[Any], seed: int, keyed: bool) -> None:
         self.dataset, self.seed, self.keyed = dataset, seed, keyed
-        self._randomness: _Randomness | None = None  # once a process: a worker has a copy of the data set
+        # Once a process: a worker has a copy of the data set.
+        self._randomness: _Randomness | None = None
 
     def __getitem__(self, key: tuple[int, Any]) -> Any:
         epoch, index = key
@@ -301,7 +337,9 @@ class _SeededByIndex(Dataset[Any]):
 
 
 class _SeededCollate:
-    """Collates with every generator seeded from (seed, epoch, first index of the batch): MixUp and its like."""
+    """Collates with every generator seeded from (seed, epoch, first index of the batch): MixUp and
+    its like.
+    """
 
     def __init__(self, collate: Callable[[Any], Any], seed: int, batched: bool) -> None:
         self.collate, self.seed, self.batched = collate, seed, batched
@@ -333,18 +371,22 @@ class _Keys:
 
 
 class ResumableLoader(_Resumable):
-    """A map-style DataLoader whose order derives from (seed, epoch) and whose samples derive from (seed, epoch, index).
+    """A map-style DataLoader whose order derives from (seed, epoch) and whose samples derive from
+    (seed, epoch, index).
 
-    0 and 2 workers give the same batches. A resume in the middle of an epoch reads no sample twice: the inner
-    DataLoader gets only the batches that are left. Make one with `resumable`; the attributes of the DataLoader that it
-    was made from are attributes of this one too.
+    0 and 2 workers give the same batches. A resume in the middle of an epoch reads no sample twice:
+    the inner DataLoader gets only the batches that are left. Make one with `resumable`; the
+    attributes of the DataLoader that it was made from are attributes of this one too.
     """
 
-    def __init__(self, loader: DataLoader[Any], *, seed: int | None, rank: int | None, world_size: int | None) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], *, seed: int | None, rank: int | None, world_size: int | None
+    ) -> None:
         if isinstance(loader.dataset, IterableDataset):
             raise ConfigError(
-                f"This DataLoader cannot be resumed: {type(loader.dataset).__name__}. Expected a map-style data set, as "
-                "nobody but an iterable one itself knows its place. Give the loader a state_dict() and a load_state_dict()."
+                f"This DataLoader cannot be resumed: {type(loader.dataset).__name__}. Expected a "
+                "map-style data set, as nobody but an iterable one itself knows its place. Give "
+                "the loader a state_dict() and a load_state_dict()."
             )
         own = loader.batch_sampler
         self.loader = loader
@@ -364,10 +406,12 @@ class ResumableLoader(_Resumable):
             len(self)
 
     def __getattr__(self, name: str) -> Any:
-        # A loader that has a data set, Lightning takes for a DataLoader, and gives it another sampler (overfit_batches).
+        # A loader that has a data set, Lightning takes for a DataLoader, and gives it another
+        # sampler (overfit_batches).
         if name == "dataset":
             raise AttributeError(
-                "A resumable loader has no attribute dataset: its DataLoader has it, loader.loader.dataset."
+                "A resumable loader has no attribute dataset: its DataLoader has it, "
+                "loader.loader.dataset."
             )
         if name.startswith("__") or name == "loader":
             raise AttributeError(name)
@@ -441,7 +485,9 @@ class ResumableLoader(_Resumable):
         return iter(self._inner)
 
     def _batches(self) -> Iterator[Any]:
-        """The batches of this epoch and rank, each a list of indices; single indices where the loader makes no batches."""
+        """The batches of this epoch and rank, each a list of indices; single indices where the
+        loader makes no batches.
+        """
         if _length(self._source) is None:
             return self._cut(self._endless())
         if self._order is None:
@@ -503,7 +549,11 @@ class ResumableLoader(_Resumable):
         collate = like.collate_fn
         if keyed:
             collate = _SeededCollate(like.collate_fn, self.seed, batched)
-        keys = {"batch_sampler": self._keys} if batched else {"sampler": self._keys, "batch_size": None}
+        keys = (
+            {"batch_sampler": self._keys}
+            if batched
+            else {"sampler": self._keys, "batch_size": None}
+        )
         return DataLoader(
             _SeededByIndex(like.dataset, self.seed, keyed),
             **keys,
@@ -528,14 +578,21 @@ def _length(source: Any) -> int | None:
 
 
 def resumable(
-    loader: DataLoader[Any], *, seed: int | None = None, rank: int | None = None, world_size: int | None = None
+    loader: DataLoader[Any],
+    *,
+    seed: int | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
 ) -> ResumableLoader:
-    """Gives a user's own map-style DataLoader an order that is derived and a position that is state.
+    """Gives a user's own map-style DataLoader an order that is derived and a position that is
+    state.
 
     Args:
-        loader: Its sampler, or batch sampler, runs under a seed that derives from (seed, epoch), whatever it draws from.
-            One that is no class of torch may go by more than that: its order of the running epoch is saved.
-        seed: Of the order and of every sample's randomness; by default the one `seed_everything` set.
+        loader: Its sampler, or batch sampler, runs under a seed that derives from (seed, epoch),
+            whatever it draws from. One that is no class of torch may go by more than that: its
+            order of the running epoch is saved.
+        seed: Of the order and of every sample's randomness; by default the one `seed_everything`
+            set.
         rank: Of this process, and `world_size`: by default those of the process group.
 
     Raises:

@@ -1,4 +1,6 @@
-"""The lock of a directory: one process writes there, and the kernel says which. Standard library only."""
+"""The lock of a directory: one process writes there, and the kernel says which. Standard library
+only.
+"""
 
 import contextlib
 import fcntl
@@ -15,7 +17,8 @@ from savepoint import files
 from savepoint.errors import RunDirectoryError, RunLockedError
 from savepoint.job import rank
 
-# C's struct flock, and which of its fields is the kind of the lock. Zero in all others means the whole file.
+# C's struct flock, and which of its fields is the kind of the lock. Zero in all others means the
+# whole file.
 _FLOCK, _KIND = ("qqihh", 3) if sys.platform == "darwin" else ("hhqqi0q", 0)
 
 
@@ -35,8 +38,9 @@ class LockedDirectory:
     def lock(self) -> None:
         """Takes the lock for the life of this process, or raises RunLockedError naming the holder.
 
-        A POSIX lock: the kernel drops it when the process dies, whatever its data workers do. It is also dropped when
-        any descriptor of the file is closed in this process, so the file is opened here, once, and never again.
+        A POSIX lock: the kernel drops it when the process dies, whatever its data workers do. It is
+        also dropped when any descriptor of the file is closed in this process, so the file is
+        opened here, once, and never again.
         """
         path = self.directory / "lock"
         with contextlib.suppress(OSError):
@@ -73,7 +77,8 @@ class LockedDirectory:
 
     def unlock(self) -> None:
         if self._lock is not None:
-            with contextlib.suppress(OSError):  # the lock goes all the same: only the next start says one line too many
+            # The lock goes all the same: only the next start says one line too many.
+            with contextlib.suppress(OSError):
                 os.ftruncate(self._lock, 0)  # an empty file says that nobody died here
             _locked.discard(_identity(os.fstat(self._lock)))
             os.close(self._lock)
@@ -81,7 +86,9 @@ class LockedDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """The lock, for a command; what is said of a holder that died goes to stderr, as its output may be JSON."""
+        """The lock, for a command; what is said of a holder that died goes to stderr, as its output
+        may be JSON.
+        """
         with contextlib.redirect_stdout(sys.stderr):
             self.lock()
         try:
@@ -93,19 +100,25 @@ class LockedDirectory:
         """Before each save: this is still the directory that was locked.
 
         Raises:
-            RunDirectoryError: it was moved, deleted or taken over. What was saved now would be in nobody's run.
+            RunDirectoryError: it was moved, deleted or taken over. What was saved now would be in
+                nobody's run.
         """
-        if self._place is None or (self._lock is not None and self._is_there("lock", os.fstat(self._lock))):
+        if self._place is None or (
+            self._lock is not None and self._is_there("lock", os.fstat(self._lock))
+        ):
             return
         lost = self._lock is None or not (self.directory / "lock").exists()
         if lost and self._is_there("", self._place):
-            self.unlock()  # somebody took a lock that is held for a stale one; where this fails, the next save asks again
+            # Somebody took a lock that is held for a stale one; where this fails, the next save
+            # asks again.
+            self.unlock()
             with contextlib.suppress(RunLockedError):
                 self.lock()
                 return
         raise RunDirectoryError(
-            f"Not the run directory that this process began in any more: {self.directory} (moved, deleted or taken over). "
-            "Expected it in its place. Move it back: until then nothing is saved."
+            f"Not the run directory that this process began in any more: {self.directory} (moved, "
+            "deleted or taken over). Expected it in its place. Move it back: until then nothing "
+            "is saved."
         )
 
     def _is_there(self, name: str, was: os.stat_result) -> bool:
@@ -117,7 +130,8 @@ class LockedDirectory:
     def holder(self) -> str | None:
         """The process that trains here: `pid 5 on host`; None where none does.
 
-        The kernel is asked who holds the lock; none is taken, so a training that starts now is not disturbed.
+        The kernel is asked who holds the lock; none is taken, so a training that starts now is not
+        disturbed.
         """
         try:
             if _identity((self.directory / "lock").stat()) in _locked:
@@ -135,7 +149,9 @@ class LockedDirectory:
             os.close(descriptor)
 
     def left_by(self) -> str:
-        """Whoever took the lock and did not give it back, alive or dead: `pid 5 on host`; "" where the last one did."""
+        """Whoever took the lock and did not give it back, alive or dead: `pid 5 on host`; "" where
+        the last one did.
+        """
         path = self.directory / "lock"
         try:
             if _identity(path.stat()) in _locked:  # closing it here would drop the lock
@@ -159,12 +175,14 @@ class LockedDirectory:
 
 def unwritable(path: Path, error: OSError) -> RunDirectoryError:
     return RunDirectoryError(
-        f"Cannot write the run directory: {path} ({error.strerror}). Expected a directory that this user may write, "
-        "with room in it. Make it so, or begin a run in another one: --output_dir DIR"
+        f"Cannot write the run directory: {path} ({error.strerror}). Expected a directory that "
+        "this user may write, with room in it. Make it so, or begin a run in another one: "
+        "--output_dir DIR"
     )
 
 
-# The lock files that this process has open. A forked one inherits the list and none of the locks: hence its number.
+# The lock files that this process has open. A forked one inherits the list and none of the locks:
+# hence its number.
 _locked: set[tuple[int, int, int]] = set()
 
 
@@ -175,7 +193,9 @@ def _identity(lock: os.stat_result) -> tuple[int, int, int]:
 def _said(lock: int, *, wait_secs: float = 0) -> str:
     """What stands in a lock file. Whoever has just taken it is about to write its name."""
     until = time.monotonic() + wait_secs
-    while not (said := os.pread(lock, 4096, 0).decode(errors="replace")) and time.monotonic() < until:
+    while (
+        not (said := os.pread(lock, 4096, 0).decode(errors="replace")) and time.monotonic() < until
+    ):
         time.sleep(0.01)
     return said
 

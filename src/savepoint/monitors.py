@@ -1,6 +1,8 @@
-"""Callbacks that a run can switch on by config: what the gradients do, what the machine does, a learning rate to start with.
+"""Callbacks that a run can switch on by config: what the gradients do, what the machine does, a
+learning rate to start with.
 
-Each goes on over a resume as if it had not happened; what comes from the clock or the machine goes to columns time/*.
+Each goes on over a resume as if it had not happened; what comes from the clock or the machine goes
+to columns time/*.
 """
 
 import resource
@@ -22,15 +24,27 @@ from savepoint.training.progress import Meter
 class GradientNorm(Callback):
     """Logs `train/grad_norm`: the 2-norm of all gradients together, before they are clipped."""
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        gradients = [
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
         several = len(trainer.optimizers) > 1
-        name = f"train/grad_norm_{trainer.optimizers.index(optimizer)}" if several else "train/grad_norm"
+        name = (
+            f"train/grad_norm_{trainer.optimizers.index(optimizer)}"
+            if several
+            else "train/grad_norm"
+        )
         pl_module.log(name, torch.nn.utils.get_total_norm(gradients), on_step=True, on_epoch=False)
 
 
 class Resources(Callback):
-    """Logs time/samples_per_sec, time/step_ms and the peak memory, time/memory_mb and time/accelerator_memory_mb.
+    """Logs time/samples_per_sec, time/step_ms and the peak memory, time/memory_mb and
+    time/accelerator_memory_mb.
 
     Once every `log_every_n_steps` steps, over the steps since the last time.
     """
@@ -61,12 +75,14 @@ class Resources(Callback):
 
 
 class LearningRateFinder(LightningLearningRateFinder):
-    """Lightning's: tries rising learning rates before the training, and takes the one at which the loss falls fastest.
+    """Lightning's: tries rising learning rates before the training, and takes the one at which the
+    loss falls fastest.
 
-    Lightning's own sets the optimizer alone: a schedule that multiplies a base rate takes the value back at its first
-    step, and a resume searches again, from the weights of a training in progress. Here the base rates of the schedules
-    are set too, and a resume goes on with what was found. A schedule with rates of its own (OneCycleLR, CyclicLR) keeps
-    them: give it one that multiplies, such as `model.schedule`.
+    Lightning's own sets the optimizer alone: a schedule that multiplies a base rate takes the value
+    back at its first step, and a resume searches again, from the weights of a training in progress.
+    Here the base rates of the schedules are set too, and a resume goes on with what was found. A
+    schedule with rates of its own (OneCycleLR, CyclicLR) keeps them: give it one that multiplies,
+    such as `model.schedule`.
     """
 
     found: float | None = None
@@ -80,26 +96,32 @@ class LearningRateFinder(LightningLearningRateFinder):
     def lr_find(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.ckpt_path:  # a resume: optimizer and schedule have what was found already
             if self.found is not None and self._update_attr:
-                name = self._attr_name or ("lr" if lightning_hasattr(pl_module, "lr") else "learning_rate")
+                name = self._attr_name or (
+                    "lr" if lightning_hasattr(pl_module, "lr") else "learning_rate"
+                )
                 lightning_setattr(pl_module, name, self.found)
             return
         super().lr_find(trainer, pl_module)
         found = self.optimal_lr.suggestion() if self.optimal_lr else None
         if found is None:
             raise ConfigError(
-                f"No learning rate found: too few steps, or the loss falls nowhere between {self._min_lr:g} and "
-                f"{self._max_lr:g}. Expected a falling loss. Give more num_training_steps or another range, or a model.lr "
-                "without the finder."
+                "No learning rate found: too few steps, or the loss falls nowhere between "
+                f"{self._min_lr:g} and {self._max_lr:g}. Expected a falling loss. Give more "
+                "num_training_steps or another range, or a model.lr without the finder."
             )
         if not self._update_attr:
             return
         self.found = found
-        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+        for group in (
+            group for optimizer in trainer.optimizers for group in optimizer.param_groups
+        ):
             group["lr"] = group["initial_lr"] = found
         for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
             if hasattr(scheduler, "base_lrs"):
                 scheduler.base_lrs = [found] * len(scheduler.base_lrs)
-                for group, rate in zip(scheduler.optimizer.param_groups, _rates(scheduler), strict=True):
+                for group, rate in zip(
+                    scheduler.optimizer.param_groups, _rates(scheduler), strict=True
+                ):
                     group["lr"] = rate
         if trainer.is_global_zero:
             print(f"learning rate found: {found:.3g}", flush=True)

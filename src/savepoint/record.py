@@ -1,4 +1,6 @@
-"""run.json: id, name and creation of a run, then one entry a start. Read as anybody may have left it."""
+"""run.json: id, name and creation of a run, then one entry a start. Read as anybody may have left
+it.
+"""
 
 import json
 import os
@@ -24,7 +26,9 @@ def new(name: str) -> dict[str, Any]:
 
 
 def read(directory: Path) -> tuple[dict[str, Any] | None, str]:
-    """The record, and what is wrong with it: (None, "") where there is none, (None, words) where it is damaged."""
+    """The record, and what is wrong with it: (None, "") where there is none, (None, words) where it
+    is damaged.
+    """
     try:
         found = json.loads((directory / NAME).read_text())
         if not isinstance(found, dict) or not {"id", "name", "created", "starts"} <= found.keys():
@@ -44,14 +48,22 @@ def starts(record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def with_start(record: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
-    entry = {"time": _now(), "argv": sys.argv, "git": _git(), "versions": _versions(), "host": socket.gethostname()}
+    entry = {
+        "time": _now(),
+        "argv": sys.argv,
+        "git": _git(),
+        "versions": _versions(),
+        "host": socket.gethostname(),
+    }
     entry |= {"hardware": f"{platform.machine()}, {os.cpu_count()} cores"} | facts
     return {**record, "starts": [*record["starts"], entry]}
 
 
 def _is_start(found: Any) -> bool:
     kinds = {"time": str, "argv": list, "changed": dict, "git": dict | None}
-    return isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
+    return isinstance(found, dict) and all(
+        isinstance(found.get(key), kind) for key, kind in kinds.items()
+    )
 
 
 def _now() -> str:
@@ -59,16 +71,18 @@ def _now() -> str:
 
 
 def _git() -> dict[str, Any] | None:
-    def ask(*arguments: Sequence[str] | str) -> str | None:
-        here = project().root
+    def ask(*arguments: str) -> str | None:
+        command, here = ["git", *arguments], project().root
         try:
-            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)  # type: ignore[list-item]
+            done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit = ask("rev-parse", "HEAD")
-    return None if commit is None else {"commit": commit, "dirty": bool(ask("status", "--porcelain"))}
+    return (
+        None if commit is None else {"commit": commit, "dirty": bool(ask("status", "--porcelain"))}
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -1,7 +1,9 @@
-"""The run directory: its name, its lock, what is recorded in it. Every rank agrees on it; rank 0 alone writes.
+"""The run directory: its name, its lock, what is recorded in it. Every rank agrees on it; rank 0
+alone writes.
 
 config.yaml    the resolved config of the last start
-run.json       id and created, then one entry a start: argv, git, versions, host, hardware, checkpoint it began from
+run.json       id and created, then one entry a start: argv, git, versions, host, hardware,
+               checkpoint it began from
 summary.json   the result
 lock           held while a process trains here
 """
@@ -32,12 +34,14 @@ LOST_AND_FOUND = "lost+found"
 
 
 def default_name(config_name: str) -> str:
-    """`<config>-<job id>` under a launcher that starts every rank by itself, else `<config>-<yyyymmdd-hhmmss>`."""
+    """`<config>-<job id>` under a launcher that starts every rank by itself, else
+    `<config>-<yyyymmdd-hhmmss>`.
+    """
     job = scheduled()
     if job == "none":
         raise ConfigError(
-            "The ranks cannot agree on a run name: torchrun was given no --rdzv-id. Expected one name for all. "
-            "Give --run_name NAME."
+            "The ranks cannot agree on a run name: torchrun was given no --rdzv-id. Expected one "
+            "name for all. Give --run_name NAME."
         )
     own = f"{project().name}-" if project().name else ""
     return f"{own}{config_name}-{job or datetime.now().strftime('%Y%m%d-%H%M%S')}"
@@ -45,13 +49,23 @@ def default_name(config_name: str) -> str:
 
 def check_name(name: str) -> None:
     """Raises ConfigError where it cannot be that of a directory beside others."""
-    if Path(name).name != name or name.startswith(".") or "\0" in name or len(os.fsencode(name)) > 200:
+    if (
+        Path(name).name != name
+        or name.startswith(".")
+        or "\0" in name
+        or len(os.fsencode(name)) > 200
+    ):
         shown = repr(name if len(name) < 80 else f"{name[:80]}...")
-        raise ConfigError(f"Not a run name: {shown}. Expected a plain file name, 200 bytes at most. Give another one.")
+        raise ConfigError(
+            f"Not a run name: {shown}. Expected a plain file name, 200 bytes at most. Give another "
+            "one."
+        )
 
 
 def is_empty(directory: Path) -> bool:
-    """Whether nobody has put anything there: a mounted volume, say, with no more than its file system's own."""
+    """Whether nobody has put anything there: a mounted volume, say, with no more than its file
+    system's own.
+    """
     try:
         return set(os.listdir(directory)) <= {LOST_AND_FOUND}
     except OSError:
@@ -69,7 +83,7 @@ class Run(LockedDirectory):
         self._created = False
         self._filled = False  # it was there, and empty
 
-    # -- making one --------------------------------------------------------------------------------------------------
+    # -- making one -------------------------------------------------------------------------------
 
     @classmethod
     def create(cls, output_dir: str, run_name: str | None, config_name: str) -> "Run":
@@ -90,7 +104,8 @@ class Run(LockedDirectory):
         for attempt in range(2, 100):
             try:
                 run.directory.mkdir()
-                # Without this a power cut can take the whole run, and every save that was reported with it.
+                # Without this a power cut can take the whole run, and every save that was reported
+                # with it.
                 files.sync_directory(run.directory.parent)
                 break
             except FileExistsError:
@@ -99,7 +114,8 @@ class Run(LockedDirectory):
                     break
                 if run_name or not run.directory.is_dir():
                     raise run.taken(directory) from None
-                run = cls(directory.with_name(f"{name}-{attempt}"))  # two runs that started in the same second
+                # Two runs that started in the same second.
+                run = cls(directory.with_name(f"{name}-{attempt}"))
             except OSError as error:
                 raise unwritable(directory, error) from error
         run._created = not run._filled
@@ -117,7 +133,9 @@ class Run(LockedDirectory):
         return run
 
     def discard(self) -> None:
-        """Removes a directory that this process made and in which no training began; one that was empty is so again."""
+        """Removes a directory that this process made and in which no training began; one that was
+        empty is so again.
+        """
         if self._created:
             shutil.rmtree(self.directory, ignore_errors=True)
         elif self._filled:
@@ -130,8 +148,13 @@ class Run(LockedDirectory):
     def taken(self, shown: Path) -> SavepointError:
         """What to say of a directory that is there, where a new one was to be made."""
         until = time.monotonic() + 1
-        while not (holder := self.holder()) and not (self.directory / "run.json").exists() and time.monotonic() < until:
-            time.sleep(0.01)  # without a record it may be a moment old: its maker is about to take the lock
+        while (
+            not (holder := self.holder())
+            and not (self.directory / "run.json").exists()
+            and time.monotonic() < until
+        ):
+            # Without a record it may be a moment old: its maker is about to take the lock.
+            time.sleep(0.01)
         if holder:
             return self.in_use(holder)
         go_on = resume_command(self.directory)
@@ -142,13 +165,17 @@ class Run(LockedDirectory):
             f"or continue that run: {go_on}"
         )
 
-    # -- looking: nothing in it is created, renamed or opened for writing ----------------------------
+    # -- looking: nothing in it is created, renamed or opened for writing -------------------------
 
     @cached_property
     def checkpoints(self) -> Path:
         """A directory that holds checkpoints and no run has no record; it is looked at as well."""
         below = self.directory / "checkpoints"
-        return below if os.path.isdir(below) or (self.directory / record.NAME).exists() else self.directory
+        return (
+            below
+            if os.path.isdir(below) or (self.directory / record.NAME).exists()
+            else self.directory
+        )
 
     @cached_property
     def store(self) -> CheckpointStore:
@@ -183,13 +210,15 @@ class Run(LockedDirectory):
             return "running"
         if self.latest is None:
             return "broken"
-        return "finished" if self.latest.manifest.get("ended") and self.is_summarised() else "stopped"
+        return (
+            "finished" if self.latest.manifest.get("ended") and self.is_summarised() else "stopped"
+        )
 
     def command(self, *words: str) -> str:
         """`python WORDS`, the last of them this directory."""
         return shlex.join([python(), *words, self.shown])
 
-    # -- what is recorded ----------------------------------------------------------------------------
+    # -- what is recorded -------------------------------------------------------------------------
 
     @property
     def record(self) -> dict[str, Any]:
@@ -216,8 +245,11 @@ class Run(LockedDirectory):
         return str([found["created"], *(start["time"] for start in record.starts(found))][-1])
 
     def record_start(self, before: Mapping[str, Any], config: str, **facts: Any) -> None:
-        """Adds an entry to the record and writes it, with the config of this start. For the holder of the lock."""
-        self._created = self._filled = False  # from here on it is never removed, whatever becomes of its files
+        """Adds an entry to the record and writes it, with the config of this start. For the holder
+        of the lock.
+        """
+        # From here on it is never removed, whatever becomes of its files.
+        self._created = self._filled = False
         if damage := self.record_damage():  # the checkpoints hold all that a resume needs
             self._set_record_aside(damage)
         self._write(record.NAME, json.dumps(record.with_start(before, **facts), indent=2) + "\n")
@@ -226,10 +258,13 @@ class Run(LockedDirectory):
     def _set_record_aside(self, damage: str) -> None:
         path = self.directory / record.NAME
         try:
-            os.replace(path, path.with_name(f"{record.NAME}.corrupt"))  # a crash here leaves no record, as damage did
+            # A crash here leaves no record, as damage did.
+            os.replace(path, path.with_name(f"{record.NAME}.corrupt"))
         except OSError as error:
             raise unwritable(path, error) from error
-        print(f"Damaged, set aside as {record.NAME}.corrupt: {path} ({damage}). A new record begins.")
+        print(
+            f"Damaged, set aside as {record.NAME}.corrupt: {path} ({damage}). A new record begins."
+        )
 
     def summary(self) -> dict[str, Any]:
         """summary.json; nothing where it is missing or damaged."""
@@ -244,12 +279,15 @@ class Run(LockedDirectory):
         return self.latest is not None and self.summary().get("steps") == self.latest.step
 
     def is_summary_damaged(self) -> bool:
-        return (self.directory / "summary.json").exists() and not isinstance(self.summary().get("steps"), int)
+        return (self.directory / "summary.json").exists() and not isinstance(
+            self.summary().get("steps"), int
+        )
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
         try:
-            (self.directory / "RESUME.txt").unlink(missing_ok=True)  # there is nothing left to continue
+            # There is nothing left to continue.
+            (self.directory / "RESUME.txt").unlink(missing_ok=True)
         except OSError as error:
             raise unwritable(self.directory / "RESUME.txt", error) from error
 

@@ -1,7 +1,10 @@
-"""A sweep: Optuna chooses values, each trial is a run of its own, in a process of its own. Needs the extra `sweep`.
+"""A sweep: Optuna chooses values, each trial is a run of its own, in a process of its own. Needs
+the extra `sweep`.
 
-outputs/<sweep>/study.db          every trial and its result (SQLite): the same command goes on where it stopped
-outputs/<sweep>/trial-000/        a run directory like any other; a trial that was cut off resumes exactly
+outputs/<sweep>/study.db          every trial and its result (SQLite): the same command goes on
+                                  where it stopped
+outputs/<sweep>/trial-000/        a run directory like any other; a trial that was cut off resumes
+                                  exactly
 outputs/<sweep>/trials.csv, .png  the table and the plot
 outputs/<sweep>/.sweep/lock       held while a process runs it
 """
@@ -31,8 +34,11 @@ _POLL_SECS = 0.2
 _DONE = ("COMPLETE", "PRUNED")
 
 
-def run(path: Path, output_dir: str = "outputs", say: Callable[[str], None] = print) -> dict[str, Any]:
-    """All trials of a sweep file that are not done, one after the other; then the table of them, best first.
+def run(
+    path: Path, output_dir: str = "outputs", say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """All trials of a sweep file that are not done, one after the other; then the table of them,
+    best first.
 
     Raises:
         ConfigError: the file, a missing package, or a trial that refused its values.
@@ -46,7 +52,9 @@ def run(path: Path, output_dir: str = "outputs", say: Callable[[str], None] = pr
         return _run(optuna, sweep, path, directory, say)
 
 
-def _run(optuna: Any, sweep: Sweep, path: Path, directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _run(
+    optuna: Any, sweep: Sweep, path: Path, directory: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
     study = _open(optuna, sweep, path, directory)
     _refuse_another(study, sweep, path, directory)
     begun = [trial for trial in study.trials if trial.state.name == "RUNNING"]
@@ -64,7 +72,11 @@ def _run(optuna: Any, sweep: Sweep, path: Path, directory: Path, say: Callable[[
     # A trial that was cut off is still open: it is gone on with before new ones begin.
     cut = [optuna.trial.Trial(study, trial._trial_id) for trial in begun]
     for place in range(todo):
-        say(_run_trial(optuna, study, cut[place] if place < len(cut) else study.ask(), sweep, directory))
+        say(
+            _run_trial(
+                optuna, study, cut[place] if place < len(cut) else study.ask(), sweep, directory
+            )
+        )
     return _told(study, sweep, directory)
 
 
@@ -74,7 +86,8 @@ def _lock(directory: Path) -> Run:
     lock.directory.mkdir(parents=True, exist_ok=True)
     if holder := lock.holder():
         raise RunLockedError(
-            f"Another process runs this sweep: {directory}, held by {holder}. Expected it free. Wait for it or stop it."
+            f"Another process runs this sweep: {directory}, held by {holder}. Expected it free. "
+            "Wait for it or stop it."
         )
     return lock
 
@@ -90,13 +103,15 @@ def _open(optuna: Any, sweep: Sweep, path: Path, directory: Path) -> Any:
             storage=f"sqlite:///{database}",
             load_if_exists=True,
             direction="maximize" if sweep.mode == "max" else "minimize",
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=4) if sweep.prune else optuna.pruners.NopPruner(),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=4)
+            if sweep.prune
+            else optuna.pruners.NopPruner(),
         )
     except (optuna.exceptions.OptunaError, SQLAlchemyError) as error:
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
         raise ConfigError(
-            f"Not the record of a sweep: {database} ({reason}). Expected a study of Optuna. Move it away: the sweep begins "
-            "anew, and what is there of each trial is gone on with."
+            f"Not the record of a sweep: {database} ({reason}). Expected a study of Optuna. Move "
+            "it away: the sweep begins anew, and what is there of each trial is gone on with."
         ) from None
 
 
@@ -118,7 +133,9 @@ def _to_try_again(study: Any) -> list[dict[str, Any]]:
         for trial in study.trials
         if trial.state.name != "FAIL"
     ]
-    return [values for place, values in enumerate(failed) if values not in [*others, *failed[:place]]]
+    return [
+        values for place, values in enumerate(failed) if values not in [*others, *failed[:place]]
+    ]
 
 
 def _run_trial(optuna: Any, study: Any, trial: Any, sweep: Sweep, directory: Path) -> str:
@@ -126,13 +143,18 @@ def _run_trial(optuna: Any, study: Any, trial: Any, sweep: Sweep, directory: Pat
     study.sampler = _sampler(optuna, sweep, trial.number)
     values = {key: _suggest(trial, key, space) for key, space in sweep.parameters.items()}
     run_dir = _run_dir(directory, trial)
-    known = run_dir.with_suffix(".log").stat().st_size if run_dir.with_suffix(".log").exists() else 0
+    known = (
+        run_dir.with_suffix(".log").stat().st_size if run_dir.with_suffix(".log").exists() else 0
+    )
     pruned, code = _train(trial, values, sweep, run_dir)
     last = _last_line(run_dir, known)
     scores, log = _scores(run_dir, sweep.monitor), show(run_dir.absolute()) + ".log"
-    # Where the trial itself is refused it stays open: once the sweep is put right, it is the first to go on.
+    # Where the trial itself is refused it stays open: once the sweep is put right, it is the first
+    # to go on.
     if code == 2:
-        raise ConfigError(f"{run_dir.name} was refused: {last} Expected values that train.py takes. See {log}")
+        raise ConfigError(
+            f"{run_dir.name} was refused: {last} Expected values that train.py takes. See {log}"
+        )
     if code == 0 and not scores:
         raise ConfigError(
             f"{run_dir.name} measured no `{sweep.monitor}`. Expected a column of its metrics.csv: "
@@ -153,7 +175,13 @@ def _run_trial(optuna: Any, study: Any, trial: Any, sweep: Sweep, directory: Pat
 
 def _train(trial: Any, values: Mapping[str, Any], sweep: Sweep, run_dir: Path) -> tuple[bool, int]:
     """One trial as a process: (whether it was pruned, its exit code)."""
-    command = [sys.executable, "train.py", *sweep.arguments(values), "--output_dir", str(run_dir.parent.absolute())]
+    command = [
+        sys.executable,
+        "train.py",
+        *sweep.arguments(values),
+        "--output_dir",
+        str(run_dir.parent.absolute()),
+    ]
     # --resume auto: what a trial had reached when the sweep was cut off is not trained again.
     command += ["--run_name", run_dir.name, "--resume", "auto"]
     told, pruned = len(trial.study.trials[trial.number].intermediate_values), False
@@ -170,13 +198,15 @@ def _train(trial: Any, values: Mapping[str, Any], sweep: Sweep, run_dir: Path) -
                 pruned = True
                 process.terminate()  # it saves, and could be gone on with by hand
     except BaseException:
-        # Ctrl-C reached the trial too, SIGTERM did not: it saves and ends, and the same sweep goes on with it.
+        # Ctrl-C reached the trial too, SIGTERM did not: it saves and ends, and the same sweep goes
+        # on with it.
         if process.poll() is None:
             process.terminate()
         process.wait()
         raise
     if process.returncode in (129, 130, 143) and not pruned:
-        raise Preempted(process.returncode - 128)  # somebody stopped the trial: the sweep stops with it
+        # Somebody stopped the trial: the sweep stops with it.
+        raise Preempted(process.returncode - 128)
     return pruned, process.returncode
 
 
@@ -199,7 +229,13 @@ def _columns(run_dir: Path) -> list[str]:
 
 def _last_line(run_dir: Path, known: int) -> str:
     """Of what came to the log after its first `known` bytes."""
-    lines = run_dir.with_suffix(".log").read_bytes()[known:].decode(errors="replace").strip().splitlines()
+    lines = (
+        run_dir.with_suffix(".log")
+        .read_bytes()[known:]
+        .decode(errors="replace")
+        .strip()
+        .splitlines()
+    )
     return lines[-1] if lines else ""
 
 
@@ -213,13 +249,18 @@ def _suggest(trial: Any, key: str, space: Mapping[str, Any]) -> Any:
 
 
 def _refuse_another(study: Any, sweep: Sweep, path: Path, directory: Path) -> None:
-    """Trials of another question would be mixed into this one's answer; more trials are the same question."""
-    asked = json.dumps({k: v for k, v in vars(sweep).items() if k != "trials"}, sort_keys=True, default=str)
+    """Trials of another question would be mixed into this one's answer; more trials are the same
+    question.
+    """
+    asked = json.dumps(
+        {k: v for k, v in vars(sweep).items() if k != "trials"}, sort_keys=True, default=str
+    )
     before = study.user_attrs.get("asked")
     if before not in (None, asked):
         raise RunExistsError(
-            f"A sweep of this name was begun with other settings: {directory}. Expected those of {path} to be the same "
-            "(only `trials` may change). Give the file another name, or move that directory away."
+            f"A sweep of this name was begun with other settings: {directory}. Expected those of "
+            f"{path} to be the same (only `trials` may change). Give the file another name, or "
+            "move that directory away."
         )
     study.set_user_attr("asked", asked)
 
@@ -237,7 +278,9 @@ def _told(study: Any, sweep: Sweep, directory: Path) -> dict[str, Any]:
     ]  # fmt: skip
     text = io.StringIO()
     header = ["trial", *sweep.parameters, sweep.monitor, "state"]
-    rows = [[one["trial"], *one["parameters"].values(), one["value"], one["state"]] for one in trials]
+    rows = [
+        [one["trial"], *one["parameters"].values(), one["value"], one["state"]] for one in trials
+    ]
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     with replacing(directory / "trials.csv") as file:
         file.write(text.getvalue().encode())
@@ -250,7 +293,9 @@ def _told(study: Any, sweep: Sweep, directory: Path) -> dict[str, Any]:
 
 
 def _plot(study: Any, keys: Sequence[str], monitor: str, path: Path) -> None:
-    """One panel a parameter: its value against the result. Trials that were pruned are hollow, at what they had reached."""
+    """One panel a parameter: its value against the result. Trials that were pruned are hollow, at
+    what they had reached.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -259,15 +304,22 @@ def _plot(study: Any, keys: Sequence[str], monitor: str, path: Path) -> None:
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     for panel, key in zip(panels, keys, strict=True):
         for state, face in (("COMPLETE", "#0b6e99"), ("PRUNED", "none")):
-            shown = [trial for trial in study.trials if trial.state.name == state and trial.intermediate_values]
+            shown = [
+                trial
+                for trial in study.trials
+                if trial.state.name == state and trial.intermediate_values
+            ]
             across = [trial.params[key] for trial in shown]
             if not all(isinstance(value, int | float) for value in across):
                 across = [str(value) for value in across]
             reached = [
-                trial.value if state == "COMPLETE" else list(trial.intermediate_values.values())[-1] for trial in shown
+                trial.value if state == "COMPLETE" else list(trial.intermediate_values.values())[-1]
+                for trial in shown
             ]
             panel.scatter(across, reached, s=26, facecolors=face, edgecolors="#0b6e99")
-        distribution = next((t.distributions[key] for t in study.trials if key in t.distributions), None)
+        distribution = next(
+            (t.distributions[key] for t in study.trials if key in t.distributions), None
+        )
         panel.set_xscale("log" if getattr(distribution, "log", False) else panel.get_xscale())
         panel.set_xlabel(key)
         panel.grid(alpha=0.25)
@@ -286,7 +338,7 @@ def _optuna() -> Any:
         from matplotlib import figure  # noqa: F401
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"A sweep needs a package that is missing: {error.name}. Expected it in this environment. "
-            "Install it: pip install 'savepoint-lightning[sweep]'"
+            f"A sweep needs a package that is missing: {error.name}. Expected it in this "
+            "environment. Install it: pip install 'savepoint-lightning[sweep]'"
         ) from None
     return optuna

@@ -37,8 +37,10 @@ class Sweep:
         monitor: The metric to better, by its best value over the validations of a trial.
         mode: Whether a smaller or a larger value is better.
         trials: How many in all; a grid has its own number.
-        sampler: tpe learns from the trials before, random does not, grid takes every combination of `choices`.
-        prune: Whether a trial that is worse than the median of those before it at the same validation is stopped.
+        sampler: tpe learns from the trials before, random does not, grid takes every combination of
+            `choices`.
+        prune: Whether a trial that is worse than the median of those before it at the same
+            validation is stopped.
         seed: Of the sampler.
         overrides: Config key -> value, the same in every trial.
     """
@@ -60,7 +62,10 @@ class Sweep:
     def arguments(self, values: Mapping[str, Any]) -> list[str]:
         """What train.py is given for a trial."""
         given = {**self.overrides, **values}
-        flags = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in given.items()]
+        flags = [
+            f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in given.items()
+        ]
         return ["--config", str(project().root / self.config), *flags]
 
 
@@ -69,7 +74,9 @@ def read(path: Path) -> Sweep:
     content = compose.read(path, "sweep file")
     known = [one.name for one in fields(Sweep)]
     if not isinstance(content, dict) or not {"config", "parameters"} <= content.keys():
-        raise ConfigError(f"Not a sweep: {path}. Expected the keys `config` and `parameters`. See configs/sweep/.")
+        raise ConfigError(
+            f"Not a sweep: {path}. Expected the keys `config` and `parameters`. See configs/sweep/."
+        )
     for name in content:
         if name not in known:
             near = words.nearest(str(name), known) or f" Expected one of {', '.join(known)}."
@@ -87,7 +94,9 @@ def read(path: Path) -> Sweep:
         _refuse(path, "parameters", sweep.parameters, "a config key or more to try values of")
     for key, space in sweep.parameters.items():
         if not _is_space(space) or (sweep.sampler == "grid" and "choices" not in space):
-            _refuse(path, f"parameters.{key}", space, f"{SHAPES}, low below high; a grid has choices")
+            _refuse(
+                path, f"parameters.{key}", space, f"{SHAPES}, low below high; a grid has choices"
+            )
     for end in (0, -1):
         values = {key: (space.get("choices") or [space.get("low"), space.get("high")])[end]
                   for key, space in sweep.parameters.items()}  # fmt: skip
@@ -105,7 +114,9 @@ def _is_space(space: Any) -> bool:
     if "choices" in space:
         return isinstance(space["choices"], list) and bool(space["choices"]) and len(space) == 1
     low, high, log, step = (space.get(name) for name in ("low", "high", "log", "step"))
-    if any(not _is(one, int) and not isinstance(one, float) for one in (low, high)) or not low < high:  # type: ignore[operator]
+    if any(not _is(one, int) and not isinstance(one, float) for one in (low, high)):
+        return False
+    if not low < high:  # type: ignore[operator]
         return False
     if log is not None and not isinstance(log, bool):
         return False

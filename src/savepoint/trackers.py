@@ -1,4 +1,5 @@
-"""Experiment trackers beside metrics.csv and TensorBoard: however often a run is started, one run in the tracker.
+"""Experiment trackers beside metrics.csv and TensorBoard: however often a run is started, one run
+in the tracker.
 
 They need an extra: `pip install 'savepoint-lightning[wandb]'` or `[mlflow]`. metrics.csv stays the
 record: what a resume logs again stands twice in a tracker that cannot take rows back.
@@ -24,13 +25,25 @@ class RunWandbLogger(WandbLogger):
         entity: A user or a team; null for the default one.
     """
 
-    def __init__(self, project: str = "savepoint", offline: bool = False, entity: str | None = None) -> None:
-        _needs("wandb", lambda: super(RunWandbLogger, self).__init__(project=project, offline=offline, entity=entity))
+    def __init__(
+        self, project: str = "savepoint", offline: bool = False, entity: str | None = None
+    ) -> None:
+        _needs(
+            "wandb",
+            lambda: super(RunWandbLogger, self).__init__(
+                project=project, offline=offline, entity=entity
+            ),
+        )
 
     def join(self, run_id: str, directory: Path) -> None:
         """Every start of one run is one run there too."""
         self._wandb_init.pop("anonymous", None)  # Weights & Biases warns of it at each start
-        self._wandb_init |= {"id": run_id, "name": directory.name, "dir": str(directory), "resume": "allow"}
+        self._wandb_init |= {
+            "id": run_id,
+            "name": directory.name,
+            "dir": str(directory),
+            "resume": "allow",
+        }
         self._id, self._name, self._save_dir = run_id, directory.name, str(directory)
 
 
@@ -42,19 +55,30 @@ class RunMLFlowLogger(MLFlowLogger):
         tracking_uri: A server, or a local database such as sqlite:///outputs/mlflow.db.
     """
 
-    def __init__(self, experiment_name: str = "savepoint", tracking_uri: str = "sqlite:///outputs/mlflow.db") -> None:
-        _needs("mlflow", lambda: super(RunMLFlowLogger, self).__init__(experiment_name, tracking_uri=tracking_uri))
+    def __init__(
+        self, experiment_name: str = "savepoint", tracking_uri: str = "sqlite:///outputs/mlflow.db"
+    ) -> None:
+        _needs(
+            "mlflow",
+            lambda: super(RunMLFlowLogger, self).__init__(
+                experiment_name, tracking_uri=tracking_uri
+            ),
+        )
 
     def join(self, run_id: str, directory: Path) -> None:
         """Every start of one run is one run there too: it is found again by a tag."""
         self._run_name, self.tags = directory.name, {_TAG: run_id}
         experiment = self._mlflow_client.get_experiment_by_name(self._experiment_name)
         if experiment is not None:
-            found = self._mlflow_client.search_runs([experiment.experiment_id], f"tags.`{_TAG}` = '{run_id}'")
+            found = self._mlflow_client.search_runs(
+                [experiment.experiment_id], f"tags.`{_TAG}` = '{run_id}'"
+            )
             self._run_id = found[0].info.run_id if found else None
 
     def log_hyperparams(self, params: Any) -> None:
-        """Once: MLflow refuses a parameter that changes, as one that --allow lets change does. config.yaml has them all."""
+        """Once: MLflow refuses a parameter that changes, as one that --allow lets change does.
+        config.yaml has them all.
+        """
         if self._run_id is None:
             super().log_hyperparams(params)
 

@@ -1,7 +1,9 @@
-"""The weights of a file into a model: of any file that can be read safely (`--init_from`), or of a checkpoint of the run.
+"""The weights of a file into a model: of any file that can be read safely (`--init_from`), or of a
+checkpoint of the run.
 
-A model may make its layers in `setup` or `configure_model`, which Lightning calls at the start of each of its stages: what
-is loaded before is lost there, or has no place yet. Such a model gets its weights once Lightning has called both.
+A model may make its layers in `setup` or `configure_model`, which Lightning calls at the start of
+each of its stages: what is loaded before is lost there, or has no place yet. Such a model gets its
+weights once Lightning has called both.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,11 +18,20 @@ from torch import Tensor
 from savepoint.checkpoint import foreign
 from savepoint.errors import ConfigMismatchError
 from savepoint.job import rank
-from savepoint.resume.overrides import check_shapes, mismatches, plain_name, shapes, shortened, under_names_of
+from savepoint.resume.overrides import (
+    check_shapes,
+    mismatches,
+    plain_name,
+    shapes,
+    shortened,
+    under_names_of,
+)
 
 
 class Once(Callback):
-    """Does something to the model once, as soon as Lightning has made its layers and before a stage begins."""
+    """Does something to the model once, as soon as Lightning has made its layers and before a stage
+    begins.
+    """
 
     def __init__(self, load: Callable[[LightningModule], None]) -> None:
         self._load: Callable[[LightningModule], None] | None = load
@@ -37,7 +48,9 @@ def makes_layers_late(model: LightningModule) -> bool:
     return is_overridden("setup", model) or is_overridden("configure_model", model)
 
 
-def when_made(trainer: Trainer, model: LightningModule, load: Callable[[LightningModule], None]) -> None:
+def when_made(
+    trainer: Trainer, model: LightningModule, load: Callable[[LightningModule], None]
+) -> None:
     """Calls `load` now or, where the model makes its layers late, at the start of the fit."""
     if makes_layers_late(model):
         trainer.callbacks.insert(0, Once(load))  # type: ignore[attr-defined]
@@ -66,7 +79,9 @@ def read(path: Path) -> Mapping[str, Tensor]:
 
 
 def fit_names(weights: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the model's names: a file made from the bare network lacks the LightningModule's prefix."""
+    """The weights under the model's names: a file made from the bare network lacks the
+    LightningModule's prefix.
+    """
     model = {plain_name(name): value for name, value in model.items()}
     prefixes = {name.split(".")[0] for name in model}
     for prefix in sorted(prefixes):
@@ -88,13 +103,17 @@ def initialise(model: LightningModule, path: str | Path, *, strict: bool) -> Non
     target = model.state_dict()
     found = under_names_of(fit_names(read(Path(path)), target), target)
     wanted = shapes(target)
-    fits = {name: found[name] for name, shape in shapes(found).items() if name in target and shape == wanted[name]}
+    fits = {
+        name: found[name]
+        for name, shape in shapes(found).items()
+        if name in target and shape == wanted[name]
+    }
     lines = mismatches(shapes(found), target)
     if not fits or (strict and lines):
         advice = " Take what fits: --init_strict false" if fits else ""
         raise ConfigMismatchError(
-            f"The weights do not fit the model: {path}. Expected the same names and shapes.{advice}\n"
-            + shortened(lines)
+            f"The weights do not fit the model: {path}. Expected the same names and "
+            f"shapes.{advice}\n" + shortened(lines)
         )
     model.load_state_dict(fits, strict=False)
     if rank() == 0:

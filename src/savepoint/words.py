@@ -1,4 +1,6 @@
-"""Words for people: how numbers, sizes, times, paths and tables are printed. Plain text that reads the same in a pipe."""
+"""Words for people: how numbers, sizes, times, paths and tables are printed. Plain text that reads
+the same in a pipe.
+"""
 
 import contextlib
 import difflib
@@ -29,17 +31,30 @@ def nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
 
 
 def printable(text: str) -> str:
-    """What is no printable character (in a file's name, say) escaped, so that nothing acts on a terminal."""
-    return "\n".join(line if line.isprintable() else "".join(map(_escaped, line)) for line in text.split("\n"))
+    """What is no printable character (in a file's name, say) escaped, so that nothing acts on a
+    terminal.
+    """
+    return "\n".join(
+        line if line.isprintable() else "".join(map(_escaped, line)) for line in text.split("\n")
+    )
 
 
 def _escaped(letter: str) -> str:
-    return letter if letter.isprintable() else letter.encode("unicode_escape", "surrogatepass").decode()
+    return (
+        letter
+        if letter.isprintable()
+        else letter.encode("unicode_escape", "surrogatepass").decode()
+    )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need; those of numbers to the right. Without a header where it is empty."""
-    lines = [[printable(cell).replace("\n", "\\n") for cell in row] for row in ([header, *rows] if header else rows)]
+    """Columns as wide as they need; those of numbers to the right. Without a header where it is
+    empty.
+    """
+    lines = [
+        [printable(cell).replace("\n", "\\n") for cell in row]
+        for row in ([header, *rows] if header else rows)
+    ]
     columns = []
     for place, cells in enumerate(zip(*lines, strict=True)):
         width = max(map(len, cells))
@@ -49,18 +64,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
-# -- paths -----------------------------------------------------------------------------------------
+# -- paths ---------------------------------------------------------------------------------------
 
 
 def show(path: Path) -> str:
     """The path as a person would type it here."""
-    with contextlib.suppress(FileNotFoundError):  # the working directory may be deleted while a run trains
+    # The working directory may be deleted while a run trains.
+    with contextlib.suppress(FileNotFoundError):
         return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
     return str(path)
 
 
 def python() -> str:
-    """The interpreter of this process as a person would type it here: `.venv/bin/python` after a `make train`."""
+    """The interpreter of this process as a person would type it here: `.venv/bin/python` after a
+    `make train`.
+    """
     executable = Path(sys.executable)
     shown = show(executable)
     if shown != str(executable):
@@ -69,7 +87,7 @@ def python() -> str:
     return "python" if found and Path(found).parent == executable.parent else str(executable)
 
 
-# -- numbers ---------------------------------------------------------------------------------------
+# -- numbers -------------------------------------------------------------------------------------
 
 
 def number(value: Any) -> str:
@@ -112,12 +130,14 @@ def size(value: float) -> str:
     """In the unit that fits."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if value < 1000 or unit == "GB":
-            return f"{value:.0f} {unit}" if value >= 100 or unit == "bytes" else f"{value:.1f} {unit}"
+            return (
+                f"{value:.0f} {unit}" if value >= 100 or unit == "bytes" else f"{value:.1f} {unit}"
+            )
         value /= 1000
     raise AssertionError
 
 
-# -- times -----------------------------------------------------------------------------------------
+# -- times ---------------------------------------------------------------------------------------
 
 
 def age(when: str | None) -> str:

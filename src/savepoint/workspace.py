@@ -1,4 +1,6 @@
-"""The project that this process works for: where it lies, what it trains by default. Said once, by the entry."""
+"""The project that this process works for: where it lies, what it trains by default. Said once, by
+the entry.
+"""
 
 import tomllib
 from dataclasses import dataclass
@@ -45,8 +47,12 @@ def enter(project: Project) -> None:
 
 
 def project() -> Project:
-    """Where no entry named one, as in `python -m savepoint`: the nearest directory upwards that has a resume.py."""
+    """Where no entry named one, as in `python -m savepoint`: the nearest directory upwards that has
+    a resume.py.
+    """
     if _entered is not None:
         return _entered
     here = Path.cwd()
-    return Project(next((one for one in (here, *here.parents) if (one / "resume.py").is_file()), here))
+    return Project(
+        next((one for one in (here, *here.parents) if (one / "resume.py").is_file()), here)
+    )

@@ -76,7 +76,9 @@ class GrowingGroups(Net):
 
 
 class Counting(optim.SGD):
-    """Every fourth step goes half the way from slow weights, and counts: nothing of that is in its state_dict."""
+    """Every fourth step goes half the way from slow weights, and counts: nothing of that is in its
+    state_dict.
+    """
 
     def __init__(self, parameters: Any, lr: float) -> None:
         super().__init__(parameters, lr)
@@ -112,7 +114,10 @@ class Stateless:
 class OwnOptimizer(Net):
     def configure_optimizers(self) -> Any:
         optimizer = Counting(self.parameters(), lr=0.1)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": Stateless(optimizer), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": Stateless(optimizer), "interval": "step"},
+        }
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step()
@@ -244,7 +249,9 @@ class NoOptimizer(Net):
 
 SHAPES = {name: Shape(model=lambda make=make: Optimized(make)) for name, make in OPTIMIZERS.items()}
 SHAPES |= {
-    "numpy_rate": Shape(model=lambda: Optimized(lambda m: optim.SGD(m.parameters(), lr=np.logspace(-3, -1, 5)[2]))),
+    "numpy_rate": Shape(
+        model=lambda: Optimized(lambda m: optim.SGD(m.parameters(), lr=np.logspace(-3, -1, 5)[2]))
+    ),
     "lbfgs_val_interval": Shape(
         model=lambda: Optimized(OPTIMIZERS["lbfgs"]),
         trainer={"val_check_interval": 4},

@@ -91,7 +91,7 @@ class Verdict:
         return f"{self.name:45s} " + ", ".join(f"{n} {k}" for k, n in self.counts.items())
 
 
-# -- one run --------------------------------------------------------------------------------------
+# -- one run -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -197,13 +197,15 @@ def snapshot(shape: Shape, trainer: Trainer, model: Any) -> dict[str, Any]:
     }
 
 
-# -- comparing ------------------------------------------------------------------------------------
+# -- comparing -----------------------------------------------------------------------------------
 
 
 def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
     """The places where two states are not the same, bit for bit."""
     # As exact as Python's own in every computation, and saved as that.
-    one, other = (float(value) if isinstance(value, np.float64) else value for value in (one, other))
+    one, other = (
+        float(value) if isinstance(value, np.float64) else value for value in (one, other)
+    )
     if isinstance(one, Tensor):
         yield from _tensors(one, other, path)
     elif isinstance(one, Mapping) != isinstance(other, Mapping) or (
@@ -260,7 +262,7 @@ def _clockless(rows: list[Any], clocks: tuple[str, ...]) -> list[Any]:
     return [row for row in kept if row[1]] if clocks else rows
 
 
-# -- one shape ------------------------------------------------------------------------------------
+# -- one shape -----------------------------------------------------------------------------------
 
 
 def judge(name: str, shape: Shape, points: Mapping[str, int] = POINTS) -> Verdict:
@@ -367,7 +369,7 @@ def _resume(
         verdict.add("said, different" if found else "said, equal", point, found)
 
 
-# -- surroundings ---------------------------------------------------------------------------------
+# -- surroundings --------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -588,7 +588,9 @@ forget()
 
 
 class Shared(Net):
-    """Counts in an object of its module, in a default, in a function's attribute; the function is called by its name."""
+    """Counts in an object of its module, in a default, in a function's attribute; the function is
+    called by its name.
+    """
 
     def __init__(self, scale: Any) -> None:
         super().__init__()
@@ -600,7 +602,9 @@ class Shared(Net):
 
 
 class HooksCount(Net):
-    """Hooks of a layer, a weight, the optimizer, and a schedule's function, each with a count that nobody else holds."""
+    """Hooks of a layer, a weight, the optimizer, and a schedule's function, each with a count that
+    nobody else holds.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -796,7 +800,9 @@ INTERVAL = {"val_check_interval": 3}
 
 
 class Anchored(Net):
-    """Copies of the weights, made when the training starts: of those that a resume has loaded, they would be others."""
+    """Copies of the weights, made when the training starts: of those that a resume has loaded, they
+    would be others.
+    """
 
     def on_fit_start(self) -> None:
         self.teacher = [copy.deepcopy(self.net)]
@@ -902,8 +908,12 @@ SHAPES |= {
     "holds_anything": Shape(model=HoldsAnything),
     "iterates": Shape(model=Iterates),
     "records": Shape(model=Records, extra=lambda m, t: vars(m.progress_so_far)),
-    "optimizer_made_when_needed": Shape(model=lambda: MadeWhenNeeded(lambda scale: torch.optim.Adam([scale]))),
-    "object_made_when_needed": Shape(model=lambda: MadeWhenNeeded(lambda scale: SimpleNamespace(count=1))),
+    "optimizer_made_when_needed": Shape(
+        model=lambda: MadeWhenNeeded(lambda scale: torch.optim.Adam([scale]))
+    ),
+    "object_made_when_needed": Shape(
+        model=lambda: MadeWhenNeeded(lambda scale: SimpleNamespace(count=1))
+    ),
     "own_optimizer": Shape(model=OwnOptimizer, extra=own("scale")),
     "compiled": Shape(model=Compiled),
     "recomputes": Shape(model=Recomputes),

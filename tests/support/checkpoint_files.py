@@ -31,7 +31,14 @@ def small_state(value: float = 1.0) -> State:
 
 def facts(step: int, score: float | str | None = None, **more: Any) -> dict[str, Any]:
     metrics = {} if score is None else {"val/loss": {"value": score, "step": step}}
-    return {"step": step, "epoch": step // 10, "metrics": metrics, "monitor": "val/loss", "mode": "min", **more}
+    return {
+        "step": step,
+        "epoch": step // 10,
+        "metrics": metrics,
+        "monitor": "val/loss",
+        "mode": "min",
+        **more,
+    }
 
 
 def small_checkpoint(path: Path, step: int = 30) -> Checkpoint:

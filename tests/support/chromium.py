@@ -1,4 +1,6 @@
-"""A real Chromium without a window, driven over its debugging pipe: what a person would see, and at which size."""
+"""A real Chromium without a window, driven over its debugging pipe: what a person would see, and at
+which size.
+"""
 
 import base64
 import contextlib
@@ -11,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-FOUND = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FOUND = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--remote-debugging-pipe",
@@ -46,12 +50,19 @@ class Browser:
         for end in theirs:
             os.close(end)
         self._to, self._from = os.fdopen(commands[1], "wb", 0), os.fdopen(answers[0], "rb")
-        self._numbers, self._session, self.said, self._events = itertools.count(1), "", list[str](), list[str]()
+        self._numbers, self._session, self.said, self._events = (
+            itertools.count(1),
+            "",
+            list[str](),
+            list[str](),
+        )
 
     def __enter__(self) -> "Browser":
         try:
             page = self.do("Target.createTarget", url="about:blank")["targetId"]
-            self._session = self.do("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+            self._session = self.do("Target.attachToTarget", targetId=page, flatten=True)[
+                "sessionId"
+            ]
             for domain in ("Page", "Runtime", "Log", "Network"):
                 self.do(f"{domain}.enable")
         except BaseException:
@@ -61,7 +72,8 @@ class Browser:
 
     def __exit__(self, *_: object) -> None:
         self._session = ""
-        with contextlib.suppress(OSError, AssertionError, subprocess.TimeoutExpired):  # then it is killed
+        # Then it is killed.
+        with contextlib.suppress(OSError, AssertionError, subprocess.TimeoutExpired):
             self.do("Browser.close")
             self._process.wait(10)
         self._end()
@@ -87,7 +99,13 @@ class Browser:
     def open(self, file: Path, width: int, *, dark: bool = False, script: bool = True) -> None:
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.do("Emulation.setEmulatedMedia", media="screen", features=scheme)
-        self.do("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.do(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         self.do("Emulation.setScriptExecutionDisabled", value=not script)
         self._events.clear()
         self.do("Page.navigate", url=file.absolute().as_uri())

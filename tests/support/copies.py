@@ -16,7 +16,9 @@ from support.programs import ROOT
 
 def git(at: Path, *arguments: str) -> str:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    done = subprocess.run(["git", *arguments], cwd=at, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        ["git", *arguments], cwd=at, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.rstrip("\n")
 
@@ -42,8 +44,16 @@ def call(at: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[
 
 
 def files(at: Path) -> dict[str, bytes]:
-    found = (path for path in at.rglob("*") if path.is_file() and ".git" not in path.relative_to(at).parts)
-    return {path.relative_to(at).as_posix(): path.read_bytes() for path in found if "__pycache__" not in path.parts}
+    found = (
+        path
+        for path in at.rglob("*")
+        if path.is_file() and ".git" not in path.relative_to(at).parts
+    )
+    return {
+        path.relative_to(at).as_posix(): path.read_bytes()
+        for path in found
+        if "__pycache__" not in path.parts
+    }
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
-"""One rank of a DDP training on the CPU that is resumed from its safe points: see test_ddp_exact.py.
+"""One rank of a DDP training on the CPU that is resumed from its safe points: see
+test_ddp_exact.py.
 
-python -m support.ddp_ranks DIRECTORY RANKS KIND EVERY      with LOCAL_RANK, MASTER_ADDR and MASTER_PORT set
+python -m support.ddp_ranks DIRECTORY RANKS KIND EVERY      with LOCAL_RANK, MASTER_ADDR and
+                                                            MASTER_PORT set
 
 EVERY 1 takes each safe point, 2 every second one.
 """
@@ -37,7 +39,10 @@ class Sparse(SmallModel):
         return super().forward(x + self.table((x[:, 0].abs() * 2).long() % 5))
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(self.net.parameters(), lr=0.05), torch.optim.SparseAdam(self.table.parameters())]
+        return [
+            torch.optim.SGD(self.net.parameters(), lr=0.05),
+            torch.optim.SparseAdam(self.table.parameters()),
+        ]
 
 
 class Unused(SmallModel):
@@ -89,7 +94,12 @@ def main(directory: Path, ranks: int, kind: str, every: int) -> None:
 
     def train(directory: Path, **arguments: Any) -> Trainer:
         strategy = DDPStrategy(**flags)
-        arguments |= {"accumulate_grad_batches": accumulate, "max_epochs": 2, "devices": ranks, "strategy": strategy}
+        arguments |= {
+            "accumulate_grad_batches": accumulate,
+            "max_epochs": 2,
+            "devices": ranks,
+            "strategy": strategy,
+        }
         return fit(directory, model=model, data=small_data, **arguments)
 
     torch.set_num_threads(1)
@@ -97,7 +107,8 @@ def main(directory: Path, ranks: int, kind: str, every: int) -> None:
     checkpointing = EveryPoint(directory / "points", monitor="val/loss", mode="min")
     trainer = train(straight, checkpointing=checkpointing)
     found = {}
-    for file in trainer.strategy.broadcast(checkpointing.kept[:-1:every]):  # at the last one all is done
+    # At the last one all is done.
+    for file in trainer.strategy.broadcast(checkpointing.kept[:-1:every]):
         work = directory / f"from-{file.stem}"
         if trainer.is_global_zero:
             work.mkdir()

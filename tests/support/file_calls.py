@@ -1,6 +1,8 @@
-"""The calls of this process that change files, seen one by one: those of `os`, and the writes of files that it opens.
+"""The calls of this process that change files, seen one by one: those of `os`, and the writes of
+files that it opens.
 
-For tests that kill at a call, let it fail or cut it short, and for tests that look at the order of the calls.
+For tests that kill at a call, let it fail or cut it short, and for tests that look at the order of
+the calls.
 """
 
 import builtins
@@ -49,7 +51,9 @@ Watch = Callable[[Call], Any]
 
 @contextmanager
 def watched(under: Path, watch: Watch) -> Iterator[None]:
-    """Every call that changes a file at or below `under` goes to `watch`, which makes it or not, and gives its result."""
+    """Every call that changes a file at or below `under` goes to `watch`, which makes it or not,
+    and gives its result.
+    """
     seen = _Seen(under.resolve(), watch)
     calls = {(os, name): seen.in_os(name, getattr(os, name)) for name in NAMES}
     calls |= {(io, "open"): seen.open, (builtins, "open"): seen.open}
@@ -101,8 +105,12 @@ class _Seen:
         path = Path(os.fsdecode(named))
         return path.parent.resolve() / path.name
 
-    def open(self, file: Any, mode: str = "r", buffering: int = -1, *text: Any, **options: Any) -> Any:
-        """As io.open; what is opened to be written is seen, and so is each write that reaches the system."""
+    def open(
+        self, file: Any, mode: str = "r", buffering: int = -1, *text: Any, **options: Any
+    ) -> Any:
+        """As io.open; what is opened to be written is seen, and so is each write that reaches the
+        system.
+        """
         if not set(mode) & set("wax+"):
             return self.open_before(file, mode, buffering, *text, **options)
         see, path = self.see, self.path(file)
@@ -123,5 +131,9 @@ class _Seen:
         buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
         if "b" in mode:
             return buffered
-        kept = {name: value for name, value in options.items() if name in ("encoding", "errors", "newline")}
+        kept = {
+            name: value
+            for name, value in options.items()
+            if name in ("encoding", "errors", "newline")
+        }
         return io.TextIOWrapper(buffered, *text[:3], line_buffering=buffering == 1, **kept)

@@ -1,4 +1,6 @@
-"""train.py and resume.py as real processes, forked from one that has imported everything: a start takes no seconds."""
+"""train.py and resume.py as real processes, forked from one that has imported everything: a start
+takes no seconds.
+"""
 
 import atexit
 import ctypes
@@ -30,10 +32,16 @@ class Program:
     """
 
     def __init__(
-        self, command: list[str], log: Path, before: Callable[[], None] | None = None, **environment: str
+        self,
+        command: list[str],
+        log: Path,
+        before: Callable[[], None] | None = None,
+        **environment: str,
     ) -> None:
         self.log, self._begins = log, log.stat().st_size if log.exists() else 0
-        self._process = CONTEXT.Process(target=_main, args=(command, log, before, environment), daemon=True)
+        self._process = CONTEXT.Process(
+            target=_main, args=(command, log, before, environment), daemon=True
+        )
         self._process.start()
 
     def __enter__(self) -> "Program":
@@ -89,7 +97,8 @@ def run(command: list[str], log: Path, before: Callable[[], None] | None = None)
 def without_privileges() -> None:
     """Root like anybody else: from here on the permissions of other people's files hold for it too."""
     libc = ctypes.CDLL(None, use_errno=True)
-    header, no_capabilities = struct.pack("Ii", 0x20080522, 0), bytes(24)  # capset(2), version 3, this process
+    # capset(2), version 3, this process.
+    header, no_capabilities = struct.pack("Ii", 0x20080522, 0), bytes(24)
     assert libc.capset(header, no_capabilities) == 0, os.strerror(ctypes.get_errno())
 
 
@@ -97,7 +106,9 @@ def without_fsync() -> None:
     os.fsync = lambda _: None  # type: ignore[assignment]
 
 
-def _main(command: list[str], log: Path, before: Callable[[], None] | None, environment: dict[str, str]) -> None:
+def _main(
+    command: list[str], log: Path, before: Callable[[], None] | None, environment: dict[str, str]
+) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -1,4 +1,6 @@
-"""Models for the command line whose layers or names are not what the constructor made, and the config of a short run."""
+"""Models for the command line whose layers or names are not what the constructor made, and the
+config of a short run.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,13 @@ from savepoint.loader import resumable
 
 
 class Late(LightningModule):
-    """Its layers are made in the constructor, in `setup`, in `setup` by the data, or in `configure_model`."""
+    """Its layers are made in the constructor, in `setup`, in `setup` by the data, or in
+    `configure_model`.
+    """
 
-    def __init__(self, made_in: str = "init", compiled: bool = False, frozen: bool = False, width: int = 4) -> None:
+    def __init__(
+        self, made_in: str = "init", compiled: bool = False, frozen: bool = False, width: int = 4
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.made_in, self.compiled, self.frozen, self.width = made_in, compiled, frozen, width
@@ -91,7 +97,10 @@ class Split(LightningDataModule):
 def config(folder: Path, **model: Any) -> list[str]:
     """The flags of a run of such a model."""
     text = "seed_everything: 1\nmodel:\n  class_path: support.late_layers.Late\n  init_args:\n"
-    text += "".join(f"    {key}: {str(value).lower()}\n" for key, value in model.items()) or "    made_in: init\n"
+    text += (
+        "".join(f"    {key}: {str(value).lower()}\n" for key, value in model.items())
+        or "    made_in: init\n"
+    )
     text += "data: {class_path: support.late_layers.Split}\ncheckpoint: {monitor: val/loss, mode: min, keep_last: 9}\n"
     text += "trainer: {max_epochs: 2, accelerator: cpu, enable_progress_bar: false, log_every_n_steps: 1}\n"
     file = folder / "config.yaml"

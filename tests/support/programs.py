@@ -1,4 +1,6 @@
-"""train.py and resume.py, called in this process or as processes of their own, with arguments that make them quick."""
+"""train.py and resume.py, called in this process or as processes of their own, with arguments that
+make them quick.
+"""
 
 import os
 import runpy
@@ -101,7 +103,9 @@ def call(script: str, *argv: str) -> int:
 
 @contextmanager
 def as_a_new_process() -> Iterator[None]:
-    """A run tells its directory and its checkpoint, through the environment, to the ranks that it starts."""
+    """A run tells its directory and its checkpoint, through the environment, to the ranks that it
+    starts.
+    """
     typed._parser.cache_clear()  # a new process knows the classes that it imports
     try:
         yield

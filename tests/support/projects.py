@@ -161,16 +161,25 @@ checkpoint: {monitor: val/loss, mode: min}
 def sums() -> dict[str, str]:
     """The regression of CONTRIBUTING.md: its four edits."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    code, config = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "yaml"))
+    code, config = (
+        re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("python", "yaml")
+    )
     assert code
     assert config
     model, data = re.split(r"\n(?=class Sums)", code[1])
     imports = (
-        "import torch\nimport torch.nn.functional as F\nfrom lightning.pytorch import LightningDataModule, LightningModule\n"
-        "from torch import nn\nfrom torch.utils.data import DataLoader, TensorDataset\nfrom savepoint.loader import resumable\n"
+        "import torch\nimport torch.nn.functional as F\nfrom lightning.pytorch import "
+        "LightningDataModule, LightningModule\n"
+        "from torch import nn\nfrom torch.utils.data import DataLoader, TensorDataset\nfrom "
+        "savepoint.loader import resumable\n"
     )
     names = "from project.data import Sums\nfrom project.model import Regression\n"
-    return {"model.py": imports + model, "data.py": imports + data, "__init__.py": names, "mine.yaml": config[1]}
+    return {
+        "model.py": imports + model,
+        "data.py": imports + data,
+        "__init__.py": names,
+        "mine.yaml": config[1],
+    }
 
 
 PROJECTS = {"waves": WAVES, "gan": GAN, "sums": sums()}

@@ -20,7 +20,12 @@ CONFIG = "model: {class_path: Net}\ncheckpoint: {keep_last: 1, keep_best: 1, mon
 
 
 def make_run(
-    output_dir: Path, name: str = "first", *, steps: Sequence[int] = (10, 20, 30), ended: str | None = None, **more: Any
+    output_dir: Path,
+    name: str = "first",
+    *,
+    steps: Sequence[int] = (10, 20, 30),
+    ended: str | None = None,
+    **more: Any,
 ) -> Path:
     """Its losses are its steps: the first is the best."""
     directory = output_dir / name
@@ -31,7 +36,11 @@ def make_run(
     kept = store(directory)
     for step in steps:
         last = ended if step == steps[-1] else None
-        made = {"created": f"2026-01-01T00:00:{step:02d}+00:00", "best_score": float(steps[0]), "run_id": run_id}
+        made = {
+            "created": f"2026-01-01T00:00:{step:02d}+00:00",
+            "best_score": float(steps[0]),
+            "run_id": run_id,
+        }
         kept.add(small_state(float(step)), facts(step, float(step), ended=last, **made, **more))
     if ended:
         run.write_summary({"steps": steps[-1], "test/loss": 0.25, "test/accuracy": 0.5})
@@ -39,7 +48,9 @@ def make_run(
 
 
 def store(directory: Path) -> CheckpointStore:
-    return CheckpointStore(directory / "checkpoints", retention=Retention(keep_last=9), monitor="val/loss")
+    return CheckpointStore(
+        directory / "checkpoints", retention=Retention(keep_last=9), monitor="val/loss"
+    )
 
 
 def latest(directory: Path) -> Checkpoint:
@@ -51,7 +62,9 @@ def latest(directory: Path) -> Checkpoint:
 def fork(parent: Path, name: str, step: int) -> Path:
     """A run beside `parent`, whose first process started from the parent's checkpoint of `step`."""
     origin = next(one for one in store(parent).checkpoints() if one.step == step)
-    made = make_run(parent.parent, name, steps=(step + 1, step + 2), parent=origin.manifest["digest"])
+    made = make_run(
+        parent.parent, name, steps=(step + 1, step + 2), parent=origin.manifest["digest"]
+    )
     record = json.loads((made / "run.json").read_text())
     changed = {"checkpoint": origin.path.name, "step": step, "changed": {"model.lr": [0.1, 0.2]}}
     record["starts"][0] |= changed | {"parent": {"id": None, "name": parent.name}}
@@ -75,7 +88,9 @@ def training_in(directory: Path) -> Iterator[int]:
     """Another process holds the run's lock. Yields its pid."""
     program = "import sys, pathlib; from savepoint.run import Run; run = Run(pathlib.Path(sys.argv[1])); run.lock()"
     command = [sys.executable, "-uc", f"{program}; print('held'); sys.stdin.read()", str(directory)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
         yield holder.pid

@@ -1,4 +1,6 @@
-"""A training small enough to be resumed hundreds of times, with everything in it that a resume can lose."""
+"""A training small enough to be resumed hundreds of times, with everything in it that a resume can
+lose.
+"""
 
 import csv
 import shutil
@@ -27,12 +29,18 @@ class SmallModel(LightningModule):
     """Dropout, batch norm, draws from every generator, metrics, and sums logged in every way."""
 
     def __init__(
-        self, schedule: str = "one_cycle", automatic: bool = True, forever: bool = False, lr: float = 0.05
+        self,
+        schedule: str = "one_cycle",
+        automatic: bool = True,
+        forever: bool = False,
+        lr: float = 0.05,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.schedule, self.automatic_optimization, self.lr = schedule, automatic, lr
-        self.net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+        self.net = nn.Sequential(
+            nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3)
+        )
         self.train_accuracy = MulticlassAccuracy(3)
         self.forever = MulticlassAccuracy(3) if forever else None
         self.val_accuracy = MulticlassAccuracy(3)
@@ -59,23 +67,35 @@ class SmallModel(LightningModule):
                 optimizer.step()
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(
+        self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         x, y = batch
         logits = self(x + 0.01 * torch.randn_like(x))
         self.val_accuracy(logits, y)
-        self.log("val/loss", nn.functional.cross_entropy(logits, y), add_dataloader_idx=dataloader_idx > 0)
+        self.log(
+            "val/loss",
+            nn.functional.cross_entropy(logits, y),
+            add_dataloader_idx=dataloader_idx > 0,
+        )
         if dataloader_idx == 0:
             self.log("val/accuracy", self.val_accuracy, add_dataloader_idx=False)
 
     def configure_optimizers(self) -> Any:
         if not self.automatic_optimization:
             halves = list(self.net[:2].parameters()), list(self.net[2:].parameters())
-            return [torch.optim.SGD(halves[0], lr=0.05, momentum=0.9), torch.optim.AdamW(halves[1], lr=0.01)]
+            return [
+                torch.optim.SGD(halves[0], lr=0.05, momentum=0.9),
+                torch.optim.AdamW(halves[1], lr=0.01),
+            ]
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
         if self.schedule == "one_cycle":
             total = self.trainer.estimated_stepping_batches
             scheduler = LambdaLR(optimizer, lambda step: 1 - min(step, total) / total)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+            }
         interval = self.schedule.removeprefix("plateau_")
         monitor = "val/loss" if interval == "epoch" else "train/loss"
         scheduler = ReduceLROnPlateau(optimizer, patience=0, factor=0.7)
@@ -100,16 +120,22 @@ class SmallData(LightningDataModule):
         if self.workers is None:
             ranks = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
             return Batches(x, y, batch_size=4, seed=3, **ranks)
-        return resumable(DataLoader(TensorDataset(x, y), 4, shuffle=True, num_workers=self.workers), seed=3)
+        return resumable(
+            DataLoader(TensorDataset(x, y), 4, shuffle=True, num_workers=self.workers), seed=3
+        )
 
     def val_dataloader(self) -> Any:
         x, y = self.x[self.samples :], self.y[self.samples :]
-        loaders = [Batches(x, y, batch_size=4, seed=3, shuffle=False) for _ in range(self.validations)]
+        loaders = [
+            Batches(x, y, batch_size=4, seed=3, shuffle=False) for _ in range(self.validations)
+        ]
         return loaders if self.validations > 1 else loaders[0]
 
 
 class EveryPoint(CheckpointCallback):
-    """Saves at every point at which the callback would look whether a save is due, and keeps every file."""
+    """Saves at every point at which the callback would look whether a save is due, and keeps every
+    file.
+    """
 
     def __init__(self, keep_in: Path, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -162,11 +188,16 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def rows(directory: Path) -> list[dict[str, str]]:
     with (directory / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if not k.startswith("time/") and v} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if not k.startswith("time/") and v}
+            for row in csv.DictReader(file)
+        ]
 
 
 def resume_differs(straight: Path, file: Path, work: Path, **arguments: Any) -> list[str]:
-    """Resumes `file` of the run in `straight` in a directory of its own; what is different at the end."""
+    """Resumes `file` of the run in `straight` in a directory of its own; what is different at the
+    end.
+    """
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     shutil.copy(straight / "metrics.csv", work)
@@ -178,7 +209,13 @@ def resume_differs(straight: Path, file: Path, work: Path, **arguments: Any) -> 
 
 def zip_rows(one: list[Any], other: list[Any]) -> list[tuple[Any, Any]]:
     longest = max(len(one), len(other))
-    return list(zip(one + [None] * (longest - len(one)), other + [None] * (longest - len(other)), strict=True))
+    return list(
+        zip(
+            one + [None] * (longest - len(one)),
+            other + [None] * (longest - len(other)),
+            strict=True,
+        )
+    )
 
 
 @contextmanager

@@ -23,9 +23,17 @@ def handlers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def send_in(
-    patch: pytest.MonkeyPatch, owner: type, hook: str, *, nth: int, signum: int, before: Callable[[Any], Any] = id
+    patch: pytest.MonkeyPatch,
+    owner: type,
+    hook: str,
+    *,
+    nth: int,
+    signum: int,
+    before: Callable[[Any], Any] = id,
 ) -> list[Any]:
-    """This process gets `signum` at the `nth` call of a hook. Returns what `before` makes of the hook's object then."""
+    """This process gets `signum` at the `nth` call of a hook. Returns what `before` makes of the
+    hook's object then.
+    """
     original, calls, seen = getattr(owner, hook), [], []
 
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,6 @@
-"""A run of a second that leaves real checkpoints, and copies of these in which something else stands."""
+"""A run of a second that leaves real checkpoints, and copies of these in which something else
+stands.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -17,9 +19,18 @@ __all__ = ["Capture", "altered", "best", "say", "trained"]
 
 @cache
 def trained(folder: Path) -> Path:
-    """A run of twelve steps on the embedded digits, tested on all of them; made once a process, to be left as it is."""
+    """A run of twelve steps on the embedded digits, tested on all of them; made once a process, to
+    be left as it is.
+    """
     outputs = folder / "trained"
-    whole = ["--trainer.limit_test_batches", "1.0", "--output_dir", str(outputs), "--run_name", "first"]
+    whole = [
+        "--trainer.limit_test_batches",
+        "1.0",
+        "--output_dir",
+        str(outputs),
+        "--run_name",
+        "first",
+    ]
     assert begin(*SMALL, *whole) == 0
     return outputs / "first"
 

@@ -1,4 +1,6 @@
-"""A callback that a config can name: rank 1 stays where it is for a while, and says that it is there."""
+"""A callback that a config can name: rank 1 stays where it is for a while, and says that it is
+there.
+"""
 
 import time
 from pathlib import Path

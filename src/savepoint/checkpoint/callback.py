@@ -1,11 +1,14 @@
-"""When to save: at the three points of a training where nothing is half done, and how a resume goes on from there.
+"""When to save: at the three points of a training where nothing is half done, and how a resume goes
+on from there.
 
     batch        the train loader is about to be asked for its next batch
     epoch        an epoch is about to begin, or the last one has ended
-    validation   inside a validation (signals, saves on demand): the state is that of its start, and a resume runs it again
+    validation   inside a validation (signals, saves on demand): the state is that of its start, and
+                 a resume runs it again
 
-At Lightning's own hooks a log row, a plateau step or a validation of the same step is still to come, or the hooks of
-other callbacks have half run, so a file made there resumes short of them. What is due there waits for the next point.
+At Lightning's own hooks a log row, a plateau step or a validation of the same step is still to
+come, or the hooks of other callbacks have half run, so a file made there resumes short of them.
+What is due there waits for the next point.
 """
 
 import copy
@@ -33,7 +36,12 @@ from savepoint.checkpoint.look import Baseline, Look, changed_since
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.scores import Scores
 from savepoint.checkpoint.store import CheckpointStore
-from savepoint.errors import CheckpointContentError, CheckpointNotFoundError, CheckpointSaveError, ConfigError
+from savepoint.errors import (
+    CheckpointContentError,
+    CheckpointNotFoundError,
+    CheckpointSaveError,
+    ConfigError,
+)
 from savepoint.preemption import Preempted
 from savepoint.words import megabytes
 
@@ -42,20 +50,25 @@ RETRY_SECS = 60.0  # after a save that failed: an interval may be hours
 
 
 class CheckpointCallback(Checkpoint):
-    """Saves the whole state of a training to `<default_root_dir>/checkpoints`, and resumes it exactly.
+    """Saves the whole state of a training to `<default_root_dir>/checkpoints`, and resumes it
+    exactly.
 
     Args:
         save_every_epochs: Epochs between saves, at the end of an epoch; null for none.
         save_every_steps: Optimizer steps between saves; null for none.
         save_every_secs: Seconds between saves; null for none.
-        monitor: Metric that ranks checkpoints; null for none. A checkpoint counts only with a value measured at its own step.
+        monitor: Metric that ranks checkpoints; null for none. A checkpoint counts only with a value
+            measured at its own step.
         mode: Whether the best value of `monitor` is the smallest (min) or the largest (max).
-        keep_last: Newest checkpoints to keep. With one alone that is the best too, rot in it leaves nothing to go on from.
+        keep_last: Newest checkpoints to keep. With one alone that is the best too, rot in it leaves
+            nothing to go on from.
         keep_best: Best checkpoints to keep.
         keep_every_n_epochs: Keep the end of every n-th epoch for good.
         keep_every_n_steps: Keep every n-th step, of those that were saved, for good.
-        async_save: Write in a thread while training goes on, from a copy of the state in main memory.
-        on_nan: What a NaN or infinite training loss does: stop the run, or warn and save nothing until the weights are finite.
+        async_save: Write in a thread while training goes on, from a copy of the state in main
+            memory.
+        on_nan: What a NaN or infinite training loss does: stop the run, or warn and save nothing
+            until the weights are finite.
     """
 
     def __init__(
@@ -72,13 +85,20 @@ class CheckpointCallback(Checkpoint):
         async_save: bool = False,
         on_nan: Literal["stop", "warn"] = "stop",
     ) -> None:
-        for name, every in (("epochs", save_every_epochs), ("steps", save_every_steps), ("secs", save_every_secs)):
+        for name, every in (
+            ("epochs", save_every_epochs),
+            ("steps", save_every_steps),
+            ("secs", save_every_secs),
+        ):
             if every is not None and every <= 0:
                 raise ConfigError(
-                    f"checkpoint.save_every_{name} is {every}. Expected more than 0. Give null to save without this interval."
+                    f"checkpoint.save_every_{name} is {every}. Expected more than 0. Give null to "
+                    "save without this interval."
                 )
         # `load_last` finds it then.
-        warnings.filterwarnings("ignore", message=r'\.\w+\(ckpt_path="last"\) is set, but there is no last checkpoint')
+        warnings.filterwarnings(
+            "ignore", message=r'\.\w+\(ckpt_path="last"\) is set, but there is no last checkpoint'
+        )
         self.save_every_epochs, self.save_every_steps = save_every_epochs, save_every_steps
         self.save_every_secs, self.monitor, self.mode = save_every_secs, monitor, mode
         self.retention = Retention(
@@ -90,7 +110,8 @@ class CheckpointCallback(Checkpoint):
         self.async_save, self.on_nan = async_save, on_nan
         self._watch = FiniteWatch(on_nan)
         self.provenance = Provenance()
-        self.before_save: Callable[[], None] | None = None  # raises OSError where nothing must be saved
+        # Raises OSError where nothing must be saved.
+        self.before_save: Callable[[], None] | None = None
         self.alone = False  # whether a lock keeps all others out of the directory
         self.preloaded: tuple[Path, Any] | None = None  # what `fit(ckpt_path=)` need not read again
         self.rates_are_overridden = False  # by the user, on this resume
@@ -100,10 +121,12 @@ class CheckpointCallback(Checkpoint):
         self._saved: tuple[int, Point] | None = None
         self._saved_step = 0
         self._at: Point | None = None
-        self._why: dict[str, Any] = {}  # of the save that is being made: reason, and how the training ended
+        # Of the save that is being made: reason, and how the training ended.
+        self._why: dict[str, Any] = {}
         self._pending: dict[str, Any] | None = None
         self._ranks_changed = False  # in the epoch that now runs: its files are not exact
-        self._captured: dict[str, Any] | None = None  # at the start of a validation, or at the end of the training
+        # At the start of a validation, or at the end of the training.
+        self._captured: dict[str, Any] | None = None
         self._last_weights: dict[str, Tensor] | None = None
         self._before_validation: dict[str, Tensor] = {}
         self._points: state.Points | None = None
@@ -114,7 +137,8 @@ class CheckpointCallback(Checkpoint):
         self._kinds: dict[str, Any] = {}
         self._shared: list[tuple[Any, Any, str]] = []  # of optimizers that wrap others
         self._reads_gradients = False
-        self._made_by: list[Any] = []  # of the data module: by what the loaders of this epoch were made
+        # Of the data module: by what the loaders of this epoch were made.
+        self._made_by: list[Any] = []
         self._versions: dict[str, Any] = {}
         self._groups: list[int] = []  # of each optimizer, at the start
         self._before: dict[str, Any] = {}  # what a save inside a validation takes from its start
@@ -123,7 +147,7 @@ class CheckpointCallback(Checkpoint):
         self._said_inexact: set[str] = set()
         self._best_elsewhere = ""
 
-    # -- setting up --------------------------------------------------------------------------------------------------
+    # -- setting up -------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -145,11 +169,15 @@ class CheckpointCallback(Checkpoint):
 
     def use(self, directory: Path) -> None:
         """Keeps the checkpoints in `directory`; `setup` does it with the Trainer's."""
-        self.store = CheckpointStore(directory, retention=self.retention, monitor=self.monitor, mode=self.mode)
+        self.store = CheckpointStore(
+            directory, retention=self.retention, monitor=self.monitor, mode=self.mode
+        )
 
     @property
     def best_model_path(self) -> str:
-        """Where `Trainer.fit(ckpt_path="best")` looks, and `test`, `validate` and `predict`: before any `setup`."""
+        """Where `Trainer.fit(ckpt_path="best")` looks, and `test`, `validate` and `predict`: before
+        any `setup`.
+        """
         call = _call_of_trainer()
         if not hasattr(self, "store") and call is not None:
             self.use(Path(call[0].default_root_dir) / "checkpoints")
@@ -164,7 +192,9 @@ class CheckpointCallback(Checkpoint):
 
     @best_model_path.setter
     def best_model_path(self, path: str) -> None:
-        """Lightning brings it back from the processes that `ddp_spawn` and `ddp_notebook` have trained in."""
+        """Lightning brings it back from the processes that `ddp_spawn` and `ddp_notebook` have
+        trained in.
+        """
         self._best_elsewhere = path
 
     @property
@@ -182,11 +212,13 @@ class CheckpointCallback(Checkpoint):
         self._saved_step = state_dict["saved_step"]
         self._ranks_changed |= state_dict.get("ranks_changed", False)
         if not self.scores.load_state_dict(state_dict["scores"]) and hasattr(self, "store"):
-            # Another metric ranks now: each manifest holds all metrics of its step, so the files are ranked again.
+            # Another metric ranks now: each manifest holds all metrics of its step, so the files
+            # are ranked again.
             self.scores.begin_with(self.store.best())
 
-    # Lightning has just put its handlers in the place of ours. Where there are several ranks, its own waits for all of them
-    # within the handler: for ever, if the signal came to one. `on_train_start` is the third of these places.
+    # Lightning has just put its handlers in the place of ours. Where there are several ranks, its
+    # own waits for all of them within the handler: for ever, if the signal came to one.
+    # `on_train_start` is the third of these places.
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         preemption.install()
@@ -198,9 +230,11 @@ class CheckpointCallback(Checkpoint):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         preemption.install()
 
-    # -- going on from a checkpoint ----------------------------------------------------------------------------------
+    # -- going on from a checkpoint ---------------------------------------------------------------
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
         state.load_in_precision(trainer, pl_module, checkpoint)
@@ -208,7 +242,8 @@ class CheckpointCallback(Checkpoint):
             return
         rank, others = trainer.global_rank, checkpoint.get("other_ranks", [])
         if len(others) + 1 != trainer.world_size:
-            # Until an epoch begins anew by (seed, epoch) alone, nobody can make this training again, from no file of it.
+            # Until an epoch begins anew by (seed, epoch) alone, nobody can make this training
+            # again, from no file of it.
             self._ranks_changed = True
             if trainer.is_global_zero:
                 print(state.ranks_changed(len(others) + 1, trainer.world_size), flush=True)
@@ -216,9 +251,12 @@ class CheckpointCallback(Checkpoint):
         self._pending = checkpoint | (others[rank - 1] if rank else {})
         self._pending["versions"] = state.versions(pl_module)
         if self._pending.get("loaders") is not None:  # each rank has its own
-            checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self._pending["loaders"]
+            checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = self._pending[
+                "loaders"
+            ]
         state.skip_finders(trainer, self._pending.get("found", {}))
-        # Up to the point of the checkpoint, whatever is logged stands in the log of the start before.
+        # Up to the point of the checkpoint, whatever is logged stands in the log of the start
+        # before.
         self._mute(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -265,8 +303,11 @@ class CheckpointCallback(Checkpoint):
         if not trainer.is_global_zero:
             return
         least = format.size_bytes(checkpoint)
-        parameters = format.size_bytes([p for p in trainer.lightning_module.parameters() if p.requires_grad])
-        # Before its first step an optimizer has no state. Most keep two numbers for each of the model's.
+        parameters = format.size_bytes(
+            [p for p in trainer.lightning_module.parameters() if p.requires_grad]
+        )
+        # Before its first step an optimizer has no state. Most keep two numbers for each of the
+        # model's.
         fresh = not any(optimizer.get("state") for optimizer in checkpoint["optimizer_states"])
         warning = self.store.preflight(least, least + 2 * parameters * fresh, alone=self.alone)
         if warning:
@@ -280,7 +321,9 @@ class CheckpointCallback(Checkpoint):
         return now
 
     def _accept(self, trainer: Trainer) -> None:
-        """All hooks that run before the first batch have run: what they have made, a resumed process makes too."""
+        """All hooks that run before the first batch have run: what they have made, a resumed
+        process makes too.
+        """
         if self._accepted:
             return
         self._accepted = True
@@ -305,7 +348,8 @@ class CheckpointCallback(Checkpoint):
         self._unmute(trainer)
         if failed and trainer.is_global_zero:
             print(
-                f"Not restored: {', '.join(failed)}. The code that made the checkpoint kept another kind of value there.",
+                f"Not restored: {', '.join(failed)}. The code that made the checkpoint kept "
+                "another kind of value there.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -319,7 +363,7 @@ class CheckpointCallback(Checkpoint):
         for logger in trainer.loggers:
             vars(logger).pop("log_metrics", None)
 
-    # -- the safe points ---------------------------------------------------------------------------------------------
+    # -- the safe points --------------------------------------------------------------------------
 
     def _on_epoch(self, trainer: Trainer) -> None:
         if not trainer.fit_loop.restarted_mid_epoch:
@@ -341,7 +385,8 @@ class CheckpointCallback(Checkpoint):
         first, pending_gradients = not loop.batch_progress.current.ready, state.accumulates(trainer)
         self._raise_pending(trainer)
         if loop.restarting and not self._pending:
-            return True  # a resume as Lightning's own: it may leave out a validation here, and ask again
+            # A resume as Lightning's own: it may leave out a validation here, and ask again.
+            return True
         arrived = self._arrived(trainer, "batch")
         if first or arrived:
             self._held = state.held(trainer, self._held)
@@ -351,10 +396,13 @@ class CheckpointCallback(Checkpoint):
         return True
 
     def _on_end(self, trainer: Trainer) -> None:
-        # Before the hooks of others at the end of the training: one that goes on longer never had them here.
+        # Before the hooks of others at the end of the training: one that goes on longer never had
+        # them here.
         self._captured = copy.deepcopy(self._capture(trainer, "epoch"))
         # And before weight averaging overwrites these for good.
-        self._last_weights = state.copied_weights(trainer.lightning_module) if state.averaging(trainer) else None
+        self._last_weights = (
+            state.copied_weights(trainer.lightning_module) if state.averaging(trainer) else None
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._enabled:
@@ -369,7 +417,9 @@ class CheckpointCallback(Checkpoint):
             self._leave(trainer, stop)
         self.scores.require_monitor()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._release(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -408,19 +458,26 @@ class CheckpointCallback(Checkpoint):
             return
         self._captured = None
         before, now = self._before_validation, state.measured(trainer)
-        # Whatever the number of loaders: what is another object now was measured by this validation.
+        # Whatever the number of loaders: what is another object now was measured by this
+        # validation.
         metrics = {name: value for name, value in now.items() if value is not before.get(name)}
         self.scores.measure_validation(metrics, trainer.global_step)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
-        # A training_step may return nothing, a dict without a loss or, under manual optimization, anything.
+        # A training_step may return nothing, a dict without a loss or, under manual optimization,
+        # anything.
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self._enabled and isinstance(loss, Tensor):
             self._watch.see(loss, trainer.global_step)
 
-    # -- deciding ----------------------------------------------------------------------------------------------------
+    # -- deciding ---------------------------------------------------------------------------------
 
     def _poll(self, trainer: Trainer, at: Point) -> None:
         stop, save = self._agree(trainer)
@@ -435,7 +492,9 @@ class CheckpointCallback(Checkpoint):
             self.scores.require_monitor()
 
     def _agree(self, trainer: Trainer) -> tuple[int, bool]:
-        """(signal to stop or 0, save now): the same on every rank, or one would save and stop while others train on."""
+        """(signal to stop or 0, save now): the same on every rank, or one would save and stop while
+        others train on.
+        """
         since = time.monotonic() - self._saved_at
         now = self.save_every_secs is not None and since >= self.save_every_secs
         now = now or (self.failure is not None and since >= RETRY_SECS)
@@ -457,15 +516,20 @@ class CheckpointCallback(Checkpoint):
         step, every = trainer.global_step, self.save_every_steps
         if every and step // every > self._saved_step // every:
             return "steps"
-        if at == "epoch" and self.save_every_epochs and trainer.current_epoch % self.save_every_epochs == 0:
+        if (
+            at == "epoch"
+            and self.save_every_epochs
+            and trainer.current_epoch % self.save_every_epochs == 0
+        ):
             return "epochs"
         return "best" if self.retention.keep_best and self.scores.best_step == step else ""
 
-    # -- saving ------------------------------------------------------------------------------------------------------
+    # -- saving -----------------------------------------------------------------------------------
 
     def _save(self, trainer: Trainer, at: Point, *, reason: str, ended: str | None = None) -> None:
         step = trainer.global_step
-        self._finish_writing(trainer)  # one save at a time; what failed in the one before is said before this one
+        # One save at a time; what failed in the one before is said before this one.
+        self._finish_writing(trainer)
         if self._saved == (step, at) and ended is None:
             return
         if unsound := self._watch.check_weights(trainer, self.store):
@@ -480,7 +544,8 @@ class CheckpointCallback(Checkpoint):
             if trainer.is_global_zero:
                 self._sync_logs(trainer, path)
             with state.isolated_rng(trainer.lightning_module.device):
-                trainer.save_checkpoint(path, weights_only=False)  # as by default, without Lightning's line about it
+                # As by default, without Lightning's line about it.
+                trainer.save_checkpoint(path, weights_only=False)
             if trainer.is_global_zero:
                 self._writer(trainer).submit(lambda: self._commit(path, said, started))
         except (OSError, CheckpointContentError) as error:
@@ -515,14 +580,23 @@ class CheckpointCallback(Checkpoint):
         self.store.commit()
         self.failure = None
         milliseconds = 1000 * (time.perf_counter() - started)
-        print(f"{said}saved {path.name} ({megabytes(path.stat().st_size)}, {milliseconds:.0f} ms)", flush=True)
+        print(
+            f"{said}saved {path.name} ({megabytes(path.stat().st_size)}, {milliseconds:.0f} ms)",
+            flush=True,
+        )
 
     def _when(self, trainer: Trainer, at: Point) -> str:
-        return f"epoch {trainer.current_epoch}: " if at == "epoch" else f"step {trainer.global_step}: "
+        return (
+            f"epoch {trainer.current_epoch}: " if at == "epoch" else f"step {trainer.global_step}: "
+        )
 
     def _fail(self, error: Exception) -> None:
         self.failure, self._saved, self._saved_at = error, None, time.monotonic()
-        print(f"{error} Training goes on; the checkpoints before it are intact.", file=sys.stderr, flush=True)
+        print(
+            f"{error} Training goes on; the checkpoints before it are intact.",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _raise_pending(self, trainer: Trainer) -> None:
         try:
@@ -541,7 +615,8 @@ class CheckpointCallback(Checkpoint):
         preemption.disarm()
         preempted = Preempted(stop)
         if not trainer.is_global_zero:
-            preempted.code = 0  # or the launcher would take this rank for a crashed one, and kill the one that saves
+            # Or the launcher would take this rank for a crashed one, and kill the one that saves.
+            preempted.code = 0
         raise preempted
 
     def _capture(self, trainer: Trainer, at: Point | None) -> dict[str, Any]:
@@ -558,7 +633,9 @@ class CheckpointCallback(Checkpoint):
             own["unsaved"] += [*named, *changed_since(self._held, now)]
             before = self._settings
             own["unsaved"] += state.other_kinds(trainer, self._kinds) if self._accepted else []
-            own["settings"] = {k: v for k, v in state.settings(trainer).items() if v != before.get(k, v)}
+            own["settings"] = {
+                k: v for k, v in state.settings(trainer).items() if v != before.get(k, v)
+            }
         if trainer.world_size > 1:
             ahead = at != "epoch" and self._loader_states is not None
             own["loaders"] = self._loader_states if ahead else state.loader_states(trainer)
@@ -567,7 +644,9 @@ class CheckpointCallback(Checkpoint):
         own["groups"] = state.grown_groups(trainer, self._groups)
         return own
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if not self._enabled:
             return
         ended, loops = self._why.get("ended"), checkpoint["loops"]["fit_loop"]
@@ -592,7 +671,8 @@ class CheckpointCallback(Checkpoint):
         unsaved = list(dict.fromkeys(reason for rank in ranks for reason in rank.pop("unsaved")))
         checkpoint.update(ranks[0])
         checkpoint["at"] = self._at
-        # Lightning logs every step while it is set. Of a run that has ended it is no state: it may be asked to go on.
+        # Lightning logs every step while it is set. Of a run that has ended it is no state: it may
+        # be asked to go on.
         checkpoint["should_stop"] = trainer.should_stop and not ended
         checkpoint["config"], checkpoint["run"] = self.provenance.config, dict(self.provenance.run)
         checkpoint["optimizer"] = next(iter(checkpoint["optimizer_states"]), None)
@@ -602,9 +682,13 @@ class CheckpointCallback(Checkpoint):
         self._writer(trainer).finish = lambda whole: self._finish(trainer, whole)
 
     def _finish(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        """Once the module's own on_save_checkpoint has had its word, which comes after that of callbacks."""
+        """Once the module's own on_save_checkpoint has had its word, which comes after that of
+        callbacks.
+        """
         facts = checkpoint["manifest"]
-        facts["unsaved"] += state.left_out(trainer.lightning_module, checkpoint["state_dict"], self._versions)
+        facts["unsaved"] += state.left_out(
+            trainer.lightning_module, checkpoint["state_dict"], self._versions
+        )
         facts["exact"] = not facts["unsaved"]
         if facts["at"] is not None:
             self._say_inexact(trainer, facts["unsaved"])
@@ -612,7 +696,12 @@ class CheckpointCallback(Checkpoint):
     def _make_facts(self, trainer: Trainer, unsaved: list[str]) -> dict[str, Any]:
         why = self._why or {"reason": "user", "ended": None}
         own = {"at": self._at, "exact": not unsaved, "unsaved": unsaved[:20]}
-        return facts.gather(trainer, self.provenance) | own | why | self.scores.facts(trainer.global_step)
+        return (
+            facts.gather(trainer, self.provenance)
+            | own
+            | why
+            | self.scores.facts(trainer.global_step)
+        )
 
     def _say_inexact(self, trainer: Trainer, reasons: list[str]) -> None:
         """Each reason once a run."""
@@ -627,19 +716,25 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def load_last(trainer: Trainer, store: CheckpointStore) -> None:
-    """Makes `ckpt_path="last"` the newest checkpoint that verifies: Lightning looks at its own ModelCheckpoint only.
+    """Makes `ckpt_path="last"` the newest checkpoint that verifies: Lightning looks at its own
+    ModelCheckpoint only.
 
-    Finding none, it would go on with untrained weights. What lies ready where it puts a file that it has read, it restores.
+    Finding none, it would go on with untrained weights. What lies ready where it puts a file that
+    it has read, it restores.
 
     Raises:
-        CheckpointNotFoundError: to test, validate or predict there must be one; a fit may begin without.
+        CheckpointNotFoundError: to test, validate or predict there must be one; a fit may begin
+            without.
     """
     call = _call_of_trainer()
     if call is None or call[0] is not trainer or call[2] != "last" or call[3]:
         return
     if call[1] == "fit" and not any(store.directory.glob("step-*")):
         if trainer.is_global_zero:
-            print(f'No checkpoint yet in {store.directory}: ckpt_path="last" begins a new training.', flush=True)
+            print(
+                f'No checkpoint yet in {store.directory}: ckpt_path="last" begins a new training.',
+                flush=True,
+            )
         return
     chosen, checkpoint, lines = store.load_latest(lock_holder=False)
     if trainer.is_global_zero:
@@ -648,9 +743,11 @@ def load_last(trainer: Trainer, store: CheckpointStore) -> None:
 
 
 def _call_of_trainer() -> tuple[Trainer, str, Any, Any] | None:
-    """The running call of `fit`, `validate`, `test` or `predict`: of which trainer, which, its ckpt_path, the path found.
+    """The running call of `fit`, `validate`, `test` or `predict`: of which trainer, which, its
+    ckpt_path, the path found.
 
-    By the time a callback is asked, Lightning has forgotten the word: it stands only in the frame of the call.
+    By the time a callback is asked, Lightning has forgotten the word: it stands only in the frame
+    of the call.
     """
     frame, found = sys._getframe(), None
     while frame.f_back is not None:
@@ -658,6 +755,11 @@ def _call_of_trainer() -> tuple[Trainer, str, Any, Any] | None:
         own, values = frame.f_locals.get("self"), frame.f_locals
         if isinstance(own, Trainer) and frame.f_code.co_name == "_run":
             found = values.get("ckpt_path")
-        if isinstance(own, Trainer) and frame.f_code.co_name in ("fit", "validate", "test", "predict"):
+        if isinstance(own, Trainer) and frame.f_code.co_name in (
+            "fit",
+            "validate",
+            "test",
+            "predict",
+        ):
             return own, frame.f_code.co_name, values.get("ckpt_path"), found
     return None

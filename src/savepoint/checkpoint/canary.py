@@ -1,8 +1,9 @@
-"""A few inputs and the model's outputs for them, in each checkpoint: what a resume, an evaluation and an export compare.
+"""A few inputs and the model's outputs for them, in each checkpoint: what a resume, an evaluation
+and an export compare.
 
-Changed code and a wrong conversion show in it. A forward that draws runs under a fixed seed, which gives the same draws on
-the same kind of device. One that cannot be repeated, raises or changes attributes of the module has no canary: its first
-run finds that out.
+Changed code and a wrong conversion show in it. A forward that draws runs under a fixed seed, which
+gives the same draws on the same kind of device. One that cannot be repeated, raises or changes
+attributes of the module has no canary: its first run finds that out.
 """
 
 import copy
@@ -26,14 +27,19 @@ Kind = Literal["plain", "draws", "none"]
 _kinds: WeakKeyDictionary[LightningModule, Kind] = WeakKeyDictionary()
 
 
-def canary(module: LightningModule, state_dict: Mapping[str, Any], example: Any = None) -> dict[str, Any] | None:
-    """`example_input_array` and its output with exactly the weights in `state_dict`, in eval mode; None where there is none.
+def canary(
+    module: LightningModule, state_dict: Mapping[str, Any], example: Any = None
+) -> dict[str, Any] | None:
+    """`example_input_array` and its output with exactly the weights in `state_dict`, in eval mode;
+    None where there is none.
 
     Args:
-        example: The input in a file, in place of the module's own. What the forward raises for it is raised here.
+        example: The input in a file, in place of the module's own. What the forward raises for it
+            is raised here.
 
     Returns:
-        `input` and `output`; where the forward draws, also `seed` and the type of `device` that the draws are those of.
+        `input` and `output`; where the forward draws, also `seed` and the type of `device` that the
+        draws are those of.
     """
     given = example is not None
     example = example if given else getattr(module, "example_input_array", None)
@@ -50,7 +56,8 @@ def canary(module: LightningModule, state_dict: Mapping[str, Any], example: Any 
             if _kinds[module] == "draws":
                 _seed()
             output = _forward(module, state_dict, example)
-    except Exception:  # whatever a forward raises that is not made for eval mode or for these inputs
+    # Whatever a forward raises that is not made for eval mode or for these inputs.
+    except Exception:
         if given:
             raise
         _kinds[module] = "none"
@@ -65,22 +72,30 @@ def canary(module: LightningModule, state_dict: Mapping[str, Any], example: Any 
 
 
 def comparable(saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two canaries have drawn the same numbers, if any: another kind of device draws others."""
+    """Whether two canaries have drawn the same numbers, if any: another kind of device draws
+    others.
+    """
     return saved.get("seed") == now.get("seed") and saved.get("device") == now.get("device")
 
 
 def distance(one: Any, other: Any) -> float:
-    """The largest difference of two outputs, infinite where they have other parts. Equal infinities and NaNs are equal."""
+    """The largest difference of two outputs, infinite where they have other parts. Equal infinities
+    and NaNs are equal.
+    """
     first, second = dict(tensors(one)), dict(tensors(other))
     if first.keys() != second.keys() or any(first[key].shape != second[key].shape for key in first):
         return float("inf")
-    return max((_apart(first[key], second[key]) for key in first if first[key].numel()), default=0.0)
+    return max(
+        (_apart(first[key], second[key]) for key in first if first[key].numel()), default=0.0
+    )
 
 
 def largest(output: Any) -> float:
     """The largest finite absolute value, 1 at least."""
     values = [_wide(tensor).abs() for _, tensor in tensors(output)]
-    return max([1.0, *(float(value.nan_to_num(0, 0, 0).max()) for value in values if value.numel())])
+    return max(
+        [1.0, *(float(value.nan_to_num(0, 0, 0).max()) for value in values if value.numel())]
+    )
 
 
 def tensors(output: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -115,28 +130,44 @@ def _kind(module: LightningModule, state_dict: Mapping[str, Any], example: Any) 
 
 def _forward(module: LightningModule, state_dict: Mapping[str, Any], example: Any) -> Any:
     example = _moved(example, module.device)
-    positional = example if isinstance(example, tuple) else () if isinstance(example, Mapping) else (example,)
+    positional = (
+        example
+        if isinstance(example, tuple)
+        else ()
+        if isinstance(example, Mapping)
+        else (example,)
+    )
     named = dict(example) if isinstance(example, Mapping) else {}
     buffers = dict(module.named_buffers())
     wanted = {name for name, _ in module.named_parameters()} | buffers.keys()
-    weights = {name: value.to(module.device) for name, value in state_dict.items() if name in wanted}
+    weights = {
+        name: value.to(module.device) for name, value in state_dict.items() if name in wanted
+    }
     # A forward may change a buffer in place: it gets copies.
     weights |= {name: weights.get(name, buffer).clone() for name, buffer in buffers.items()}
     return _plain(torch.func.functional_call(module, weights, positional, named))
 
 
 def _plain(output: Any) -> Any:
-    """An output as a file can hold it: lists, dicts and tensors on the CPU, real numbers as float32; the rest is None."""
+    """An output as a file can hold it: lists, dicts and tensors on the CPU, real numbers as
+    float32; the rest is None.
+    """
     if isinstance(output, Tensor):
         dense = output.detach().dequantize() if output.is_quantized else output.detach()
-        dense = (dense if dense.layout is torch.strided else dense.to_dense()).resolve_conj().resolve_neg()
+        dense = (
+            (dense if dense.layout is torch.strided else dense.to_dense())
+            .resolve_conj()
+            .resolve_neg()
+        )
         return dense.float().cpu() if dense.is_floating_point() else dense.cpu()
     if isinstance(output, Mapping):
         return {str(name): _plain(value) for name, value in output.items()}
     if isinstance(output, list | tuple):
         return [_plain(value) for value in output]
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return {field.name: _plain(getattr(output, field.name)) for field in dataclasses.fields(output)}
+        return {
+            field.name: _plain(getattr(output, field.name)) for field in dataclasses.fields(output)
+        }
     return None
 
 
@@ -144,7 +175,9 @@ def _is_plain(example: Any) -> bool:
     if isinstance(example, list | tuple):
         return all(map(_is_plain, example))
     if isinstance(example, Mapping):
-        return all(isinstance(name, str) for name in example) and all(map(_is_plain, example.values()))
+        return all(isinstance(name, str) for name in example) and all(
+            map(_is_plain, example.values())
+        )
     return isinstance(example, Tensor | bool | int | float | str)
 
 
@@ -178,7 +211,12 @@ def _seed() -> None:
 
 def _random_states(device: torch.device) -> list[Any]:
     numpy: Any = np.random.get_state()
-    states = [random.getstate(), numpy[1].tobytes(), numpy[2:], torch.get_rng_state().numpy().tobytes()]
+    states = [
+        random.getstate(),
+        numpy[1].tobytes(),
+        numpy[2:],
+        torch.get_rng_state().numpy().tobytes(),
+    ]
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state().cpu().numpy().tobytes())
     return states
@@ -191,7 +229,10 @@ def _attributes(module: LightningModule) -> _Contents:
     """Of each part, its attributes, and copies of those that can change in place."""
     kinds = (list, dict, set, deque)
     return {
-        part: (dict(vars(part)), {k: copy.copy(v) for k, v in vars(part).items() if isinstance(v, kinds)})
+        part: (
+            dict(vars(part)),
+            {k: copy.copy(v) for k, v in vars(part).items() if isinstance(v, kinds)},
+        )
         for part in module.modules()
     }
 
@@ -201,7 +242,9 @@ def _put_back(before: _Contents) -> bool:
     changed = False
     for part, (attributes, containers) in before.items():
         now = vars(part)
-        if now.keys() != attributes.keys() or any(now[name] is not value for name, value in attributes.items()):
+        if now.keys() != attributes.keys() or any(
+            now[name] is not value for name, value in attributes.items()
+        ):
             changed = True
             now.clear()
             now.update(attributes)
@@ -217,4 +260,8 @@ def _put_back(before: _Contents) -> bool:
 
 def _members(container: Any) -> list[int]:
     members = [*container, *container.values()] if isinstance(container, dict) else container
-    return sorted(map(id, members)) if isinstance(container, set) else [id(member) for member in members]
+    return (
+        sorted(map(id, members))
+        if isinstance(container, set)
+        else [id(member) for member in members]
+    )

@@ -17,13 +17,17 @@ _ITEM_BYTES = {
     **dict.fromkeys(("ByteStorage", "CharStorage", "BoolStorage", "UntypedStorage"), 1),
     "ComplexDoubleStorage": 16,
 }
-_RECORD_OVERHEAD_BYTES = 150  # of torch for each tensor: header, padding to 64 bytes, descriptor, directory entry
+# Of torch for each tensor: header, padding to 64 bytes, descriptor, directory entry.
+_RECORD_OVERHEAD_BYTES = 150
 _END_OVERHEAD_BYTES = 3000  # of ours and torch's: small records, manifest, seal
-_LEGACY_TORCH = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # the first value of torch.save's format before zip, pickled
+# The first value of torch.save's format before zip, pickled.
+_LEGACY_TORCH = b"l\xfc\x9cF\xf9 j\xa8P\x19"
 
 
 class Finding(NamedTuple):
-    """`foreign`: a file of some other program; otherwise a checkpoint that is damaged, or the remains of one."""
+    """`foreign`: a file of some other program; otherwise a checkpoint that is damaged, or the
+    remains of one.
+    """
 
     words: str
     foreign: bool
@@ -37,7 +41,11 @@ def examine(path: Path) -> Finding:
         if not head:
             return Finding("empty", False)
         if not head.strip(b"\0") and _is_zero(file):
-            return Finding(f"all zero bytes ({words.size(size)}), as after a write that never reached the disk", False)
+            return Finding(
+                f"all zero bytes ({words.size(size)}), as after a write that never reached the "
+                "disk",
+                False,
+            )
         if head.startswith(b"PK\3\4") or zipfile.is_zipfile(file):
             return _examine_zip(path, file, size)
     return _examine_other(head)
@@ -55,12 +63,16 @@ def _examine_zip(path: Path, file: BinaryIO, size: int) -> Finding:
     if f"{folder}/constants.pkl" in names:
         return Finding("a TorchScript program or an exported one", True)
     if f"{folder}/data.pkl" in names:
-        return Finding("a torch.save file without a manifest, such as Lightning and other programs write", True)
+        return Finding(
+            "a torch.save file without a manifest, such as Lightning and other programs write", True
+        )
     return Finding("a zip archive of something else", True)
 
 
 def _broken_seal(file: BinaryIO, size: int) -> str:
-    """A whole zip with a manifest: its seal is in the wrong place, or is not the seal of these bytes."""
+    """A whole zip with a manifest: its seal is in the wrong place, or is not the seal of these
+    bytes.
+    """
     start = file.seek(max(0, size - (1 << 17)))
     data = file.read()
     found = data.rfind(MAGIC)
@@ -85,7 +97,9 @@ def _broken_end(file: BinaryIO, size: int) -> str:
 
 
 def _estimated_size(file: BinaryIO) -> float | None:
-    """Of a torch archive whose end is missing: its first record, data.pkl, names every tensor with its size."""
+    """Of a torch archive whose end is missing: its first record, data.pkl, names every tensor with
+    its size.
+    """
     file.seek(26)
     lengths = file.read(4)
     start = 30 + int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
@@ -99,7 +113,9 @@ def _estimated_size(file: BinaryIO) -> float | None:
 
 
 def _storages(file: BinaryIO) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of each storage. Torch writes one as the tuple ("storage", its class, name, device, items)."""
+    """(name, bytes) of each storage. Torch writes one as the tuple ("storage", its class, name,
+    device, items).
+    """
     memo: dict[Any, Any] = {}
     recent: list[Any] = []
     for opcode, argument, _ in pickletools.genops(file):
@@ -123,12 +139,17 @@ def _examine_other(head: bytes) -> Finding:
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return Finding("an HTML page, perhaps the answer to a download that failed", True)
     if head.startswith(b"version https://git-lfs"):
-        return Finding("a git-LFS pointer: the file itself has not been fetched (git lfs pull)", True)
+        return Finding(
+            "a git-LFS pointer: the file itself has not been fetched (git lfs pull)", True
+        )
     if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 1 << 32:
         return Finding("a safetensors file", True)
     if head.startswith(b"\x80") and head[1:2] <= bytes([pickle.HIGHEST_PROTOCOL]):
         legacy = _LEGACY_TORCH[1:] in head[:32]
-        return Finding("a torch.save file of the old format, before zip" if legacy else "a pickled object", True)
+        return Finding(
+            "a torch.save file of the old format, before zip" if legacy else "a pickled object",
+            True,
+        )
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         return Finding("a compressed file: unpack it first", True)
     if head[257:262] == b"ustar":
@@ -142,7 +163,8 @@ def _examine_other(head: bytes) -> Finding:
 
 def _is_text(head: bytes) -> bool:
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # a character may be cut at the end
+        # A character may be cut at the end.
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:
         return False
     return all(letter.isprintable() or letter.isspace() for letter in text)

@@ -1,4 +1,6 @@
-"""The facts of one checkpoint that no tensor holds: who made it, where, why, and how the training ended."""
+"""The facts of one checkpoint that no tensor holds: who made it, where, why, and how the training
+ended.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,6 @@
-"""Nothing numeric is silent: the first loss that is NaN or infinite is told, and such a state is never saved."""
+"""Nothing numeric is silent: the first loss that is NaN or infinite is told, and such a state is
+never saved.
+"""
 
 import sys
 from collections import defaultdict
@@ -28,14 +30,18 @@ class FiniteWatch:
         self._told: int | None = None
 
     def begin(self, device: torch.device) -> None:
-        # Kept on the device: asking for the value at every step would make the device wait at every step.
+        # Kept on the device: asking for the value at every step would make the device wait at every
+        # step.
         self._first_bad = torch.tensor(NEVER, device=device)
 
     def see(self, loss: Tensor, step: int) -> None:
-        self._first_bad = torch.where(torch.isfinite(loss).all(), self._first_bad, self._first_bad.clamp(max=step))
+        self._first_bad = torch.where(
+            torch.isfinite(loss).all(), self._first_bad, self._first_bad.clamp(max=step)
+        )
 
     def check_loss(self, trainer: Trainer, store: CheckpointStore) -> int | None:
-        """The first step with a loss that is not finite, told once; None if there is none. All ranks ask at the same steps.
+        """The first step with a loss that is not finite, told once; None if there is none. All
+        ranks ask at the same steps.
 
         Raises:
             NonFiniteLossError: with `on_nan: stop`.
@@ -52,8 +58,8 @@ class FiniteWatch:
         return first
 
     def check_weights(self, trainer: Trainer, store: CheckpointStore) -> CheckpointSaveError | None:
-        """Why the state must not be saved; None where it may. NaN weights never become the latest checkpoint, or
-        retention would delete the good ones.
+        """Why the state must not be saved; None where it may. NaN weights never become the latest
+        checkpoint, or retention would delete the good ones.
 
         Raises:
             NonFiniteLossError: with `on_nan: stop`.
@@ -63,7 +69,9 @@ class FiniteWatch:
             self._first_bad.fill_(NEVER)  # at most a bad batch, left out by a gradient scaler
             return None
         began = f" (the training loss: first at step {first})" if first is not None else ""
-        message = _message(f"The weights are not finite at step {trainer.global_step}{began}.", store)
+        message = _message(
+            f"The weights are not finite at step {trainer.global_step}{began}.", store
+        )
         if self.on_nan == "stop":
             raise NonFiniteLossError(message)
         return CheckpointSaveError(message, store.directory)
@@ -72,10 +80,17 @@ class FiniteWatch:
 def _all_finite(module: torch.nn.Module) -> bool:
     """Whether all weights are finite and no buffer holds a NaN: a mask may well be infinite.
 
-    A sum is finite only if all that is summed is. It takes no memory, and a device is waited for once, for all of them.
+    A sum is finite only if all that is summed is. It takes no memory, and a device is waited for
+    once, for all of them.
     """
-    tensors = [format.numbers(tensor) for tensor in (*module.parameters(), *module.buffers()) if tensor.numel()]
-    sums = [tensor.sum(dtype=torch.float32 if tensor.dtype in _SMALL else None) for tensor in tensors]
+    tensors = [
+        format.numbers(tensor)
+        for tensor in (*module.parameters(), *module.buffers())
+        if tensor.numel()
+    ]
+    sums = [
+        tensor.sum(dtype=torch.float32 if tensor.dtype in _SMALL else None) for tensor in tensors
+    ]
     on_each = defaultdict(list)
     for one in sums:
         on_each[one.device].append(one.abs().float())
@@ -88,7 +103,10 @@ def _all_finite(module: torch.nn.Module) -> bool:
 
 
 def _finite(weights: Tensor) -> bool:
-    return all(bool(torch.isfinite(part).all()) for part in torch.split(format.numbers(weights).reshape(-1), 1 << 22))
+    return all(
+        bool(torch.isfinite(part).all())
+        for part in torch.split(format.numbers(weights).reshape(-1), 1 << 22)
+    )
 
 
 def _message(what: str, store: CheckpointStore) -> str:

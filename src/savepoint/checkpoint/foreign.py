@@ -1,6 +1,8 @@
-"""Other people's files: FloydHub and imagenet dictionaries, bare state_dicts, stock Lightning checkpoints, safetensors.
+"""Other people's files: FloydHub and imagenet dictionaries, bare state_dicts, stock Lightning
+checkpoints, safetensors.
 
-All are read by torch's safe loader alone: tensors, plain values and, for the scores in old scripts, numpy scalars.
+All are read by torch's safe loader alone: tensors, plain values and, for the scores in old scripts,
+numpy scalars.
 """
 
 import importlib
@@ -26,9 +28,10 @@ def read(path: Path | str) -> dict[str, Any]:
     """The weights in `path` and what stands beside them.
 
     Returns:
-        `state_dict`: names without the prefixes that DataParallel and torch.compile put before them; `epoch`,
-        `best_accuracy` (int, float) and `optimizer`: None where the file has none; `kind`: "savepoint", "lightning",
-        "dictionary", "state_dict" or "safetensors".
+        `state_dict`: names without the prefixes that DataParallel and torch.compile put before
+            them; `epoch`,
+        `best_accuracy` (int, float) and `optimizer`: None where the file has none; `kind`:
+        "savepoint", "lightning", "dictionary", "state_dict" or "safetensors".
 
     Raises:
         CheckpointForeignError: nothing here that can be read safely, and why.
@@ -44,7 +47,9 @@ def read(path: Path | str) -> dict[str, Any]:
     content = load_plain(path)
     if _is_weights(content):
         return _found("state_dict", content)
-    return _from_dictionary(path, content, "lightning" if "pytorch-lightning_version" in content else "dictionary")
+    return _from_dictionary(
+        path, content, "lightning" if "pytorch-lightning_version" in content else "dictionary"
+    )
 
 
 def load_plain(path: Path | str, map_location: Any = "cpu") -> dict[str, Any]:
@@ -65,7 +70,15 @@ def load_plain(path: Path | str, map_location: Any = "cpu") -> dict[str, Any]:
             content = torch.load(file, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refused(path, _cause(error, path)) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        IndexError,
+    ) as error:
         raise _refused(path, f"it is {manifest.diagnose(path)}") from error
     if not isinstance(content, dict):
         raise _refused(path, f"it holds a {type(content).__name__}, no dictionary")
@@ -75,16 +88,29 @@ def load_plain(path: Path | str, map_location: Any = "cpu") -> dict[str, Any]:
 def _from_dictionary(path: Path, content: Mapping[str, Any], kind: str) -> dict[str, Any]:
     weights = next((content[key] for key in _WEIGHTS if _is_weights(content.get(key))), None)
     if weights is None:
-        raise _refused(path, f"it holds no weights; its keys are {', '.join(map(str, list(content)[:12])) or 'none'}")
+        raise _refused(
+            path,
+            "it holds no weights; its keys are "
+            f"{', '.join(map(str, list(content)[:12])) or 'none'}",
+        )
     optimizer = next((content[key] for key in _OPTIMIZERS if key in content), None)
     if optimizer is None and (states := content.get("optimizer_states")):
         optimizer = states[0]
-    best = next((content[key] for key in content if key in _BEST or str(key).startswith("best_")), None)
-    return _found(kind, weights, epoch=_number(content.get("epoch")), best=_number(best), optimizer=optimizer)
+    best = next(
+        (content[key] for key in content if key in _BEST or str(key).startswith("best_")), None
+    )
+    return _found(
+        kind, weights, epoch=_number(content.get("epoch")), best=_number(best), optimizer=optimizer
+    )
 
 
 def _found(
-    kind: str, weights: Mapping[str, Tensor], *, epoch: Any = None, best: Any = None, optimizer: Any = None
+    kind: str,
+    weights: Mapping[str, Tensor],
+    *,
+    epoch: Any = None,
+    best: Any = None,
+    optimizer: Any = None,
 ) -> dict[str, Any]:
     return {
         "kind": kind,
@@ -105,7 +131,9 @@ def _without_prefixes(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _is_weights(value: Any) -> bool:
     if not isinstance(value, Mapping) or not value:
         return False
-    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+    return all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
+    )
 
 
 def _number(value: Any) -> int | float | None:
@@ -116,9 +144,13 @@ def _number(value: Any) -> int | float | None:
 
 
 def _numpy_scalars() -> list[Any]:
-    """What the pickle of a numpy scalar names: its constructor, under its old and its new module, and the dtypes."""
+    """What the pickle of a numpy scalar names: its constructor, under its old and its new module,
+    and the dtypes.
+    """
     constructor = np.float64(0).__reduce__()[0]
-    types = sorted({type(np.dtype(kind)) for kind in "?bhilqBHILQefdg"}, key=lambda one: one.__name__)
+    types = sorted(
+        {type(np.dtype(kind)) for kind in "?bhilqBHILQefdg"}, key=lambda one: one.__name__
+    )
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
     return [*((constructor, name) for name in names), np.dtype, *types]
 
@@ -135,8 +167,8 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
         reader = importlib.import_module("safetensors.torch")
     except ImportError:
         raise CheckpointForeignError(
-            f"A safetensors file, and its reader is not installed: {path}. The package safetensors was expected. "
-            "Install it: pip install safetensors",
+            f"A safetensors file, and its reader is not installed: {path}. The package "
+            "safetensors was expected. Install it: pip install safetensors",
             path,
         ) from None
     try:
@@ -157,7 +189,8 @@ def _cause(error: pickle.UnpicklingError, path: Path) -> str:
 
 def _refused(path: Path, cause: str) -> CheckpointForeignError:
     return CheckpointForeignError(
-        f"This file cannot be read safely: {path}: {cause}. A dictionary of tensors and plain values was expected. "
-        "Save the weights alone (torch.save(model.state_dict(), ...)) where the file was made, and use that file.",
+        f"This file cannot be read safely: {path}: {cause}. A dictionary of tensors and plain "
+        "values was expected. Save the weights alone (torch.save(model.state_dict(), ...)) where "
+        "the file was made, and use that file.",
         path,
     )

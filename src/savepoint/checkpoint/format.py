@@ -1,7 +1,9 @@
-"""How the bytes of a checkpoint look: plain nested dicts to a file and back. Torch, but no policy and no Lightning.
+"""How the bytes of a checkpoint look: plain nested dicts to a file and back. Torch, but no policy
+and no Lightning.
 
-A state holds plain Python values and tensors only, so that `torch.load(path, weights_only=True)` reads all of it:
-nothing here ever loads in another way. The manifest is written last (see `manifest`), by the same call.
+A state holds plain Python values and tensors only, so that `torch.load(path, weights_only=True)`
+reads all of it: nothing here ever loads in another way. The manifest is written last (see
+`manifest`), by the same call.
 """
 
 import copy
@@ -25,11 +27,23 @@ from savepoint.errors import CheckpointContentError
 
 State = dict[str, Any]
 
-# From format n to n + 1. A reader of old files is never removed: its test holds a small file of each old format.
+# From format n to n + 1. A reader of old files is never removed: its test holds a small file of
+# each old format.
 MIGRATIONS: dict[int, Callable[[State], State]] = {}
 
 # Read back by weights_only exactly as they are. Anything else is tried, one value at a time.
-_PLAIN = {type(None), bool, float, complex, str, bytes, bytearray, torch.Size, torch.dtype, torch.device}
+_PLAIN = {
+    type(None),
+    bool,
+    float,
+    complex,
+    str,
+    bytes,
+    bytearray,
+    torch.Size,
+    torch.dtype,
+    torch.device,
+}
 _CONTAINERS = {dict, OrderedDict, Counter, list, tuple, set}
 _TENSORS = {Tensor, torch.nn.Parameter}
 # NumPy numbers that are equal to Python's in every computation. Of np.float32 that is not true.
@@ -37,7 +51,8 @@ _NUMBERS = (np.float64, np.integer, np.bool_)
 
 
 def encode(state: Mapping[str, Any], facts: Mapping[str, Any], file: BinaryIO) -> State:
-    """Write `state` and its manifest to `file`, open for reading and writing; returns the manifest. Tensors stream.
+    """Write `state` and its manifest to `file`, open for reading and writing; returns the manifest.
+    Tensors stream.
 
     Raises:
         CheckpointContentError: a value that could not be read back; nothing was written.
@@ -48,7 +63,8 @@ def encode(state: Mapping[str, Any], facts: Mapping[str, Any], file: BinaryIO) -
     try:
         torch.save(dict(state), file)
     except RuntimeError as error:
-        # Torch ends the archive of a failed write and fails again: the first error has the file system's own words.
+        # Torch ends the archive of a failed write and fails again: the first error has the file
+        # system's own words.
         raise _first_os_error(error) or error from error
     return manifest.append(file, facts)
 
@@ -64,11 +80,24 @@ def decode(path: Path | str, map_location: Any = "cpu", mmap: bool = False) -> S
     try:
         # Torch warns of what it then refuses; what cannot be read ends in an error of ours.
         with path.open("rb") as file, warnings.catch_warnings(action="ignore"):
-            # An open file, as torch goes by the name of one that ends in .safetensors; it maps only what it opens itself.
+            # An open file, as torch goes by the name of one that ends in .safetensors; it maps only
+            # what it opens itself.
             source = path if mmap else file
-            state: State = torch.load(source, map_location=map_location, mmap=mmap, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = manifest.diagnose(path) or f"torch {torch.__version__} cannot read it: {_cause(error)}"
+            state: State = torch.load(
+                source, map_location=map_location, mmap=mmap, weights_only=True
+            )
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+    ) as error:
+        reason = (
+            manifest.diagnose(path) or f"torch {torch.__version__} cannot read it: {_cause(error)}"
+        )
         raise manifest.corrupt(path, reason) from error
     for version in range(facts["format_version"], manifest.FORMAT_VERSION):
         state = MIGRATIONS[version](state)
@@ -82,7 +111,8 @@ def check_readable(state: Any) -> bool:
         Whether it holds NumPy numbers that are saved as Python's own.
 
     Raises:
-        CheckpointContentError: names the key and the type of the first value that cannot be read back.
+        CheckpointContentError: names the key and the type of the first value that cannot be read
+            back.
     """
     holds_numbers = False
     for key, value in leaves(state):
@@ -95,8 +125,9 @@ def check_readable(state: Any) -> bool:
             if group in ("hyper_parameters", "datamodule_hyper_parameters") and names:
                 advice = f'Leave it out: self.save_hyperparameters(ignore=["{names[0]}"])'
             raise CheckpointContentError(
-                f"A checkpoint cannot hold this value: {key} is a {kind}. A tensor or a plain value (number, text, "
-                f"list, dict, ...) was expected, as only those can be read back safely. {advice}",
+                f"A checkpoint cannot hold this value: {key} is a {kind}. A tensor or a plain "
+                "value (number, text, list, dict, ...) was expected, as only those can be read "
+                f"back safely. {advice}",
                 "",
                 key,
             )
@@ -104,7 +135,9 @@ def check_readable(state: Any) -> bool:
 
 
 def _with_plain_numbers(tree: Any) -> Any:
-    """The tree with Python's numbers in place of NumPy's: `lr=np.logspace(-4, -1, 7)[2]` is an np.float64."""
+    """The tree with Python's numbers in place of NumPy's: `lr=np.logspace(-4, -1, 7)[2]` is an
+    np.float64.
+    """
     if isinstance(tree, _NUMBERS):
         return tree.item()
     kind = type(tree)
@@ -123,12 +156,21 @@ def _with_plain_numbers(tree: Any) -> Any:
 
 def size_bytes(state: Any) -> int:
     """What the tensors of a state take in a file; memory that several share counts once."""
-    tensors = [part for _, leaf in leaves(state) if isinstance(leaf, Tensor) for part in parts(leaf)]
-    return sum({(t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes() for t in tensors}.values())
+    tensors = [
+        part for _, leaf in leaves(state) if isinstance(leaf, Tensor) for part in parts(leaf)
+    ]
+    return sum(
+        {
+            (t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes()
+            for t in tensors
+        }.values()
+    )
 
 
 def parts(tensor: Tensor) -> list[Tensor]:
-    """The strided tensors that a tensor of another layout is made of; itself, if it is one. The values come last."""
+    """The strided tensors that a tensor of another layout is made of; itself, if it is one. The
+    values come last.
+    """
     if tensor.layout is torch.sparse_coo:
         return [tensor._indices(), tensor._values()]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
@@ -139,7 +181,9 @@ def parts(tensor: Tensor) -> list[Tensor]:
 
 
 def numbers(tensor: Tensor) -> Tensor:
-    """The values of a tensor of any kind, those of a sparse one alone, in a type that torch can sum and compare."""
+    """The values of a tensor of any kind, those of a sparse one alone, in a type that torch can sum
+    and compare.
+    """
     values = parts(tensor.detach())[-1] if tensor.layout is not torch.strided else tensor.detach()
     if values.is_quantized:
         return values.dequantize()
@@ -156,7 +200,8 @@ def dense(tensor: Tensor) -> Tensor:
 
 
 def fingerprint(tree: Any) -> str:
-    """sha256 over a nested tree of plain values and tensors: equal if and only if every value and every bit is.
+    """sha256 over a nested tree of plain values and tensors: equal if and only if every value and
+    every bit is.
 
     The order of dict keys and the device of tensors do not count; types, dtypes and shapes do.
     """
@@ -164,7 +209,9 @@ def fingerprint(tree: Any) -> str:
 
 
 def leaves(value: Any, key: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Any]]:
-    """Every value of the tree that is no container, with its place: `hyper_parameters.root`, `betas[0]`."""
+    """Every value of the tree that is no container, with its place: `hyper_parameters.root`,
+    `betas[0]`.
+    """
     kind = type(value)
     if kind not in _CONTAINERS:
         yield key or "the checkpoint", value
@@ -182,13 +229,15 @@ def leaves(value: Any, key: str = "", seen: set[int] | None = None) -> Iterator[
     else:
         for index, item in enumerate(value):
             yield from leaves(item, f"{key}[{index}]", seen)
-    for name, item in getattr(value, "__dict__", {}).items():  # an OrderedDict's, such as a state_dict's _metadata
+    # An OrderedDict's, such as a state_dict's _metadata.
+    for name, item in getattr(value, "__dict__", {}).items():
         yield from leaves(item, f"{key}.{name}", seen)
 
 
 def _reads_back(value: Any) -> bool:
     kind = type(value)
-    if kind in _PLAIN and value != b"":  # of all bytes only the empty ones are pickled as a call that is refused
+    # Of all bytes only the empty ones are pickled as a call that is refused.
+    if kind in _PLAIN and value != b"":
         return True
     if kind is int and value.bit_length() < 64:
         return True
@@ -224,14 +273,18 @@ def _first_os_error(error: BaseException | None) -> OSError | None:
 
 
 def _hash(value: Any) -> bytes:
-    """sha256 of one value: its type's name, then its parts, each of them hashed, so that no two trees run together."""
+    """sha256 of one value: its type's name, then its parts, each of them hashed, so that no two
+    trees run together.
+    """
     if isinstance(value, Tensor):
         return _joined(b"tensor", *_tensor_parts(value))
     if isinstance(value, Mapping):
         pairs = sorted(_hash(key) + _hash(item) for key, item in value.items())
         return _joined(b"dict", *pairs)
     if isinstance(value, list | tuple):
-        return _joined(b"list" if isinstance(value, list) else b"tuple", *(_hash(item) for item in value))
+        return _joined(
+            b"list" if isinstance(value, list) else b"tuple", *(_hash(item) for item in value)
+        )
     if isinstance(value, set | frozenset):
         return _joined(b"set", *sorted(_hash(item) for item in value))
     if isinstance(value, bytes | bytearray):
@@ -241,7 +294,9 @@ def _hash(value: Any) -> bytes:
     if value is None or isinstance(value, bool | int | str | complex | torch.dtype | torch.device):
         text = f"{type(value).__name__}:{value}".encode("utf-8", "surrogatepass")
         return _joined(b"plain", hashlib.sha256(text).digest())
-    raise TypeError(f"No fingerprint for this value: {type(value)}. A tensor or a plain value was expected.")
+    raise TypeError(
+        f"No fingerprint for this value: {type(value)}. A tensor or a plain value was expected."
+    )
 
 
 def _joined(kind: bytes, *parts: bytes) -> bytes:

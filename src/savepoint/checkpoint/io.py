@@ -1,4 +1,6 @@
-"""The Lightning plugin that makes `trainer.save_checkpoint` as durable as the store's saves, at once or in a thread."""
+"""The Lightning plugin that makes `trainer.save_checkpoint` as durable as the store's saves, at
+once or in a thread.
+"""
 
 import contextlib
 import copy
@@ -25,16 +27,20 @@ from savepoint.errors import CheckpointForeignError, ConfigError
 class CheckpointIO(LightningCheckpointIO):
     """Saves and loads Savepoint's checkpoints; a drop-in for Lightning's own `TorchCheckpointIO`.
 
-    A checkpoint's key `manifest` holds its facts and is taken out; without it they are made from what Lightning counts.
+    A checkpoint's key `manifest` holds its facts and is taken out; without it they are made from
+    what Lightning counts.
 
     Args:
-        async_save: copy the state to the CPU and write it in one thread while training goes on. A second save waits for
-            the first. What fails in the thread is raised in the caller's by `raise_pending`, `wait`, or the next save.
+        async_save: copy the state to the CPU and write it in one thread while training goes on. A
+            second save waits for the first. What fails in the thread is raised in the caller's by
+            `raise_pending`, `wait`, or the next save.
 
     Attributes:
-        store: set by the callback: a save under one of its names makes room on a full disk by its retention.
+        store: set by the callback: a save under one of its names makes room on a full disk by its
+            retention.
         finish: called once, with the next checkpoint as it is to be written.
-        preloaded: path and state of a checkpoint that was read and verified already; the next load of that path takes it.
+        preloaded: path and state of a checkpoint that was read and verified already; the next load
+            of that path takes it.
     """
 
     def __init__(self, async_save: bool = False) -> None:
@@ -47,11 +53,14 @@ class CheckpointIO(LightningCheckpointIO):
         self._queued: list[Future[None]] = []
         self._snapshot = _Snapshot()
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any | None = None
+    ) -> None:
         if storage_options is not None:
             raise TypeError(
-                f"`Trainer.save_checkpoint(..., storage_options=...)` is not supported by {type(self).__name__}: "
-                f"{storage_options}. None was expected. Save to a local path."
+                "`Trainer.save_checkpoint(..., storage_options=...)` is not supported by "
+                f"{type(self).__name__}: {storage_options}. None was expected. Save to a local "
+                "path."
             )
         finish, self.finish = self.finish, None
         if finish and "manifest" in checkpoint:
@@ -62,7 +71,8 @@ class CheckpointIO(LightningCheckpointIO):
             self._write(path, state, facts)
             return
         if self._save:
-            wait([self._save])  # its error stays pending: a save that failed must not keep the next from being made
+            # Its error stays pending: a save that failed must not keep the next from being made.
+            wait([self._save])
         format.check_readable(state)  # here, where the caller can see the error
         copied = self._snapshot.take(state)
         self._save = self._enqueue(lambda: self._write(path, copied, facts))
@@ -71,11 +81,14 @@ class CheckpointIO(LightningCheckpointIO):
     def load_checkpoint(
         self, path: Path | str, map_location: Any | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """A checkpoint of ours after a look at every byte; a file of stock Lightning as it is, by the safe loader."""
+        """A checkpoint of ours after a look at every byte; a file of stock Lightning as it is, by
+        the safe loader.
+        """
         if weights_only is False:
             raise ConfigError(
-                f"An unsafe load was asked for: {path} with weights_only=False. Files are loaded as plain values and "
-                "tensors only, as a file could run any program otherwise. Leave weights_only out."
+                f"An unsafe load was asked for: {path} with weights_only=False. Files are loaded "
+                "as plain values and tensors only, as a file could run any program otherwise. "
+                "Leave weights_only out."
             )
         if self._queued:
             wait(self._queued)
@@ -95,9 +108,11 @@ class CheckpointIO(LightningCheckpointIO):
         self.submit(lambda: target.unlink(missing_ok=True))
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Run `job` now or, where saves are asynchronous, in the writer's thread after the saves before it.
+        """Run `job` now or, where saves are asynchronous, in the writer's thread after the saves
+        before it.
 
-        It is left out if the save just before it failed: what relies on the new checkpoint must not happen without it.
+        It is left out if the save just before it failed: what relies on the new checkpoint must not
+        happen without it.
         """
         if not self.async_save:
             job()
@@ -122,7 +137,8 @@ class CheckpointIO(LightningCheckpointIO):
         self.raise_pending()
 
     def _enqueue(self, job: Callable[[], None]) -> Future[None]:
-        # The pool's thread is no daemon: the interpreter waits for it before it ends, so no save is cut off.
+        # The pool's thread is no daemon: the interpreter waits for it before it ends, so no save is
+        # cut off.
         self._writer = self._writer or ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="checkpoint-writer", initializer=_step_back
         )
@@ -140,7 +156,9 @@ class CheckpointIO(LightningCheckpointIO):
 
 
 def _step_back() -> None:
-    """The thread of this call takes the time that training leaves: on two cores a step would wait for it otherwise."""
+    """The thread of this call takes the time that training leaves: on two cores a step would wait
+    for it otherwise.
+    """
     if sys.platform == "linux":  # elsewhere a priority is that of the whole process
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
@@ -153,19 +171,33 @@ class _Snapshot:
         self._buffers: list[torch.UntypedStorage] = []
 
     def take(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """`state` as it is now; overwrites the copy before it. Tensors that share memory share it in the copy too."""
+        """`state` as it is now; overwrites the copy before it. Tensors that share memory share it
+        in the copy too.
+        """
         used: dict[tuple[torch.device, int, int], torch.UntypedStorage] = {}
-        # deepcopy takes what its memo holds as copied already: our tensors. It copies the rest, shared parts once.
-        memo = {id(leaf): self._copy(leaf, used) for _, leaf in format.leaves(state) if isinstance(leaf, Tensor)}
+        # deepcopy takes what its memo holds as copied already: our tensors. It copies the rest,
+        # shared parts once.
+        memo = {
+            id(leaf): self._copy(leaf, used)
+            for _, leaf in format.leaves(state)
+            if isinstance(leaf, Tensor)
+        }
         copied = copy.deepcopy(state, memo)
         if any(device.type == "cuda" for device, *_ in used):
             torch.cuda.synchronize()  # the copies from the GPU were only started
         self._buffers = list(used.values())
         return copied
 
-    def _copy(self, tensor: Tensor, used: dict[tuple[torch.device, int, int], torch.UntypedStorage]) -> Tensor:
+    def _copy(
+        self, tensor: Tensor, used: dict[tuple[torch.device, int, int], torch.UntypedStorage]
+    ) -> Tensor:
         plain = tensor.detach()
-        if plain.layout is not torch.strided or plain.is_quantized or plain.is_conj() or plain.is_neg():
+        if (
+            plain.layout is not torch.strided
+            or plain.is_quantized
+            or plain.is_conj()
+            or plain.is_neg()
+        ):
             return plain.clone().cpu()
         source = plain.untyped_storage()
         key = (source.device, source.data_ptr(), source.nbytes())
@@ -182,11 +214,15 @@ class _Snapshot:
         if place < len(self._buffers) and self._buffers[place].nbytes() == source.nbytes():
             return self._buffers[place]
         # Pinned memory is what a GPU can copy to while it computes.
-        return torch.empty(source.nbytes(), dtype=torch.uint8, pin_memory=source.is_cuda).untyped_storage()
+        return torch.empty(
+            source.nbytes(), dtype=torch.uint8, pin_memory=source.is_cuda
+        ).untyped_storage()
 
 
 def _facts(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """For a checkpoint that no callback of ours has seen: what Lightning counts, and that it is not exact."""
+    """For a checkpoint that no callback of ours has seen: what Lightning counts, and that it is not
+    exact.
+    """
     return {
         "step": checkpoint.get("global_step", 0),
         "epoch": checkpoint.get("epoch", 0),

@@ -1,11 +1,13 @@
-"""What a training changes beside its state_dicts, found by looking at its objects: saved where it is plain, else named.
+"""What a training changes beside its state_dicts, found by looking at its objects: saved where it
+is plain, else named.
 
-A `Look` walks from a few roots (the model, the callbacks, the data) over attributes, containers and helper objects. Of
-each place it keeps a mark that is equal as long as nothing there has changed. Two looks give the difference: what a
-checkpoint must hold, and what it cannot. Only differences are saved, so that what a config overrides and a training
-never changes is taken from the config.
+A `Look` walks from a few roots (the model, the callbacks, the data) over attributes, containers and
+helper objects. Of each place it keeps a mark that is equal as long as nothing there has changed.
+Two looks give the difference: what a checkpoint must hold, and what it cannot. Only differences are
+saved, so that what a config overrides and a training never changes is taken from the config.
 
-An attribute counts unless a base class of a framework assigns it: those names are read from the classes' byte code.
+An attribute counts unless a base class of a framework assigns it: those names are read from the
+classes' byte code.
 """
 
 import collections
@@ -53,7 +55,8 @@ _FRAMEWORK_CLASSES = (nn.Module, Metric, Optimizer, DataLoader, object)
 _OPEN = "lightning.pytorch.callbacks."  # its concrete classes keep state that no state_dict has
 _CALLBACK = "lightning.pytorch.callbacks.callback"
 
-# Caches, and what metric states bring along by themselves. Of these classes only: a user's own `_cache` is state.
+# Caches, and what metric states bring along by themselves. Of these classes only: a user's own
+# `_cache` is state.
 _NO_STATE = frozenset({"__orig_class__", "savepoint_skip"})
 _NO_STATE_OF: tuple[tuple[Any, frozenset[str]], ...] = (
     (nn.Module, frozenset({"_orig_mod", "training", "_compiled_call_impl", "_flat_weight_refs", "_flat_weights"})),
@@ -82,7 +85,8 @@ class _Place:
         packed: What a checkpoint would hold; meaningless where `what` is given.
         what: Words for a value that no checkpoint can hold, else "".
         small: Whether the first look keeps a copy.
-        shares: The place that was seen first of those that hold this very memory, as a view and its base do.
+        shares: The place that was seen first of those that hold this very memory, as a view and its
+            base do.
     """
 
     mark: Any
@@ -108,7 +112,9 @@ class Look:
         persisted: Names in the model's state_dict: those weights are saved by Lightning.
     """
 
-    def __init__(self, roots: Mapping[str, Any], known: Mapping[int, str], persisted: Iterable[str]) -> None:
+    def __init__(
+        self, roots: Mapping[str, Any], known: Mapping[int, str], persisted: Iterable[str]
+    ) -> None:
         self.roots, self._known, self._persisted = roots, known, frozenset(persisted)
         self.places: dict[Path, _Place] = {}
         self.objects: dict[Path, type] = {}
@@ -139,8 +145,14 @@ class Look:
         return {path: place.mark for path, place in self.places.items() if path[:length] == top}
 
     def mentions(self, names: Collection[str], but_in: Collection[str]) -> bool:
-        """Whether the user's own code mentions one of these names, in other functions than those left out."""
-        return any(not _names(one.__code__).isdisjoint(names) for one in self._codes if one.__name__ not in but_in)
+        """Whether the user's own code mentions one of these names, in other functions than those
+        left out.
+        """
+        return any(
+            not _names(one.__code__).isdisjoint(names)
+            for one in self._codes
+            if one.__name__ not in but_in
+        )
 
     def _weight_storages(self) -> set[int | None]:
         """The memory of the weights that Lightning restores: an attribute may be a view of it."""
@@ -153,10 +165,12 @@ class Look:
         weights = [t for module in modules for t in module.parameters() if not is_lazy(t)]
         return {mark(weight.detach()) for weight in weights}
 
-    # -- modules -----------------------------------------------------------------------------------
+    # -- modules ----------------------------------------------------------------------------------
 
     def _register(self, path: Path, module: nn.Module) -> None:
-        """The places of a registered module and its weights, before any attribute that also holds them."""
+        """The places of a registered module and its weights, before any attribute that also holds
+        them.
+        """
         if id(module) in self._first:
             return
         self._first[id(module)] = path
@@ -179,7 +193,9 @@ class Look:
         elif id(root) not in self._first:
             self._visit(path, root)
 
-    def _module(self, path: Path, module: nn.Module, prefix: str, persisted: frozenset[str]) -> None:
+    def _module(
+        self, path: Path, module: nn.Module, prefix: str, persisted: frozenset[str]
+    ) -> None:
         """A module, its weights as far as they are in no state_dict, and its sub-modules."""
         self.objects[path] = type(module)
         self._alive.append(module)
@@ -187,10 +203,15 @@ class Look:
         if not compiled:
             self._put((*path, ("attr", "training")), module.training)
             members = module.__dict__
-            hooks: list[tuple[Any, ...]] = [(("attr", name), members[name]) for name in _HOOKS if name in members]
+            hooks: list[tuple[Any, ...]] = [
+                (("attr", name), members[name]) for name in _HOOKS if name in members
+            ]
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_leaf:
-                    hooks += [(("parameter", name), ("attr", kind), getattr(parameter, kind)) for kind in _TENSOR_HOOKS]
+                    hooks += [
+                        (("parameter", name), ("attr", kind), getattr(parameter, kind))
+                        for kind in _TENSOR_HOOKS
+                    ]
             self._hooks(path, hooks)
             for name, parameter in module._parameters.items():
                 self._weight((*path, ("parameter", name)), parameter, prefix + name in persisted)
@@ -223,7 +244,7 @@ class Look:
             self._first.setdefault(id(tensor), path)
             self._packed(path, tensor.detach())
 
-    # -- everything else ---------------------------------------------------------------------------
+    # -- everything else --------------------------------------------------------------------------
 
     def _visit(self, path: Path, value: Any) -> None:
         self.visited.add(path)
@@ -245,7 +266,11 @@ class Look:
             self._first[id(value)] = path
         if _storage(value) in self.weights:
             self.places[path] = _Place(("view", tuple(value.shape)), what="a view of a weight")
-        elif isinstance(value, Tensor | np.ndarray | np.generic) or is_generator(value) or is_atom(value):
+        elif (
+            isinstance(value, Tensor | np.ndarray | np.generic)
+            or is_generator(value)
+            or is_atom(value)
+        ):
             self._packed(path, value)
         elif isinstance(value, list | tuple | collections.deque | set | frozenset | dict):
             self._container(path, value)
@@ -282,7 +307,9 @@ class Look:
             self._opaque(path, value, _words(error.args[0]))
             return
         small = packer.values <= _SMALL_VALUES and packer.bytes <= _SMALL_BYTES
-        self.places[path] = _Place(mark(packed), packed, small=small, shares=self._shares(path, value))
+        self.places[path] = _Place(
+            mark(packed), packed, small=small, shares=self._shares(path, value)
+        )
 
     def _shares(self, path: Path, value: Any) -> Path | None:
         memory = _memory(value)
@@ -327,15 +354,22 @@ class Look:
                 plain = type(key) in (str, int, bool, float, type(None))
                 self._visit((*path, ("item", key) if plain else ("nth", place)), item)
             return
-        self.places[path] = _Place((type(value).__name__, len(value)), what=f"a {type(value).__name__} of objects")
+        self.places[path] = _Place(
+            (type(value).__name__, len(value)), what=f"a {type(value).__name__} of objects"
+        )
         for place, item in enumerate(value):
             self._visit((*path, ("item", place)), item)
 
     def _function(self, path: Path, value: Any) -> None:
-        """A function is itself; what it carries along (closure, bound object, arguments) may change."""
+        """A function is itself; what it carries along (closure, bound object, arguments) may
+        change.
+        """
         if isinstance(value, types.MethodType):
-            self.places[path] = _Place(id(value.__func__), what="another function than at the start")
-            self._first.pop(id(value), None)  # a bound method is made anew each time it is asked for
+            self.places[path] = _Place(
+                id(value.__func__), what="another function than at the start"
+            )
+            # A bound method is made anew each time it is asked for.
+            self._first.pop(id(value), None)
             self._visit((*path, ("attr", "__self__")), value.__self__)
             return
         self._opaque(path, value, "another function than at the start")
@@ -370,13 +404,18 @@ class Look:
             self._forgive(path)
 
     def _forgive(self, path: Path) -> None:
-        """A library's own unsavable parts (windows, sockets, caches) do not make a training inexact."""
+        """A library's own unsavable parts (windows, sockets, caches) do not make a training
+        inexact.
+        """
         for at in [at for at in self.places if at[: len(path)] == path]:
             place = self.places[at]
             if place.what and "iterator" not in place.what:
                 del self.places[at]
-        holds = any(at[: len(path)] == path for at in self.places)  # one that a training has made, no start makes
-        for at in [at for at in self.objects if at[: len(path)] == path and not (holds and at == path)]:
+        # One that a training has made, no start makes.
+        holds = any(at[: len(path)] == path for at in self.places)
+        for at in [
+            at for at in self.objects if at[: len(path)] == path and not (holds and at == path)
+        ]:
             del self.objects[at]
 
     def _attributes(self, path: Path, value: Any, derived: frozenset[str] = frozenset()) -> None:
@@ -404,7 +443,7 @@ class Look:
         if own.get("_hparams"):  # assigned by Lightning, and the user's own
             self._visit((*path, ("attr", "_hparams")), own["_hparams"])
 
-    # -- classes and modules, seen but never put back -----------------------------------------------
+    # -- classes and modules, seen but never put back ---------------------------------------------
 
     def _look_at_classes(self) -> None:
         bases = {base for kind in self._classes for base in kind.__mro__}
@@ -419,7 +458,9 @@ class Look:
         for name, value in list(vars(kind).items()):
             if name.startswith("__") or name in _NO_STATE:
                 continue
-            self._shared((("class", f"{kind.__module__}.{kind.__qualname__}"), ("attr", name)), value)
+            self._shared(
+                (("class", f"{kind.__module__}.{kind.__qualname__}"), ("attr", name)), value
+            )
 
     def _shared_by(self, function: types.FunctionType) -> None:
         """What a function keeps for all calls: attributes, defaults that can change, globals."""
@@ -452,7 +493,9 @@ class Look:
             self._shared((("module", module), ("attr", name)), value)
 
     def _shared(self, path: Path, value: Any) -> None:
-        """Of a class or a module: others may share it, so a change is named, and nobody's else is put back."""
+        """Of a class or a module: others may share it, so a change is named, and nobody's else is
+        put back.
+        """
         if path in self.places or isinstance(value, types.FunctionType | property):
             return
         if id(value) in self._first:
@@ -485,8 +528,9 @@ class Baseline:
     def begin(self, look: Look) -> None:
         """After the hooks that set up: what they have made is as it was at the start.
 
-        What they have changed counts as changed, if it is small: a resume may set up other values (a finder, say).
-        So do copies of the weights: a resume makes them of the weights that it has loaded.
+        What they have changed counts as changed, if it is small: a resume may set up other values
+        (a finder, say). So do copies of the weights: a resume makes them of the weights that it has
+        loaded.
         """
         weights = look.weight_marks()
         for path, place in look.places.items():
@@ -502,7 +546,9 @@ class Baseline:
         self._alive += look._alive
 
     def meet(self, look: Look) -> None:
-        """Roots that were not there before, such as a loader that has just been made, are as they were at the start."""
+        """Roots that were not there before, such as a loader that has just been made, are as they
+        were at the start.
+        """
         new = set(look.roots) - self._roots
         if not new:
             return
@@ -514,7 +560,9 @@ class Baseline:
         self._alive += look._alive
 
     def accept(self, look: Look) -> None:
-        """Objects that the hooks before the first batch have made: a resumed process makes them too."""
+        """Objects that the hooks before the first batch have made: a resumed process makes them
+        too.
+        """
         self.objects |= look.objects
         self._alive += look._alive
         for path, place in look.places.items():
@@ -522,7 +570,9 @@ class Baseline:
                 self.places[path] = _without_large(place)
 
     def changes(self, look: Look) -> tuple[list[Any], list[str]]:
-        """What has changed: [packed path, packed value] of each place, and words for what is no value."""
+        """What has changed: [packed path, packed value] of each place, and words for what is no
+        value.
+        """
         saved, named = [], []
         for path, place in look.places.items():
             before = self.places.get(path)
@@ -531,7 +581,9 @@ class Baseline:
             if not place.what:
                 saved.append([packed_path(path), place.packed])
                 if place.shares and (before is None or before.shares != place.shares):
-                    named.append(f"{in_words(path)} (shares its memory with {in_words(place.shares)})")
+                    named.append(
+                        f"{in_words(path)} (shares its memory with {in_words(place.shares)})"
+                    )
             elif before is not None or (path[0][0] == "root" and path[-1][0] != "hooks"):
                 named.append(f"{in_words(path)} ({place.what})")
         for path in self.places:
@@ -544,13 +596,21 @@ class Baseline:
         return saved, named
 
     def restore(
-        self, look: Look, saved: Iterable[Any], device: torch.device, loaded: Iterable[str] = (), alone: bool = False
+        self,
+        look: Look,
+        saved: Iterable[Any],
+        device: torch.device,
+        loaded: Iterable[str] = (),
+        alone: bool = False,
     ) -> list[str]:
-        """Puts every place where it was when `saved` was made; returns words for what has no place here.
+        """Puts every place where it was when `saved` was made; returns words for what has no place
+        here.
 
         Args:
-            look: At the objects as they are now: what the hooks of this start have changed is taken back too.
-            loaded: Roots that have loaded a state of their own since the first look: what that changed stays.
+            look: At the objects as they are now: what the hooks of this start have changed is taken
+                back too.
+            loaded: Roots that have loaded a state of their own since the first look: what that
+                changed stays.
             alone: Put back what was saved, and nothing else.
         """
         loaded = set(loaded)
@@ -561,7 +621,8 @@ class Baseline:
                 continue
             if before.small and path[0][1] not in loaded:
                 meant[path] = before.packed
-        # What was the same object as at another place, and no more is, is not written into that one.
+        # What was the same object as at another place, and no more is, is not written into that
+        # one.
         aliases = {path for path in meant if path in self.places and self.places[path].is_alias}
         return _put_all_back(look, meant, device, aliases)
 
@@ -580,16 +641,20 @@ def _put_all_back(
 
 
 def changed_since(marks: Mapping[Path, Any], look: Look) -> list[str]:
-    """Words for what is another one than when `marks` were taken: the running epoch goes by what they were."""
+    """Words for what is another one than when `marks` were taken: the running epoch goes by what
+    they were.
+    """
     now = {path: look.places[path].mark for path in marks if path in look.places}
     changed = [path for path, mark in marks.items() if now.get(path) != mark]
     return [f"{in_words(path)} (changed while the epoch goes by what it was)" for path in changed]
 
 
 def put_back_into_model(module: nn.Module, saved: Iterable[Any], device: torch.device) -> list[str]:
-    """Of what a training has changed, that of the model: for a model that is used and not trained on.
+    """Of what a training has changed, that of the model: for a model that is used and not trained
+    on.
 
-    What belongs to an object that only a training makes, such as a teacher of `on_fit_start`, is left out.
+    What belongs to an object that only a training makes, such as a teacher of `on_fit_start`, is
+    left out.
 
     Returns:
         Words for what is of another kind in this model.
@@ -615,7 +680,9 @@ def _can_be_had(look: Look, path: Path) -> bool:
 
 
 def _made_of_weights(module: nn.Module) -> frozenset[str]:
-    """What the hooks of `spectral_norm`, `weight_norm` and `prune` set anew from parameters, before each forward."""
+    """What the hooks of `spectral_norm`, `weight_norm` and `prune` set anew from parameters, before
+    each forward.
+    """
     names = module._parameters
     if not any(name.endswith(("_orig", "_g")) for name in names):
         return frozenset()
@@ -626,7 +693,9 @@ def _made_of_weights(module: nn.Module) -> frozenset[str]:
 
 def _without_large(place: _Place) -> _Place:
     if place.small:
-        return _Place(place.mark, _copied(place.packed), place.what, small=True, shares=place.shares)
+        return _Place(
+            place.mark, _copied(place.packed), place.what, small=True, shares=place.shares
+        )
     return _Place(place.mark, None, place.what, shares=place.shares)
 
 
@@ -648,7 +717,7 @@ def _copied(packed: Any) -> Any:
     return packed
 
 
-# -- paths -----------------------------------------------------------------------------------------
+# -- paths ---------------------------------------------------------------------------------------
 
 
 def packed_path(path: Path) -> list[Any]:
@@ -671,7 +740,9 @@ def in_words(path: Path) -> str:
 
 
 def _below(path: Path, name: str) -> Path:
-    """Of a sub-module. That of a compiled one has the place of what was compiled: compiling is no change."""
+    """Of a sub-module. That of a compiled one has the place of what was compiled: compiling is no
+    change.
+    """
     return path if name == "_orig_mod" else (*path, ("module", name))
 
 
@@ -766,7 +837,8 @@ def _set(roots: Mapping[str, Any], path: Path, owner: Any, value: Any) -> None:
     if kind == "attr":
         try:
             setattr(owner, key, value)
-        except (AttributeError, TypeError):  # a frozen dataclass, say, that its own code has changed
+        # A frozen dataclass, say, that its own code has changed.
+        except (AttributeError, TypeError):
             object.__setattr__(owner, key, value)
     elif kind in ("item", "nth") and isinstance(owner, tuple):
         items = [value if place == key else item for place, item in enumerate(owner)]
@@ -779,7 +851,8 @@ def _set(roots: Mapping[str, Any], path: Path, owner: Any, value: Any) -> None:
     elif kind == "cell":
         owner.__closure__[key].cell_contents = value
     elif kind == "buffer":
-        if key not in owner._buffers:  # made in mid-training; of a state_dict it would be no place of the look
+        # Made in mid-training; of a state_dict it would be no place of the look.
+        if key not in owner._buffers:
             owner._non_persistent_buffers_set.add(key)
         owner._buffers[key] = value
     elif kind == "parameter":
@@ -790,7 +863,7 @@ def _set(roots: Mapping[str, Any], path: Path, owner: Any, value: Any) -> None:
         owner.load_state_dict(value)
 
 
-# -- what a class is -------------------------------------------------------------------------------
+# -- what a class is -----------------------------------------------------------------------------
 
 
 @functools.cache
@@ -802,7 +875,9 @@ def _left_out(kind: type) -> frozenset[str]:
 
 @functools.cache
 def assigned_by_frameworks(kind: type) -> frozenset[str]:
-    """The names of attributes that the frameworks' classes among its bases assign to `self` anywhere in their code."""
+    """The names of attributes that the frameworks' classes among its bases assign to `self`
+    anywhere in their code.
+    """
     names: set[str] = set()
     for base in kind.__mro__:
         framework = base.__module__.startswith(_FRAMEWORK) or base in _FRAMEWORK_CLASSES
@@ -816,7 +891,10 @@ def assigned_by_frameworks(kind: type) -> frozenset[str]:
 def _functions(kind: type) -> list[types.FunctionType]:
     found = []
     for member in vars(kind).values():
-        for part in (member, *(getattr(member, name, None) for name in ("fget", "fset", "__func__"))):
+        for part in (
+            member,
+            *(getattr(member, name, None) for name in ("fget", "fset", "__func__")),
+        ):
             while hasattr(part, "__wrapped__"):
                 part = part.__wrapped__
             if isinstance(part, types.FunctionType):
@@ -824,25 +902,33 @@ def _functions(kind: type) -> list[types.FunctionType]:
     return found
 
 
-def _assigned(code: types.CodeType, loads: tuple[str, ...] = ("LOAD_FAST", "LOAD_DEREF")) -> Iterator[str]:
-    """Of `self` alone: `parameter.data = ...` in a framework's code is no reason to leave out a user's `self.data`."""
+def _assigned(
+    code: types.CodeType, loads: tuple[str, ...] = ("LOAD_FAST", "LOAD_DEREF")
+) -> Iterator[str]:
+    """Of `self` alone: `parameter.data = ...` in a framework's code is no reason to leave out a
+    user's `self.data`.
+    """
     for before, instruction in itertools.pairwise(dis.get_instructions(code)):
         of_self = before.opname.startswith(loads) and _last(before.argval) == "self"
         if instruction.opname == "STORE_ATTR" and of_self:
             yield instruction.argval
     for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):  # an inner class has another `self`, an inner function this one
+        # An inner class has another `self`, an inner function this one.
+        if isinstance(constant, types.CodeType):
             yield from _assigned(constant, ("LOAD_DEREF",))
 
 
 def _last(loaded: Any) -> Any:
-    return loaded[-1] if isinstance(loaded, tuple) else loaded  # newer Pythons load two with one instruction
+    # Newer Pythons load two with one instruction.
+    return loaded[-1] if isinstance(loaded, tuple) else loaded
 
 
 @functools.cache
 def _names(code: types.CodeType) -> frozenset[str]:
     """The global names that a function's code mentions, inner functions included."""
-    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    inner = [
+        _names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)
+    ]
     return frozenset(code.co_names).union(*inner)
 
 
@@ -851,7 +937,9 @@ def _slots(kind: type) -> tuple[str, ...]:
     slots = vars(kind).get("__slots__", ())
     names = (slots,) if isinstance(slots, str) else tuple(slots)
     private = kind.__name__.lstrip("_")
-    mangled = [f"_{private}{name}" if name[:2] == "__" and name[-2:] != "__" else name for name in names]
+    mangled = [
+        f"_{private}{name}" if name[:2] == "__" and name[-2:] != "__" else name for name in names
+    ]
     return tuple(name for name in mangled if name not in ("__dict__", "__weakref__"))
 
 
@@ -881,4 +969,8 @@ def _words(value: Any) -> str:
     if isinstance(value, io.IOBase):
         return "a file handle"
     kind = type(value)
-    return f"a {kind.__name__}" if kind.__module__ == "builtins" else f"a {kind.__module__}.{kind.__name__}"
+    return (
+        f"a {kind.__name__}"
+        if kind.__module__ == "builtins"
+        else f"a {kind.__module__}.{kind.__name__}"
+    )

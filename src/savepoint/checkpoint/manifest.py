@@ -1,18 +1,24 @@
-"""The facts of one checkpoint file and the seal that shows damage. Standard library only: a listing imports no torch.
+"""The facts of one checkpoint file and the seal that shows damage. Standard library only: a listing
+imports no torch.
 
-A checkpoint is the zip archive that torch.save writes, with one more record and a comment at its end:
+A checkpoint is the zip archive that torch.save writes, with one more record and a comment at its
+end:
 
-    archive/data.pkl, archive/data/0, ...     torch's records, stored; their CRC32s stand in the directory
+    archive/data.pkl, archive/data/0, ...     torch's records, stored; their CRC32s stand in the
+                                              directory
     archive/manifest.json                     the facts, `body` and `digest` (see below)
     directory, zip64 end records              zip's own
     end record, comment                       `savepoint1 <offset of the manifest> <sha256>`
 
-- The comment's sha256 covers every byte from the manifest's local header to the end of the file but its own 64 digits.
-- `body` is the sha256 of every byte before the manifest that is no record's data: local headers and padding.
+- The comment's sha256 covers every byte from the manifest's local header to the end of the file but
+  its own 64 digits.
+- `body` is the sha256 of every byte before the manifest that is no record's data: local headers and
+  padding.
 - `digest` is the sha256 of (name, size, CRC32) of torch's records: the identity of the content.
 
-So each byte is covered by a CRC, by `body` or by the seal. `read` looks at the end of the file alone and vouches for
-the facts; `verify` looks at every byte. torch.load, Lightning and zipfile read the file as if nothing had been added.
+So each byte is covered by a CRC, by `body` or by the seal. `read` looks at the end of the file
+alone and vouches for the facts; `verify` looks at every byte. torch.load, Lightning and zipfile
+read the file as if nothing had been added.
 """
 
 import errno
@@ -55,7 +61,10 @@ _THREADS, _LARGE_BYTES = 4, 1 << 24  # that look at one file together, if it is 
 def step_entries(directory: Path) -> list[os.DirEntry[str]]:
     """What of `directory` is named as a checkpoint, unread, in the order of the names."""
     with os.scandir(directory) as entries:
-        return sorted((entry for entry in entries if STEP_NAME.fullmatch(entry.name)), key=lambda entry: entry.name)
+        return sorted(
+            (entry for entry in entries if STEP_NAME.fullmatch(entry.name)),
+            key=lambda entry: entry.name,
+        )
 
 
 def step_files(directory: Path) -> list[Path]:
@@ -72,7 +81,8 @@ def step_in_name(name: str) -> int | None:
 
 
 def read(path: Path | str) -> dict[str, Any]:
-    """The manifest of `path`, vouched for by the seal. One small read: damage to tensors is `verify`'s to find.
+    """The manifest of `path`, vouched for by the seal. One small read: damage to tensors is
+    `verify`'s to find.
 
     Raises:
         CheckpointNotFoundError: no such file, a directory, or a URL.
@@ -100,7 +110,8 @@ def verify(path: Path | str) -> dict[str, Any]:
 
 
 def append(file: BinaryIO, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn the torch archive in `file` (open for reading and writing) into a checkpoint. Returns its manifest.
+    """Turn the torch archive in `file` (open for reading and writing) into a checkpoint. Returns
+    its manifest.
 
     Raises:
         ValueError: a fact that is not JSON; NaN is none, pass it as a string.
@@ -108,7 +119,9 @@ def append(file: BinaryIO, facts: Mapping[str, Any]) -> dict[str, Any]:
     with zipfile.ZipFile(file, "a") as archive:
         records, end = list(archive.infolist()), archive.start_dir
         found = {"digest": _digest(records), "body": _body(file, records, end)}
-        text = json.dumps({"format_version": FORMAT_VERSION, **facts, **found}, allow_nan=False).encode()
+        text = json.dumps(
+            {"format_version": FORMAT_VERSION, **facts, **found}, allow_nan=False
+        ).encode()
         # A fixed date, so that equal states and facts give equal files.
         archive.writestr(zipfile.ZipInfo(RECORD), text)
         offset = archive.getinfo(RECORD).header_offset
@@ -116,14 +129,17 @@ def append(file: BinaryIO, facts: Mapping[str, Any]) -> dict[str, Any]:
     file.seek(offset)
     seal = hashlib.sha256(file.read()[:-DIGITS]).hexdigest().encode()
     file.seek(-DIGITS, os.SEEK_END)
-    # Until this write is complete the seal does not match: a crash in here leaves a file that is refused.
+    # Until this write is complete the seal does not match: a crash in here leaves a file that is
+    # refused.
     file.write(seal)
     manifest: dict[str, Any] = json.loads(text)
     return manifest
 
 
 def diagnose(path: Path | str) -> str:
-    """What is wrong with `path`, in words: "truncated: 43 % of 312 kB", "an HTML page"; "" if it verifies."""
+    """What is wrong with `path`, in words: "truncated: 43 % of 312 kB", "an HTML page"; "" if it
+    verifies.
+    """
     try:
         verify(path)
     except CheckpointCorruptError as error:
@@ -138,9 +154,13 @@ def diagnose(path: Path | str) -> str:
 
 
 def local_path(path: Path | str) -> Path:
-    """`path` as a Path; a URL is refused (a Path made of one has lost a slash, so one slash is enough)."""
+    """`path` as a Path; a URL is refused (a Path made of one has lost a slash, so one slash is
+    enough).
+    """
     if path == "":  # of a variable that is not set; pathlib would take it for the working directory
-        raise CheckpointNotFoundError("An empty path. That of a file or a directory was expected. Name one.", path)
+        raise CheckpointNotFoundError(
+            "An empty path. That of a file or a directory was expected. Name one.", path
+        )
     if files.is_url(path):
         raise CheckpointNotFoundError(
             f"No checkpoint is loaded from a URL: {path}. A path on this machine was expected. "
@@ -152,8 +172,8 @@ def local_path(path: Path | str) -> Path:
 
 def corrupt(path: Path, reason: str) -> CheckpointCorruptError:
     return CheckpointCorruptError(
-        f"The checkpoint does not verify: {path}. A whole, unchanged file was expected; this one: {reason}. "
-        "Use another checkpoint of the run, or a copy of this one.",
+        f"The checkpoint does not verify: {path}. A whole, unchanged file was expected; this one: "
+        f"{reason}. Use another checkpoint of the run, or a copy of this one.",
         path,
         reason,
     )
@@ -172,7 +192,9 @@ def _open(path: Path) -> BinaryIO:
         if stat.S_ISREG(mode := os.stat(path).st_mode) or stat.S_ISDIR(mode):
             return open(path, "rb")
         # A named pipe would let the reader wait for ever.
-        raise CheckpointNotFoundError(f"Not a file: {path}. A checkpoint was expected. Check the path.", path)
+        raise CheckpointNotFoundError(
+            f"Not a file: {path}. A checkpoint was expected. Check the path.", path
+        )
     except FileNotFoundError:
         message = f"No checkpoint there: {path}. A checkpoint file was expected. Check the path."
         raise CheckpointNotFoundError(message, path) from None
@@ -182,9 +204,7 @@ def _open(path: Path) -> BinaryIO:
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG):
             raise
-        message = (
-            f"Not a path to a checkpoint: {str(path)[:200]} ({error.strerror}). A file was expected. Check the path."
-        )
+        message = f"Not a path to a checkpoint: {str(path)[:200]} ({error.strerror}). A file was expected. Check the path."
         raise CheckpointNotFoundError(message, path) from None
 
 
@@ -195,8 +215,8 @@ def _read_tail(path: Path, file: BinaryIO) -> _Tail:
         raise _refusal(path, sealed=not isinstance(error, _NoSealError)) from None
     if (version := tail.facts["format_version"]) > FORMAT_VERSION:
         raise CheckpointVersionError(
-            f"Written by a newer Savepoint: {path}. Format {FORMAT_VERSION} or older was expected, this is {version}. "
-            "Update Savepoint.",
+            f"Written by a newer Savepoint: {path}. Format {FORMAT_VERSION} or older was "
+            f"expected, this is {version}. Update Savepoint.",
             path,
         )
     if wrong := _wrong(tail.facts):
@@ -264,7 +284,10 @@ _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "digest": (lambda value: isinstance(value, str), "a sha256"),
     **dict.fromkeys(("at", "reason", "ended", "run_id", "parent", "created", "device"), _TEXT),
     "exact": (lambda value: value is None or isinstance(value, bool), "true or false"),
-    "unsaved": (lambda value: isinstance(value, list) and all(map(_is_text, value)), "a list of texts"),
+    "unsaved": (
+        lambda value: isinstance(value, list) and all(map(_is_text, value)),
+        "a list of texts",
+    ),
     "metrics": (lambda value: isinstance(value, dict), "a table"),
     "versions": (_is_table, "a table"),
     "dataset": (_is_dataset, "a name and a fingerprint"),
@@ -317,27 +340,38 @@ def _no_constant(name: str) -> None:
 def _refusal(path: Path, *, sealed: bool) -> CheckpointCorruptError | CheckpointForeignError:
     found = _examine(path)
     if sealed or not found.foreign:
-        # With a seal, even one that does not hold, it is ours: a damaged name can make it look like another program's.
-        return corrupt(path, "one or more damaged bytes in its directory" if found.foreign else found.words)
+        # With a seal, even one that does not hold, it is ours: a damaged name can make it look like
+        # another program's.
+        return corrupt(
+            path, "one or more damaged bytes in its directory" if found.foreign else found.words
+        )
     return CheckpointForeignError(
-        f"Not a checkpoint of Savepoint: {path}. A file with a manifest was expected; this is {found.words}. "
-        "To start a new run from the weights in a file of another program, give it as --init_from.",
+        f"Not a checkpoint of Savepoint: {path}. A file with a manifest was expected; this is "
+        f"{found.words}. To start a new run from the weights in a file of another program, give "
+        "it as --init_from.",
         path,
     )
 
 
 def _examine(path: Path) -> "Finding":
-    from savepoint.checkpoint.diagnosis import examine  # only for a file that is refused: a listing must start fast
+    # Only for a file that is refused: a listing must start fast.
+    from savepoint.checkpoint.diagnosis import examine
 
     return examine(path)
 
 
 def _damaged_records(file: BinaryIO, tail: _Tail) -> list[str]:
-    """Names of the records whose bytes are not those that were written; headers and padding count as one more."""
+    """Names of the records whose bytes are not those that were written; headers and padding count
+    as one more.
+    """
     with zipfile.ZipFile(file) as archive:
         records = [record for record in archive.infolist() if record.header_offset < tail.offset]
     sums = _crcs(file, records)
-    damaged = [f"record {record.filename}" for record, value in zip(records, sums, strict=True) if value != record.CRC]
+    damaged = [
+        f"record {record.filename}"
+        for record, value in zip(records, sums, strict=True)
+        if value != record.CRC
+    ]
     if not damaged and _body(file, records, tail.offset) != tail.facts["body"]:
         damaged = ["the headers or padding between the records"]
     if not damaged and _digest(records) != tail.facts["digest"]:
@@ -347,7 +381,9 @@ def _damaged_records(file: BinaryIO, tail: _Tail) -> list[str]:
 
 def _crcs(file: BinaryIO, records: Sequence[zipfile.ZipInfo]) -> list[int]:
     stop: list[bool] = []
-    places = [(file.fileno(), _data_start(file, record), record.compress_size, stop) for record in records]
+    places = [
+        (file.fileno(), _data_start(file, record), record.compress_size, stop) for record in records
+    ]
     if sum(record.compress_size for record in records) < _LARGE_BYTES:
         return [_crc(*place) for place in places]
     from concurrent.futures import ThreadPoolExecutor  # not for those who only list
@@ -355,14 +391,19 @@ def _crcs(file: BinaryIO, records: Sequence[zipfile.ZipInfo]) -> list[int]:
     with ThreadPoolExecutor(_THREADS) as threads:  # they read and sum without Python's lock
         try:
             return list(threads.map(_crc, *zip(*places, strict=True)))
-        except BaseException:  # a signal, or a disk that fails: the other threads are not to read on for minutes
+        # A signal, or a disk that fails: the other threads are not to read on for minutes.
+        except BaseException:
             stop.append(True)
             raise
 
 
 def _crc(descriptor: int, start: int, size: int, stop: list[bool]) -> int:
     value, end = 0, start + size
-    while not stop and start < end and (chunk := os.pread(descriptor, min(_CHUNK_BYTES, end - start), start)):
+    while (
+        not stop
+        and start < end
+        and (chunk := os.pread(descriptor, min(_CHUNK_BYTES, end - start), start))
+    ):
         value = zlib.crc32(chunk, value)
         start += len(chunk)
     return value

@@ -1,13 +1,16 @@
-"""Plain values as a checkpoint can hold them, and back into the objects that are there. Torch and NumPy, no Lightning.
+"""Plain values as a checkpoint can hold them, and back into the objects that are there. Torch and
+NumPy, no Lightning.
 
-A packed value is made of tensors and plain values only (`weights_only=True` reads it). What JSON-like values cannot say
-stands in a dict with the key "!" (its kind), so every dict of a user is packed as one of these too:
+A packed value is made of tensors and plain values only (`weights_only=True` reads it). What
+JSON-like values cannot say stands in a dict with the key "!" (its kind), so every dict of a user is
+packed as one of these too:
 
-    {"!": "dict", "keys": [...], "values": [...]}     {"!": "array", "dtype": "<f4", "shape": [3], "bytes": tensor}
+    {"!": "dict", "keys": [...], "values": [...]}     {"!": "array", "dtype": "<f4", "shape": [3],
+                                                      "bytes": tensor}
 
-What is of a class of its own says its name under "kind" (a named tuple, an OrderedDict): no class is imported for it, it
-is found among those that the process has. Long lists of one kind are packed as a whole: the look at a data set's list of
-files must not hold up a save.
+What is of a class of its own says its name under "kind" (a named tuple, an OrderedDict): no class
+is imported for it, it is found among those that the process has. Long lists of one kind are packed
+as a whole: the look at a data set's list of files must not hold up a save.
 """
 
 import array
@@ -33,7 +36,8 @@ from torch.nn.parameter import is_lazy
 MOST_VALUES = 100_000  # in one attribute: above it, packing would hold up the training
 MOST_BYTES = 256 * 2**20
 _LONG = 64  # values of one kind, from which on they are packed as a whole
-_WHOLE_BYTES = 2**20  # up to here every byte of a tensor is compared, above it its version and a sample
+# Up to here every byte of a tensor is compared, above it its version and a sample.
+_WHOLE_BYTES = 2**20
 
 SCALARS = (type(None), bool, int, float, complex, str, bytes)
 _AS_IT_IS = (type(None), bool, float, complex, str)
@@ -52,10 +56,15 @@ _ATOMS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
     datetime.date: (str, datetime.date.fromisoformat),
     datetime.time: (str, datetime.time.fromisoformat),
     datetime.datetime: (str, datetime.datetime.fromisoformat),
-    datetime.timedelta: (lambda v: [v.days, v.seconds, v.microseconds], lambda of: datetime.timedelta(*of)),
+    datetime.timedelta: (
+        lambda v: [v.days, v.seconds, v.microseconds],
+        lambda of: datetime.timedelta(*of),
+    ),
     np.random.SeedSequence: (
         lambda v: [v.entropy, list(v.spawn_key), v.pool_size, v.n_children_spawned],
-        lambda of: np.random.SeedSequence(of[0], spawn_key=of[1], pool_size=of[2], n_children_spawned=of[3]),
+        lambda of: np.random.SeedSequence(
+            of[0], spawn_key=of[1], pool_size=of[2], n_children_spawned=of[3]
+        ),
     ),
 }
 _FACTORIES = {kind.__name__: kind for kind in (int, float, bool, str, list, dict, set, tuple)}
@@ -96,7 +105,11 @@ class Packer:
         if kind in _SEQUENCES or isinstance(value, tuple | list):
             return self._sequence(value)
         if isinstance(value, dict):
-            packed = {"!": "dict", "keys": self.pack(list(value)), "values": self.pack(list(value.values()))}
+            packed = {
+                "!": "dict",
+                "keys": self.pack(list(value)),
+                "values": self.pack(list(value.values())),
+            }
             return packed | _kind(value, dict)
         if kind in (torch.device, torch.dtype, torch.Size):
             return value
@@ -124,11 +137,20 @@ class Packer:
         packed = plain if plain.device.type == "cpu" else {"!": "on the device", "of": plain}
         if not value.requires_grad:
             return packed
-        return {"!": "leaf", "of": packed, "grad": self.pack(value.grad), "weight": isinstance(value, nn.Parameter)}
+        return {
+            "!": "leaf",
+            "of": packed,
+            "grad": self.pack(value.grad),
+            "weight": isinstance(value, nn.Parameter),
+        }
 
     def _array(self, value: Any) -> Any:
         if isinstance(value, np.ma.MaskedArray):
-            return {"!": "masked", "data": self.pack(value.data), "mask": self.pack(np.ma.getmaskarray(value))}
+            return {
+                "!": "masked",
+                "data": self.pack(value.data),
+                "mask": self.pack(np.ma.getmaskarray(value)),
+            }
         if value.dtype.names is None and value.dtype.hasobject and isinstance(value, np.ndarray):
             return {"!": "objects", "shape": list(value.shape), "of": self.pack(list(value.flat))}
         if value.dtype.hasobject:
@@ -174,7 +196,9 @@ class Packer:
         return {"!": "numbers", "of": torch.from_numpy(numbers)}
 
     def _stacked(self, items: Sequence[Any]) -> Any:
-        """Many values alike as one, many tuples alike as columns: a replay buffer is no ten thousand records."""
+        """Many values alike as one, many tuples alike as columns: a replay buffer is no ten
+        thousand records.
+        """
         if len(items) < 16:
             return None
         first = items[0]
@@ -192,7 +216,9 @@ class Packer:
         if any(type(item) is not kind or len(item) != len(first) for item in items):
             return None
         columns = zip(*items, strict=True)
-        return {"!": "columns", "of": [self.pack(list(column)) for column in columns]} | _kind(first, tuple)
+        return {"!": "columns", "of": [self.pack(list(column)) for column in columns]} | _kind(
+            first, tuple
+        )
 
 
 def _kind(value: Any, base: type) -> dict[str, Any]:
@@ -271,7 +297,9 @@ def _into_list(items: list[Any], live: Any) -> Any:
 
 def _into_list_of_kind(packed: Any, live: Any, device: Any) -> Any:
     kind = _kind_of(packed, list, live)
-    return _into_list(_items(packed["of"], live, device), live if type(live) is kind else _new(kind))
+    return _into_list(
+        _items(packed["of"], live, device), live if type(live) is kind else _new(kind)
+    )
 
 
 def _into_tensor(packed: Tensor, live: Any) -> Any:
@@ -353,7 +381,9 @@ def _into_dict(packed: Any, live: Any, device: Any) -> Any:
     kind = _kind_of(packed, dict, live)
     there: Any = live if type(live) is kind else _new(kind)
     if there is not live and issubclass(kind, collections.defaultdict):
-        there.default_factory = _FACTORIES.get(packed.get("factory", ""), getattr(live, "default_factory", None))
+        there.default_factory = _FACTORIES.get(
+            packed.get("factory", ""), getattr(live, "default_factory", None)
+        )
         if there.default_factory is None:
             raise Unpackable("a defaultdict with a function of its own, and none is there")
     keys = unpack(packed["keys"], None, device)
@@ -365,7 +395,9 @@ def _into_dict(packed: Any, live: Any, device: Any) -> Any:
 
 
 def _value_for(there: dict[Any, Any], key: Any) -> Any:
-    """What a value is put into: a function of the user's own that makes missing ones knows of what kind they are."""
+    """What a value is put into: a function of the user's own that makes missing ones knows of what
+    kind they are.
+    """
     factory = getattr(there, "default_factory", None)
     if key in there or factory is None or factory in _FACTORIES.values():
         return there.get(key)
@@ -421,9 +453,15 @@ def _bytes(data: bytes) -> Tensor:
     return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
 
 
-# -- generators ------------------------------------------------------------------------------------
+# -- generators ----------------------------------------------------------------------------------
 
-GENERATORS = (random.Random, np.random.Generator, np.random.BitGenerator, np.random.RandomState, torch.Generator)
+GENERATORS = (
+    random.Random,
+    np.random.Generator,
+    np.random.BitGenerator,
+    np.random.RandomState,
+    torch.Generator,
+)
 
 
 def is_generator(value: Any) -> bool:
@@ -474,7 +512,11 @@ def _packed_generator(generator: Any) -> Any:
     if isinstance(generator, random.Random):
         version, words, gauss = state
         state = {"version": version, "words": np.array(words), "gauss": gauss}
-    return {"!": "generator", "of": pack(state), "spawned": getattr(_seeds(generator), "n_children_spawned", 0)}
+    return {
+        "!": "generator",
+        "of": pack(state),
+        "spawned": getattr(_seeds(generator), "n_children_spawned", 0),
+    }
 
 
 def _seeds(generator: Any) -> Any:
@@ -493,7 +535,7 @@ def set_generator(generator: Any, packed: Any) -> None:
         seeds.spawn(missing)
 
 
-# -- comparing -------------------------------------------------------------------------------------
+# -- comparing -----------------------------------------------------------------------------------
 
 
 def mark(packed: Any) -> Any:
@@ -504,7 +546,9 @@ def mark(packed: Any) -> Any:
         return tuple([mark(item) for item in packed])
     if isinstance(packed, dict):
         if packed["!"] == "texts":
-            return len(packed["of"]), zlib.crc32("\0".join(packed["of"]).encode("utf-8", "surrogatepass"))
+            return len(packed["of"]), zlib.crc32(
+                "\0".join(packed["of"]).encode("utf-8", "surrogatepass")
+            )
         if packed["!"] in _COPIED:  # made for this look: neither version nor address say anything
             return tuple([(key, _copy_mark(item)) for key, item in packed.items()])
         return tuple([(key, mark(item)) for key, item in packed.items()])
@@ -518,7 +562,11 @@ _COPIED = ("array", "number", "stack", "numbers", "bytes")
 
 def _copy_mark(packed: Any) -> Any:
     if isinstance(packed, Tensor) and packed.device.type == "cpu" and not packed.is_quantized:
-        return str(packed.dtype), tuple(packed.shape), _sum(packed.resolve_conj().resolve_neg().reshape(-1))
+        return (
+            str(packed.dtype),
+            tuple(packed.shape),
+            _sum(packed.resolve_conj().resolve_neg().reshape(-1)),
+        )
     return mark(packed)
 
 
@@ -533,8 +581,15 @@ def _tensor_mark(tensor: Tensor) -> Any:
 
 
 def fingerprint(tensor: Tensor) -> Any:
-    """Differs once a tensor was written to: by a sample too, as writing through `.data` leaves its version as it is."""
-    if tensor.layout is not torch.strided or is_lazy(tensor) or tensor.is_quantized or tensor.is_meta:
+    """Differs once a tensor was written to: by a sample too, as writing through `.data` leaves its
+    version as it is.
+    """
+    if (
+        tensor.layout is not torch.strided
+        or is_lazy(tensor)
+        or tensor.is_quantized
+        or tensor.is_meta
+    ):
         return _version(tensor)
     flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
     return _version(tensor), tensor.data_ptr(), _sum(flat[:: max(1, len(flat) // 4096)].cpu())

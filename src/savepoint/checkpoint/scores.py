@@ -11,7 +11,9 @@ from savepoint.errors import ConfigError
 
 
 class Scores:
-    """Keeps every metric with the step it was measured at: a checkpoint is never ranked by another step's value."""
+    """Keeps every metric with the step it was measured at: a checkpoint is never ranked by another
+    step's value.
+    """
 
     def __init__(self, monitor: str | None, mode: Literal["min", "max"]) -> None:
         self.monitor, self.mode = monitor, mode
@@ -31,8 +33,13 @@ class Scores:
         self._measure(metrics, step)
 
     def measure_training(self, metrics: Mapping[str, Tensor], step: int) -> None:
-        """At the end of an epoch. What validation logged stands among `metrics` too, but may be of an earlier step."""
-        self._measure({name: value for name, value in metrics.items() if name not in self._by_validation}, step)
+        """At the end of an epoch. What validation logged stands among `metrics` too, but may be of
+        an earlier step.
+        """
+        self._measure(
+            {name: value for name, value in metrics.items() if name not in self._by_validation},
+            step,
+        )
 
     def _measure(self, metrics: Mapping[str, Tensor], step: int) -> None:
         self._measured |= {name: (float(value), step) for name, value in metrics.items()}
@@ -60,8 +67,9 @@ class Scores:
         """Raises ConfigError where a validation has run and did not log the monitored metric."""
         if self._by_validation and self.monitor and self.monitor not in self._measured:
             raise ConfigError(
-                f"The metric that ranks checkpoints was never logged: checkpoint.monitor is {self.monitor}. "
-                f"Expected one of {', '.join(sorted(self._measured))}. Give its name, or null to rank nothing."
+                "The metric that ranks checkpoints was never logged: checkpoint.monitor is "
+                f"{self.monitor}. Expected one of {', '.join(sorted(self._measured))}. Give its "
+                "name, or null to rank nothing."
             )
 
     def facts(self, step: int) -> dict[str, Any]:
@@ -70,7 +78,12 @@ class Scores:
             name: {"value": value if math.isfinite(value) else str(value), "step": measured_at}
             for name, (value, measured_at) in self._measured.items()
         }
-        ranking = {"monitor": self.monitor, "mode": self.mode, "score": self.score(step), "best_score": self.best}
+        ranking = {
+            "monitor": self.monitor,
+            "mode": self.mode,
+            "score": self.score(step),
+            "best_score": self.best,
+        }
         return {"metrics": metrics, **ranking}
 
     def state_dict(self) -> dict[str, Any]:

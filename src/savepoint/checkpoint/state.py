@@ -1,9 +1,11 @@
-"""What is saved beyond Lightning's own: captured where nothing is half done, and put back there. No files.
+"""What is saved beyond Lightning's own: captured where nothing is half done, and put back there. No
+files.
 
-Everything here is plain types and tensors, so that `weights_only=True` reads it. The private names of Lightning 2.6 that
-an exact resume needs stand here and in `callback.py`, nowhere else.
+Everything here is plain types and tensors, so that `weights_only=True` reads it. The private names
+of Lightning 2.6 that an exact resume needs stand here and in `callback.py`, nowhere else.
 
-captured   random states, metric states, logged sums, gradients that are pending, and whatever `look` sees to change
+captured   random states, metric states, logged sums, gradients that are pending, and whatever
+           `look` sees to change
 derived    the order of batches and what samples draw: `loader`
 named      what has changed and is no plain value: `inexact`
 """
@@ -39,7 +41,11 @@ from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher, _Prefet
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
+from lightning.pytorch.utilities.parsing import (
+    lightning_getattr,
+    lightning_hasattr,
+    lightning_setattr,
+)
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -66,16 +72,28 @@ _LOG_ARGUMENTS = (
 
 
 def capture_rng(device: torch.device) -> dict[str, Any]:
-    """The random states of this process: python, numpy, torch on the CPU and, where there is one, on the accelerator."""
+    """The random states of this process: python, numpy, torch on the CPU and, where there is one,
+    on the accelerator.
+    """
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
-        # One tensor: as 625 numbers they would take longer to pickle than all the rest of a small checkpoint.
+        # One tensor: as 625 numbers they would take longer to pickle than all the rest of a small
+        # checkpoint.
         "python": [version, torch.from_numpy(np.array(words)), gauss],
-        # Seen as int32: torch.save takes uint32, but plain pickle, with which ranks exchange this, does not.
-        "numpy": [name, torch.from_numpy(np.array(keys).view(np.int32)), position, has_gauss, cached],
+        # Seen as int32: torch.save takes uint32, but plain pickle, with which ranks exchange this,
+        # does not.
+        "numpy": [
+            name,
+            torch.from_numpy(np.array(keys).view(np.int32)),
+            position,
+            has_gauss,
+            cached,
+        ],
         "torch": torch.get_rng_state(),
-        "accelerator": None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(),
+        "accelerator": None
+        if device.type == "cpu"
+        else torch.get_device_module(device).get_rng_state(),
     }
 
 
@@ -104,18 +122,21 @@ def _metrics(module: LightningModule) -> dict[str, Metric]:
     return {name: part for name, part in module.named_modules() if isinstance(part, Metric)}
 
 
-# -- the three points ------------------------------------------------------------------------------
+# -- the three points ----------------------------------------------------------------------------
 
 
 class Points:
-    """Calls back at the points of a training where nothing is half done, before any hook of anybody runs there.
+    """Calls back at the points of a training where nothing is half done, before any hook of anybody
+    runs there.
 
-    Lightning has no hooks at these places: `on_train_epoch_start` comes after those of other callbacks, which a resume
-    would run twice. So three functions of this one Trainer's loops are called through ours, until `remove`.
+    Lightning has no hooks at these places: `on_train_epoch_start` comes after those of other
+    callbacks, which a resume would run twice. So three functions of this one Trainer's loops are
+    called through ours, until `remove`.
 
     Args:
         epoch: An epoch is about to begin.
-        batch: The next batch is about to be asked for. False leaves the batch out: a validation is to be run again.
+        batch: The next batch is about to be asked for. False leaves the batch out: a validation is
+            to be run again.
         validation: A validation is about to begin.
         end: The last epoch has ended.
     """
@@ -161,7 +182,8 @@ class Points:
         except StopIteration:
             if not begins or self._epoch_loop.batch_progress.current.ready or fetcher.fetched:
                 raise
-            # A loader that was put back to the end of its epoch has nothing more: a new pass begins.
+            # A loader that was put back to the end of its epoch has nothing more: a new pass
+            # begins.
             iter(fetcher)
             advance(fetcher)
 
@@ -175,7 +197,7 @@ class Points:
             vars(loop).pop(name, None)
 
 
-# -- what is looked at -----------------------------------------------------------------------------
+# -- what is looked at ---------------------------------------------------------------------------
 
 _NOT_LOOKED_AT = (
     ProgressBar, ModelSummary, Checkpoint, LearningRateMonitor, DeviceStatsMonitor, Timer, ThroughputMonitor,
@@ -244,23 +266,33 @@ def look(trainer: Trainer) -> Look:
 
 
 def _own_optimizers(trainer: Trainer) -> dict[str, Any]:
-    """Optimizers and schedules of the user's own classes: their state_dict may leave out what they count."""
+    """Optimizers and schedules of the user's own classes: their state_dict may leave out what they
+    count.
+    """
     own: dict[str, Any] = {f"optimizer {i}": one for i, one in enumerate(trainer.optimizers)}
     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
     # The state_dict of torch's own base class of schedules holds every attribute.
-    own |= {f"schedule {i}": one for i, one in enumerate(schedules) if not isinstance(one, LRScheduler)}
+    own |= {
+        f"schedule {i}": one for i, one in enumerate(schedules) if not isinstance(one, LRScheduler)
+    }
     return {name: one for name, one in own.items() if not is_library(type(one).__module__)}
 
 
 def _functions(trainer: Trainer) -> dict[str, Any]:
-    """What optimizers and schedules call: a function may count, and no state_dict holds what it does."""
+    """What optimizers and schedules call: a function may count, and no state_dict holds what it
+    does.
+    """
     found: dict[str, Any] = {}
     for i, optimizer in enumerate(trainer.optimizers):
-        hooks = [getattr(optimizer, f"_optimizer_step_{when}_hooks", {}) for when in ("pre", "post")]
+        hooks = [
+            getattr(optimizer, f"_optimizer_step_{when}_hooks", {}) for when in ("pre", "post")
+        ]
         found[f"hooks of optimizer {i}"] = [hook for one in hooks for hook in one.values()]
     for i, config in enumerate(trainer.lr_scheduler_configs):
         parts = [config.scheduler, *getattr(config.scheduler, "_schedulers", [])]
-        found[f"functions of schedule {i}"] = [one for part in parts for one in getattr(part, "lr_lambdas", [])]
+        found[f"functions of schedule {i}"] = [
+            one for part in parts for one in getattr(part, "lr_lambdas", [])
+        ]
     return found
 
 
@@ -293,7 +325,7 @@ def _validation_loaders(trainer: Trainer) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
 
 
-# -- Lightning's own books -------------------------------------------------------------------------
+# -- Lightning's own books -----------------------------------------------------------------------
 
 
 def as_lightning_saves(trainer: Trainer) -> dict[str, Any]:
@@ -312,7 +344,9 @@ def accumulates(trainer: Trainer) -> bool:
 
 
 def measured(trainer: Trainer) -> dict[str, Tensor]:
-    """Each metric that was logged, the object as it was reduced: another object means that it was measured again."""
+    """Each metric that was logged, the object as it was reduced: another object means that it was
+    measured again.
+    """
     return trainer._logger_connector._callback_metrics
 
 
@@ -321,11 +355,15 @@ def set_steps(trainer: Trainer, batches: int) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = batches
 
 
-# -- capture ---------------------------------------------------------------------------------------
+# -- capture -------------------------------------------------------------------------------------
 
 
-def capture(trainer: Trainer, module: LightningModule, reads_gradients: bool = True) -> dict[str, Any]:
-    """The state of this process that Lightning leaves out: with the tensors themselves, for use before training goes on."""
+def capture(
+    trainer: Trainer, module: LightningModule, reads_gradients: bool = True
+) -> dict[str, Any]:
+    """The state of this process that Lightning leaves out: with the tensors themselves, for use
+    before training goes on.
+    """
     connector, fit = trainer._logger_connector, trainer.fit_loop
     logged = [
         {
@@ -339,14 +377,17 @@ def capture(trainer: Trainer, module: LightningModule, reads_gradients: bool = T
             "builtin": result.meta.reduce_fx in (min, max, sum),
             "last": result._forward_cache,
             "value": result.value if result.is_tensor else None,
-            "size": result.cumulated_batch_size if result.is_tensor and result.meta.is_mean_reduction else None,
+            "size": result.cumulated_batch_size
+            if result.is_tensor and result.meta.is_mean_reduction
+            else None,
         }
         for result in fit.epoch_loop._results.values()
         if not result.has_reset
     ]
     for part in module.modules():
         if isinstance(part, MetricCollection) and part._groups_checked:
-            part._compute_groups_create_state_ref()  # of a group, one metric alone is kept up to date
+            # Of a group, one metric alone is kept up to date.
+            part._compute_groups_create_state_ref()
     fetcher, combined = fit._data_fetcher, fit._combined_loader
     iterator = None if combined is None else combined._iterator
     state = {
@@ -387,14 +428,18 @@ def _reloaded(trainer: Trainer) -> list[int | None]:
 
 
 def reads_gradients(now: Look) -> bool:
-    """Whether the user's code may look at the gradients of the step before, which stand until they are set to zero."""
+    """Whether the user's code may look at the gradients of the step before, which stand until they
+    are set to zero.
+    """
     return now.mentions(("grad", "grad_norm"), but_in=_AFTER_BACKWARD)
 
 
 def _pending_gradients(trainer: Trainer, module: LightningModule, read: bool) -> dict[str, Tensor]:
-    """Gradients that the next step may add to: elsewhere Lightning's own zero_grad comes before any it computes.
+    """Gradients that the next step may add to: elsewhere Lightning's own zero_grad comes before any
+    it computes.
 
-    A step that takes the iterator is counted before its batch is known, and zeroes by the number of the batch before.
+    A step that takes the iterator is counted before its batch is known, and zeroes by the number of
+    the batch before.
     """
     own = ("optimizer_zero_grad", "optimizer_step", "backward", "on_before_zero_grad")
     overridden = any(is_overridden(name, module) for name in own)
@@ -412,19 +457,30 @@ def kinds(trainer: Trainer) -> dict[str, Any]:
     for i, optimizer in enumerate(trainer.optimizers):
         groups = optimizer.param_groups
         found[f"another optimizer {i}"] = type(optimizer).__name__
-        found[f"other parameters in optimizer {i}"] = [[names.get(id(p), "") for p in g["params"]] for g in groups]
+        found[f"other parameters in optimizer {i}"] = [
+            [names.get(id(p), "") for p in g["params"]] for g in groups
+        ]
     for i, config in enumerate(trainer.lr_scheduler_configs):
         found[f"another schedule {i}"] = type(config.scheduler).__name__
-        found[f"other settings of schedule {i}"] = [config.interval, config.frequency, config.monitor]
+        found[f"other settings of schedule {i}"] = [
+            config.interval,
+            config.frequency,
+            config.monitor,
+        ]
     return found
 
 
 def other_kinds(trainer: Trainer, before: Mapping[str, Any]) -> list[str]:
     now = kinds(trainer)
     for name in now:
-        if name.startswith("other parameters") and name in before:  # groups that have joined are in the file
+        # Groups that have joined are in the file.
+        if name.startswith("other parameters") and name in before:
             now[name] = now[name][: len(before[name])]
-    return [f"{name} than at the start" for name in {**before, **now} if now.get(name) != before.get(name)]
+    return [
+        f"{name} than at the start"
+        for name in {**before, **now}
+        if now.get(name) != before.get(name)
+    ]
 
 
 def group_counts(trainer: Trainer) -> list[int]:
@@ -432,7 +488,9 @@ def group_counts(trainer: Trainer) -> list[int]:
 
 
 def grown_groups(trainer: Trainer, before: Sequence[int]) -> dict[int, list[list[str]]]:
-    """Names of the parameters in each group that an optimizer was given in mid-training, by the optimizer's number."""
+    """Names of the parameters in each group that an optimizer was given in mid-training, by the
+    optimizer's number.
+    """
     names = {id(parameter): name for name, parameter in trainer.lightning_module.named_parameters()}
     grown = {}
     for number, (optimizer, count) in enumerate(zip(trainer.optimizers, before, strict=False)):
@@ -443,21 +501,27 @@ def grown_groups(trainer: Trainer, before: Sequence[int]) -> dict[int, list[list
 
 
 def add_groups(trainer: Trainer, grown: Mapping[int, list[list[str]]]) -> None:
-    """Before Lightning restores the optimizers: what a group holds besides its parameters is in their state."""
+    """Before Lightning restores the optimizers: what a group holds besides its parameters is in
+    their state.
+    """
     parameters = dict(trainer.lightning_module.named_parameters())
     for number, groups in grown.items():
-        there = {id(p) for group in trainer.optimizers[number].param_groups for p in group["params"]}
+        there = {
+            id(p) for group in trainer.optimizers[number].param_groups for p in group["params"]
+        }
         for names in groups:
             new = [parameters[name] for name in names if name in parameters]
             if new and not there.intersection(map(id, new)):
                 trainer.optimizers[number].add_param_group({"params": new})
 
 
-# -- put back --------------------------------------------------------------------------------------
+# -- put back ------------------------------------------------------------------------------------
 
 
 def shared_groups(trainer: Trainer) -> list[tuple[Any, Any, str]]:
-    """Optimizers that wrap another one, as SAM and Lookahead do, and the attributes that both of them hold."""
+    """Optimizers that wrap another one, as SAM and Lookahead do, and the attributes that both of
+    them hold.
+    """
     return [
         (outer, inner, name)
         for outer in trainer.optimizers
@@ -480,12 +544,15 @@ def prepare(trainer: Trainer, saved: dict[str, Any]) -> None:
     _put_settings(trainer, {name: changed[name] for name in _BOUNDS if name in changed})
     saved["max_steps"] = loop.max_steps
     if saved["at"] == "validation" and 0 <= loop.max_steps <= saved["global_step"]:
-        # The last step is done, the validation after it is not: Lightning would take the training for done.
+        # The last step is done, the validation after it is not: Lightning would take the training
+        # for done.
         loop.max_steps = saved["global_step"] + 1
 
 
 def data_as_loaders_are_made(trainer: Trainer, baseline: Baseline) -> list[Any]:
-    """What the data module has changed, where its loaders are made anew in each epoch: of a growing batch size, say."""
+    """What the data module has changed, where its loaders are made anew in each epoch: of a growing
+    batch size, say.
+    """
     if not trainer.reload_dataloaders_every_n_epochs or trainer.datamodule is None:  # type: ignore[attr-defined]
         return []
     changed, _ = baseline.changes(look(trainer))
@@ -495,16 +562,21 @@ def data_as_loaders_are_made(trainer: Trainer, baseline: Baseline) -> list[Any]:
 def put_data_back(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline) -> None:
     """Before the loaders are made."""
     if saved.get("made_by"):
-        baseline.restore(look(trainer), saved["made_by"], trainer.lightning_module.device, alone=True)
+        baseline.restore(
+            look(trainer), saved["made_by"], trainer.lightning_module.device, alone=True
+        )
 
 
 def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now: Look) -> list[str]:
-    """Puts everything where it was when the checkpoint was made, at the very same point. Random states come last.
+    """Puts everything where it was when the checkpoint was made, at the very same point. Random
+    states come last.
 
-    Without any one of these lines some resume goes wrong: tests/test_exact_resume.py takes each away.
+    Without any one of these lines some resume goes wrong: tests/test_exact_resume.py takes each
+    away.
 
     Returns:
-        Words for what has changed in the training that made the checkpoint, and has no place in this one.
+        Words for what has changed in the training that made the checkpoint, and has no place in
+        this one.
     """
     module, fit = trainer.lightning_module, trainer.fit_loop
     epoch, connector = fit.epoch_loop, trainer._logger_connector
@@ -541,13 +613,16 @@ def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now:
     _put_settings(trainer, saved.get("settings", {}))
     trainer.should_stop = saved["should_stop"]
     if saved["at"] == "validation" and _by_the_clock(trainer):
-        vars(trainer)["_last_val_time"] = float("-inf")  # it is due, whatever the clock of this process says
+        # It is due, whatever the clock of this process says.
+        vars(trainer)["_last_val_time"] = float("-inf")
     restore_rng(saved["rng"], module.device)
     return failed
 
 
 def put_groups_back(trainer: Trainer, saved: Mapping[str, Any]) -> None:
-    """Learning rates and the like: a hook of a start may set them, which was done before the first step alone."""
+    """Learning rates and the like: a hook of a start may set them, which was done before the first
+    step alone.
+    """
     for optimizer, state in zip(trainer.optimizers, saved["optimizer_states"], strict=False):
         groups = state.get("param_groups", ()) if isinstance(state, Mapping) else ()
         for group, then in zip(optimizer.param_groups, groups, strict=False):
@@ -559,7 +634,9 @@ def put_groups_back(trainer: Trainer, saved: Mapping[str, Any]) -> None:
 
 
 def _load_again(trainer: Trainer, saved: Mapping[str, Any]) -> None:
-    """Hooks of a start may write to weights, which a start from the beginning does before the first step alone."""
+    """Hooks of a start may write to weights, which a start from the beginning does before the first
+    step alone.
+    """
     module = trainer.lightning_module
     if versions(module) != saved["versions"] and not averaging(trainer):
         module.load_state_dict(saved["state_dict"], strict=module.strict_loading)
@@ -571,21 +648,31 @@ def _restore_counters(trainer: Trainer, saved: Mapping[str, Any]) -> None:
     epoch = fit.epoch_loop
     fit.load_state_dict(saved["loops"]["fit_loop"])
     fit._combined_loader_states_to_load = []
-    for loop in (fit, epoch, epoch.val_loop, epoch.automatic_optimization, epoch.manual_optimization):
+    for loop in (
+        fit,
+        epoch,
+        epoch.val_loop,
+        epoch.automatic_optimization,
+        epoch.manual_optimization,
+    ):
         loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
         loop.reset_restart_stage()
     epoch.max_steps = saved["max_steps"]
 
 
 def _restore_loaders(trainer: Trainer, saved: Mapping[str, Any]) -> None:
-    """Where an epoch begins Lightning leaves the loaders' states alone; the one of a stream goes on all the same."""
+    """Where an epoch begins Lightning leaves the loaders' states alone; the one of a stream goes on
+    all the same.
+    """
     states = saved["loops"]["fit_loop"]["state_dict"].get("combined_loader")
     if states:
         trainer.fit_loop._combined_loader._load_state_dicts(states)  # type: ignore[union-attr]
 
 
 def load_waiting_states(trainer: Trainer) -> None:
-    """A schedule that asks for `estimated_stepping_batches` made Lightning set up the loader before it had these."""
+    """A schedule that asks for `estimated_stepping_batches` made Lightning set up the loader before
+    it had these.
+    """
     fit = trainer.fit_loop
     if fit._combined_loader_states_to_load and fit.restarting:
         fit._combined_loader._load_state_dicts(fit._combined_loader_states_to_load)  # type: ignore[union-attr]
@@ -637,7 +724,11 @@ def restore_logged(trainer: Trainer, module: LightningModule, state: Mapping[str
     results = trainer.fit_loop.epoch_loop._results
     for row in state["logged"]:
         results.dataloader_idx = row["dataloader_idx"]
-        value = module.get_submodule(row["log"]["metric_attribute"]) if row["value"] is None else row["value"]
+        value = (
+            module.get_submodule(row["log"]["metric_attribute"])
+            if row["value"] is None
+            else row["value"]
+        )
         given = dict(row["log"])
         if row.get("builtin"):  # Lightning takes Python's own `max` for another one than torch's
             given["reduce_fx"] = {"min": min, "max": max, "sum": sum}[given["reduce_fx"]]
@@ -659,10 +750,12 @@ def restore_metrics(trainer: Trainer, state: Mapping[str, Any]) -> None:
     connector._progress_bar_metrics = _moved(state.get("progress_bar_metrics", {}), device)
 
 
-# -- one start ---------------------------------------------------------------------------------------
+# -- one start -----------------------------------------------------------------------------------
 
 
-def load_in_precision(trainer: Trainer, module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+def load_in_precision(
+    trainer: Trainer, module: LightningModule, checkpoint: Mapping[str, Any]
+) -> None:
     """Weights of `64-true` or `bf16-true`: Lightning loads them before the module has that type."""
     if not isinstance(trainer.precision_plugin, DoublePrecision | HalfPrecision):
         return
@@ -696,7 +789,9 @@ def _finders(trainer: Trainer) -> dict[str, Callback]:
 
 
 def skip_finders(trainer: Trainer, values: Mapping[str, Any]) -> None:
-    """Until `wake_finders`: a search would start from the weights of a training in progress, and end it."""
+    """Until `wake_finders`: a search would start from the weights of a training in progress, and
+    end it.
+    """
     for name, callback in _finders(trainer).items():
         search = "lr_find" if isinstance(callback, LearningRateFinder) else "scale_batch_size"
         vars(callback)[search] = _search_nothing
@@ -714,7 +809,9 @@ def _search_nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
 def run_in_order(trainer: Trainer) -> None:
-    """Lightning overfits on the same batches by a sequential sampler, which it knows how to give a DataLoader only."""
+    """Lightning overfits on the same batches by a sequential sampler, which it knows how to give a
+    DataLoader only.
+    """
     for loader in train_loaders(trainer):
         if trainer.overfit_batches and hasattr(loader, "shuffle"):  # type: ignore[attr-defined]
             loader.shuffle = False
@@ -732,7 +829,7 @@ def set_up_validation(trainer: Trainer) -> None:
 
 _MOST_BUFFER_BYTES = 64 * 2**20  # of what is copied at each validation, and saved for each rank
 
-# -- many ranks ------------------------------------------------------------------------------------
+# -- many ranks -----------------------------------------------------------------------------------
 
 
 class _WalkReducer(torch.autograd.Function):
@@ -745,7 +842,8 @@ class _WalkReducer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
-        for index in reversed(range(ctx.parameters)):  # the order in which most models' backward comes to them
+        # The order in which most models' backward comes to them.
+        for index in reversed(range(ctx.parameters)):
             ctx.reducer._autograd_hook(index)
         return None, None, None
 
@@ -753,8 +851,9 @@ class _WalkReducer(torch.autograd.Function):
 def lay_buckets(trainer: Trainer) -> None:
     """Lays DDP's gradient buckets for good: before the first step of every start, on all ranks.
 
-    DDP lays them anew after its first backward, which in a resume is another step than in the straight run. From three
-    ranks on a sum depends on the place of a gradient in its bucket. No parameter is used, so that no hook of one runs.
+    DDP lays them anew after its first backward, which in a resume is another step than in the
+    straight run. From three ranks on a sum depends on the place of a gradient in its bucket. No
+    parameter is used, so that no hook of one runs.
     """
     ddp = trainer.strategy.model
     if not isinstance(ddp, DistributedDataParallel) or ddp._use_python_reducer:
@@ -763,7 +862,8 @@ def lay_buckets(trainer: Trainer) -> None:
         return  # such buckets stay as they are
     parameters, sparse = ddp._build_params_for_reducer()  # type: ignore[no-untyped-call]
     if ddp.static_graph or ddp._comm_hooks or any(sparse):
-        # These look into the gradients of a backward: none is made, and the buckets are in the order of the parameters.
+        # These look into the gradients of a backward: none is made, and the buckets are in the
+        # order of the parameters.
         ddp.reducer._push_all_rebuilt_params()
     else:
         pending = [parameter.grad for parameter in parameters]
@@ -778,7 +878,9 @@ def lay_buckets(trainer: Trainer) -> None:
 
 
 def own_rank(trainer: Trainer) -> dict[str, Any]:
-    """What each rank has of its own: in manual optimization DDP leaves it its running statistics after the first step."""
+    """What each rank has of its own: in manual optimization DDP leaves it its running statistics
+    after the first step.
+    """
     ddp = trainer.strategy.model
     syncs = not isinstance(ddp, DistributedDataParallel) or ddp.require_forward_param_sync
     return {"buffers": own_buffers(trainer.lightning_module), "syncs_buffers": bool(syncs)}
@@ -786,17 +888,21 @@ def own_rank(trainer: Trainer) -> dict[str, Any]:
 
 def own_buffers(module: LightningModule) -> dict[str, Tensor]:
     buffers = {name: buffer for name, buffer in module.named_buffers() if not buffer.is_sparse}
-    return buffers if sum(buffer.nbytes for buffer in buffers.values()) <= _MOST_BUFFER_BYTES else {}
+    return (
+        buffers if sum(buffer.nbytes for buffer in buffers.values()) <= _MOST_BUFFER_BYTES else {}
+    )
 
 
-# -- around the loaders ------------------------------------------------------------------------------
+# -- around the loaders --------------------------------------------------------------------------
 
 
 def held(trainer: Trainer, before: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Marks of what the running epoch goes by: its sampler, and data sets of which workers hold a copy.
+    """Marks of what the running epoch goes by: its sampler, and data sets of which workers hold a
+    copy.
 
     Args:
-        before: The marks of the epoch before: workers that persist hold the copy that they began with.
+        before: The marks of the epoch before: workers that persist hold the copy that they began
+            with.
     """
     marks: dict[Any, Any] = {}
     now: Look | None = None
@@ -814,12 +920,17 @@ def held(trainer: Trainer, before: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def states_before_prefetching(trainer: Trainer) -> list[Any] | None:
-    """Of loaders without a length Lightning fetches one batch in advance: their states before they give the next one.
+    """Of loaders without a length Lightning fetches one batch in advance: their states before they
+    give the next one.
 
     None where nothing is fetched in advance.
     """
     fetcher, combined = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
-    if not isinstance(fetcher, _PrefetchDataFetcher) or fetcher.length is not None or combined is None:
+    if (
+        not isinstance(fetcher, _PrefetchDataFetcher)
+        or fetcher.length is not None
+        or combined is None
+    ):
         return None
     return copy.deepcopy(combined._state_dicts())
 
@@ -829,11 +940,13 @@ def loader_states(trainer: Trainer) -> list[Any]:
     return [] if combined is None else combined._state_dicts()
 
 
-# -- around a validation -----------------------------------------------------------------------------
+# -- around a validation -------------------------------------------------------------------------
 
 
 def before_validation(trainer: Trainer) -> dict[str, Any]:
-    """What a file made inside the validation takes from its start: counters, and buffers that its hooks may change."""
+    """What a file made inside the validation takes from its start: counters, and buffers that its
+    hooks may change.
+    """
     module = trainer.lightning_module
     return {
         "fit_loop": trainer.fit_loop.state_dict(),
@@ -843,8 +956,12 @@ def before_validation(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def as_before_validation(trainer: Trainer, checkpoint: dict[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """Puts into `checkpoint` what `before_validation` gave; returns words for weights that the validation has changed."""
+def as_before_validation(
+    trainer: Trainer, checkpoint: dict[str, Any], before: Mapping[str, Any]
+) -> list[str]:
+    """Puts into `checkpoint` what `before_validation` gave; returns words for weights that the
+    validation has changed.
+    """
     checkpoint["loops"]["fit_loop"] = before["fit_loop"]
     _put_rates(checkpoint, before["rates"])
     if averaging(trainer):  # it exchanges the weights for the validation, and back for this file
@@ -853,13 +970,22 @@ def as_before_validation(trainer: Trainer, checkpoint: dict[str, Any], before: M
     weights |= {name: value for name, value in before["buffers"].items() if name in weights}
     now = versions(trainer.lightning_module)
     changed = [name for name in now if now[name] != before["versions"].get(name)]
-    return [f"model.{name} (changed inside a validation)" for name in changed if name not in before["buffers"]]
+    return [
+        f"model.{name} (changed inside a validation)"
+        for name in changed
+        if name not in before["buffers"]
+    ]
 
 
 def _rates(trainer: Trainer) -> tuple[list[Any], list[Any]]:
     """What hooks of a validation change by hand: learning rates, and schedules that they step."""
-    groups = [[_settings_of(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
-    return groups, [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
+    groups = [
+        [_settings_of(group) for group in optimizer.param_groups]
+        for optimizer in trainer.optimizers
+    ]
+    return groups, [
+        copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs
+    ]
 
 
 def _settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -876,17 +1002,31 @@ def _put_rates(checkpoint: dict[str, Any], rates: tuple[list[Any], list[Any]]) -
 
 
 def versions(module: LightningModule) -> dict[str, Any]:
-    """Of each weight and buffer what changes when it is written to, without a look at all its values."""
+    """Of each weight and buffer what changes when it is written to, without a look at all its
+    values.
+    """
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    return {name: (id(tensor), fingerprint(tensor)) for name, tensor in tensors if not tensor.is_inference()}
+    return {
+        name: (id(tensor), fingerprint(tensor))
+        for name, tensor in tensors
+        if not tensor.is_inference()
+    }
 
 
-def left_out(module: LightningModule, weights: Mapping[str, Any], at_start: Mapping[str, Any]) -> list[str]:
-    """Words for weights that have changed and that the user's own code has taken out of the file, and for new ones."""
+def left_out(
+    module: LightningModule, weights: Mapping[str, Any], at_start: Mapping[str, Any]
+) -> list[str]:
+    """Words for weights that have changed and that the user's own code has taken out of the file,
+    and for new ones.
+    """
     names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     gone = names.intersection(module.state_dict()).difference(weights)
     now = versions(module) if gone else {}
-    words = [f"model.{name} (left out of the file)" for name in sorted(gone) if now.get(name) != at_start.get(name)]
+    words = [
+        f"model.{name} (left out of the file)"
+        for name in sorted(gone)
+        if now.get(name) != at_start.get(name)
+    ]
     made = sorted(names.intersection(weights).difference(at_start))
     return words + [f"model.{name} (made in mid-training)" for name in made]
 
@@ -895,11 +1035,13 @@ def at_end_of_epoch(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
-# -- what cannot be exact --------------------------------------------------------------------------
+# -- what cannot be exact ------------------------------------------------------------------------
 
 
 def inexact(trainer: Trainer, at: str | None) -> list[str]:
-    """Why a resume from this point would not equal the straight run, as far as no look is needed to know."""
+    """Why a resume from this point would not equal the straight run, as far as no look is needed to
+    know.
+    """
     if at is None:
         return ["saved elsewhere than at a safe point"]
     reasons = [_without_position(loader, at, trainer) for loader in train_loaders(trainer)]
@@ -942,10 +1084,11 @@ def _length(loader: Any) -> int | None:
 
 
 def seed_validation(trainer: Trainer) -> None:
-    """What the workers of a validation draw is a function of (seed, step, loader), and shifts no generator of the training.
+    """What the workers of a validation draw is a function of (seed, step, loader), and shifts no
+    generator of the training.
 
-    A stock loader would draw the seed of its workers from the global generator, as often as it is iterated: after a
-    resume once more, where its workers stay.
+    A stock loader would draw the seed of its workers from the global generator, as often as it is
+    iterated: after a resume once more, where its workers stay.
     """
     for number, loader in enumerate(_validation_loaders(trainer)):
         own = getattr(loader, "_savepoint_generator", None)
@@ -957,8 +1100,9 @@ def seed_validation(trainer: Trainer) -> None:
 def ranks_changed(was: int, now: int) -> str:
     """What a resume with another number of processes costs."""
     return (
-        f"processes {was} -> {now}: random states, metric sums and each rank's place in the data are not restored; which "
-        "samples this epoch sees changes. Checkpoints say exact: false until the next epoch begins."
+        f"processes {was} -> {now}: random states, metric sums and each rank's place in the data "
+        "are not restored; which samples this epoch sees changes. Checkpoints say exact: false "
+        "until the next epoch begins."
     )
 
 
@@ -966,22 +1110,27 @@ def refuse_shards(trainer: Trainer) -> None:
     """Raises ConfigError for a strategy that spreads the state over the ranks."""
     if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
         raise ConfigError(
-            f"Sharded training is not supported yet: trainer.strategy is {type(trainer.strategy).__name__}. A strategy "
-            "that keeps the whole model on each rank was expected, as a checkpoint is one file. Use ddp."
+            "Sharded training is not supported yet: trainer.strategy is "
+            f"{type(trainer.strategy).__name__}. A strategy that keeps the whole model on each "
+            "rank was expected, as a checkpoint is one file. Use ddp."
         )
 
 
 def refuse_different_starts(trainer: Trainer) -> None:
-    """Raises ConfigMismatchError, on all ranks, where they do not go on from one and the same checkpoint."""
+    """Raises ConfigMismatchError, on all ranks, where they do not go on from one and the same
+    checkpoint.
+    """
     if trainer.world_size == 1:
         return
     starts: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(starts, _start_of(trainer.ckpt_path))
-    rank, other = next(((rank, one) for rank, one in enumerate(starts) if one != starts[0]), (0, None))
+    rank, other = next(
+        ((rank, one) for rank, one in enumerate(starts) if one != starts[0]), (0, None)
+    )
     if rank:
         raise ConfigMismatchError(
-            f"The ranks begin differently: rank 0 from {starts[0]}, rank {rank} from {other}. One checkpoint for all "
-            "was expected. Give a run directory that all hosts share."
+            f"The ranks begin differently: rank 0 from {starts[0]}, rank {rank} from {other}. One "
+            "checkpoint for all was expected. Give a run directory that all hosts share."
         )
 
 
@@ -1005,7 +1154,9 @@ def copied_weights(module: LightningModule) -> dict[str, Tensor]:
 
 @contextmanager
 def current_weights(trainer: Trainer) -> Iterator[None]:
-    """Inside a validation, weight averaging holds the averaged weights in the module: a save needs the current ones there."""
+    """Inside a validation, weight averaging holds the averaged weights in the module: a save needs
+    the current ones there.
+    """
     callbacks = averaging(trainer)
     for callback in callbacks:
         callback.on_validation_epoch_end(trainer, trainer.lightning_module)
@@ -1026,7 +1177,9 @@ def environment(device: torch.device) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "threads": torch.get_num_threads(),
-        "device": device.type if device.type == "cpu" else torch.get_device_module(device).get_device_name(device),
+        "device": device.type
+        if device.type == "cpu"
+        else torch.get_device_module(device).get_device_name(device),
     }
 
 

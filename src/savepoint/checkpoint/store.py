@@ -1,13 +1,13 @@
 """Where checkpoints are: one directory, and in what order its files come and go. No Lightning.
 
     step-00000430.ckpt              a checkpoint, if and only if it verifies
-    last.ckpt, best.ckpt            hard links to two of these (a symlink or a copy where links fail): made from the
-                                    manifests, never read by the store itself
+    last.ckpt, best.ckpt            hard links to two of these (a symlink or a copy where links
+                                    fail): made from the manifests, never read by the store itself
     *.corrupt                       what did not verify, renamed and kept
     .step-00000430.ckpt.tmp-...     being written, by the host and process in the name
 
-Invariants: a file under a final name was complete and on disk before it got that name; nothing is deleted before what
-replaces it is; files with other names are never touched.
+Invariants: a file under a final name was complete and on disk before it got that name; nothing is
+deleted before what replaces it is; files with other names are never touched.
 """
 
 import contextlib
@@ -71,10 +71,12 @@ def write(path: Path | str, state: Mapping[str, Any], facts: Mapping[str, Any]) 
     """Write one checkpoint, whole and durable, or leave what was there untouched.
 
     Raises:
-        CheckpointSaveError: with the path, the reason and `errno`; the previous file is intact, no temp is left.
+        CheckpointSaveError: with the path, the reason and `errno`; the previous file is intact, no
+            temp is left.
         CheckpointContentError: a value that could not be read back.
     """
-    from savepoint.checkpoint import format  # torch, a second: those who only list do not wait for it
+    # Torch, a second: those who only list do not wait for it.
+    from savepoint.checkpoint import format
 
     files.refuse_url(path, "the file to save")
     path = manifest.local_path(path)
@@ -84,18 +86,21 @@ def write(path: Path | str, state: Mapping[str, Any], facts: Mapping[str, Any]) 
 
 
 def load(path: Path | str, map_location: Any = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state, manifest) of a file that was named: every byte is looked at first, nothing renamed, nothing else tried.
+    """(state, manifest) of a file that was named: every byte is looked at first, nothing renamed,
+    nothing else tried.
 
     Raises: what `manifest.verify` raises.
     """
-    from savepoint.checkpoint import format  # torch, a second: those who only list do not wait for it
+    # Torch, a second: those who only list do not wait for it.
+    from savepoint.checkpoint import format
 
     facts = manifest.verify(path)
     return format.decode(path, map_location=map_location), facts
 
 
 class CheckpointStore:
-    """The checkpoints of one directory. One process at a time saves, renames and deletes: the holder of the run's lock.
+    """The checkpoints of one directory. One process at a time saves, renames and deletes: the
+    holder of the run's lock.
 
     Args:
         directory: need not exist before the first save.
@@ -121,21 +126,27 @@ class CheckpointStore:
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}.ckpt"
 
-    # -- looking -----------------------------------------------------------------------------------------------------
+    # -- looking ----------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[Checkpoint]:
-        """By step, those whose manifest reads: structure and seal. The one that is chosen is looked at whole."""
+        """By step, those whose manifest reads: structure and seal. The one that is chosen is looked
+        at whole.
+        """
         return self._scan()[0]
 
     def rejected(self) -> list[tuple[Path, str]]:
-        """Those named as checkpoints whose manifest does not read, with the reason. Nothing is renamed."""
+        """Those named as checkpoints whose manifest does not read, with the reason. Nothing is
+        renamed.
+        """
         return [(path, _reason(error)) for path, error in self._scan()[1]]
 
     def latest(self) -> Checkpoint | None:
         return next(reversed(self.checkpoints()), None)
 
     def best(self, monitor: str | None = None, mode: Mode | None = None) -> Checkpoint | None:
-        """The best by `monitor`, from the metrics that each manifest holds; a tie keeps the earlier one."""
+        """The best by `monitor`, from the metrics that each manifest holds; a tie keeps the earlier
+        one.
+        """
         return self._best(self.checkpoints(), monitor, mode)
 
     def _best(
@@ -145,7 +156,9 @@ class CheckpointStore:
         first = next(iter(retention.ranked(_facts(listed, monitor), mode)), None)
         return next((one for one in listed if first and one.step == first.step), None)
 
-    def _ranking(self, listed: Sequence[Checkpoint], monitor: str | None, mode: Mode | None) -> tuple[str | None, Mode]:
+    def _ranking(
+        self, listed: Sequence[Checkpoint], monitor: str | None, mode: Mode | None
+    ) -> tuple[str | None, Mode]:
         recorded = listed[-1].manifest if listed and not (monitor or self.monitor) else {}
         monitor = monitor or self.monitor or recorded.get("monitor")
         return monitor, mode or recorded.get("mode") or self.mode
@@ -154,7 +167,8 @@ class CheckpointStore:
         good: list[Checkpoint] = []
         bad: list[tuple[Path, Exception]] = []
         cache: dict[tuple[str, int, int, int], Checkpoint] = {}
-        # Of thousands that are kept, each is read once: in a save's way stands one look at its size and time.
+        # Of thousands that are kept, each is read once: in a save's way stands one look at its size
+        # and time.
         for entry in manifest.step_entries(self.directory) if self.directory.is_dir() else []:
             try:
                 status = entry.stat()
@@ -172,10 +186,11 @@ class CheckpointStore:
         self._cache = cache
         return sorted(good, key=lambda one: one.step), bad
 
-    # -- saving ------------------------------------------------------------------------------------------------------
+    # -- saving -----------------------------------------------------------------------------------
 
     def preflight(self, least_bytes: int, likely_bytes: int, *, alone: bool = False) -> str:
-        """Before the first step: sweep the directory, try it as a save will, look for room for all that retention keeps.
+        """Before the first step: sweep the directory, try it as a save will, look for room for all
+        that retention keeps.
 
         Args:
             least_bytes: what a checkpoint takes in any case.
@@ -186,7 +201,8 @@ class CheckpointStore:
             A warning, where the room may be too small; else "".
 
         Raises:
-            RunDirectoryError: the directory cannot be written, or has less room than is certainly needed.
+            RunDirectoryError: the directory cannot be written, or has less room than is certainly
+                needed.
         """
         try:
             self.sweep(alone=alone)
@@ -197,29 +213,39 @@ class CheckpointStore:
         except OSError as error:
             reason = error.strerror or getattr(error.__cause__, "strerror", None) or error
             raise RunDirectoryError(
-                f"Checkpoints cannot be saved: {self.directory} ({reason}). Expected a directory in which files "
-                "can be written, synced, renamed and linked. Mend it, or give another one: --output_dir DIR"
+                f"Checkpoints cannot be saved: {self.directory} ({reason}). Expected a directory "
+                "in which files can be written, synced, renamed and linked. Mend it, or give "
+                "another one: --output_dir DIR"
             ) from error
-        free = disk.f_bavail * disk.f_frsize + freed  # a save on a full disk deletes what retention lets go
-        # While one is written, those that retention keeps are all there. What is there already takes no more room.
+        # A save on a full disk deletes what retention lets go.
+        free = disk.f_bavail * disk.f_frsize + freed
+        # While one is written, those that retention keeps are all there. What is there already
+        # takes no more room.
         there = len(listed) - len(superfluous)
         number = max(1, self.retention.at_most(self.monitor is not None) + 1 - there)
-        if not disk.f_blocks or free >= number * likely_bytes:  # no blocks: a file system that does not say
+        # No blocks: a file system that does not say.
+        if not disk.f_blocks or free >= number * likely_bytes:
             return ""
         certain = free < number * least_bytes
         size = least_bytes if certain else likely_bytes
         message = (
-            f"{'Too little' if certain else 'Perhaps too little'} room for checkpoints: {self.directory} has "
-            f"{free / 1e6:.1f} MB free. Expected {number * size / 1e6:.1f} MB: {number} more of "
-            f"{'at least' if certain else 'about'} {size / 1e6:.1f} MB, the one being written included. "
-            "Free some space, keep fewer, or give another --output_dir."
+            f"{'Too little' if certain else 'Perhaps too little'} room for checkpoints: "
+            f"{self.directory} has {free / 1e6:.1f} MB free. Expected {number * size / 1e6:.1f} "
+            f"MB: {number} more of {'at least' if certain else 'about'} {size / 1e6:.1f} MB, the "
+            "one being written included. Free some space, keep fewer, or give another "
+            "--output_dir."
         )
         if certain:
             raise RunDirectoryError(message)
         return message
 
     def save(
-        self, state: Mapping[str, Any], *, step: int, epoch: int = 0, metrics: Mapping[str, float] | None = None
+        self,
+        state: Mapping[str, Any],
+        *,
+        step: int,
+        epoch: int = 0,
+        metrics: Mapping[str, float] | None = None,
     ) -> Checkpoint:
         """Saves the state of a loop of one's own, then deletes what retention lets go.
 
@@ -230,10 +256,19 @@ class CheckpointStore:
 
         Raises: what `write` raises.
         """
-        measured = {name: {"value": float(value), "step": step} for name, value in (metrics or {}).items()}
+        measured = {
+            name: {"value": float(value), "step": step} for name, value in (metrics or {}).items()
+        }
         score = measured.get(self.monitor or "", {}).get("value")
         ranked = {"monitor": self.monitor, "mode": self.mode, "score": score, "metrics": measured}
-        facts = {"step": step, "epoch": epoch, "at": None, "exact": False, "reason": "user", "ended": None}
+        facts = {
+            "step": step,
+            "epoch": epoch,
+            "at": None,
+            "exact": False,
+            "reason": "user",
+            "ended": None,
+        }
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         return self.add(state, facts | ranked | {"created": created})
 
@@ -244,7 +279,9 @@ class CheckpointStore:
         return checkpoint
 
     def write(self, state: Mapping[str, Any], facts: Mapping[str, Any]) -> Checkpoint:
-        """Write under the name of its step; on a full disk once more, without what this save makes superfluous."""
+        """Write under the name of its step; on a full disk once more, without what this save makes
+        superfluous.
+        """
         path = self.path(facts["step"])
         try:
             return write(path, state, facts)
@@ -255,7 +292,9 @@ class CheckpointStore:
         return write(path, state, facts)
 
     def commit(self) -> list[Path]:
-        """After a write: point `last` and `best`, and only then delete what retention lets go. Returns what went."""
+        """After a write: point `last` and `best`, and only then delete what retention lets go.
+        Returns what went.
+        """
         listed = self.checkpoints()
         self._point(listed)
         # A crash before or between the deletions costs disk space until the next commit.
@@ -267,8 +306,12 @@ class CheckpointStore:
         monitor, mode = self._ranking(listed, None, None)
         return retention.reasons(_facts(listed, monitor), self.retention, mode)
 
-    def _superfluous(self, listed: Sequence[Checkpoint], upcoming: Checkpoint | None = None) -> list[Checkpoint]:
-        """What retention lets go, counting `upcoming` as there; never the newest nor the best of those that are."""
+    def _superfluous(
+        self, listed: Sequence[Checkpoint], upcoming: Checkpoint | None = None
+    ) -> list[Checkpoint]:
+        """What retention lets go, counting `upcoming` as there; never the newest nor the best of
+        those that are.
+        """
         everything = sorted([*listed, *([upcoming] if upcoming else [])], key=lambda one: one.step)
         monitor, mode = self._ranking(everything, None, None)
         kept = set(retention.reasons(_facts(everything, monitor), self.retention, mode))
@@ -287,40 +330,52 @@ class CheckpointStore:
                 with files.saving(self.directory / name):
                     files.point(self.directory / name, target.path, _is_copy)
 
-    # -- starting again ----------------------------------------------------------------------------------------------
+    # -- starting again ---------------------------------------------------------------------------
 
     def load_latest(self, *, lock_holder: bool) -> tuple[Checkpoint, dict[str, Any], list[str]]:
-        """The newest checkpoint that verifies, its state, and a line for each newer one that does not.
+        """The newest checkpoint that verifies, its state, and a line for each newer one that does
+        not.
 
         Args:
-            lock_holder: may rename those to *.corrupt. Only the process that holds the run's lock may.
+            lock_holder: may rename those to *.corrupt. Only the process that holds the run's lock
+                may.
 
         Raises:
             CheckpointNotFoundError: none verifies.
-            CheckpointVersionError: the newest was written by a newer Savepoint: nothing is wrong with it, so going on
-                from an older one would only lose its steps.
+            CheckpointVersionError: the newest was written by a newer Savepoint: nothing is wrong
+                with it, so going on from an older one would only lose its steps.
         """
-        from savepoint.checkpoint import format  # torch, a second: those who only list do not wait for it
+        # Torch, a second: those who only list do not wait for it.
+        from savepoint.checkpoint import format
 
         for _ in range(20):
             try:
                 chosen, said = self._choose(lock_holder)
                 state = format.decode(chosen.path) if chosen else {}
-            except CheckpointNotFoundError:  # a run that trains has deleted what was just chosen: there is a newer one
+            # A run that trains has deleted what was just chosen: there is a newer one.
+            except CheckpointNotFoundError:
                 continue
             if chosen is None:
-                found = f"{len(said)} found: {'; '.join(text for text, _ in said)}" if said else "none found"
+                found = (
+                    f"{len(said)} found: {'; '.join(text for text, _ in said)}"
+                    if said
+                    else "none found"
+                )
                 raise CheckpointNotFoundError(
-                    f"No checkpoint that verifies: {self.directory} ({found}). "
-                    "At least one was expected. Start the run again, or name a checkpoint elsewhere.",
+                    f"No checkpoint that verifies: {self.directory} ({found}). At least one was "
+                    "expected. Start the run again, or name a checkpoint elsewhere.",
                     self.directory,
                 )
             cost = [(text, step - chosen.step) for text, step in said]
-            lines = [f"{text}. Going on from step {chosen.step} costs {steps} steps." for text, steps in cost]
+            lines = [
+                f"{text}. Going on from step {chosen.step} costs {steps} steps."
+                for text, steps in cost
+            ]
             return chosen, state, lines
         raise CheckpointNotFoundError(
-            f"Each checkpoint that was chosen was deleted before it was read: {self.directory}. Expected one that stays. "
-            "Let the run keep more of them (checkpoint.keep_last), or wait until it has ended.",
+            f"Each checkpoint that was chosen was deleted before it was read: {self.directory}. "
+            "Expected one that stays. Let the run keep more of them (checkpoint.keep_last), or "
+            "wait until it has ended.",
             self.directory,
         )
 
@@ -328,7 +383,9 @@ class CheckpointStore:
         """The newest that verifies, and (what to say, step) of each newer one that does not."""
         chosen, failed = self._first_whole()
         renamed = self._set_aside_corrupt(failed) if lock_holder else {}
-        if failed:  # perhaps there is a copy of what is damaged, which the holder of the lock has given its name by now
+        # Perhaps there is a copy of what is damaged, which the holder of the lock has given its
+        # name by now.
+        if failed:
             chosen = self._or_a_copy(self._first_whole()[0] if renamed else chosen)
         return chosen, [
             (f"{path.name} does not verify: {_reason(error)}{renamed.get(path, '')}", step)
@@ -341,7 +398,9 @@ class CheckpointStore:
         return self._or_a_copy(chosen) if failed else chosen
 
     def _or_a_copy(self, chosen: Checkpoint | None) -> Checkpoint | None:
-        """`chosen`, or what `last` or `best` shows: whole files of their own where links fail, or in a copied run."""
+        """`chosen`, or what `last` or `best` shows: whole files of their own where links fail, or
+        in a copied run.
+        """
         for pointer in (self.directory / LAST, self.directory / BEST):
             with contextlib.suppress(*_UNREADABLE):
                 copy = Checkpoint(pointer, manifest.verify(pointer))
@@ -351,7 +410,9 @@ class CheckpointStore:
     def _first_whole(self) -> tuple[Checkpoint | None, list[tuple[Path, int, Exception]]]:
         """The newest that verifies, and (path, step, error) of those newer ones that do not."""
         good, bad = self._scan()
-        steps = {one.path: one.step for one in good} | {path: manifest.step_in_name(path.name) or 0 for path, _ in bad}
+        steps = {one.path: one.step for one in good} | {
+            path: manifest.step_in_name(path.name) or 0 for path, _ in bad
+        }
         failed: list[tuple[Path, int, Exception]] = []
         for path, step in sorted(steps.items(), key=lambda item: item[1], reverse=True):
             try:
@@ -363,7 +424,9 @@ class CheckpointStore:
         return None, failed
 
     def _set_aside_corrupt(self, failed: Sequence[tuple[Path, int, Exception]]) -> dict[Path, str]:
-        """Rename damaged files, and only those: a foreign one is someone's, an unreadable one may be whole."""
+        """Rename damaged files, and only those: a foreign one is someone's, an unreadable one may
+        be whole.
+        """
         corrupt = [path for path, _, error in failed if isinstance(error, CheckpointCorruptError)]
         moved = {path: files.move(path, path.with_name(path.name + ".corrupt")) for path in corrupt}
         self._adopt_copies()
@@ -371,14 +434,16 @@ class CheckpointStore:
         return {path: f", renamed to {target.name}" for path, target in moved.items()}
 
     def _adopt_copies(self) -> None:
-        """Where `last` or `best` is a whole file of its own (links fail, or a copied run): give it its step's name.
+        """Where `last` or `best` is a whole file of its own (links fail, or a copied run): give it
+        its step's name.
 
         Only if that name is free. A crash after it costs a pointer until the next commit.
         """
         for pointer in (self.directory / LAST, self.directory / BEST):
             try:
                 target = self.path(manifest.read(pointer)["step"])
-                if target.exists():  # asked first: a look at every byte of a gigabyte takes a third of a second
+                # Asked first: a look at every byte of a gigabyte takes a third of a second.
+                if target.exists():
                     continue
                 manifest.verify(pointer)
             except _UNREADABLE:
@@ -389,14 +454,17 @@ class CheckpointStore:
         """Move the checkpoints after `step` into the directory `into`. Returns their new paths."""
         with files.saving(into):
             files.make_directory(into)
-        # A crash between two moves leaves the rest in place: newest first, so that what stays is a run up to some step.
+        # A crash between two moves leaves the rest in place: newest first, so that what stays is a
+        # run up to some step.
         later = [one for one in reversed(self.checkpoints()) if one.step > step]
         moved = [files.move(one.path, into / one.path.name) for one in later]
         self._repoint(moved)
         return moved
 
     def _repoint(self, moved: Iterable[Path]) -> None:
-        """Point `last` and `best` to what is left; where nothing is, take away those that show a moved file."""
+        """Point `last` and `best` to what is left; where nothing is, take away those that show a
+        moved file.
+        """
         if not (moved := list(moved)):
             return
         self._point(self.checkpoints())
@@ -408,7 +476,8 @@ class CheckpointStore:
                     pointer.unlink(missing_ok=True)
 
     def mend(self) -> None:
-        """After a kill between a write and its commit: no temps, and `last` and `best` show what they should.
+        """After a kill between a write and its commit: no temps, and `last` and `best` show what
+        they should.
 
         For the holder of the run's lock.
         """
@@ -419,7 +488,8 @@ class CheckpointStore:
         """Delete what dead processes were writing when they died. At a start.
 
         Args:
-            alone: the run's lock keeps all others out. Without one, what another host wrote within the hour stays.
+            alone: the run's lock keeps all others out. Without one, what another host wrote within
+                the hour stays.
         """
         swept = []
         for path in sorted(self.directory.iterdir()) if self.directory.is_dir() else []:
@@ -431,13 +501,20 @@ class CheckpointStore:
 
 
 def _facts(listed: Iterable[Checkpoint], monitor: str | None) -> list[Facts]:
-    return [Facts(one.step, one.epoch, one.score_of(monitor), one.manifest.get("at") == "epoch") for one in listed]
+    return [
+        Facts(one.step, one.epoch, one.score_of(monitor), one.manifest.get("at") == "epoch")
+        for one in listed
+    ]
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, CheckpointCorruptError):
         return error.reason
-    return f"cannot be read: {error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
+    return (
+        f"cannot be read: {error.strerror}"
+        if isinstance(error, OSError) and error.strerror
+        else str(error)
+    )
 
 
 def _is_copy(pointer: Path, target: Path) -> bool:

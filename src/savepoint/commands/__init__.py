@@ -1,7 +1,9 @@
-"""The `savepoint` command: one module a subcommand, imported only when it is called, so that each starts fast.
+"""The `savepoint` command: one module a subcommand, imported only when it is called, so that each
+starts fast.
 
-A module has `add_arguments(parser)` and `run(arguments) -> exit code`; what it does stands in COMMANDS. Every command
-takes `--json`. Exit codes: 0 all is well, 1 something is wrong (or differs), 2 bad input.
+A module has `add_arguments(parser)` and `run(arguments) -> exit code`; what it does stands in
+COMMANDS. Every command takes `--json`. Exit codes: 0 all is well, 1 something is wrong (or
+differs), 2 bad input.
 """
 
 import argparse
@@ -36,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     if words[0] not in COMMANDS:
         near = _nearest(words[0], COMMANDS)
-        print(f"savepoint: No such command: {words[0]}. Expected one of {', '.join(COMMANDS)}.{near}", file=sys.stderr)
+        print(
+            f"savepoint: No such command: {words[0]}. Expected one of {', '.join(COMMANDS)}.{near}",
+            file=sys.stderr,
+        )
         return 2
     try:
         code = _execute(*words)
@@ -74,15 +79,24 @@ class Parser(argparse.ArgumentParser):
 
 def _parse(name: str, module: ModuleType, words: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
-        prog=f"savepoint {name}", description=f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}.", allow_abbrev=False
+        prog=f"savepoint {name}",
+        description=f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}.",
+        allow_abbrev=False,
     )
     module.add_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="for scripts: one JSON document instead of text")
+    parser.add_argument(
+        "--json", action="store_true", help="for scripts: one JSON document instead of text"
+    )
     arguments, unknown = parser.parse_known_args(words)
     if "words" in arguments:  # a command that takes any key of a config as a flag
         arguments.words, unknown = unknown, []
     if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+        flags = [
+            flag
+            for action in parser._actions
+            for flag in action.option_strings
+            if flag.startswith("--")
+        ]
         kind = "Unknown flag" if unknown[0].startswith("-") else "One word too many"
         near = _nearest(unknown[0].split("=")[0], flags)
         raise ConfigError(f"{kind}: {unknown[0]}.{near} See: {parser.prog} --help")

@@ -1,7 +1,8 @@
-"""`savepoint diff A B`: exit code 0 if the two are equal, 1 if they differ, 2 if one cannot be read, like diff(1).
+"""`savepoint diff A B`: exit code 0 if the two are equal, 1 if they differ, 2 if one cannot be
+read, like diff(1).
 
-Equal means: every plain value and every bit of every tensor, but for what says when and where a checkpoint was made (the
-manifest, `run`) and how long it took (the callback `Meter`).
+Equal means: every plain value and every bit of every tensor, but for what says when and where a
+checkpoint was made (the manifest, `run`) and how long it took (the callback `Meter`).
 """
 
 import argparse
@@ -22,7 +23,9 @@ FACTS = ("step", "epoch", "exact", "dataset", "world_size", "versions", "threads
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in "ab":
-        parser.add_argument(name, metavar=f"{name.upper()}", help="a checkpoint, or a run directory: its newest one")
+        parser.add_argument(
+            name, metavar=f"{name.upper()}", help="a checkpoint, or a run directory: its newest one"
+        )
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -32,7 +35,9 @@ def main(arguments: argparse.Namespace) -> int:
     (state, facts), (other_state, other_facts) = map(store.load, paths)
     found = compare(state, other_state)
     found = {"a": paths[0], "b": paths[1], "equal": not found["parts"], **found}
-    found["facts"] = {k: [facts.get(k), other_facts.get(k)] for k in FACTS if facts.get(k) != other_facts.get(k)}
+    found["facts"] = {
+        k: [facts.get(k), other_facts.get(k)] for k in FACTS if facts.get(k) != other_facts.get(k)
+    }
     found["metrics"] = _metrics(facts, other_facts)
     if arguments.json:
         output.put_json(found)
@@ -42,16 +47,24 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """`parts`: the keys of the state that differ, in whatever; then what of config, weights and optimizers."""
+    """`parts`: the keys of the state that differ, in whatever; then what of config, weights and
+    optimizers.
+    """
     from savepoint.checkpoint.format import fingerprint
     from savepoint.config.compose import flatten, same
 
     a, b = comparable(a), comparable(b)
     keys = list({**a, **b})
-    parts = [key for key in keys if key not in a or key not in b or fingerprint(a[key]) != fingerprint(b[key])]
+    parts = [
+        key
+        for key in keys
+        if key not in a or key not in b or fingerprint(a[key]) != fingerprint(b[key])
+    ]
     old, new = flatten(a.get("config") or "{}"), flatten(b.get("config") or "{}")
     config = {
-        k: [old.get(k), new.get(k)] for k in {**old, **new} if k not in old or k not in new or not same(old[k], new[k])
+        k: [old.get(k), new.get(k)]
+        for k in {**old, **new}
+        if k not in old or k not in new or not same(old[k], new[k])
     }
     weights = _weights(*(_uncompiled(one.get("state_dict", {})) for one in (a, b)))
     optimizers = _optimizers(a.get("optimizer_states", []), b.get("optimizer_states", []))
@@ -59,7 +72,9 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def comparable(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What is the same in the checkpoints of equal runs, however often they were killed and resumed."""
+    """What is the same in the checkpoints of equal runs, however often they were killed and
+    resumed.
+    """
     kept = {key: value for key, value in state.items() if key not in MAY_DIFFER}
     callbacks = {key: value for key, value in state.get("callbacks", {}).items() if key != CLOCK}
     return kept | {"callbacks": callbacks}
@@ -73,12 +88,16 @@ def _metrics(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _uncompiled(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Under plain names: those of a part that went through `torch.compile` differ, its weights do not."""
+    """Under plain names: those of a part that went through `torch.compile` differ, its weights do
+    not.
+    """
     return {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
 
 
 def _weights(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Those that differ, in the order of the model; beside tensors, what a part's `get_extra_state` gave."""
+    """Those that differ, in the order of the model; beside tensors, what a part's `get_extra_state`
+    gave.
+    """
     from torch import Tensor
 
     from savepoint.checkpoint.format import fingerprint
@@ -86,12 +105,20 @@ def _weights(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     for name in {**a, **b}:
         if name not in a or name not in b:
-            rows.append({"name": name, "change": None, "why": f"only in {'A' if name in a else 'B'}"})
+            rows.append(
+                {"name": name, "change": None, "why": f"only in {'A' if name in a else 'B'}"}
+            )
         elif not isinstance(a[name], Tensor) or not isinstance(b[name], Tensor):
             if fingerprint(a[name]) != fingerprint(b[name]):
                 rows.append({"name": name, "change": None, "why": "other values"})
         elif a[name].shape != b[name].shape:
-            rows.append({"name": name, "change": None, "why": f"{list(a[name].shape)} and {list(b[name].shape)}"})
+            rows.append(
+                {
+                    "name": name,
+                    "change": None,
+                    "why": f"{list(a[name].shape)} and {list(b[name].shape)}",
+                }
+            )
         elif (change := relative_change(a[name], b[name])) is not None:
             rows.append({"name": name, "change": change, "why": None})
     return rows
@@ -117,16 +144,23 @@ def _optimizers(a: list[Any], b: list[Any]) -> list[dict[str, Any]]:
     rows = []
     for place in range(max(len(a), len(b))):
         old, new = (_optimizer(one[place]) if place < len(one) else {} for one in (a, b))
-        changed = {k: [old.get(k), new.get(k)] for k in {**old, **new} if not same(old.get(k), new.get(k))}
+        changed = {
+            k: [old.get(k), new.get(k)] for k in {**old, **new} if not same(old.get(k), new.get(k))
+        }
         rows += [{"optimizer": place, "changed": changed}] if changed else []
     return rows
 
 
 def _optimizer(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of its state, step counts, hyper-parameters: `lr` of the first group, `[1].lr` of the second."""
+    """Keys of its state, step counts, hyper-parameters: `lr` of the first group, `[1].lr` of the
+    second.
+    """
     of_parameters = list(state["state"].values())
     steps = sorted({float(one["step"]) for one in of_parameters if "step" in one})
-    found: dict[str, Any] = {"state": sorted({key for one in of_parameters for key in one}), "steps": steps}
+    found: dict[str, Any] = {
+        "state": sorted({key for one in of_parameters for key in one}),
+        "steps": steps,
+    }
     for place, group in enumerate(state["param_groups"]):
         prefix = f"[{place}]." if place else ""
         found |= {f"{prefix}{key}": value for key, value in group.items() if key != "params"}
@@ -143,7 +177,10 @@ def _text(found: Mapping[str, Any]) -> str:
         words.table((), [("A", str(found["a"])), ("B", str(found["b"]))]),
         _section("fact", found["facts"]),
         _section("config", found["config"]),
-        _section("metric", {name: [_metric(one) for one in pair] for name, pair in found["metrics"].items()}),
+        _section(
+            "metric",
+            {name: [_metric(one) for one in pair] for name, pair in found["metrics"].items()},
+        ),
         words.table(
             ("weights", "relative change"),
             [(one["name"], one["why"] or words.number(one["change"])) for one in found["weights"]],

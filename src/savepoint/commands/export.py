@@ -1,4 +1,5 @@
-"""`savepoint export [CKPT] --format F`: the weights, or the model, for programs that know nothing of Savepoint.
+"""`savepoint export [CKPT] --format F`: the weights, or the model, for programs that know nothing
+of Savepoint.
 
 Exit code 1 if what was written is not what the checkpoint computes: then it is not kept.
 """
@@ -16,20 +17,40 @@ from savepoint.words import show
 if TYPE_CHECKING:
     from savepoint.export import Parity
 
-SUFFIXES = {"safetensors": ".safetensors", "npz": ".npz", "state_dict": ".pt", "pt2": ".pt2", "onnx": ".onnx"}
+SUFFIXES = {
+    "safetensors": ".safetensors",
+    "npz": ".npz",
+    "state_dict": ".pt",
+    "pt2": ".pt2",
+    "onnx": ".onnx",
+}
 ONNX = ("onnx", "onnxruntime", "onnxscript")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "ckpt", metavar="CKPT", nargs="?", help="a file, or a run: its best; the newest run under outputs/"
+        "ckpt",
+        metavar="CKPT",
+        nargs="?",
+        help="a file, or a run: its best; the newest run under outputs/",
     )
     parser.add_argument(
-        "--format", required=True, choices=SUFFIXES, help="pt2 and onnx hold the model, the others weights"
+        "--format",
+        required=True,
+        choices=SUFFIXES,
+        help="pt2 and onnx hold the model, the others weights",
     )
-    parser.add_argument("-o", dest="file", metavar="FILE", type=Path, help="default: in the run directory, by the step")
+    parser.add_argument(
+        "-o",
+        dest="file",
+        metavar="FILE",
+        type=Path,
+        help="default: in the run directory, by the step",
+    )
     parser.add_argument("--force", action="store_true", help="replace FILE if it is there")
-    parser.add_argument("--allow", choices=["canary"], default="", help="go on though the model's code has changed")
+    parser.add_argument(
+        "--allow", choices=["canary"], default="", help="go on though the model's code has changed"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -43,8 +64,15 @@ def main(arguments: argparse.Namespace) -> int:
     made = rebuilding.rebuild(path, allow=[arguments.allow])
     parity = export.export(made, target, arguments.format)
     if arguments.json:
-        facts = {"checkpoint": path, "file": target, "format": arguments.format, "averaged": made.averaged}
-        output.put_json(facts | {"parity": parity and vars(parity), "metadata": export.describe(made)})
+        facts = {
+            "checkpoint": path,
+            "file": target,
+            "format": arguments.format,
+            "averaged": made.averaged,
+        }
+        output.put_json(
+            facts | {"parity": parity and vars(parity), "metadata": export.describe(made)}
+        )
         return 0
     lines = [said]
     lines += ["weights: the averaged ones, as in the run's test"] if made.averaged else []
@@ -59,17 +87,29 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _parity(parity: "Parity") -> str:
     allowed = f"{parity.allowed:.3g} at most" if parity.allowed else "0"
-    other = f"; the output in the checkpoint, of another device, by {parity.saved:.3g}" if parity.saved else ""
+    other = (
+        f"; the output in the checkpoint, of another device, by {parity.saved:.3g}"
+        if parity.saved
+        else ""
+    )
     return f"parity: largest difference {parity.largest:.3g} (expected {allowed}){other}"
 
 
 def _check(target: Path, kind: str, *, force: bool) -> None:
     """What is wrong with the request, before the slow imports."""
     if target.is_dir():
-        raise ConfigError(f"A directory, not a file: {target}. Expected the name of a file. Give another one: -o FILE")
+        raise ConfigError(
+            f"A directory, not a file: {target}. Expected the name of a file. Give another one: -o "
+            "FILE"
+        )
     if target.exists() and not force:
-        raise ConfigError(f"There already: {show(target)}. Expected a new file. Give another one: -o FILE, or --force")
-    lacking = [name for name in ONNX if importlib.util.find_spec(name) is None] if kind == "onnx" else []
+        raise ConfigError(
+            f"There already: {show(target)}. Expected a new file. Give another one: -o FILE, or "
+            "--force"
+        )
+    lacking = (
+        [name for name in ONNX if importlib.util.find_spec(name) is None] if kind == "onnx" else []
+    )
     if lacking:
         raise ConfigError(
             f"Not installed: {', '.join(lacking)}. Expected what ONNX needs. "

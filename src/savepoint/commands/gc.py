@@ -1,7 +1,8 @@
-"""`savepoint gc [RUN_DIR]`: what the run's retention lets go is deleted, by the store, as after a save.
+"""`savepoint gc [RUN_DIR]`: what the run's retention lets go is deleted, by the store, as after a
+save.
 
-The newest and the best always stay; foreign and damaged files are never touched. Exit code 1 if one of those that stay
-does not verify: then nothing is deleted, as what would go may be needed.
+The newest and the best always stay; foreign and damaged files are never touched. Exit code 1 if one
+of those that stay does not verify: then nothing is deleted, as what would go may be needed.
 """
 
 import argparse
@@ -21,21 +22,35 @@ from savepoint.words import plural
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN_DIR", nargs="?", help="a run directory; the newest run under outputs/")
-    parser.add_argument("--dry-run", action="store_true", help="say what would go, and delete nothing")
+    parser.add_argument(
+        "run_dir",
+        metavar="RUN_DIR",
+        nargs="?",
+        help="a run directory; the newest run under outputs/",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would go, and delete nothing"
+    )
     for rule in RULES:
-        parser.add_argument(f"--{rule}", type=int, metavar="N", help="instead of the value in the run's config")
+        parser.add_argument(
+            f"--{rule}", type=int, metavar="N", help="instead of the value in the run's config"
+        )
 
 
 def main(arguments: argparse.Namespace) -> int:
     run = find.run(arguments.run_dir)
     if run.checkpoints == run.directory:
-        raise ConfigError(f"No run: {run.directory}. Expected a run directory with checkpoints/ in it. Name that one.")
+        raise ConfigError(
+            f"No run: {run.directory}. Expected a run directory with checkpoints/ in it. Name that "
+            "one."
+        )
     config = _checkpoint_group(run)
     numbers: dict[str, Any] = {rule: config.get(rule) for rule in RULES}
     numbers |= {rule: value for rule in RULES if (value := getattr(arguments, rule)) is not None}
     retention = Retention(**numbers)
-    store = CheckpointStore(run.checkpoints, retention=retention, monitor=config.get("monitor"), mode=config["mode"])
+    store = CheckpointStore(
+        run.checkpoints, retention=retention, monitor=config.get("monitor"), mode=config["mode"]
+    )
     with contextlib.nullcontext() if arguments.dry_run else run.locked():
         rows = _plan(store)
         damaged = [row for row in rows if row["damage"]]
@@ -60,13 +75,15 @@ def _checkpoint_group(run: Run) -> Mapping[str, Any]:
             if _is_sound(group):
                 return dict(group)
     raise ConfigError(
-        f"No config that says what to keep: {run.shown}. Expected config.yaml, or a checkpoint that holds one. "
-        "Put config.yaml back."
+        f"No config that says what to keep: {run.shown}. Expected config.yaml, or a checkpoint "
+        "that holds one. Put config.yaml back."
     )
 
 
 def _is_sound(group: Any) -> bool:
-    """Whether it is such as a start has checked: a slip of the hand must not decide what is deleted."""
+    """Whether it is such as a start has checked: a slip of the hand must not decide what is
+    deleted.
+    """
     if not isinstance(group, dict) or group.get("mode") not in ("min", "max"):
         return False
     numbers = isinstance(group.get("keep_last"), int) and isinstance(group.get("keep_best"), int)
@@ -86,7 +103,9 @@ def _plan(store: CheckpointStore) -> list[dict[str, Any]]:
     """Each file of the directory with why it stays; `goes` where nothing keeps it."""
     kept, listed = store.reasons(), store.checkpoints()
     everything = Retention(keep_last=len(listed), keep_best=len(listed))
-    places = CheckpointStore(store.directory, retention=everything, monitor=store.monitor, mode=store.mode).reasons()
+    places = CheckpointStore(
+        store.directory, retention=everything, monitor=store.monitor, mode=store.mode
+    ).reasons()
     rows = [
         _row(one.path, one.step, why=kept[one.step])
         if one.step in kept
@@ -107,13 +126,27 @@ def _plan(store: CheckpointStore) -> list[dict[str, Any]]:
         if files.is_stale_temp(path, alone=True):
             rows.append(_row(path, goes=True, why=["left by a process that died"]))
         else:
-            rows.append(_row(path, why=["set aside" if path.name.endswith(".corrupt") else "not a checkpoint"]))
+            rows.append(
+                _row(
+                    path,
+                    why=["set aside" if path.name.endswith(".corrupt") else "not a checkpoint"],
+                )
+            )
     return rows
 
 
-def _row(path: Path, step: int | None = None, *, goes: bool = False, why: list[str] | None = None) -> dict[str, Any]:
+def _row(
+    path: Path, step: int | None = None, *, goes: bool = False, why: list[str] | None = None
+) -> dict[str, Any]:
     size = find.size(path) or 0
-    return {"file": path.name, "step": step, "bytes": size, "goes": goes, "why": why or [], "damage": None}
+    return {
+        "file": path.name,
+        "step": step,
+        "bytes": size,
+        "goes": goes,
+        "why": why or [],
+        "damage": None,
+    }
 
 
 def _damage(path: Path) -> str | None:
@@ -127,8 +160,13 @@ def _damage(path: Path) -> str | None:
 
 
 def _text(rows: list[dict[str, Any]], retention: Retention, *, dry_run: bool) -> str:
-    rules = ", ".join(f"{rule} {value}" for rule in RULES if (value := getattr(retention, rule)) is not None)
-    lines = [(row["file"], words.megabytes(row["bytes"]), _fate(row), ", ".join(row["why"])) for row in rows]
+    rules = ", ".join(
+        f"{rule} {value}" for rule in RULES if (value := getattr(retention, rule)) is not None
+    )
+    lines = [
+        (row["file"], words.megabytes(row["bytes"]), _fate(row), ", ".join(row["why"]))
+        for row in rows
+    ]
     gone = [row for row in rows if row["goes"]]
     total = f"{plural(len(gone), 'file')}, {words.megabytes(sum(row['bytes'] for row in gone))}"
     if any(row["damage"] for row in rows):

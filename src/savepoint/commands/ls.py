@@ -47,7 +47,7 @@ def _directory(argument: str | None) -> Path:
     return path
 
 
-# -- runs ------------------------------------------------------------------------------------------
+# -- runs ----------------------------------------------------------------------------------------
 
 
 def _runs(directory: Path) -> tuple[Any, str, bool]:
@@ -117,7 +117,7 @@ def _test(measured: dict[str, Any]) -> str:
     return f"{name.removeprefix('test/')} {words.number(value)}" if name else "-"
 
 
-# -- checkpoints -----------------------------------------------------------------------------------
+# -- checkpoints ---------------------------------------------------------------------------------
 
 
 def _checkpoints(run: Run) -> tuple[Any, str, bool]:

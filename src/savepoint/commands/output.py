@@ -1,4 +1,6 @@
-"""How the commands print: aligned plain text that reads the same in a pipe, and JSON. No colours, no terminal needed."""
+"""How the commands print: aligned plain text that reads the same in a pipe, and JSON. No colours,
+no terminal needed.
+"""
 
 import json
 import math
@@ -15,7 +17,9 @@ def put(text: str) -> None:
 
 
 def put_json(data: Any) -> None:
-    """NaN and infinities, which JSON does not know, become the texts "nan", "inf" and "-inf", as in a manifest."""
+    """NaN and infinities, which JSON does not know, become the texts "nan", "inf" and "-inf", as in
+    a manifest.
+    """
     sys.stdout.write(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
 
 

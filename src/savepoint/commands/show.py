@@ -67,7 +67,7 @@ def _text(part: str, content: Any) -> str:
     return _tensors_text(content) if part == "tensors" else _lineage_text(content)
 
 
-# -- a checkpoint ----------------------------------------------------------------------------------
+# -- a checkpoint --------------------------------------------------------------------------------
 
 
 def _contents(path: Path, parts: list[str]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _tensors_text(content: Mapping[str, Any]) -> str:
     return f"{text}\n\n{words.table(('beside them', 'tensors', 'bytes'), others)}"
 
 
-# -- where it comes from ---------------------------------------------------------------------------
+# -- where it comes from -------------------------------------------------------------------------
 
 
 class Place(NamedTuple):

@@ -19,7 +19,11 @@ def main(arguments: argparse.Namespace) -> int:
     preemption.install()
     progress = sys.stderr if arguments.json else sys.stdout
     try:
-        told = sweep.run(arguments.file, arguments.output_dir, lambda line: print(line, file=progress, flush=True))
+        told = sweep.run(
+            arguments.file,
+            arguments.output_dir,
+            lambda line: print(line, file=progress, flush=True),
+        )
     except preemption.Preempted as stopped:
         print(f"Stopped by {stopped.name}. The same command goes on.", file=sys.stderr)
         raise
@@ -33,16 +37,27 @@ def main(arguments: argparse.Namespace) -> int:
 def _text(told: dict[str, Any]) -> str:
     keys = list(told["trials"][0]["parameters"])
     rows = [
-        (one["trial"], *map(sweep.short, one["parameters"].values()), words.number(one["value"]), one["state"])
+        (
+            one["trial"],
+            *map(sweep.short, one["parameters"].values()),
+            words.number(one["value"]),
+            one["state"],
+        )
         for one in told["trials"]
     ]
     lines = [words.table(("trial", *keys, told["monitor"], "state"), rows)]
     best = told["trials"][0]
     if best["state"] == "complete":
-        flags = " ".join(f"--{key} {sweep.short(value)}" for key, value in best["parameters"].items())
-        lines.append(f"best: {best['trial']}, {told['monitor']} {words.number(best['value'])}: {flags}")
+        flags = " ".join(
+            f"--{key} {sweep.short(value)}" for key, value in best["parameters"].items()
+        )
+        lines.append(
+            f"best: {best['trial']}, {told['monitor']} {words.number(best['value'])}: {flags}"
+        )
         lines.append(f"plot: {show(told['plot'])}")
     if told["failed"]:
         logs = f"{show(told['directory'])}/trial-*.log"
-        lines.append(f"{plural(told['failed'], 'trial')} failed: see {logs}. The same command tries again.")
+        lines.append(
+            f"{plural(told['failed'], 'trial')} failed: see {logs}. The same command tries again."
+        )
     return "\n".join(lines)

@@ -123,7 +123,7 @@ def _verdict(result: Mapping[str, Any]) -> str:
     return f"verifies: {where}, {result['bytes']} bytes{finite}"
 
 
-# -- files -----------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------
 
 
 def _results(path: Path, run: Run | None, deep: bool) -> Iterator[dict[str, Any]]:
@@ -234,7 +234,7 @@ def _way_around(run: Run) -> str:
     return f"Go on from step {whole.step}: {run.command('resume.py')}"
 
 
-# -- a run -----------------------------------------------------------------------------------------
+# -- a run ---------------------------------------------------------------------------------------
 
 
 def _findings(run: Run, results: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:

@@ -1,17 +1,20 @@
-"""A run's configuration as plain data: files, groups and flags laid over each other, before anything heavy is imported.
+"""A run's configuration as plain data: files, groups and flags laid over each other, before
+anything heavy is imported.
 
 From weakest to strongest, whatever their order on the command line:
 
-    the base            a checkpoint's config; else configs/mnist.yaml where no --config file chooses a model or data
+    the base            a checkpoint's config; else configs/mnist.yaml where no --config file
+                        chooses a model or data
     --config FILE       any number of them, the later over the earlier
     --model, --data, --checkpoint, --trainer    a group: a file, a class name, or YAML text
     --model.lr 0.01     a single value; two of the same key: the later
 
-Replace, never mix: `model` and `data` are replaced whole by whatever names them later, so no value of a class that was
-chosen before survives in the one that is chosen now. `trainer` and `checkpoint` belong to one class each and are merged
-key by key; the value of a key in them is again replaced whole, unless a file writes the key with a plus, as in
-`callbacks+`: then it is added to the list that is there. A single value that names a class drops what the files
-said about the class that stood there.
+Replace, never mix: `model` and `data` are replaced whole by whatever names them later, so no value
+of a class that was chosen before survives in the one that is chosen now. `trainer` and `checkpoint`
+belong to one class each and are merged key by key; the value of a key in them is again replaced
+whole, unless a file writes the key with a plus, as in `callbacks+`: then it is added to the list
+that is there. A single value that names a class drops what the files said about the class that
+stood there.
 """
 
 from __future__ import annotations
@@ -76,7 +79,9 @@ def compose(argv: Sequence[str], *, base: str | None = None) -> Composed:
     files = [(_read_config(Path(name)), Path(name)) for name in configs]
     composed.name = config_name(argv)
     if base is not None:
-        _lay(composed, parse_yaml(base, "the checkpoint's config"), Path(), "the checkpoint's config")
+        _lay(
+            composed, parse_yaml(base, "the checkpoint's config"), Path(), "the checkpoint's config"
+        )
     elif not any(key in config for config, _ in files for key in REPLACED):
         default = project().root / project().default_config
         files.insert(0, (_read_config(default), default))
@@ -94,16 +99,21 @@ def read(path: Path, what: str = "config file") -> Any:
     if os.path.isdir(path):
         raise ConfigError(f"Not a {what} but a folder: {path}. {_files_in(path)}")
     if not os.path.exists(path):  # as pathlib, but False for a name that is too long
-        raise ConfigError(f"No such {what}: {str(path)[:200]}. {_files_in(_where(path), near=path.name)}")
+        raise ConfigError(
+            f"No such {what}: {str(path)[:200]}. {_files_in(_where(path), near=path.name)}"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"A {what} that cannot be read: {path} ({error}). Expected a readable YAML text.") from error
+        raise ConfigError(
+            f"A {what} that cannot be read: {path} ({error}). Expected a readable YAML text."
+        ) from error
     return parse_yaml(text, _shown(path))
 
 
 def flatten(text: str) -> dict[str, Any]:
-    """The values of a dumped config under the names their flags have: "model" (the class), "model.lr", "model.net".
+    """The values of a dumped config under the names their flags have: "model" (the class),
+    "model.lr", "model.net".
 
     Lists are values.
     """
@@ -113,7 +123,9 @@ def flatten(text: str) -> dict[str, Any]:
 def same(one: Any, other: Any) -> bool:
     """Whether two values of configs are equal. A NaN equals a NaN, however deep in lists and dicts."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+        return one.keys() == other.keys() and all(
+            same(value, other[key]) for key, value in one.items()
+        )
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other or (one != one and other != other))  # only a NaN is not itself
@@ -166,7 +178,9 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], Compo
 def _flag(token: str, tokens: Iterator[str]) -> tuple[str, str]:
     if not token.startswith("--") and not token.startswith("-c"):
         hint = f" Did you mean --config {token}?" if token.endswith((".yaml", ".yml")) else ""
-        raise ConfigError(f"Unexpected word on the command line: {token}. Expected --KEY VALUE.{hint}")
+        raise ConfigError(
+            f"Unexpected word on the command line: {token}. Expected --KEY VALUE.{hint}"
+        )
     name, equals, value = token.partition("=")
     if not equals:
         value = next(tokens, "--")
@@ -175,7 +189,9 @@ def _flag(token: str, tokens: Iterator[str]) -> tuple[str, str]:
             raise ConfigError(f"A flag without its value: {name}. Expected {name} {example}.")
     key = "config" if name == "-c" else name.removeprefix("--").replace("init_args.", "")
     if not re.fullmatch(r"\w+(\.\w+)*\+?", key):
-        raise ConfigError(f"Unknown flag: {name}. Expected --KEY VALUE, such as --trainer.max_epochs 3.")
+        raise ConfigError(
+            f"Unknown flag: {name}. Expected --KEY VALUE, such as --trainer.max_epochs 3."
+        )
     return key, value
 
 
@@ -189,7 +205,9 @@ def _add_flag(flags: list[tuple[str, str]], key: str, value: str) -> None:
     if not key.endswith("+"):
         inner = next((k for k, _ in flags if k.startswith(key + ".")), None)
         if inner is not None:
-            raise ConfigError(f"--{key} would undo what stands before it: --{inner}. Put --{key} first.")
+            raise ConfigError(
+                f"--{key} would undo what stands before it: --{inner}. Put --{key} first."
+            )
         flags[:] = [flag for flag in flags if flag[0] != key]
     flags.append((key, value))
 
@@ -239,38 +257,52 @@ def _class_group(key: str, value: Any, folder: Path, source: str) -> tuple[Any, 
             f"Expected `class_path` and `init_args`. Give it with --config."
         )
     if unknown:
-        where = f" Did you mean init_args.{unknown[0]}?" if not nearest(unknown[0], CLASS_KEYS) else ""
+        where = (
+            f" Did you mean init_args.{unknown[0]}?" if not nearest(unknown[0], CLASS_KEYS) else ""
+        )
         raise ConfigError(
-            f"Unknown key in `{key}`: {unknown[0]} ({origin}). Expected `class_path` and `init_args`."
-            f"{nearest(unknown[0], CLASS_KEYS) or where}"
+            f"Unknown key in `{key}`: {unknown[0]} ({origin}). Expected `class_path` and "
+            f"`init_args`.{nearest(unknown[0], CLASS_KEYS) or where}"
         )
     if not isinstance(group.get("class_path"), str):
         raise ConfigError(
-            f"No class chosen by `{key}`: {origin}. A group replaces the one before it whole, so `class_path` was "
-            f"expected beside `init_args`. To change single values write --{key}.NAME VALUE on the command line."
+            f"No class chosen by `{key}`: {origin}. A group replaces the one before it whole, so "
+            "`class_path` was expected beside `init_args`. To change single values write "
+            f"--{key}.NAME VALUE on the command line."
         )
     return group, origin
 
 
 def _merged_group(key: str, value: Any, folder: Path, source: str) -> tuple[dict[str, Any], str]:
     if isinstance(value, str) and not _is_file(value):
-        raise ConfigError(f"Not a group file: {value} (`{key}`, {source}). {_files_in(project().configs / key)}")
+        raise ConfigError(
+            f"Not a group file: {value} (`{key}`, {source}). {_files_in(project().configs / key)}"
+        )
     group, origin = _from_file(key, value, folder, source)
     if group is None:
-        raise ConfigError(f"Nothing in `{key}`: {origin}. Expected its keys, each with a value. Leave `{key}` out.")
+        raise ConfigError(
+            f"Nothing in `{key}`: {origin}. Expected its keys, each with a value. Leave `{key}` "
+            "out."
+        )
     if key in group:
         raise ConfigError(
-            f"A whole configuration where a group was expected: {origin}, given as `{key}`. Give it with --config."
+            f"A whole configuration where a group was expected: {origin}, given as `{key}`. Give "
+            "it with --config."
         )
     return group, origin
 
 
-def _from_file(key: str, value: Any, folder: Path, source: str) -> tuple[dict[str, Any] | None, str]:
+def _from_file(
+    key: str, value: Any, folder: Path, source: str
+) -> tuple[dict[str, Any] | None, str]:
     if isinstance(value, str):
         path = folder / value
         value, source = read(path, f"{key} group file"), _shown(path)
     if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"Not a group: `{key}` is {value!r} ({source}). Expected keys with values, or a file's name.")
+        raise ConfigError(
+            f"Not a group: `{key}` is {value!r} ({source}). Expected keys with values, or a file's "
+            "name."
+        )
     return value, source
 
 
@@ -279,7 +311,9 @@ def _is_file(value: str) -> bool:
 
 
 def _drop(config: dict[str, Any], key: str) -> None:
-    """Forget what the files say about the class that stands at `key`, which a flag is about to name anew."""
+    """Forget what the files say about the class that stands at `key`, which a flag is about to name
+    anew.
+    """
     *path, last = key.split(".")
     node: Any = config
     for name in path:
@@ -299,11 +333,19 @@ def _inside(node: dict[str, Any]) -> dict[str, Any]:
 def _read_config(path: Path) -> dict[str, Any]:
     config = read(path)
     if not isinstance(config, dict) or not config:
-        what = "Empty config file" if config in (None, {}) else "A config file that is no mapping of keys to values"
-        raise ConfigError(f"{what}: {_shown(path)}. Expected keys such as `model`, `data`, `trainer`.")
+        what = (
+            "Empty config file"
+            if config in (None, {})
+            else "A config file that is no mapping of keys to values"
+        )
+        raise ConfigError(
+            f"{what}: {_shown(path)}. Expected keys such as `model`, `data`, `trainer`."
+        )
     if "class_path" in config:
         group = path.parent.name if path.parent.name in REPLACED else "model"
-        raise ConfigError(f"A group file where a config was expected: {_shown(path)}. Give it with --{group}.")
+        raise ConfigError(
+            f"A group file where a config was expected: {_shown(path)}. Give it with --{group}."
+        )
     return config
 
 
@@ -311,18 +353,28 @@ def _shown(path: Path) -> str:
     """Short where it can be: relative to the repository for the files in it."""
     full = path.resolve()
     root = project().root
-    return str(full.relative_to(root)) if path.is_absolute() and full.is_relative_to(root) else str(path)
+    return (
+        str(full.relative_to(root))
+        if path.is_absolute() and full.is_relative_to(root)
+        else str(path)
+    )
 
 
 def _where(path: Path) -> Path:
     """The folder that was most likely meant: for a bare name, configs/."""
-    bare = str(path.parent) == "." and not [p for p in Path().glob("*.y*ml") if not p.name.startswith(".")]
+    bare = str(path.parent) == "." and not [
+        p for p in Path().glob("*.y*ml") if not p.name.startswith(".")
+    ]
     return project().configs if bare else path.parent
 
 
 def _files_in(folder: Path, near: str = "") -> str:
     if not folder.is_dir():
-        return f"The folder {folder.absolute()} does not exist either." if near else f"There is no folder {folder}."
+        return (
+            f"The folder {folder.absolute()} does not exist either."
+            if near
+            else f"There is no folder {folder}."
+        )
     names = sorted(p.name for p in folder.glob("*.y*ml"))
     if not names:
         return f"The folder {folder} holds no YAML file."
@@ -330,26 +382,34 @@ def _files_in(folder: Path, near: str = "") -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as jsonargparse reads it (1e-3 is a number, a date is a text), and without silent double keys."""
+    """YAML as jsonargparse reads it (1e-3 is a number, a date is a text), and without silent double
+    keys.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str | int) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} twice", key_node.start_mark
+                )
             if isinstance(key, str | int):
                 seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":float"))]
+    first: [
+        (tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":float"))
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _FLOAT = r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
     |[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"""
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT, re.X), list("-+0123456789."))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(_FLOAT, re.X), list("-+0123456789.")
+)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -372,7 +432,10 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = error.problem_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(
-            f"Malformed YAML: {source}{where} ({error.problem}). Expected `key: value` lines. Mend that line."
+            f"Malformed YAML: {source}{where} ({error.problem}). Expected `key: value` lines. Mend "
+            "that line."
         ) from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"Malformed YAML: {source} ({error}). Expected `key: value` lines.") from error
+        raise ConfigError(
+            f"Malformed YAML: {source} ({error}). Expected `key: value` lines."
+        ) from error

@@ -1,4 +1,6 @@
-"""What can be told before `import lightning`, which takes three to four seconds: `--help`, files, names, places."""
+"""What can be told before `import lightning`, which takes three to four seconds: `--help`, files,
+names, places.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,15 @@ def check(argv: Sequence[str], *, base: str | None = None, usage: str = USAGE) -
 
 
 def check_keys(composed: compose.Composed) -> None:
-    """Unknown keys of the top level; a model and data that nobody chose; a place that nothing is saved to."""
+    """Unknown keys of the top level; a model and data that nobody chose; a place that nothing is
+    saved to.
+    """
     for key in composed.config:
         if key not in compose.KEYS:
-            near = words.nearest(str(key), compose.KEYS) or f" It is none of {', '.join(compose.KEYS)}."
+            near = (
+                words.nearest(str(key), compose.KEYS)
+                or f" It is none of {', '.join(compose.KEYS)}."
+            )
             raise ConfigError(f"Unknown key in {composed.origin(str(key))}: {key}.{near}")
     for key, _ in composed.flags:
         _check_flag(key)
@@ -68,13 +75,22 @@ def _check_flag(key: str) -> None:
     if (group in compose.GROUPS and rest) or (group in compose.SCALARS and not rest) or not rest:
         return  # a single word may be short for a key of a class: see `typed`
     known = [*compose.SCALARS, *(".".join([name, *rest]) for name in compose.GROUPS)]
-    raise ConfigError(f"Unknown flag: --{key}.{words.nearest(key, known, prefix='--') or ' See --help.'}")
+    raise ConfigError(
+        f"Unknown flag: --{key}.{words.nearest(key, known, prefix='--') or ' See --help.'}"
+    )
 
 
 def _check_name(composed: compose.Composed) -> None:
     """A run that is there already, or trains at this moment."""
-    said = composed.config | {key: yaml.safe_load(value) for key, value in composed.flags if key in compose.SCALARS}
-    if rank() or not isinstance(name := said.get("run_name"), str) or composed.wants_config or composed.class_help:
+    said = composed.config | {
+        key: yaml.safe_load(value) for key, value in composed.flags if key in compose.SCALARS
+    }
+    if (
+        rank()
+        or not isinstance(name := said.get("run_name"), str)
+        or composed.wants_config
+        or composed.class_help
+    ):
         return
     check_name(name)
     directory = Path(str(said.get("output_dir") or "outputs")) / name
@@ -95,15 +111,18 @@ def _check_saving(composed: compose.Composed) -> None:
         files.refuse_url(str(said.get(key)), key)
     if str(said.get("trainer.enable_checkpointing")).lower() == "false":
         raise ConfigError(
-            "Saving cannot be off: trainer.enable_checkpointing is false. A run that can be resumed was expected. "
-            "To save less: --checkpoint.save_every_epochs N; --trainer.fast_dev_run true saves nothing."
+            "Saving cannot be off: trainer.enable_checkpointing is false. A run that can be "
+            "resumed was expected. To save less: --checkpoint.save_every_epochs N; "
+            "--trainer.fast_dev_run true saves nothing."
         )
 
 
 def _check_chosen(composed: compose.Composed) -> None:
     for group in compose.REPLACED:
         if not isinstance(composed.config.get(group), dict):
-            files = sorted({origin for origin in composed.origins.values() if not origin.startswith("--")})
+            files = sorted(
+                {origin for origin in composed.origins.values() if not origin.startswith("--")}
+            )
             raise ConfigError(
                 f"No class chosen for `{group}`: {', '.join(files) or 'no file'} names none. "
                 f"Expected `{group}:` in a config file, or --{group} FILE_OR_CLASS."

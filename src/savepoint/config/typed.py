@@ -1,6 +1,8 @@
-"""Typed configuration from `__init__` signatures: the one file that knows jsonargparse and LightningCLI.
+"""Typed configuration from `__init__` signatures: the one file that knows jsonargparse and
+LightningCLI.
 
-`compose` lays files, groups and flags over each other as plain data; here that data meets the types of the classes.
+`compose` lays files, groups and flags over each other as plain data; here that data meets the types
+of the classes.
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import (
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    seed_everything,
+)
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from torch import nn
@@ -33,14 +41,18 @@ from savepoint.config import compose, quick
 from savepoint.errors import ConfigError, SavepointError
 from savepoint.workspace import project
 
-# Lightning's Timer, for one, has an Enum as the default of a text argument: jsonargparse writes it with yaml and fails.
-yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+# Lightning's Timer, for one, has an Enum as the default of a text argument: jsonargparse writes it
+# with yaml and fails.
+yaml.SafeDumper.add_multi_representer(
+    Enum, lambda dumper, member: dumper.represent_data(member.value)
+)
 
 _LIBRARIES = ("torch", "torchvision", "torchmetrics", "lightning", "jsonargparse", "savepoint")
 
 
 def parse(argv: Sequence[str], *, base: str | None = None) -> Namespace:
-    """The resolved configuration. `base` is a checkpoint's config: files and flags of `argv` go on top of it.
+    """The resolved configuration. `base` is a checkpoint's config: files and flags of `argv` go on
+    top of it.
 
     `--help`, `--print_config` and `--KEY.help` print and leave (SystemExit 0).
 
@@ -56,7 +68,9 @@ def parse(argv: Sequence[str], *, base: str | None = None) -> Namespace:
 
 
 def resolve(composed: compose.Composed) -> Namespace:
-    """What was laid out and checked, with the types of the classes; raises and prints as `parse` does."""
+    """What was laid out and checked, with the types of the classes; raises and prints as `parse`
+    does.
+    """
     if composed.class_help is not None:
         _print_class_help(composed.class_help, composed)
         raise SystemExit(0)
@@ -65,7 +79,9 @@ def resolve(composed: compose.Composed) -> Namespace:
         parser = _parser()
         layers = ["--config", compose.to_yaml(composed.config)]
         try:
-            config = parser.parse_args(layers + [f"--{key}={value}" for key, value in composed.flags])
+            config = parser.parse_args(
+                layers + [f"--{key}={value}" for key, value in composed.flags]
+            )
         except _ParseError as error:
             raise ConfigError(_explain(str(error), composed)) from None
     _refuse_nulls(config, composed)
@@ -76,13 +92,17 @@ def resolve(composed: compose.Composed) -> Namespace:
 
 
 def check_keys(composed: compose.Composed) -> None:
-    """Raises ConfigError for unknown keys of `trainer` and `checkpoint`, and for flags that name nothing."""
+    """Raises ConfigError for unknown keys of `trainer` and `checkpoint`, and for flags that name
+    nothing.
+    """
     for group in compose.MERGED:
         for name in composed.config.get(group, {}):
             if name not in _members(group):
                 near = words.nearest(str(name), _members(group), prefix=f"{group}.")
                 hint = near or f" See --{group}.help for its keys."
-                raise ConfigError(f"Unknown key in {composed.origin(f'{group}.{name}')}: {group}.{name}.{hint}")
+                raise ConfigError(
+                    f"Unknown key in {composed.origin(f'{group}.{name}')}: {group}.{name}.{hint}"
+                )
     for key, _ in composed.flags:
         group, *rest = key.rstrip("+").split(".")
         if group in compose.MERGED and rest and rest[0] not in _members(group):
@@ -97,7 +117,11 @@ def check_keys(composed: compose.Composed) -> None:
 def _by_last_name(key: str, composed: compose.Composed) -> str:
     """Many write --epochs for --trainer.max_epochs, or --lr for --model.lr."""
     known = [f"{group}.{name}" for group in compose.MERGED for name in sorted(_members(group))]
-    known += [f"{group}.{name}" for group in compose.REPLACED for name in _arguments(_class_at(group, composed))]
+    known += [
+        f"{group}.{name}"
+        for group in compose.REPLACED
+        for name in _arguments(_class_at(group, composed))
+    ]
     for ending in (f".{key}", f".max_{key}", f"_{key}"):
         found = [name for name in known if name.endswith(ending)][:3]
         if found:
@@ -107,14 +131,20 @@ def _by_last_name(key: str, composed: compose.Composed) -> str:
 
 @functools.cache
 def _members(group: str) -> frozenset[str]:
-    return frozenset(inspect.signature(Trainer if group == "trainer" else CheckpointCallback).parameters)
+    return frozenset(
+        inspect.signature(Trainer if group == "trainer" else CheckpointCallback).parameters
+    )
 
 
 def dump(config: Namespace) -> str:
-    """The whole configuration as YAML text: parse([], base=text) gives the same configuration, and so the same text."""
+    """The whole configuration as YAML text: parse([], base=text) gives the same configuration, and
+    so the same text.
+    """
     with _quiet():
         # A key that is null must be written: it may stand against a default that is not.
-        written = json.loads(_parser().dump(config, format="json", skip_unset=False, skip_validation=True))
+        written = json.loads(
+            _parser().dump(config, format="json", skip_unset=False, skip_validation=True)
+        )
     return compose.to_yaml({key: _exact(config[key], written[key]) for key in compose.KEYS})
 
 
@@ -124,7 +154,9 @@ def _exact(value: Any, written: Any) -> Any:
         return {key: _exact(value[key], inner) for key, inner in written.items()}
     if isinstance(written, list) and isinstance(value, list | tuple):
         return [_exact(*pair) for pair in zip(value, written, strict=True)]
-    return value if isinstance(value, str | int | float) and not isinstance(value, Enum) else written
+    return (
+        value if isinstance(value, str | int | float) and not isinstance(value, Enum) else written
+    )
 
 
 def instantiate(
@@ -137,8 +169,9 @@ def instantiate(
 ) -> tuple[LightningModule, LightningDataModule, Trainer]:
     """Seed everything, then build model, data and trainer.
 
-    `callbacks`, `plugins` and `logger` come after the configured ones (the CheckpointCallback among them); any other Trainer
-    argument that is given, such as `default_root_dir`, takes the place of the configured value.
+    `callbacks`, `plugins` and `logger` come after the configured ones (the CheckpointCallback among
+    them); any other Trainer argument that is given, such as `default_root_dir`, takes the place of
+    the configured value.
 
     Raises:
         ConfigError: a Trainer argument has the right type and a value that Lightning refuses.
@@ -146,7 +179,9 @@ def instantiate(
     if logger is not ...:
         trainer_overrides["logger"] = logger
     with _quiet():
-        cli = _Cli(config, callbacks=callbacks, plugins=plugins, trainer_overrides=trainer_overrides)
+        cli = _Cli(
+            config, callbacks=callbacks, plugins=plugins, trainer_overrides=trainer_overrides
+        )
     return cli.model, cli.datamodule, cli.trainer
 
 
@@ -193,14 +228,29 @@ class _Cli(LightningCLI):
         )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--seed_everything", type=int, default=0, help="Seed of every random number of the run.")
-        parser.add_argument("--output_dir", type=str, default="outputs", help="The folder that run directories go to.")
-        parser.add_argument("--run_name", type=str | None, default=None, help="Default: <config>-<date>-<time>.")
         parser.add_argument(
-            "--init_from", type=str | None, default=None, help="A checkpoint whose weights to start from."
+            "--seed_everything", type=int, default=0, help="Seed of every random number of the run."
         )
         parser.add_argument(
-            "--init_strict", type=bool, default=True, help="Whether init_from must fit the model exactly."
+            "--output_dir",
+            type=str,
+            default="outputs",
+            help="The folder that run directories go to.",
+        )
+        parser.add_argument(
+            "--run_name", type=str | None, default=None, help="Default: <config>-<date>-<time>."
+        )
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="A checkpoint whose weights to start from.",
+        )
+        parser.add_argument(
+            "--init_strict",
+            type=bool,
+            default=True,
+            help="Whether init_from must fit the model exactly.",
         )
         parser.add_argument(
             "--resume",
@@ -213,8 +263,9 @@ class _Cli(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
 
-    # LightningCLI does everything in its constructor; these are its steps, made to do nothing without a config. It
-    # would also warn about sys.argv, which must stay as it is: the DDP launcher starts the other ranks with it.
+    # LightningCLI does everything in its constructor; these are its steps, made to do nothing
+    # without a config. It would also warn about sys.argv, which must stay as it is: the DDP
+    # launcher starts the other ranks with it.
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = Namespace() if args is None else args  # type: ignore[no-untyped-call]
@@ -231,7 +282,8 @@ class _Cli(LightningCLI):
         except SavepointError:
             raise
         except ValueError as error:
-            # jsonargparse takes what a class's own __init__ raises for a value of the wrong type, and says a page about it.
+            # jsonargparse takes what a class's own __init__ raises for a value of the wrong type,
+            # and says a page about it.
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
@@ -247,14 +299,18 @@ class _Cli(LightningCLI):
         configured = self._get(self.config_init, "trainer")
         added = {"callbacks": self._callbacks, "plugins": self._plugins}
         lists = {key: _as_list(configured[key]) + more for key, more in added.items()}
-        if "logger" in self._trainer_overrides and not isinstance(given := configured["logger"], bool):
+        if "logger" in self._trainer_overrides and not isinstance(
+            given := configured["logger"], bool
+        ):
             lists["logger"] = _as_list(self._trainer_overrides.pop("logger")) + _as_list(
                 given
             )  # beside those of the run
         try:
             return super().instantiate_trainer(**{**lists, **self._trainer_overrides, **kwargs})
         except (MisconfigurationException, ValueError, RuntimeError) as error:
-            raise ConfigError(f"Lightning's Trainer refuses its settings: {' '.join(str(error).split())}") from error
+            raise ConfigError(
+                f"Lightning's Trainer refuses its settings: {' '.join(str(error).split())}"
+            ) from error
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -263,35 +319,54 @@ def _as_list(value: Any) -> list[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """LightningCLI 2.6 still makes calls that jsonargparse 4 says version 5 will drop: nothing a user can act on."""
+    """LightningCLI 2.6 still makes calls that jsonargparse 4 says version 5 will drop: nothing a
+    user can act on.
+    """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning, module="jsonargparse|lightning")
-        warnings.filterwarnings("ignore", message=r"(?s).*JsonargparseDeprecationWarning|.*deprecated in v4\.")
+        warnings.filterwarnings(
+            "ignore", category=DeprecationWarning, module="jsonargparse|lightning"
+        )
+        warnings.filterwarnings(
+            "ignore", message=r"(?s).*JsonargparseDeprecationWarning|.*deprecated in v4\."
+        )
         yield
 
 
 def _refuse_nulls(config: Namespace, composed: compose.Composed) -> None:
-    """jsonargparse lets null pass for any argument of a class; the class then meets it in the middle of a run."""
+    """jsonargparse lets null pass for any argument of a class; the class then meets it in the
+    middle of a run.
+    """
     values = compose.flatten(dump(config))
-    for key in (key for key, value in values.items() if value is None and key.split(".")[0] in compose.REPLACED):
+    for key in (
+        key
+        for key, value in values.items()
+        if value is None and key.split(".")[0] in compose.REPLACED
+    ):
         owner, _, name = key.rpartition(".")
         chosen = values.get(owner)
         arg = _arguments(_resolve(chosen, owner)).get(name) if isinstance(chosen, str) else None
         if arg and arg.default is not None and not re.search("None|Optional|Any", str(arg.type)):
-            raise ConfigError(f"Wrong value of {composed.place(key)}: null. Expected {_readable(str(arg.type))}.")
+            raise ConfigError(
+                f"Wrong value of {composed.place(key)}: null. Expected {_readable(str(arg.type))}."
+            )
 
 
 # --- what a class takes ---
 
 
 def _print_class_help(flag: str, composed: compose.Composed) -> None:
-    """The arguments of the class that is named in `--KEY.help NAME`, or of the one that is chosen at KEY."""
+    """The arguments of the class that is named in `--KEY.help NAME`, or of the one that is chosen
+    at KEY.
+    """
     name, _, named = flag.partition("=")
     key = name.removeprefix("--").removesuffix(".help")
     chosen = _resolve(named, key) if named else _class_at(key, composed)
     if chosen is None:
         raise ConfigError(_unknown_class(key, named or "none chosen", f"--{key}.help"))
-    print(f"{chosen.__module__}.{chosen.__qualname__} takes, as --{key}.NAME VALUE or under `{key}` in a config:")
+    print(
+        f"{chosen.__module__}.{chosen.__qualname__} takes, as --{key}.NAME VALUE or under `{key}` "
+        "in a config:"
+    )
     texts = {p.arg_name: p.description or "" for c in chosen.__mro__ for p in _doc_params(c)}
     for arg in _arguments(chosen).values():
         default = "required" if arg.required else f"default {json.dumps(arg.default, default=str)}"
@@ -319,8 +394,12 @@ def _arguments(chosen: type | None) -> dict[str, _Argument]:
     names = parser.add_class_arguments(chosen, "x", fail_untyped=False)
     defaults = parser.get_defaults(skip_validation=True)
     inits = [vars(c)["__init__"] for c in reversed(chosen.__mro__) if "__init__" in vars(c)]
-    hints = {p.name: p.annotation for init in inits for p in inspect.signature(init).parameters.values()}
-    required = {p.name for p in inspect.signature(chosen).parameters.values() if p.default is p.empty}
+    hints = {
+        p.name: p.annotation for init in inits for p in inspect.signature(init).parameters.values()
+    }
+    required = {
+        p.name for p in inspect.signature(chosen).parameters.values() if p.default is p.empty
+    }
     return {
         (short := name.removeprefix("x.")): _Argument(
             short, hints.get(short, ""), defaults.get(name), short in required
@@ -333,7 +412,9 @@ def _arguments(chosen: type | None) -> dict[str, _Argument]:
 
 
 def _explain(text: str, composed: compose.Composed) -> str:
-    """One to five lines out of jsonargparse's report, which tells one cause once for each type that it tried."""
+    """One to five lines out of jsonargparse's report, which tells one cause once for each type that
+    it tried.
+    """
     key, cause = _locate(text, composed)
     where = composed.place(key)
     if re.search(r"[Oo]ption '[\w.]+'", cause):
@@ -365,7 +446,9 @@ def _locate(text: str, composed: compose.Composed) -> tuple[str, str]:
     """The innermost key that a report blames, and what is said of it."""
     names: list[str] = []
     end, depth = 0, -1
-    for found in re.finditer(r'^( *(?:- )?)(Parser key "config": )?Parser key "([\w.]+)":', text, re.M):
+    for found in re.finditer(
+        r'^( *(?:- )?)(Parser key "config": )?Parser key "([\w.]+)":', text, re.M
+    ):
         if len(found[1]) > depth:
             names.append(found[3])
             end, depth = found.end(), len(found[1])
@@ -375,7 +458,11 @@ def _locate(text: str, composed: compose.Composed) -> tuple[str, str]:
     if option := re.search(r"[Oo]ption '([\w.]+)'", cause):
         names.append(option[1])
     # The report leaves out the names between the first and the last: net in model.net.width.
-    whole = (key for key in dict(compose.leaves(composed.config)) if key.startswith(f"{names[0]}.")) if names else ()
+    whole = (
+        (key for key in dict(compose.leaves(composed.config)) if key.startswith(f"{names[0]}."))
+        if names
+        else ()
+    )
     return next((key for key in whole if key.endswith(f".{names[-1]}")), ".".join(names)), cause
 
 
@@ -384,14 +471,20 @@ def _readable(kinds: str) -> str:
     kinds = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kinds)
     kinds = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"one of \1", kinds)
     kinds = re.sub(r"typing\.Optional\[(.*)\]", r"\1 | null", kinds)
-    return re.sub(r"\b(?:[a-z_]+\.)+(?=\w)", "", kinds.replace("NoneType", "null").replace("None", "null"))
+    return re.sub(
+        r"\b(?:[a-z_]+\.)+(?=\w)", "", kinds.replace("NoneType", "null").replace("None", "null")
+    )
 
 
 def _unknown_key(key: str, composed: compose.Composed) -> str:
     owner, _, name = key.rpartition(".")
     chosen = _class_at(owner, composed)
     known = sorted(_arguments(chosen))
-    hint = f" {chosen.__name__} takes {', '.join(known) or 'no arguments'}." if chosen else " See --print_config."
+    hint = (
+        f" {chosen.__name__} takes {', '.join(known) or 'no arguments'}."
+        if chosen
+        else " See --print_config."
+    )
     return f"Unknown key: {composed.place(key)}.{words.nearest(name, known, prefix=f'{owner}.') or hint}"
 
 
@@ -400,7 +493,11 @@ def _unknown_class(key: str, name: str, where: str, because: str = "") -> str:
     everywhere = {c.__name__ for c in _below(_base(key)) if not c.__name__.startswith("_")}
     near = (
         words.nearest(short, _own_classes(key))
-        or words.nearest(short, [path.name for path in (project().root / files).glob("*.yaml")], prefix=f"{files}/")
+        or words.nearest(
+            short,
+            [path.name for path in (project().root / files).glob("*.yaml")],
+            prefix=f"{files}/",
+        )
         or words.nearest(short, everywhere)
     )
     return f"No such class for {where}: {name}{because}.{near or _known_classes(key)}"

@@ -1,4 +1,6 @@
-"""`python resume.py FILE --config ...` with a file of another program: a new run that takes over what the file has."""
+"""`python resume.py FILE --config ...` with a file of another program: a new run that takes over
+what the file has.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +27,8 @@ def start(path: Path, config: Any, config_name: str) -> int:
         ConfigMismatchError: its weights are not those of the config's model.
     """
     found = foreign.read(path)
-    whole = found["kind"] == "lightning"  # Lightning restores its own files: counters, optimizers, schedules, callbacks
+    # Lightning restores its own files: counters, optimizers, schedules, callbacks.
+    whole = found["kind"] == "lightning"
     run = Run.create(config.output_dir, config.run_name, config_name)
     try:
         made = build.build(config, run, build.Start(callbacks=[] if whole else [_TakeOver(found)]))
@@ -59,8 +62,8 @@ def _said(path: Path, found: Mapping[str, Any]) -> str:
     taken = ["weights", *(text for key, text in has.items() if found[key] is not None)]
     lacks = [key for key in has if found[key] is None]
     return (
-        f"From {path} ({found['kind']}): {', '.join(taken)}. "
-        f"It lacks {', '.join([*lacks, 'random states', 'place in the data'])}: the resume is not exact."
+        f"From {path} ({found['kind']}): {', '.join(taken)}. It lacks "
+        f"{', '.join([*lacks, 'random states', 'place in the data'])}: the resume is not exact."
     )
 
 
@@ -86,14 +89,18 @@ class _TakeOver(Callback):
         for config in trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, LambdaLR):
                 config.scheduler.last_epoch = steps if config.interval == "step" else epochs
-                for group, base in zip(config.scheduler.optimizer.param_groups, config.scheduler.base_lrs, strict=True):
+                for group, base in zip(
+                    config.scheduler.optimizer.param_groups, config.scheduler.base_lrs, strict=True
+                ):
                     group["initial_lr"] = base
                 _evaluate(config.scheduler)
 
 
 def _evaluate(scheduler: LambdaLR) -> None:
     """The rate of the step it stands at, by the functions and base rates it has now."""
-    rows = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    rows = zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    )
     for group, base, factor in rows:
         group["lr"] = base * factor(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]

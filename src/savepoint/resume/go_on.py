@@ -27,7 +27,10 @@ from savepoint.words import show
 def go_on(request: Request, config: Any, run: Run | None) -> int:
     source = choose(request, may_rename=run is not None and rank() == 0)
     if not source.state.get("config"):
-        raise ConfigError(f"No config in this checkpoint: {source.path}. Expected one. Give the run's: --config FILE")
+        raise ConfigError(
+            f"No config in this checkpoint: {source.path}. Expected one. Give the run's: --config "
+            "FILE"
+        )
     was = typed.dump(typed.parse([], base=source.state["config"]))
     if config is None:
         config = typed.parse(request.overrides, base=source.state["config"])
@@ -50,7 +53,8 @@ def go_on(request: Request, config: Any, run: Run | None) -> int:
         digest=source.manifest["digest"],
         run=source.state["run"],
         keep_rows=rows if run else 0,
-        # In a validation the rows of this very step are logged already, those of the validation are not.
+        # In a validation the rows of this very step are logged already, those of the validation are
+        # not.
         purge_step=(stepped + (source.state["at"] == "validation")) if run else None,
         changed=changed,
         callbacks=[
@@ -70,7 +74,9 @@ def go_on(request: Request, config: Any, run: Run | None) -> int:
 
 
 def _complete(run: Run, source: Source, config: Any) -> int:
-    """A run that ended and was killed before its summary: the test is still to be made, and nothing else."""
+    """A run that ended and was killed before its summary: the test is still to be made, and nothing
+    else.
+    """
     if rank() == 0:
         store.CheckpointStore(run.directory / "checkpoints").mend()
     reached = (source.manifest["step"], source.manifest["epoch"])
@@ -79,7 +85,8 @@ def _complete(run: Run, source: Source, config: Any) -> int:
     begin = build.Start(checkpoint=source.path, keep_rows=source.state.get("logged_rows") or 0)
     made = build.build(config, run, begin)
     made.last = source.state
-    made.trainer.fit_loop.load_state_dict(source.state["loops"]["fit_loop"])  # the step and epoch of the test's log row
+    # The step and epoch of the test's log row.
+    made.trainer.fit_loop.load_state_dict(source.state["loops"]["fit_loop"])
     for part in (made.checkpointing, made.meter):
         part.load_state_dict(source.state["callbacks"][part.state_key])
     return execute(made, trained=reached)
@@ -94,7 +101,9 @@ def _new_run(request: Request, source: Source) -> Run:
 
 
 def _is_begun(fork: Path, source: Source) -> bool:
-    """Whether this very fork was begun and killed before its first save: then the same command begins it again."""
+    """Whether this very fork was begun and killed before its first save: then the same command
+    begins it again.
+    """
     starts = Run(fork).starts()
     if step_files(fork / "checkpoints") or not starts:
         return False
@@ -103,9 +112,11 @@ def _is_begun(fork: Path, source: Source) -> bool:
 
 
 class _Rewind(Checkpoint):
-    """Once all fits and training begins, later checkpoints and the log rows go under rewound/: nothing is deleted.
+    """Once all fits and training begins, later checkpoints and the log rows go under rewound/:
+    nothing is deleted.
 
-    A Checkpoint by name, as Lightning calls those last: after the preflight, which may still refuse.
+    A Checkpoint by name, as Lightning calls those last: after the preflight, which may still
+    refuse.
     """
 
     def __init__(self, run: Run, step: int) -> None:
@@ -116,10 +127,17 @@ class _Rewind(Checkpoint):
         later = checkpoints.latest()
         if not trainer.is_global_zero or later is None or later.step <= self.step:
             return
-        aside = self.run.directory / "rewound" / f"{time.strftime('%Y%m%d-%H%M%S')}-from-step-{later.step}"
+        aside = (
+            self.run.directory
+            / "rewound"
+            / f"{time.strftime('%Y%m%d-%H%M%S')}-from-step-{later.step}"
+        )
         with files.saving(aside):
             files.make_directory(aside)
             if (self.run.directory / "metrics.csv").exists():
                 shutil.copy2(self.run.directory / "metrics.csv", aside)
         moved = checkpoints.set_aside_after(self.step, aside)
-        print(f"Set aside in {show(aside)}: {', '.join(path.name for path in moved)}, metrics.csv", flush=True)
+        print(
+            f"Set aside in {show(aside)}: {', '.join(path.name for path in moved)}, metrics.csv",
+            flush=True,
+        )

@@ -1,4 +1,6 @@
-"""What a resume changes: configs compared, changes refused or allowed, the plan in words. Nothing is written."""
+"""What a resume changes: configs compared, changes refused or allowed, the plan in words. Nothing
+is written.
+"""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,8 @@ from savepoint.words import megabytes, plural, show
 NOT_COMPARED = ("run_name", "output_dir", "resume", "init_from", "init_strict")
 
 
-# What changes no step of the trajectory up to where the run would have ended: applied without asking.
+# What changes no step of the trajectory up to where the run would have ended: applied without
+# asking.
 FREE = (
     "checkpoint", "data.root", "data.num_workers", "trainer.accelerator", "trainer.barebones", "trainer.default_root_dir",
     "trainer.devices", "trainer.enable_checkpointing", "trainer.enable_model_summary", "trainer.enable_progress_bar",
@@ -32,7 +35,11 @@ def differences(was: str, is_: str) -> dict[str, tuple[Any, Any]]:
     """Config key -> (value in the checkpoint, value now), for the keys that are compared."""
     old, new = compose.flatten(was), compose.flatten(is_)
     keys = [key for key in {**old, **new} if key.split(".")[0] not in NOT_COMPARED]
-    return {key: (old.get(key), new.get(key)) for key in keys if not compose.same(old.get(key), new.get(key))}
+    return {
+        key: (old.get(key), new.get(key))
+        for key in keys
+        if not compose.same(old.get(key), new.get(key))
+    }
 
 
 def is_free(key: str) -> bool:
@@ -45,14 +52,20 @@ def _named(key: str, names: Sequence[str]) -> bool:
 
 def refuse(changed: Mapping[str, tuple[Any, Any]], allow: Sequence[str]) -> None:
     """Raises ConfigMismatchError for changes of the trajectory that `--allow` does not name."""
-    refused = {key: pair for key, pair in changed.items() if not is_free(key) and not _named(key, allow)}
+    refused = {
+        key: pair for key, pair in changed.items() if not is_free(key) and not _named(key, allow)
+    }
     if refused:
-        lines = [f"  {key}: {was} in the checkpoint, {now} now" for key, (was, now) in list(refused.items())[:3]]
+        lines = [
+            f"  {key}: {was} in the checkpoint, {now} now"
+            for key, (was, now) in list(refused.items())[:3]
+        ]
         more = f"  and {len(refused) - 3} more" if len(refused) > 3 else ""
         raise ConfigMismatchError(
             "\n".join(
                 [
-                    "This would train differently from the run that is continued. Expected the values of the checkpoint.",
+                    "This would train differently from the run that is continued. Expected the "
+                    "values of the checkpoint.",
                     *lines,
                     *([more] if more else []),
                     f"If that is meant: --allow {','.join(refused)}",
@@ -64,13 +77,19 @@ def refuse(changed: Mapping[str, tuple[Any, Any]], allow: Sequence[str]) -> None
 def check_allowed(allow: Sequence[str], keys: Sequence[str]) -> None:
     """Raises ConfigError for a word after `--allow` that names nothing."""
     for name in allow:
-        if name not in ("dataset", "world_size", "canary") and not any(_named(key, [name]) for key in keys):
+        if name not in ("dataset", "world_size", "canary") and not any(
+            _named(key, [name]) for key in keys
+        ):
             near = difflib.get_close_matches(name, keys, n=1)
             hint = f"Did you mean {near[0]}?" if near else "The plan (--plan) names what differs."
-            raise ConfigError(f"--allow names no key of the config: {name}. Expected one such as model.lr. {hint}")
+            raise ConfigError(
+                f"--allow names no key of the config: {name}. Expected one such as model.lr. {hint}"
+            )
 
 
-def finished(source: Source, changed: Mapping[str, tuple[Any, Any]], request: Request) -> str | None:
+def finished(
+    source: Source, changed: Mapping[str, tuple[Any, Any]], request: Request
+) -> str | None:
     """The line for a run that has nothing left to do; None where there is something."""
     ended = source.manifest.get("ended")
     if ended is None or request.fork is not None or request.rewind:
@@ -85,25 +104,31 @@ def finished(source: Source, changed: Mapping[str, tuple[Any, Any]], request: Re
     where = (request.run_dir or source.path).absolute()
     longer = ended if ended in limits else "max_epochs"
     return (
-        f"Finished: {show(where)} ended by {ended} at step {source.manifest['step']}, epoch {source.manifest['epoch']}. "
-        f"To train longer: {resume_command(where)} --trainer.{longer} {2 * max(1, limits[longer])}"
+        f"Finished: {show(where)} ended by {ended} at step {source.manifest['step']}, epoch "
+        f"{source.manifest['epoch']}. To train longer: {resume_command(where)} --trainer.{longer} "
+        f"{2 * max(1, limits[longer])}"
     )
 
 
-def plan(request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]], config: Any) -> str:
-    """What is restored, from where, what was overridden, what an override will not change, how much is left."""
+def plan(
+    request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]], config: Any
+) -> str:
+    """What is restored, from where, what was overridden, what an override will not change, how much
+    is left.
+    """
     manifest, state = source.manifest, source.state
     verb = "Fork" if request.fork is not None else "Rewind" if request.rewind else "Resume"
     lines = [
-        f"{verb} {show((request.run_dir or source.path).absolute())} from {source.path.name}: step {manifest['step']}, "
-        f"epoch {manifest['epoch']}, verified{_size(source.path)}",
+        f"{verb} {show((request.run_dir or source.path).absolute())} from {source.path.name}: "
+        f"step {manifest['step']}, epoch {manifest['epoch']}, verified{_size(source.path)}",
         f"  restored    {_restored(source, request.allow)}",
     ]
     lines += [f"  overridden  {key}: {was} -> {now}" for key, (was, now) in changed.items()]
     lines += [f"  note        {note}" for note in _notes(request, source, changed, config)]
     if request.plan:
         lines.append(
-            f"  then        the data set is compared ({manifest['dataset']['name']} is expected), and the model's outputs"
+            f"  then        the data set is compared ({manifest['dataset']['name']} is expected), "
+            "and the model's outputs"
         )
     lines.append(f"  left        {_left(state, manifest, config)}")
     return "\n".join(lines)
@@ -122,7 +147,11 @@ def _restored(source: Source, allow: Sequence[str]) -> str:
     parts += ["optimizer"] if state["optimizer_states"] else []
     parts += ["schedule"] if state["lr_schedulers"] else []
     if source.manifest["at"]:
-        only = f" (with {source.manifest['world_size']} processes only)" if "world_size" in allow else ""
+        only = (
+            f" (with {source.manifest['world_size']} processes only)"
+            if "world_size" in allow
+            else ""
+        )
         parts.append(f"random states, metrics, place in the data{only}")
     best = source.manifest.get("best_score")
     parts += [f"best {source.manifest['monitor']} {best:.4f}"] if best is not None else []
@@ -136,40 +165,57 @@ def _inexact(manifest: Mapping[str, Any]) -> str:
     return f" (not exact: {'; '.join(unsaved[:3])})"
 
 
-def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]], config: Any) -> list[str]:
+def _notes(
+    request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]], config: Any
+) -> list[str]:
     import torch
 
     manifest, notes = source.manifest, list[str]()
     if source.newest_step > manifest["step"] and request.fork is None and not request.rewind:
         notes.append(
-            f"not the newest of its run, which is at {source.newest_step}: it goes on with --fork or --rewind only"
+            f"not the newest of its run, which is at {source.newest_step}: it goes on with --fork "
+            "or --rewind only"
         )
     now = environment(torch.device("cpu"))
     for key in ("versions", "threads"):
         if manifest.get(key) != now[key]:
-            notes.append(f"{key} {manifest.get(key)} -> {now[key]}: not bit-equal to a run that was never stopped")
+            notes.append(
+                f"{key} {manifest.get(key)} -> {now[key]}: not bit-equal to a run that was never "
+                "stopped"
+            )
     loop = source.state["loops"]["fit_loop"]
     inside = not loop["epoch_loop.batch_progress"]["is_last_batch"]
     if request.run_dir and request.fork is None:
         run = Run(request.run_dir)
         if run.record_damage():
-            notes.append("run.json is damaged: it is set aside once the training begins, and a new record is begun")
+            notes.append(
+                "run.json is damaged: it is set aside once the training begins, and a new record "
+                "is begun"
+            )
         if run.id() not in (None, manifest.get("run_id")):
             notes.append("this checkpoint was made by another run: somebody put it here")
     if "world_size" in request.allow:
         notes.append(
-            f"with more or fewer processes than {manifest['world_size']}, random states, metric sums and each rank's place "
-            "in the data are not restored; which samples this epoch sees changes, and checkpoints say exact: false until "
-            "the next epoch begins"
+            f"with more or fewer processes than {manifest['world_size']}, random states, metric "
+            "sums and each rank's place in the data are not restored; which samples this epoch "
+            "sees changes, and checkpoints say exact: false until the next epoch begins"
         )
     if manifest.get("ended") in ("max_steps", "max_time") and inside:
-        notes.append("it ended inside an epoch, which counts as done: not what a longer run without the stop would be")
+        notes.append(
+            "it ended inside an epoch, which counts as done: not what a longer run without the "
+            "stop would be"
+        )
     if "trainer.max_epochs" in changed or "trainer.max_steps" in changed:
-        rates = [group["lr"] for optimizer in source.state["optimizer_states"] for group in optimizer["param_groups"]]
+        rates = [
+            group["lr"]
+            for optimizer in source.state["optimizer_states"]
+            for group in optimizer["param_groups"]
+        ]
         here = f"learning rate is {rates[0]:.3g} here; " if rates else ""
         notes.append(
-            f"{here}a schedule that depends on the length is stretched to the new end: "
-            "the first line of the training says where it goes on. Not what a run of that length from the start would be"
+            f"{here}a schedule that depends on the length is stretched to the new end: the first "
+            "line of the training says where it goes on. Not what a run of that length from the "
+            "start would be"
         )
     if any(key.startswith("data.") for key in changed):
         notes.append("batches come from the data set as it is now; the place in the epoch is kept")
@@ -181,8 +227,9 @@ def refuse_past(source: Source, config: Any) -> None:
         limit, reached = getattr(config.trainer, f"max_{name}s"), source.manifest[name]
         if limit is not None and 0 <= limit < reached:
             raise ConfigError(
-                f"Past that already: {show(source.path)} is of {name} {reached}, and trainer.max_{name}s is {limit}. "
-                f"Expected {reached} or more. Give a larger one, or fork from an earlier checkpoint: --fork NAME"
+                f"Past that already: {show(source.path)} is of {name} {reached}, and "
+                f"trainer.max_{name}s is {limit}. Expected {reached} or more. Give a larger one, "
+                "or fork from an earlier checkpoint: --fork NAME"
             )
     _refuse_past_time(source, config)
 
@@ -196,8 +243,9 @@ def _refuse_past_time(source: Source, config: Any) -> None:
     limit = timer.time_remaining()
     if limit is not None and used >= limit:
         raise ConfigError(
-            f"Past that already: {show(source.path)} has trained for {used:.0f} s, and trainer.max_time is "
-            f"{config.trainer.max_time}. Expected more than {used:.0f} s. Give a longer one."
+            f"Past that already: {show(source.path)} has trained for {used:.0f} s, and "
+            f"trainer.max_time is {config.trainer.max_time}. Expected more than {used:.0f} s. Give "
+            "a longer one."
         )
 
 

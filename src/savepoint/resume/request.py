@@ -1,4 +1,6 @@
-"""What `python resume.py ...` was asked to do, as far as it can be told without torch: which run, which file, what flags."""
+"""What `python resume.py ...` was asked to do, as far as it can be told without torch: which run,
+which file, what flags.
+"""
 
 import difflib
 import os
@@ -70,7 +72,9 @@ def requested(argv: Sequence[str]) -> Request | None:
         asked.run_dir = newest_run(Path(asked.output_dir))
     else:
         _find(asked, target)
-    if asked.foreign and not any(flag.split("=")[0] in ("--config", "-c") for flag in asked.overrides):
+    if asked.foreign and not any(
+        flag.split("=")[0] in ("--config", "-c") for flag in asked.overrides
+    ):
         raise CheckpointForeignError(
             f"Not written by Savepoint: {asked.file}. It holds no config. Say which run it is for: "
             f"python resume.py {asked.file} --config configs/mnist.yaml",
@@ -83,7 +87,9 @@ def requested(argv: Sequence[str]) -> Request | None:
 
 
 def _once(asked: Request, target: str | None) -> str | None:
-    """A requeued job gives the same command again: a fork that was begun goes on, and nothing is set aside twice."""
+    """A requeued job gives the same command again: a fork that was begun goes on, and nothing is
+    set aside twice.
+    """
     fork = Path(asked.output_dir) / (asked.fork or "")
     if asked.fork and manifest.step_files(fork / "checkpoints"):
         asked.fork, asked.best = None, False
@@ -91,14 +97,16 @@ def _once(asked: Request, target: str | None) -> str | None:
     if asked.rewind or asked.fork == "":
         flag = "--rewind" if asked.rewind else "--fork"
         raise ConfigError(
-            f"{flag} in a job that SLURM requeued: what it began would be begun again. Expected a command that goes on. "
-            "Requeue: python resume.py RUN_DIR, or --fork NAME"
+            f"{flag} in a job that SLURM requeued: what it began would be begun again. Expected a "
+            "command that goes on. Requeue: python resume.py RUN_DIR, or --fork NAME"
         )
     return target
 
 
 def _check_overrides(asked: Request) -> None:
-    """What is wrong with the flags is said now where the run's config lies beside its checkpoints, else after the imports."""
+    """What is wrong with the flags is said now where the run's config lies beside its checkpoints,
+    else after the imports.
+    """
     if asked.foreign:
         quick.check(asked.overrides)
     elif asked.run_dir is not None and (config := asked.run_dir / "config.yaml").is_file():
@@ -120,7 +128,9 @@ def _parse(argv: list[str]) -> tuple[Request | None, str | None]:
             if equals:
                 return value
             if not argv or argv[0].startswith("--"):
-                raise ConfigError(f"No value after {flag}. Expected: {flag} VALUE. See: python resume.py --help")
+                raise ConfigError(
+                    f"No value after {flag}. Expected: {flag} VALUE. See: python resume.py --help"
+                )
             return argv.pop(0)
 
         if word in ("-h", "--help"):
@@ -133,22 +143,31 @@ def _parse(argv: list[str]) -> tuple[Request | None, str | None]:
             asked.output_dir = take()
             asked.overrides += ["--output_dir", asked.output_dir]
         elif flag == "--fork":
-            named = equals or (argv and not argv[0].startswith("--") and not os.path.exists(argv[0]))
+            named = equals or (
+                argv and not argv[0].startswith("--") and not os.path.exists(argv[0])
+            )
             asked.fork = take() if named else ""
         elif word.startswith("-"):
-            if flag.removeprefix("--").split(".")[0] not in compose.KEYS and (near := words.nearest(flag, FLAGS)):
+            if flag.removeprefix("--").split(".")[0] not in compose.KEYS and (
+                near := words.nearest(flag, FLAGS)
+            ):
                 raise ConfigError(f"Unknown flag: {flag}.{near}")
             asked.overrides.append(word)
             if not equals and argv and not argv[0].startswith("--"):
                 asked.overrides.append(argv.pop(0))
         elif target is not None:
-            raise ConfigError(f"Two checkpoints: {target} and {word}. Expected one. Name one of them.")
+            raise ConfigError(
+                f"Two checkpoints: {target} and {word}. Expected one. Name one of them."
+            )
         else:
             target = word
     if asked.fork:
         check_name(asked.fork)
     if asked.rewind and asked.fork is not None:
-        raise ConfigError("Both --fork and --rewind. Expected one: a new run, or the same run from an earlier step.")
+        raise ConfigError(
+            "Both --fork and --rewind. Expected one: a new run, or the same run from an earlier "
+            "step."
+        )
     return asked, target
 
 
@@ -158,17 +177,19 @@ def _find(asked: Request, target: str) -> None:
         is_directory = path.is_dir()
     except OSError as error:
         raise CheckpointNotFoundError(
-            f"Not a path: {target[:200]} ({error.strerror}). Expected a checkpoint or a run directory. Check the path.",
+            f"Not a path: {target[:200]} ({error.strerror}). Expected a checkpoint or a run "
+            "directory. Check the path.",
             path,
         ) from None
     if is_directory:
         path = path.absolute()
-        is_run = path.name != "checkpoints" or (path / "checkpoints").is_dir()  # a run may be called so
+        # A run may be called so.
+        is_run = path.name != "checkpoints" or (path / "checkpoints").is_dir()
         asked.run_dir = path if is_run else path.parent
         if not manifest.step_files(asked.run_dir / "checkpoints"):
             raise CheckpointNotFoundError(
-                f"No checkpoint in this directory: {show(path)}. Expected a run directory with checkpoints/step-*.ckpt in it. "
-                f"{_nearest(target, asked)}",
+                f"No checkpoint in this directory: {show(path)}. Expected a run directory with "
+                f"checkpoints/step-*.ckpt in it. {_nearest(target, asked)}",
                 path,
             )
         return
@@ -185,8 +206,12 @@ def _find(asked: Request, target: str) -> None:
 
 
 def _nearest(target: str, asked: Request) -> str:
-    known = {show(path.absolute()): path for path in Path(asked.output_dir).glob("*/checkpoints/*.ckpt")}
+    known = {
+        show(path.absolute()): path for path in Path(asked.output_dir).glob("*/checkpoints/*.ckpt")
+    }
     runs = Path(asked.output_dir).glob("*")
-    known |= {show(path.absolute()): path for path in runs if manifest.step_files(path / "checkpoints")}
+    known |= {
+        show(path.absolute()): path for path in runs if manifest.step_files(path / "checkpoints")
+    }
     near = difflib.get_close_matches(target, known, n=3, cutoff=0.4)
     return f"Nearest: {', '.join(near)}." if near else "Runs are found by: ls outputs"

@@ -39,8 +39,9 @@ def choose(request: Request, *, may_rename: bool) -> Source:
         best = checkpoints.best()
         if best is None:
             raise CheckpointNotFoundError(
-                f"No best checkpoint in {show(request.run_dir)}: none has a value of the monitored metric at its own step. "
-                "Expected one. Leave --best away to take the latest.",
+                f"No best checkpoint in {show(request.run_dir)}: none has a value of the "
+                "monitored metric at its own step. Expected one. Leave --best away to take the "
+                "latest.",
                 request.run_dir,
             )
         request.file = best.path
@@ -55,9 +56,11 @@ def choose(request: Request, *, may_rename: bool) -> Source:
         if source.newest_step > source.manifest["step"] and not meant:
             here = show(request.file.absolute())
             raise ConfigMismatchError(
-                f"Not the newest checkpoint of its run: {here} is of step {source.manifest['step']}, the run is at "
-                f"{source.newest_step}. Expected one of two ways.\n"
-                f"  a new run from there:                 {resume_command(request.file)} --fork NAME\n"
+                f"Not the newest checkpoint of its run: {here} is of step "
+                f"{source.manifest['step']}, the run is at {source.newest_step}. Expected one of "
+                "two ways.\n"
+                f"  a new run from there:                 {resume_command(request.file)} --fork "
+                "NAME\n"
                 f"  the same run, later files set aside:  {resume_command(request.file)} --rewind"
             )
     os.environ[ENVIRONMENT_KEY] = str(source.path.absolute())
@@ -69,6 +72,7 @@ def require_facts(source: Source) -> None:
     needed = ("epoch", "at", "exact", "dataset", "world_size", "device")
     if lacking := [key for key in needed if source.manifest.get(key) is None]:
         raise ConfigError(
-            f"Not saved by a training of Savepoint: {source.path}. Its manifest does not say {', '.join(lacking)}; a "
-            f"resume compares these. To start from its weights: python train.py --init_from {source.path}"
+            f"Not saved by a training of Savepoint: {source.path}. Its manifest does not say "
+            f"{', '.join(lacking)}; a resume compares these. To start from its weights: python "
+            f"train.py --init_from {source.path}"
         )

@@ -15,38 +15,48 @@ from savepoint.training.execute import train
 
 
 def start(composed: compose.Composed) -> int:
-    """`python train.py`: a new run, or with `--resume auto | must` and in a requeued job the run of that name."""
+    """`python train.py`: a new run, or with `--resume auto | must` and in a requeued job the run of
+    that name.
+    """
     config = typed.resolve(composed)
     mode = config.resume or ("auto" if requeued() else "never")
     if mode == "never":
         return train(config, composed.name)
-    run_dir = Path(config.output_dir) / (config.run_name or _name_of_job(composed.name, config, mode))
+    run_dir = Path(config.output_dir) / (
+        config.run_name or _name_of_job(composed.name, config, mode)
+    )
     if step_files(run_dir / "checkpoints"):
         return _continue(Request(run_dir=run_dir), config)
     if damaged := sorted((run_dir / "checkpoints").glob("*.corrupt")):
         # Starting over would throw the log away, in a requeue loop without anybody noticing.
         raise CheckpointNotFoundError(
-            f"Nothing to continue: every checkpoint of {run_dir} is damaged ({', '.join(path.name for path in damaged)}). "
-            "Expected one that verifies. Put a copy back, or start under another --run_name.",
+            f"Nothing to continue: every checkpoint of {run_dir} is damaged "
+            f"({', '.join(path.name for path in damaged)}). Expected one that verifies. Put a "
+            "copy back, or start under another --run_name.",
             run_dir,
         )
     if mode == "must":
         raise CheckpointNotFoundError(
-            f"Nothing to continue: {run_dir} has no checkpoint, and --resume must was given. Expected one. "
-            "Start the run with --resume auto.",
+            f"Nothing to continue: {run_dir} has no checkpoint, and --resume must was given. "
+            "Expected one. Start the run with --resume auto.",
             run_dir,
         )
     return train(config, composed.name, reuse=run_dir)
 
 
 def _name_of_job(config_name: str, config: Any, mode: str) -> str:
-    """The default name is a promise to find the run again only where a scheduler gives every start the same one."""
+    """The default name is a promise to find the run again only where a scheduler gives every start
+    the same one.
+    """
     name = default_name(config_name)
     why = None if scheduled() else "no run_name"
     if (Path(config.output_dir) / f"{name}-2").exists():
         why = f"this job has more than one, {name} and {name}-2"
     if why:
-        raise ConfigError(f"--resume {mode} cannot tell which run is meant: {why}. Expected one. Give --run_name NAME.")
+        raise ConfigError(
+            f"--resume {mode} cannot tell which run is meant: {why}. Expected one. Give --run_name "
+            "NAME."
+        )
     return name
 
 

@@ -52,8 +52,9 @@ class Training:
 
 
 class RepeatedSetup:
-    """Each call of a data module's `setup` finds the random generators as the first did: where it splits at random, the
-    parts of the test are those of the fit, and an evaluation's those of the training.
+    """Each call of a data module's `setup` finds the random generators as the first did: where it
+    splits at random, the parts of the test are those of the fit, and an evaluation's those of the
+    training.
     """
 
     def __init__(self, data: LightningDataModule) -> None:
@@ -72,9 +73,11 @@ class RepeatedSetup:
 
 
 class _Recorder(Checkpoint):
-    """Writes run.json and config.yaml once training begins: a start that fails before leaves the directory as it was.
+    """Writes run.json and config.yaml once training begins: a start that fails before leaves the
+    directory as it was.
 
-    A Checkpoint by name, as Lightning calls those last, in their order: after the preflight of the one that saves.
+    A Checkpoint by name, as Lightning calls those last, in their order: after the preflight of the
+    one that saves.
     """
 
     def __init__(self, run: Run, record: Mapping[str, Any], config: str, start: Start) -> None:
@@ -123,7 +126,11 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
             logger.join(record["id"], run.directory)
     checkpointing = next(c for c in trainer.callbacks if isinstance(c, CheckpointCallback))  # type: ignore[attr-defined]
     checkpointing.use(run.directory / "checkpoints")
-    checkpointing.alone, checkpointing.before_save, checkpointing.preloaded = True, run.check, start.state
+    checkpointing.alone, checkpointing.before_save, checkpointing.preloaded = (
+        True,
+        run.check,
+        start.state,
+    )
     checkpointing.provenance = Provenance(
         config=typed.dump(portable(config)),
         parent=start.digest,
@@ -133,14 +140,18 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
 
 
 def portable(config: Any) -> Any:
-    """The config without what says where and how this start was made: the same in every checkpoint of equal runs."""
+    """The config without what says where and how this start was made: the same in every checkpoint
+    of equal runs.
+    """
     config = config.clone()
     config.run_name, config.output_dir, config.resume = None, "outputs", None
     return config
 
 
 def quieten() -> None:
-    """Lightning's chatter about devices and other products; warnings that a user of this project cannot act on."""
+    """Lightning's chatter about devices and other products; warnings that a user of this project
+    cannot act on.
+    """
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", module="lightning")

@@ -15,15 +15,23 @@ from savepoint.words import plural, show
 
 
 def train(config: Any, config_name: str, *, reuse: Path | None = None) -> int:
-    """A new run. `reuse` is a directory that may be there already, without a checkpoint: it was killed before its first."""
+    """A new run. `reuse` is a directory that may be there already, without a checkpoint: it was
+    killed before its first.
+    """
     exists = reuse is not None and reuse.is_dir()
-    run = Run.open(reuse) if reuse and exists else Run.create(config.output_dir, config.run_name, config_name)
+    run = (
+        Run.open(reuse)
+        if reuse and exists
+        else Run.create(config.output_dir, config.run_name, config_name)
+    )
     try:
         training = build(config, run)
         if config.init_from:
             path, strict = config.init_from, config.init_strict
             weights.when_made(
-                training.trainer, training.model, lambda model: weights.initialise(model, path, strict=strict)
+                training.trainer,
+                training.model,
+                lambda model: weights.initialise(model, path, strict=strict),
             )
         if rank() == 0:
             print(f"Run {show(run.directory)}", flush=True)
@@ -33,11 +41,14 @@ def train(config: Any, config_name: str, *, reuse: Path | None = None) -> int:
         raise
 
 
-def execute(training: Training, checkpoint: Path | None = None, trained: tuple[int, int] | None = None) -> int:
+def execute(
+    training: Training, checkpoint: Path | None = None, trained: tuple[int, int] | None = None
+) -> int:
     """Fit, test, summarise. Returns the exit code: 1 where the newest state could not be saved.
 
     Args:
-        trained: Step and epoch of a run whose training has ended and that was killed in its test: there is nothing to fit.
+        trained: Step and epoch of a run whose training has ended and that was killed in its test:
+            there is nothing to fit.
     """
     trainer = training.trainer
     try:
@@ -49,7 +60,8 @@ def execute(training: Training, checkpoint: Path | None = None, trained: tuple[i
             command = resume_command(training.run.directory)
             try:
                 training.run.write_resume_command(command)
-            except RunDirectoryError as error:  # the code that says who stopped the run matters more
+            # The code that says who stopped the run matters more.
+            except RunDirectoryError as error:
                 print(error, file=sys.stderr)
             lost = max(0, trainer.global_step - latest.step)
             without = f", {plural(lost, 'step')} lost" if lost else ""
@@ -76,7 +88,9 @@ def _finish(training: Training, step: int, epoch: int) -> int:
         if failure is None:
             raise
         print(f"Not tested: {error}", file=sys.stderr)
-    if waiting := [logger for logger in training.trainer.loggers if getattr(logger, "failure", None)]:
+    if waiting := [
+        logger for logger in training.trainer.loggers if getattr(logger, "failure", None)
+    ]:
         names = ", ".join(type(logger).__name__ for logger in waiting)
         print(f"The log of this run is not whole: {names} ({waiting[0].failure}).", file=sys.stderr)  # type: ignore[attr-defined]
     return 1 if failure or waiting else 0

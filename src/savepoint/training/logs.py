@@ -1,7 +1,9 @@
-"""Loggers that continue: after a resume, metrics.csv and TensorBoard show one curve, without a gap or a doubled row.
+"""Loggers that continue: after a resume, metrics.csv and TensorBoard show one curve, without a gap
+or a doubled row.
 
-A disk that is full ends no training: what is logged waits in memory and is written when there is room. A checkpoint
-never counts a row that is not on disk: `sync` raises, so the save fails, and that is told.
+A disk that is full ends no training: what is logged waits in memory and is written when there is
+room. A checkpoint never counts a row that is not on disk: `sync` raises, so the save fails, and
+that is told.
 """
 
 import csv
@@ -47,7 +49,9 @@ class Appender:
     def flush(self) -> None:
         """Raises OSError where not all could be written; the rest waits."""
         if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._descriptor = os.open(
+                self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666
+            )
         while self.waiting:
             written = os.write(self._descriptor, self.waiting)  # on a disk that fills, a part of it
             del self.waiting[:written]
@@ -71,8 +75,8 @@ class Appender:
         except OSError as error:
             if self.failure is None:
                 print(
-                    f"Cannot be written: {self.path} ({error.strerror}). Expected room, and leave to write. What is logged "
-                    "waits in memory until it can be: look at that disk.",
+                    f"Cannot be written: {self.path} ({error.strerror}). Expected room, and leave "
+                    "to write. What is logged waits in memory until it can be: look at that disk.",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -88,8 +92,8 @@ class RunCSVLogger(Logger):
 
     Args:
         path: Continued if it is there.
-        keep_rows: Rows to keep of it: those that the checkpoint counts. What a run logged after its last checkpoint is
-            logged again by the resume.
+        keep_rows: Rows to keep of it: those that the checkpoint counts. What a run logged after its
+            last checkpoint is logged again by the resume.
     """
 
     def __init__(self, path: Path, keep_rows: int = 0) -> None:
@@ -119,11 +123,15 @@ class RunCSVLogger(Logger):
         return self._file.failure
 
     @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None: ...
+    def log_hyperparams(
+        self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
+    ) -> None: ...
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self._waiting.append({"step": step, "time/secs": round(time.monotonic() - self._started, 3), **metrics})
+        self._waiting.append(
+            {"step": step, "time/secs": round(time.monotonic() - self._started, 3), **metrics}
+        )
         self.rows += 1
 
     @rank_zero_only
@@ -132,7 +140,9 @@ class RunCSVLogger(Logger):
             self._file.attempt(self._write)
 
     def sync(self) -> None:
-        """Everything logged so far is on disk when this returns. Raises OSError where it could not be written."""
+        """Everything logged so far is on disk when this returns. Raises OSError where it could not
+        be written.
+        """
         if not self._waiting and not self._columns:
             return
         self._file.attempt(self._write_and_sync)
@@ -150,7 +160,9 @@ class RunCSVLogger(Logger):
         self._file.sync()
 
     def _write(self) -> None:
-        columns = list(dict.fromkeys([*self._columns, *(name for row in self._waiting for name in row)]))
+        columns = list(
+            dict.fromkeys([*self._columns, *(name for row in self._waiting for name in row)])
+        )
         if not self._columns or columns != self._columns:
             self._rewrite(columns)
         text = io.StringIO()
@@ -167,7 +179,8 @@ class RunCSVLogger(Logger):
         if self.path.exists():
             with self.path.open(newline="", errors="replace") as file:
                 names = next(csv.reader([file.readline()]), [])
-                # A row holds numbers alone: where a quote stands, a byte is damaged. It ends no more than its own row.
+                # A row holds numbers alone: where a quote stands, a byte is damaged. It ends no
+                # more than its own row.
                 reader = csv.DictReader(file, names, quoting=csv.QUOTE_NONE)
                 kept = [{k: v for k, v in row.items() if k is not None} for row in reader]
                 columns = list(dict.fromkeys([*names, *columns]))
@@ -175,7 +188,8 @@ class RunCSVLogger(Logger):
             kept = kept[: self._keep]
             if lost := self._keep - len(kept):
                 print(
-                    f"{self.path} has {len(kept)} of the {self._keep} rows that the checkpoint counts: {lost} are lost."
+                    f"{self.path} has {len(kept)} of the {self._keep} rows that the checkpoint "
+                    f"counts: {lost} are lost."
                 )
                 self.rows -= lost
                 self._keep = len(kept)
@@ -219,7 +233,11 @@ class RunTensorBoardLogger(TensorBoardLogger):
     @property
     def failure(self) -> OSError | None:
         """Why events are waiting."""
-        return self._experiment.events.file.failure if isinstance(self._experiment, _SummaryWriter) else None
+        return (
+            self._experiment.events.file.failure
+            if isinstance(self._experiment, _SummaryWriter)
+            else None
+        )
 
     @rank_zero_only
     def save(self) -> None:
@@ -233,14 +251,17 @@ class RunTensorBoardLogger(TensorBoardLogger):
 
 
 class _Events:
-    """An event file, written at once: the writer that comes with TensorBoard ends its thread on a full disk, for good."""
+    """An event file, written at once: the writer that comes with TensorBoard ends its thread on a
+    full disk, for good.
+    """
 
     def __init__(self, directory: Path, purge_step: int | None) -> None:
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
         self.file = Appender(directory / name)
         self._records = RecordWriter(self.file)
         self.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        # TensorBoard takes the first START it meets for the run's beginning and hides nothing for it: a new run has one too.
+        # TensorBoard takes the first START it meets for the run's beginning and hides nothing for
+        # it: a new run has one too.
         begin = SessionLog(status=SessionLog.START)
         self.add_event(Event(wall_time=time.time(), step=purge_step or 0, session_log=begin))
 

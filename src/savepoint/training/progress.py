@@ -13,7 +13,9 @@ QUIET_SECS = 30.0  # after so long without a line, one says that the training li
 
 
 class Meter(Callback):
-    """Counts samples and seconds of training, over all starts of the run. Everything here depends on the clock."""
+    """Counts samples and seconds of training, over all starts of the run. Everything here depends
+    on the clock.
+    """
 
     def __init__(self) -> None:
         self._samples, self._secs = 0, 0.0  # of earlier starts
@@ -74,7 +76,8 @@ class Bar(RichProgressBar):
         self.meter = meter
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"  # as the lines beside the bar count
+        # As the lines beside the bar count.
+        return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
@@ -89,12 +92,19 @@ class Lines(Callback):
         self.meter, self._epoch, self._spoke = meter, -1, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._epoch, self._first, self._started = trainer.current_epoch, trainer.current_epoch, time.monotonic()
+        self._epoch, self._first, self._started = (
+            trainer.current_epoch,
+            trainer.current_epoch,
+            time.monotonic(),
+        )
         self._spoke = self._started
         if trainer.is_global_zero:
             batches = trainer.num_training_batches
             steps = f"{batches} batch{'' if batches == 1 else 'es'} an epoch"
-            print(f"training from step {trainer.global_step}, epoch {trainer.current_epoch}: {steps}", flush=True)
+            print(
+                f"training from step {trainer.global_step}, epoch {trainer.current_epoch}: {steps}",
+                flush=True,
+            )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._say(trainer)
@@ -105,7 +115,10 @@ class Lines(Callback):
         if trainer.is_global_zero and time.monotonic() - self._spoke > QUIET_SECS:
             self._spoke = time.monotonic()
             place = f"batch {batch_idx + 1} of {trainer.num_training_batches} in epoch {trainer.current_epoch + 1}"
-            print(f"step {trainer.global_step}: {place}, {self.meter.samples_per_sec:.0f} images/s", flush=True)
+            print(
+                f"step {trainer.global_step}: {place}, {self.meter.samples_per_sec:.0f} images/s",
+                flush=True,
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._say(trainer)
@@ -120,7 +133,11 @@ class Lines(Callback):
             per_epoch = (time.monotonic() - self._started) / (done - self._first)
             minutes, seconds = divmod(round(per_epoch * (trainer.max_epochs - done)), 60)
             left = f"/{trainer.max_epochs} ({minutes}:{seconds:02d} left)"
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "_step" not in name}
+        metrics = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if "_step" not in name
+        }
         values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
         speed = f"{self.meter.samples_per_sec:.0f} images/s"
         print(f"epoch {done}{left}: step {trainer.global_step}, {values}, {speed}", flush=True)
@@ -130,4 +147,8 @@ def display(meter: Meter) -> dict[str, Any]:
     """Arguments of a Trainer that shows progress as the output allows."""
     if sys.stdout is not None and sys.stdout.isatty():
         return {"callbacks": [meter, Bar(meter)]}
-    return {"callbacks": [meter, Lines(meter)], "enable_progress_bar": False, "enable_model_summary": False}
+    return {
+        "callbacks": [meter, Lines(meter)],
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }

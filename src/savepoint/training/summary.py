@@ -21,7 +21,9 @@ def summarise(training: Training, steps: int, epochs: int) -> dict[str, Any]:
     best_score, best_step = checkpointing.scores.best, checkpointing.scores.best_step
     tested, state = _best(training)
     results: dict[str, Any] = {}
-    if is_overridden("test_step", training.model) and is_overridden("test_dataloader", training.data):
+    if is_overridden("test_step", training.model) and is_overridden(
+        "test_dataloader", training.data
+    ):
         if state is not None:
             trainer.callbacks.append(weights.Once(lambda model: weights.restore(model, state)))  # type: ignore[attr-defined]
         results = dict(trainer.test(training.model, datamodule=training.data, verbose=False)[0])
@@ -40,12 +42,16 @@ def summarise(training: Training, steps: int, epochs: int) -> dict[str, Any]:
         "dataset": getattr(training.data, "name", None) or type(training.data).__name__,
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         "tested_checkpoint": tested,
-        "checkpoints": sorted(path.name for path in (training.run.directory / "checkpoints").glob("*.ckpt")),
+        "checkpoints": sorted(
+            path.name for path in (training.run.directory / "checkpoints").glob("*.ckpt")
+        ),
     }
 
 
 def _best(training: Training) -> tuple[str | None, Mapping[str, Any] | None]:
-    """Name and state of the best checkpoint, which is tested; where nothing was ranked, the last weights are."""
+    """Name and state of the best checkpoint, which is tested; where nothing was ranked, the last
+    weights are.
+    """
     best = None if training.trainer.fast_dev_run else training.checkpointing.store.best()  # type: ignore[attr-defined]
     if best is None:
         return None, training.last
@@ -57,7 +63,11 @@ def table(training: Training, summary: Mapping[str, Any]) -> str:
     rows = metrics((name, value) for name, value in summary.items() if name.startswith("test/"))
     if "limit_test_batches" in summary:
         rows.append(
-            ("tested on", f"a part of the test data: trainer.limit_test_batches {summary['limit_test_batches']}")
+            (
+                "tested on",
+                "a part of the test data: trainer.limit_test_batches "
+                f"{summary['limit_test_batches']}",
+            )
         )
     scores = training.checkpointing.scores
     starts = " over all starts" if training.meter.goes_on else ""
@@ -71,8 +81,8 @@ def table(training: Training, summary: Mapping[str, Any]) -> str:
     rows += [
         ("data", str(summary["dataset"])),
         ("trained", f"{plural(summary['epochs'], 'epoch')}, {plural(summary['steps'], 'step')} "
-                    f"in {summary['fit_secs']:.1f} s{starts} "
-                    f"({summary['images_per_sec']} images/s), this process {summary['wall_secs']:.1f} s"),
+                    f"in {summary['fit_secs']:.1f} s{starts} ({summary['images_per_sec']} "
+                    f"images/s), this process {summary['wall_secs']:.1f} s"),
         ("run directory", directory),
         ("train longer", f"{resume_command(training.run.directory)} --trainer.max_epochs {2 * max(summary['epochs'], 1)}"),
         ("look at it", f"{python()} -m tensorboard.main --logdir {shlex.quote(directory)}"),
