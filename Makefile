@@ -4,6 +4,7 @@ CKPT   ?=
 RUN    ?=
 INPUT  ?=
 ARGS   ?=
+WHEEL  ?=
 VENV   := .venv
 # a value as one word of the shell, whatever is in it; nothing where it is empty
 quoted = $(if $(1),'$(subst ','\'',$(1))')
@@ -12,7 +13,7 @@ RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup extras train resume eval predict export report ls sweep test lint tensorboard prove drill new template-diff template-update clean
+.PHONY: help setup extras train resume eval predict export report ls sweep test lint tensorboard prove upgrade clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 25
@@ -20,13 +21,13 @@ help: ## this list
 
 setup: $(VENV)/ready ## the environment in .venv, once; the other targets call it
 
-$(VENV)/ready: requirements.txt pyproject.toml
+$(VENV)/ready: requirements.txt pyproject.toml $(wildcard src/savepoint/pyproject.toml)
 	@$(or $(PYTHON),false) -c '$(RECENT)' || { echo "No Python that is recent enough: $$(python3 --version 2>&1). Expected 3.11 or newer. Name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@echo "Setting up $(VENV) with $(PYTHON): about 6 GB, once." && $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt && touch $@
 
 extras: setup ## what is optional, too: Optuna, ONNX, Weights & Biases, MLflow
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[sweep,onnx,wandb,mlflow]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'savepoint-lightning[sweep,onnx,wandb,mlflow]'
 
 train: setup ## train and test: CONFIG, ARGS
 	$(VENV)/bin/python train.py --config $(call quoted,$(CONFIG)) $(ARGS)
@@ -62,24 +63,15 @@ tensorboard: setup ## the curves of all runs in outputs/
 	$(VENV)/bin/tensorboard --logdir outputs $(ARGS)
 
 prove: setup ## a straight run against one that is killed and resumed, both digests: CONFIG, ARGS
-	$(VENV)/bin/python benchmarks/prove.py --config $(call quoted,$(CONFIG)) $(ARGS)
+	$(VENV)/bin/python -m savepoint.prove --config $(call quoted,$(CONFIG)) $(ARGS)
 
-TEMPLATE = PYTHONPATH=src $(or $(PYTHON),$(error No Python that is recent enough. Expected 3.11 or newer. Name one: make $@ PYTHON=/path/to/python3.12)) -m savepoint.template
-
-drill: setup ## kills, rot, a full disk, signals: this and Lightning's ModelCheckpoint side by side
-	$(VENV)/bin/python benchmarks/drill.py $(ARGS)
-
-new: ## the start of your own project, a copy of this: NAME=cats DEST=../cats
-	@$(TEMPLATE) new -- $(or $(call quoted,$(NAME)),'') $(or $(call quoted,$(DEST)),'')
-
-template-diff: ## in a copy: what is new in the template
-	@$(TEMPLATE) diff
-
-template-update: ## in a copy: merge what is new in the template
-	@$(TEMPLATE) update
+upgrade: setup ## in a copy: another version of the library, WHEEL=savepoint_lightning-X-py3-none-any.whl
+	$(VENV)/bin/python -m savepoint.template upgrade -- $(or $(call quoted,$(WHEEL)),'')
+	@$(MAKE) --no-print-directory setup
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall vendor/*.whl
 
 -include benchmarks/bench.mk  # of the template alone
 
 clean: ## remove caches; .venv and the runs in outputs/ stay
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov build src/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov build src/savepoint/build src/*.egg-info src/savepoint/*.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -122,9 +122,8 @@ class Run:
         """Of what the run ended with: of ours everything but the clock and the number of starts,
         its log included.
         """
-        from prove import digest
-
         from savepoint.checkpoint.format import fingerprint
+        from savepoint.prove import digest
 
         if self.system == "savepoint":
             return " ".join(digest(self.directory))

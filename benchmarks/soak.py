@@ -35,8 +35,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prove import digest, rows
 from report import ROOT, machine, table
+
+from savepoint.prove import digest, rows
 
 # The embedded digits and a small network: a step takes some milliseconds, and no data is needed.
 EPOCH = 40  # steps

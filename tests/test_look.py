@@ -3,9 +3,11 @@
 import collections
 import io
 import random
+import sys
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from savepoint.checkpoint.look import Baseline, Look, changed_since, put_back_into_model
+from savepoint.checkpoint.look import Baseline, Look, changed_since, is_library, put_back_into_model
 from savepoint.checkpoint.pack import mark, pack, unpack
 
 CPU = torch.device("cpu")
@@ -259,3 +261,21 @@ def test_a_model_that_is_used_says_what_is_of_another_kind_in_it() -> None:
     base = Baseline(look(model))
     model.history.append(3)
     assert put_back_into_model(used, base.changes(look(model))[0], CPU) == ["model.history"]
+
+
+@pytest.mark.parametrize(
+    ("file", "library"),
+    [
+        ("/elsewhere/lib/python3.11/site-packages/one/__init__.py", True),
+        ("/usr/lib/python3/dist-packages/two.py", True),
+        ("/home/me/project/src/three.py", False),
+    ],
+)
+def test_what_is_installed_for_another_environment_is_installed_too(
+    file: str, library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A venv with --system-site-packages sees torch in a place that is not its own."""
+    module = ModuleType(f"found_in_{library}_{len(file)}")
+    module.__file__ = file
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert is_library(module.__name__) is library

@@ -116,7 +116,7 @@ def test_without_its_package_the_command_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ConfigError, match=r'optuna.*pip install -e "\.\[sweep\]"'):
+    with pytest.raises(ConfigError, match=r"optuna.*pip install 'savepoint-lightning\[sweep\]'"):
         sweep.run(written(tmp_path / "lr.yaml"), str(tmp_path))
 
 
@@ -143,7 +143,7 @@ def states(file: Path) -> list[str]:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    pytest.importorskip("optuna", reason="needs the extra: pip install -e '.[sweep]'")
+    pytest.importorskip("optuna", reason="needs: make extras")
     return written(tmp_path / "tiny.yaml", sampler="grid", overrides=SMALL)
 
 
@@ -207,7 +207,7 @@ def test_a_record_that_is_damaged_and_a_sweep_that_runs_are_refused(file: Path) 
 def test_a_sweep_that_is_cut_off_goes_on_with_the_values_that_it_would_have_had(
     sampler: str, tmp_path: Path
 ) -> None:
-    optuna = pytest.importorskip("optuna", reason="needs the extra: pip install -e '.[sweep]'")
+    optuna = pytest.importorskip("optuna", reason="needs: make extras")
     asked = sweep_file.read(
         written(
             tmp_path / "a.yaml",

@@ -21,13 +21,15 @@ def test_without_its_package_a_tracker_says_what_to_install(
 ) -> None:
     extra = logger.__name__.removeprefix("Run").removesuffix("Logger").lower()
     monkeypatch.setattr(f"lightning.pytorch.loggers.{extra}._{extra.upper()}_AVAILABLE", False)
-    with pytest.raises(ConfigError, match=rf'missing: {extra}\..*pip install -e "\.\[{extra}\]"'):
+    with pytest.raises(
+        ConfigError, match=rf"missing: {extra}\..*pip install 'savepoint-lightning\[{extra}\]'"
+    ):
         logger()
 
 
 @pytest.mark.filterwarnings("ignore")  # of MLflow's own
 def test_in_mlflow_each_start_of_a_run_is_the_same_run(tmp_path: Path) -> None:
-    pytest.importorskip("mlflow", reason="needs the extra: pip install -e '.[mlflow]'")
+    pytest.importorskip("mlflow", reason="needs: make extras")
     ids = []
     for run in ("one", "one", "another"):
         logger = RunMLFlowLogger("tests", f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -46,7 +48,7 @@ def test_in_mlflow_each_start_of_a_run_is_the_same_run(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of wandb's own
 def test_in_wandb_each_start_of_a_run_is_the_same_run(tmp_path: Path) -> None:
-    wandb = pytest.importorskip("wandb", reason="needs the extra: pip install -e '.[wandb]'")
+    wandb = pytest.importorskip("wandb", reason="needs: make extras")
     wandb.finish()  # what another test left open would be taken for this run
     for _ in range(2):
         logger = RunWandbLogger(offline=True)
@@ -62,7 +64,7 @@ def test_in_wandb_each_start_of_a_run_is_the_same_run(tmp_path: Path) -> None:
 def test_a_resume_by_the_config_goes_on_with_the_run_of_the_tracker(
     name: str, tmp_path: Path
 ) -> None:
-    module = pytest.importorskip(name, reason=f"needs the extra: pip install -e '.[{name}]'")
+    module = pytest.importorskip(name, reason="needs: make extras")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     configs = ["--config", "configs/fast.yaml", "--config", f"configs/logger/{name}.yaml"]
     quiet = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {

@@ -9,3 +9,6 @@ from project.data import ImageData
 from project.model import ClassicNet, ConvNet, ImageClassifier
 
 __all__ = ["ClassicNet", "ConvNet", "ImageClassifier", "ImageData"]
+
+LITTLE = ("--data.dataset", "digits")
+"""What the tests lay over each config: data that needs no download. Optional."""

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from savepoint import entry, errors, schedules
+    from savepoint import entry, errors, schedules, testing
     from savepoint.checkpoint.callback import CheckpointCallback
     from savepoint.checkpoint.io import CheckpointIO
     from savepoint.checkpoint.retention import Retention
@@ -39,7 +39,7 @@ _HOMES = {
 __all__ = [
     "Batches", "Checkpoint", "CheckpointCallback", "CheckpointIO", "CheckpointStore", "Parser", "Preempted", "Rebuilt",
     "ResumableLoader", "Retention", "Run", "entry", "errors", "file_or_best", "load", "plural", "rebuild", "replacing",
-    "resumable", "schedules", "stoppable", "table",
+    "resumable", "schedules", "stoppable", "table", "testing",
 ]  # fmt: skip
 
 

@@ -9,6 +9,8 @@ outputs/<sweep>/trials.csv, .png  the table and the plot
 outputs/<sweep>/.sweep/lock       held while a process runs it
 """
 
+# mypy: disable-error-code="import-not-found,import-untyped"
+
 import csv
 import io
 import json
@@ -337,7 +339,6 @@ def _optuna() -> Any:
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"A sweep needs a package that is missing: {error.name}. Expected it in this "
-            "environment. "
-            'Install it: pip install -e ".[sweep]"'
+            "environment. Install it: pip install 'savepoint-lightning[sweep]'"
         ) from None
     return optuna

@@ -1,8 +1,8 @@
 """Experiment trackers beside metrics.csv and TensorBoard: however often a run is started, one run
 in the tracker.
 
-They need an extra: `pip install -e ".[wandb]"` or `".[mlflow]"`. metrics.csv stays the record: what
-a resume logs again stands twice in a tracker that cannot take rows back.
+They need an extra: `pip install 'savepoint-lightning[wandb]'` or `[mlflow]`. metrics.csv stays the
+record: what a resume logs again stands twice in a tracker that cannot take rows back.
 """
 
 from collections.abc import Callable
@@ -89,5 +89,5 @@ def _needs(extra: str, make: Callable[[], None]) -> None:
     except ModuleNotFoundError:
         raise ConfigError(
             f"A logger needs a package that is missing: {extra}. Expected it in this environment. "
-            f'Install it: pip install -e ".[{extra}]"'
+            f"Install it: pip install 'savepoint-lightning[{extra}]'"
         ) from None

@@ -2,10 +2,13 @@
 the entry.
 """
 
-import json
+import tomllib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+TEMPLATE = "savepoint-template"
+"""The name in the template's own pyproject.toml."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,13 @@ class Project:
 
     @cached_property
     def name(self) -> str:
-        """As `make new` stamped it; empty where nothing did."""
+        """In its pyproject.toml; empty in the template, and where there is none."""
         try:
-            return str(json.loads((self.root / ".template.json").read_text())["name"])
+            content = tomllib.loads((self.root / "pyproject.toml").read_text())
+            name = str(content["project"]["name"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""
+        return "" if name == TEMPLATE else name
 
 
 _entered: Project | None = None

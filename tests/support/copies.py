@@ -1,13 +1,16 @@
-"""The working tree as a template, committed to a repository of its own, and its programs."""
+"""The working tree as a template, committed to a repository of its own; its programs and wheels."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from savepoint.template import wheel as wheels
 from support.programs import ROOT
 
 
@@ -26,11 +29,17 @@ def commit(at: Path) -> str:
     return git(at, "rev-parse", "HEAD")
 
 
-def call(at: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def environment(at: Path, library: Path | None = None) -> dict[str, str]:
+    """For programs of the template or the copy in `at`: its own code, and a library if it has none."""
+    paths = [at / "src", library or ROOT / "src"]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+
+
+def call(at: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     """The program of the template or the copy in `at`, as its Makefile calls it."""
     return subprocess.run(
         [sys.executable, "-m", "savepoint.template", *arguments],
-        cwd=at, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(at / "src")} | environment,
+        cwd=at, capture_output=True, text=True, env=environment(at) | more,
     )  # fmt: skip
 
 
@@ -62,3 +71,33 @@ def committed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     commit(template)
     call(template, "--help")  # compiled once, not in each test
     return template
+
+
+def built(folder: Path, version: str = "") -> Path:
+    """A wheel of the working tree's library, with its own version or another."""
+    source = folder / "savepoint"
+    leave = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
+    shutil.copytree(ROOT / "src/savepoint", source, ignore=leave)
+    if version:
+        face = source / "__init__.py"
+        named = re.sub(r'(?m)^__version__ = ".*"$', f'__version__ = "{version}"', face.read_text())
+        face.write_text(named)
+    return wheels.build(source, folder / "wheel")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("built"))
+
+
+@pytest.fixture(scope="session")
+def newer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same library under a later version."""
+    return built(tmp_path_factory.mktemp("newer"), "97.0.1")
+
+
+def unpacked(wheel: Path, folder: Path) -> Path:
+    """What an installer makes of a wheel, for PYTHONPATH."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder

@@ -20,8 +20,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
-from savepoint.commands.diff import comparable
 from savepoint.loader import Batches, resumable
+from savepoint.testing import difference, final_state
 from savepoint.training.logs import RunCSVLogger
 
 
@@ -192,33 +192,6 @@ def rows(directory: Path) -> list[dict[str, str]]:
             {k: v for k, v in row.items() if not k.startswith("time/") and v}
             for row in csv.DictReader(file)
         ]
-
-
-def final_state(directory: Path) -> dict[str, Any]:
-    latest = store.CheckpointStore(directory / "checkpoints").latest()
-    assert latest is not None
-    state, _ = store.load(latest.path)
-    return comparable(state)
-
-
-def difference(one: Any, other: Any, path: str = "") -> Iterator[str]:
-    """The places in which two nested states are not exactly equal."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.dtype != other.dtype or one.shape != other.shape or not torch.equal(one, other):
-            yield f"{path}: tensors differ"
-    elif isinstance(one, dict) and isinstance(other, dict):
-        for key in {**one, **other}:
-            if key not in one or key not in other:
-                yield f"{path}.{key}: only in one"
-            else:
-                yield from difference(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        if len(one) != len(other):
-            yield f"{path}: {len(one)} and {len(other)} long"
-        for i, (a, b) in enumerate(zip(one, other, strict=False)):
-            yield from difference(a, b, f"{path}[{i}]")
-    elif one != other and not (one != one and other != other):
-        yield f"{path}: {one!r} and {other!r}"
 
 
 def resume_differs(straight: Path, file: Path, work: Path, **arguments: Any) -> list[str]:

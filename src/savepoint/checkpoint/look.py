@@ -19,6 +19,7 @@ import inspect
 import io
 import itertools
 import logging
+import os
 import sys
 import sysconfig
 import threading
@@ -957,7 +958,9 @@ def is_library(module: str | None) -> bool:
         return found is not None
     paths = sysconfig.get_paths()
     installed = (paths["stdlib"], paths["purelib"], paths["platlib"])
-    return str(file).startswith(installed)
+    # An environment may see the packages of another one, whose paths are not its own.
+    shared = {"site-packages", "dist-packages"}.intersection(str(file).split(os.sep))
+    return str(file).startswith(installed) or bool(shared)
 
 
 def _words(value: Any) -> str:

@@ -112,6 +112,6 @@ def _check(target: Path, kind: str, *, force: bool) -> None:
     )
     if lacking:
         raise ConfigError(
-            f"Not installed: {', '.join(lacking)}. Expected what ONNX needs. Install it: pip "
-            "install -e '.[onnx]'"
+            f"Not installed: {', '.join(lacking)}. Expected what ONNX needs. "
+            "Install it: pip install 'savepoint-lightning[onnx]'"
         )

@@ -1,0 +1,191 @@
+"""Checks for the tests of a project: does each of its configs compose, train and resume exactly?
+
+They run the project's train.py and resume.py in this process, on a CPU, for two epochs of two
+batches. Warnings are not shown: what a training warns of is not what is asked here.
+"""
+
+import os
+import runpy
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from itertools import count, zip_longest
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from savepoint import export, preemption, rebuilding, workspace
+from savepoint.checkpoint import store
+from savepoint.checkpoint.callback import CheckpointCallback
+from savepoint.commands.diff import comparable
+from savepoint.commands.export import SUFFIXES
+from savepoint.config import compose, typed
+from savepoint.errors import ConfigError
+from savepoint.prove import rows
+
+QUICK = (
+    "--trainer.max_epochs", "2", "--trainer.limit_train_batches", "2",
+    "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1",
+    "--trainer.num_sanity_val_steps", "0", "--trainer.log_every_n_steps", "1",
+    "--trainer.accelerator", "cpu", "--trainer.devices", "1",
+)  # fmt: skip
+"""What every run of this module is started with."""
+
+SHOWN = 3000
+"""Characters of a failed program's output."""
+
+
+def composes(config: Path | str, *flags: str) -> None:
+    """Lays a config out, with the types of the project's classes, and prints nothing.
+
+    Args:
+        config: A file. In a folder `model`, `data`, `trainer` or `checkpoint` it is such a group.
+        flags: Of train.py, over the config: `"--data.batch_size", "8"`.
+
+    Raises:
+        AssertionError: train.py refuses it; with what it says.
+    """
+    _run("train.py", *_named(config), *flags, "--print_config")
+
+
+def resumes_exactly(config: Path | str, directory: Path, *flags: str) -> list[str]:
+    """Trains a config straight, and again with a stop by SIGTERM in the first epoch and a resume.
+
+    Args:
+        config: As for `composes`.
+        directory: For the two runs, `straight` and `stopped`; they are not there yet.
+        flags: Over the config and over QUICK.
+
+    Returns:
+        What is different at the end: weights, optimizers, all other state, rows of the log. Empty
+        where the two are equal bit for bit.
+
+    Raises:
+        AssertionError: a run ended in another way than it should; with what it says.
+    """
+    command = [*_named(config), *QUICK, *flags, "--output_dir", str(directory)]
+    _run("train.py", *command, "--run_name", "straight")
+    with _signal_after_batch(1):
+        _run("train.py", *command, "--run_name", "stopped", expected=128 + signal.SIGTERM)
+    _run("resume.py", str(directory / "stopped"))
+    straight, stopped = directory / "straight", directory / "stopped"
+    found = list(difference(final_state(straight), final_state(stopped)))
+    pairs = zip_longest(rows(straight), rows(stopped))
+    return found + [f"row: {one} and {other}" for one, other in pairs if one != other]
+
+
+def exports(run: Path, kind: str = "safetensors") -> str:
+    """Writes the weights of a run's newest checkpoint for other programs, and compares the two.
+
+    Args:
+        kind: safetensors, npz, state_dict, pt2 or onnx.
+
+    Returns:
+        Why a model like this one cannot be written in this format; empty where it was.
+
+    Raises:
+        ParityError: what was written is not what the checkpoint holds.
+    """
+    checkpoint = store.CheckpointStore(run / "checkpoints").latest()
+    assert checkpoint is not None, f"no checkpoint in {run}"
+    with _as_a_process_of_its_own():
+        made = rebuilding.rebuild(checkpoint.path)
+        try:
+            export.export(made, run / f"exported{SUFFIXES[kind]}", kind)
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+def final_state(run: Path) -> dict[str, Any]:
+    """Of a run's newest checkpoint, without what says when and where it was made."""
+    latest = store.CheckpointStore(run / "checkpoints").latest()
+    assert latest is not None, f"no checkpoint in {run}"
+    state, _ = store.load(latest.path)
+    return comparable(state)
+
+
+def difference(one: Any, other: Any, path: str = "") -> Iterator[str]:
+    """The places in which two nested states are not exactly equal."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.dtype != other.dtype or one.shape != other.shape or not torch.equal(one, other):
+            yield f"{path}: tensors differ"
+    elif isinstance(one, dict) and isinstance(other, dict):
+        for key in {**one, **other}:
+            if key not in one or key not in other:
+                yield f"{path}.{key}: only in one"
+            else:
+                yield from difference(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        if len(one) != len(other):
+            yield f"{path}: {len(one)} and {len(other)} long"
+        for place, (a, b) in enumerate(zip(one, other, strict=False)):
+            yield from difference(a, b, f"{path}[{place}]")
+    elif one != other and not (one != one and other != other):
+        yield f"{path}: {one!r} and {other!r}"
+
+
+def _named(config: Path | str) -> list[str]:
+    """The flag that names a config file, as the folder that it lies in says."""
+    group = Path(config).parent.name
+    return [f"--{group}" if group in compose.GROUPS else "--config", str(config)]
+
+
+def _run(script: str, *argv: str, expected: int = 0) -> None:
+    """A program of the project, in this process."""
+    path, said = str(workspace.project().root / script), StringIO()
+    with _as_a_process_of_its_own(), redirect_stdout(said), redirect_stderr(said):
+        sys.argv = [path, *argv]
+        code: Any = 0
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as left:
+            code = left.code or 0
+    if code != expected:
+        raise AssertionError(
+            f"{script} {' '.join(argv)} ended with exit code {code}. Expected {expected}. It "
+            "said:\n"
+            f"{said.getvalue()[-SHOWN:]}"
+        )
+
+
+@contextmanager
+def _signal_after_batch(nth: int) -> Iterator[None]:
+    original, calls = CheckpointCallback.on_train_batch_end, count(1)
+
+    def on_train_batch_end(self: CheckpointCallback, *arguments: Any, **named: Any) -> None:
+        if next(calls) == nth:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, *arguments, **named)
+
+    with patch.object(CheckpointCallback, "on_train_batch_end", on_train_batch_end):
+        yield
+
+
+@contextmanager
+def _as_a_process_of_its_own() -> Iterator[None]:
+    """What a program of the project changes in its process is as before at the end."""
+    threads, argv, hook = torch.get_num_threads(), sys.argv, sys.unraisablehook
+    handlers = {one: signal.getsignal(one) for one in (*preemption.STOP, preemption.SAVE)}
+    typed._parser.cache_clear()  # a new process knows the classes that it imports
+    torch.set_num_threads(1)  # what is small is fastest so
+    try:
+        with (
+            warnings.catch_warnings(),
+            patch.dict(os.environ),
+            patch.object(preemption, "requests", preemption._Requests()),
+            patch.object(workspace, "_entered", workspace._entered),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        sys.argv, sys.unraisablehook = argv, hook
+        torch.set_num_threads(threads)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)

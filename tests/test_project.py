@@ -1,0 +1,43 @@
+"""Every config of this project composes, trains, and resumes exactly; what it trained is exported.
+
+Nothing here names a class: the tests stay as they are when another model and other data move in.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import project
+from savepoint import testing
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = {
+    path.relative_to(ROOT / "configs").as_posix(): path
+    for path in sorted((ROOT / "configs").rglob("*.yaml"))
+    if path.parent.name != "sweep"
+}
+LITTLE = getattr(project, "LITTLE", ())
+# Two batches are too few for it.
+MORE = {"callbacks/lr_finder.yaml": ("--trainer.limit_train_batches", "20")}
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_composes(name: str) -> None:
+    testing.composes(CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_run_that_is_stopped_and_resumed_equals_the_straight_one(
+    name: str, tmp_path: Path
+) -> None:
+    group, _, package = name.removesuffix(".yaml").partition("/")
+    if group == "logger" and importlib.util.find_spec(package) is None:
+        pytest.skip("needs: make extras")
+    assert testing.resumes_exactly(CONFIGS[name], tmp_path, *LITTLE, *MORE.get(name, ())) == []
+    testing.exports(tmp_path / "stopped")
