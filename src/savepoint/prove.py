@@ -38,8 +38,8 @@ def start(script: str, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
     root = project().root
     if not (root / script).is_file():
         raise ConfigError(
-            f"No {script} in {root}. Expected a project with train.py and resume.py, whose runs are to "
-            "be compared. Start this in its directory."
+            f"No {script} in {root}. Expected a project with train.py and resume.py, whose runs "
+            "are to be compared. Start this in its directory."
         )
     command = [sys.executable, str(root / script), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -52,7 +52,12 @@ def saved_steps(run: Path) -> int:
     return max((int(name[5:13]) for name in names), default=0)
 
 
-def kill_and_resume(arguments: list[str], work: Path, kills: list[int], dice: random.Random) -> None:
+def kill_and_resume(
+    arguments: list[str],
+    work: Path,
+    kills: list[int],
+    dice: random.Random,
+) -> None:
     """Runs to the end through `kills`, each at a random moment after its first new checkpoint."""
     run, log = work / "killed", work / "killed.log"
     process = start("train.py", *arguments, "--run_name", "killed", log=log)

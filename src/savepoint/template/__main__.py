@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = error.filename2 or error.filename
         refusal = ConfigError(
-            f"Cannot write: {where} ({error.strerror}). Expected room that this user may write to, for "
-            "files and a git repository. Make some, or choose another place."
+            f"Cannot write: {where} ({error.strerror}). Expected room that this user may write to, "
+            "for files and a git repository. Make some, or choose another place."
         )
         print(refusal, file=sys.stderr)
         return refusal.exit_code

@@ -11,7 +11,7 @@ from savepoint.errors import ConfigError
 HOOK = (
     "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX",
 )  # fmt: skip
-"""What git sets for its hooks: called from one, we would commit into the repository that runs it."""
+"""What git sets for its hooks: called from one, we would commit into the hook's repository."""
 
 
 def git(*arguments: str, at: Path) -> str:
@@ -24,8 +24,8 @@ def git(*arguments: str, at: Path) -> str:
     if done.returncode:
         command = shlex.join(["git", *arguments])
         raise ConfigError(
-            f"git failed: {last_line(done)} ({command}). Expected git 2.28 or newer, and room for a "
-            "repository. Call the command by hand to see more."
+            f"git failed: {last_line(done)} ({command}). Expected git 2.28 or newer, and room for "
+            "a repository. Call the command by hand to see more."
         )
     return done.stdout.strip()
 
@@ -41,7 +41,8 @@ def ask(*arguments: str, at: Path) -> subprocess.CompletedProcess[str]:
         )  # fmt: skip
     except FileNotFoundError:
         raise ConfigError(
-            "No git on this machine. Expected git 2.28 or newer, since a copy is a repository. Install it."
+            "No git on this machine. Expected git 2.28 or newer, since a copy is a repository. "
+            "Install it with the system's packages."
         ) from None
 
 
@@ -73,4 +74,7 @@ def check_repository(root: Path) -> None:
             "copied. Clone it with git."
         )
     if ask("rev-parse", "--verify", "HEAD", at=root).returncode:
-        raise ConfigError(f"Nothing is committed: {root}. Expected a commit, since that is copied. Commit first.")
+        raise ConfigError(
+            f"Nothing is committed: {root}. Expected a commit, since that is what is copied. "
+            "Commit first: git add --all && git commit"
+        )

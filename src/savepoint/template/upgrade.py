@@ -24,15 +24,15 @@ def upgrade(given: str) -> int:
     old = wheels.LINE.findall(text)
     if len(old) != 1:
         raise ConfigError(
-            f"Not upgraded: {requirements} names no wheel in vendor/. Expected a copy that make new "
-            "made; in the template, and in a copy with LIBRARY=source, the library is src/savepoint. "
-            "Change it there."
+            f"Not upgraded: {requirements} names no wheel in vendor/. Expected a copy that make "
+            "new made; in the template, and in a copy with LIBRARY=source, the library is "
+            "src/savepoint. Change it there."
         )
     wheel = Path(given).expanduser().resolve()
     version = wheels.version(wheel)
     folder = root / wheels.FOLDER
     put(wheel, folder / wheel.name)
-    # A crash here leaves both wheels and the old line: nothing has changed, and a second call goes on.
+    # A crash here leaves both wheels and the old line: a second call goes on.
     with rewriting(requirements) as file:
         file.write(wheels.LINE.sub(wheels.line(wheel), text).encode())
     for other in folder.glob("savepoint_lightning-*.whl"):
