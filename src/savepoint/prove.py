@@ -74,7 +74,7 @@ def kill_and_resume(
         outcome = f"exit {code}, resumes from step {saved_steps(run)}"
         print(f"  {name} {secs:5.1f} s after its start: {outcome}", flush=True)
         process = start("resume.py", str(run), log=log)
-    end(process, "resumed", log)
+    end(process, "killed and resumed", log)
 
 
 def end(process: subprocess.Popen[bytes], name: str, log: Path) -> None:
