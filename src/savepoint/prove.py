@@ -53,7 +53,10 @@ def saved_steps(run: Path) -> int:
 
 
 def kill_and_resume(
-    arguments: list[str], work: Path, kills: list[int], dice: random.Random
+    arguments: list[str],
+    work: Path,
+    kills: list[int],
+    dice: random.Random,
 ) -> None:
     """Runs to the end through `kills`, each at a random moment after its first new checkpoint."""
     run, log = work / "killed", work / "killed.log"
@@ -71,7 +74,7 @@ def kill_and_resume(
         outcome = f"exit {code}, resumes from step {saved_steps(run)}"
         print(f"  {name} {secs:5.1f} s after its start: {outcome}", flush=True)
         process = start("resume.py", str(run), log=log)
-    end(process, "resumed", log)
+    end(process, "killed and resumed", log)
 
 
 def end(process: subprocess.Popen[bytes], name: str, log: Path) -> None:

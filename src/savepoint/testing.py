@@ -149,8 +149,8 @@ def _run(script: str, *argv: str, expected: int = 0) -> None:
             code = left.code or 0
     if code != expected:
         raise AssertionError(
-            f"{script} {' '.join(argv)} ended with exit code {code}. Expected {expected}. It "
-            "said:\n"
+            f"{script} {' '.join(argv)} ended with exit code {code}. Expected {expected}. "
+            "It said:\n"
             f"{said.getvalue()[-SHOWN:]}"
         )
 

@@ -11,8 +11,7 @@ from savepoint.errors import ConfigError
 HOOK = (
     "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX",
 )  # fmt: skip
-"""What git sets for its hooks: called from one, we would commit into the repository that runs it.
-"""
+"""What git sets for its hooks: called from one, we would commit into the hook's repository."""
 
 
 def git(*arguments: str, at: Path) -> str:
@@ -43,7 +42,7 @@ def ask(*arguments: str, at: Path) -> subprocess.CompletedProcess[str]:
     except FileNotFoundError:
         raise ConfigError(
             "No git on this machine. Expected git 2.28 or newer, since a copy is a repository. "
-            "Install it."
+            "Install it with the system's packages."
         ) from None
 
 
@@ -76,5 +75,6 @@ def check_repository(root: Path) -> None:
         )
     if ask("rev-parse", "--verify", "HEAD", at=root).returncode:
         raise ConfigError(
-            f"Nothing is committed: {root}. Expected a commit, since that is copied. Commit first."
+            f"Nothing is committed: {root}. Expected a commit, since that is what is copied. "
+            "Commit first: git add --all && git commit"
         )

@@ -43,9 +43,8 @@ def new(name: str, destination: str, *, library: str = "wheel", wheel: Path | No
     if changes := git("status", "--porcelain", at=root).splitlines():
         print(f"Not copied: what is not committed ({len(changes)} in git status).", flush=True)
     commit = git("rev-parse", "HEAD", at=root)
-    with tempfile.TemporaryDirectory(
-        prefix=f".{dest.name}-", suffix=".tmp", dir=dest.parent
-    ) as beside:
+    hidden = f".{dest.name}-"
+    with tempfile.TemporaryDirectory(prefix=hidden, suffix=".tmp", dir=dest.parent) as beside:
         copy = Path(beside, dest.name)
         write_files(root, commit, name, copy)
         what = write_library(root, commit, copy, library, wheel)
@@ -123,8 +122,8 @@ def check_name(name: str, root: Path) -> None:
     if not re.fullmatch(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", name, re.IGNORECASE | re.ASCII):
         raise ConfigError(
             f"Not a project name: {name!r}. Expected letters, digits, '-', '_' and '.', with a "
-            "letter or digit at both ends, since it names a Python distribution. For example: "
-            "make new NAME=cats DEST=../cats"
+            "letter or digit at both ends, since it names a Python distribution. "
+            "For example: make new NAME=cats DEST=../cats"
         )
     requirements = root / "requirements.txt"
     text = requirements.read_text() if requirements.is_file() else ""
@@ -152,8 +151,8 @@ def check_template(root: Path) -> None:
     if name != workspace.TEMPLATE:
         raise ConfigError(
             f"Not the template: {root}, where pyproject.toml names {name}. Expected "
-            f"{workspace.TEMPLATE}, since a copy lacks what another is made of. Call make new "
-            "there."
+            f"{workspace.TEMPLATE}, since a copy lacks what another is made of. "
+            "Call make new there: it is where benchmarks/ is."
         )
 
 
@@ -161,8 +160,8 @@ def check_destination(given: str, root: Path) -> Path:
     dest = Path(given).expanduser().resolve()
     if not given:
         raise ConfigError(
-            "No place for the copy. Expected a new directory. For example: make new NAME=cats "
-            "DEST=../cats"
+            "No place for the copy. Expected a new directory, which gets a repository of its own. "
+            "For example: make new NAME=cats DEST=../cats"
         )
     if dest.is_relative_to(root):
         raise ConfigError(
@@ -171,12 +170,13 @@ def check_destination(given: str, root: Path) -> Path:
         )
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise ConfigError(
-            f"Taken: {given}. Expected a new or an empty directory, since nothing is overwritten. "
-            "Choose another DEST."
+            f"Taken: {given}. Expected a new or an empty directory, since a copy overwrites "
+            "nothing that is there. Choose another DEST."
         )
     if not dest.parent.is_dir():
         raise ConfigError(
-            f"No such directory: {dest.parent}. Expected the place for {dest.name} in it. Make it "
-            "first."
+            f"No such directory: {dest.parent}. Expected it, as the place for {dest.name}: a "
+            f"mistyped path makes no folders. "
+            f"Make it first: mkdir -p {shlex.quote(str(dest.parent))}"
         )
     return dest

@@ -32,8 +32,7 @@ def upgrade(given: str) -> int:
     version = wheels.version(wheel)
     folder = root / wheels.FOLDER
     put(wheel, folder / wheel.name)
-    # A crash here leaves both wheels and the old line: nothing has changed, and a second call goes
-    # on.
+    # A crash here leaves both wheels and the old line: a second call goes on.
     with rewriting(requirements) as file:
         file.write(wheels.LINE.sub(wheels.line(wheel), text).encode())
     for other in folder.glob("savepoint_lightning-*.whl"):

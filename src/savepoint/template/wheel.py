@@ -12,6 +12,7 @@ from savepoint.errors import ConfigError
 
 DISTRIBUTION = "savepoint-lightning"
 FOLDER = "vendor"
+METADATA = re.compile(r"[^/]+\.dist-info/METADATA")
 LINE = re.compile(r"^\./vendor/savepoint_lightning-[^/\s]+\.whl$", re.MULTILINE)
 """What names the wheel in requirements.txt."""
 
@@ -35,15 +36,15 @@ def build(source: Path, folder: Path) -> Path:
         last = (said.strip().splitlines() or [f"exit code {code}"])[-1]
         raise ConfigError(
             f"The library's wheel was not built: {last}. Expected pip and setuptools 77 or newer "
-            f"in the environment of {sys.executable}, as requirements.txt has them. Call: make "
-            "setup"
+            f"in the environment of {sys.executable}, as requirements.txt has them. "
+            "Call: make setup"
         )
     version(built[0])
     return built[0]
 
 
 def _call(*command: str) -> tuple[int, str]:
-    """Exit code and stderr. An interrupt ends what the command has started, too, before it goes on."""
+    """Exit code and stderr. An interrupt first ends what the command has started, too."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
@@ -80,9 +81,7 @@ def version(path: Path) -> str:
 
 def _metadata(path: Path) -> dict[str, str]:
     with zipfile.ZipFile(path) as wheel:
-        name = next(
-            one for one in wheel.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", one)
-        )
+        name = next(one for one in wheel.namelist() if METADATA.fullmatch(one))
         head = wheel.read(name).decode().partition("\n\n")[0]
     pairs = (row.partition(": ") for row in head.splitlines())
     return {key: value for key, _, value in pairs}
