@@ -87,7 +87,7 @@ def test_what_is_wrong_with_the_config_of_a_sweep_costs_no_trial(
     tmp_path: Path, changed: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ConfigError, match=said):
-        sweep_file.read(written(tmp_path / "wrong.yaml", **changed))
+        sweep.check(sweep_file.read(written(tmp_path / "wrong.yaml", **changed)))
 
 
 @pytest.mark.parametrize(
@@ -175,11 +175,11 @@ def test_a_trial_that_is_refused_or_measures_another_metric_stops_the_sweep_and_
             file,
             sampler="grid",
             overrides=small,
-            parameters={"model.lr": {"choices": ["much", 0.02]}},
+            parameters={"model.lr": {"choices": [0.02, "much", 0.01]}},
         )
     )
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert "trial-000 was refused: " in done.stderr
+    assert "trial-001 was refused: " in done.stderr
     assert "much" in done.stderr
     other = written(file.with_name("other.yaml"), monitor="val/acuracy", overrides=small)
     done = swept(other)

@@ -52,11 +52,26 @@ def run(
         return _run(optuna, sweep, path, directory, say)
 
 
+def check(sweep: Sweep) -> None:
+    """Has train.py read the config of two trials, as it alone knows the classes of the project.
+
+    Raises:
+        ConfigError: its words.
+    """
+    for values in sweep.ends():
+        command = [sys.executable, "train.py", *sweep.arguments(values), "--print_config"]
+        done = subprocess.run(command, cwd=project().root, capture_output=True, text=True)
+        if done.returncode:
+            raise ConfigError(done.stderr.strip())
+
+
 def _run(
     optuna: Any, sweep: Sweep, path: Path, directory: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
     study = _open(optuna, sweep, path, directory)
     _refuse_another(study, sweep, path, directory)
+    if not study.trials:
+        check(sweep)
     begun = [trial for trial in study.trials if trial.state.name == "RUNNING"]
     for trial in begun:  # a process that a killed sweep has left
         Run(_run_dir(directory, trial)).refuse_if_held()

@@ -59,6 +59,14 @@ class Sweep:
         values = itertools.product(*(space["choices"] for space in self.parameters.values()))
         return [dict(zip(self.parameters, one, strict=True)) for one in values]
 
+    def ends(self) -> list[dict[str, Any]]:
+        """The values at the lower and at the upper end of each space."""
+        spaces = {
+            key: space.get("choices") or [space.get("low"), space.get("high")]
+            for key, space in self.parameters.items()
+        }
+        return [{key: space[end] for key, space in spaces.items()} for end in (0, -1)]
+
     def arguments(self, values: Mapping[str, Any]) -> list[str]:
         """What train.py is given for a trial."""
         given = {**self.overrides, **values}
@@ -97,9 +105,7 @@ def read(path: Path) -> Sweep:
             _refuse(
                 path, f"parameters.{key}", space, f"{SHAPES}, low below high; a grid has choices"
             )
-    for end in (0, -1):
-        values = {key: (space.get("choices") or [space.get("low"), space.get("high")])[end]
-                  for key, space in sweep.parameters.items()}  # fmt: skip
+    for values in sweep.ends():
         quick.check_keys(compose.compose(sweep.arguments(values)))
     return sweep
 
