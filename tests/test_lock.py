@@ -242,10 +242,10 @@ def test_who_holds_the_lock_keeps_it_whatever_it_reads_and_asks_in_the_directory
         == 0
     )
     asks = """
-from savepoint import choose
+from savepoint.resume.request import requested
 from savepoint.commands import main
 from savepoint.errors import RunLockedError
-for take in (lambda: Run.open(Path(sys.argv[1])), lambda: choose.request([sys.argv[1]])):
+for take in (lambda: Run.open(Path(sys.argv[1])), lambda: requested([sys.argv[1]])):
     try:
         take()
     except RunLockedError as error:

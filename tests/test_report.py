@@ -335,7 +335,7 @@ def test_the_page_needs_nothing_from_elsewhere(seen: Seen) -> None:
 
 def test_the_templates_are_part_of_the_package() -> None:
     package = Path(report_package.__file__).parent
-    project = tomllib.loads((package.parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    project = tomllib.loads((package.parent / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = project["tool"]["setuptools"]["package-data"]["savepoint.report"]
     beside = {path.name for path in package.glob("[!_]*.*") if path.suffix != ".py"}
     assert {name for name in beside for one in patterns if fnmatch(name, one)} == beside != set()
@@ -343,7 +343,7 @@ def test_the_templates_are_part_of_the_package() -> None:
 
 def test_no_other_command_loads_the_templates(tmp_path: Path) -> None:
     program = (
-        "import sys; from savepoint.commands import main; main(['runs', sys.argv[1]]); "
+        "import sys; from savepoint.commands import main; main(['ls', sys.argv[1]]); "
         "sys.exit('jinja2' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program, tmp_path], stdout=subprocess.DEVNULL)

@@ -220,10 +220,12 @@ def refuse_foreign_install(root: Path) -> None:
     """A copied project that runs in the environment of the one it was copied from would train the
     other one's code.
     """
-    for package in ("savepoint", "project"):
+    places = {"project": root / "src" / "project", "savepoint": root / "src" / "savepoint"}
+    for package, own in places.items():
+        if package == "savepoint" and not own.is_dir():
+            continue  # installed, as in a copy that has it as a wheel
         found = importlib.util.find_spec(package)
-        own = root / "src" / package
-        if found is None or found.origin is None or not own.is_dir():
+        if found is None or found.origin is None:
             continue
         code = Path(found.origin).resolve().parent
         if code != own.resolve():

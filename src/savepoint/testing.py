@@ -185,6 +185,9 @@ def _as_a_process_of_its_own() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        tracker = sys.modules.get("wandb")
+        if tracker is not None:  # it ends its run with the process
+            tracker.finish()
         sys.argv, sys.unraisablehook = argv, hook
         torch.set_num_threads(threads)
         for signum, handler in handlers.items():
