@@ -279,3 +279,13 @@ def test_what_is_installed_for_another_environment_is_installed_too(
     module.__file__ = file
     monkeypatch.setitem(sys.modules, module.__name__, module)
     assert is_library(module.__name__) is library
+
+
+def test_empty_tensors_share_no_memory_and_views_of_the_same_memory_do() -> None:
+    model = Model()
+    base = Baseline(look(model))
+    model.first, model.second = torch.empty(0), torch.empty(0)
+    assert base.changes(look(model))[1] == []
+    model.bank = torch.zeros(3, 2)
+    model.row = model.bank[1]
+    assert base.changes(look(model))[1] == ["model.row (shares its memory with model.bank)"]

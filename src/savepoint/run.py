@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from savepoint import files, record
+from savepoint.checkpoint.manifest import step_files
 from savepoint.checkpoint.store import Checkpoint, CheckpointStore
 from savepoint.errors import ConfigError, RunExistsError, SavepointError
 from savepoint.job import rank, scheduled
@@ -158,7 +159,7 @@ class Run(LockedDirectory):
         if holder:
             return self.in_use(holder)
         go_on = resume_command(self.directory)
-        if not any((shown / "checkpoints").glob("step-*.ckpt")):
+        if not step_files(shown / "checkpoints"):
             go_on = "the same command with --resume auto (it has no checkpoint yet)"
         return RunExistsError(
             f"The run name is taken: {shown}. Expected a new one. Choose another --run_name, "

@@ -802,7 +802,7 @@ def _put_back(look: Look, path: Path, packed: Any, device: torch.device, in_plac
 def _storage(value: Any) -> int | None:
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return None
-    return value.untyped_storage().data_ptr()
+    return value.untyped_storage().data_ptr() or None  # 0 where there is none: of an empty tensor
 
 
 def _memory(value: Any) -> int | None:
