@@ -46,7 +46,8 @@ def main(arguments: argparse.Namespace) -> int:
         )
     config = _checkpoint_group(run)
     numbers: dict[str, Any] = {rule: config.get(rule) for rule in RULES}
-    numbers |= {rule: value for rule in RULES if (value := getattr(arguments, rule)) is not None}
+    given = {rule: getattr(arguments, rule) for rule in RULES}
+    numbers |= {rule: value for rule, value in given.items() if value is not None}
     retention = Retention(**numbers)
     store = CheckpointStore(
         run.checkpoints, retention=retention, monitor=config.get("monitor"), mode=config["mode"]
@@ -118,9 +119,9 @@ def _plan(store: CheckpointStore) -> list[dict[str, Any]]:
     names = {"last.ckpt": "the newest", "best.ckpt": "the best"}
     known = {row["file"] for row in rows} | names.keys()
     rows += [
-        _row(path, why=[f"the name of {what}"])
+        _row(store.directory / name, why=[f"the name of {what}"])
         for name, what in names.items()
-        if (path := store.directory / name).exists()
+        if (store.directory / name).exists()
     ]
     for path in sorted(path for path in store.directory.iterdir() if path.name not in known):
         if files.is_stale_temp(path, alone=True):
@@ -160,9 +161,8 @@ def _damage(path: Path) -> str | None:
 
 
 def _text(rows: list[dict[str, Any]], retention: Retention, *, dry_run: bool) -> str:
-    rules = ", ".join(
-        f"{rule} {value}" for rule in RULES if (value := getattr(retention, rule)) is not None
-    )
+    numbers = {rule: getattr(retention, rule) for rule in RULES}
+    rules = ", ".join(f"{rule} {value}" for rule, value in numbers.items() if value is not None)
     lines = [
         (row["file"], words.megabytes(row["bytes"]), _fate(row), ", ".join(row["why"]))
         for row in rows
