@@ -202,17 +202,7 @@ class Look:
         compiled = "_orig_mod" in module._modules
         if not compiled:
             self._put((*path, ("attr", "training")), module.training)
-            members = module.__dict__
-            hooks: list[tuple[Any, ...]] = [
-                (("attr", name), members[name]) for name in _HOOKS if name in members
-            ]
-            for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.is_leaf:
-                    hooks += [
-                        (("parameter", name), ("attr", kind), getattr(parameter, kind))
-                        for kind in _TENSOR_HOOKS
-                    ]
-            self._hooks(path, hooks)
+            self._hooks(path, module)
             for name, parameter in module._parameters.items():
                 self._weight((*path, ("parameter", name)), parameter, prefix + name in persisted)
             for name, buffer in module._buffers.items():
@@ -226,11 +216,21 @@ class Look:
                 self._first[id(child)] = at
                 self._module(at, child, f"{prefix}{name}.", persisted)
 
-    def _hooks(self, path: Path, hooks: Iterable[tuple[Any, ...]]) -> None:
+    def _hooks(self, path: Path, module: nn.Module) -> None:
         """How many there are, and what they carry along: nothing else may hold it."""
+        hooks: list[tuple[Any, ...]] = []
+        for name in _HOOKS:
+            functions = module.__dict__.get(name)
+            if functions:
+                hooks.append((("attr", name), functions))
+        for name, parameter in module._parameters.items():
+            for kind in _TENSOR_HOOKS if parameter is not None and parameter.is_leaf else ():
+                functions = getattr(parameter, kind)
+                if functions:
+                    hooks.append((("parameter", name), ("attr", kind), functions))
         number = 0
         for *steps, functions in hooks:
-            for place, function in enumerate((functions or {}).values()):
+            for place, function in enumerate(functions.values()):
                 number += 1
                 self._visit((*path, *steps, ("nth", place)), function)
         self.places[(*path, ("hooks", ""))] = _Place(number, what="other hooks than at the start")
@@ -296,7 +296,7 @@ class Look:
         if value is True or value is False:
             self.places[path] = _TRUE if value else _FALSE
             return
-        packed = pack(value)
+        packed = value if value is None or type(value) is str else pack(value)
         self.places[path] = _Place(mark(packed), packed, small=True)
 
     def _packed(self, path: Path, value: Any) -> None:
@@ -419,12 +419,12 @@ class Look:
             del self.objects[at]
 
     def _attributes(self, path: Path, value: Any, derived: frozenset[str] = frozenset()) -> None:
-        self._classes.add(type(value))
+        kind: Any = type(value)
+        self._classes.add(kind)
         own = dict(getattr(value, "__dict__", {}))
-        for base in type(value).__mro__:
-            for name in _slots(base):
-                with contextlib.suppress(AttributeError):
-                    own[name] = getattr(value, name)
+        for name in _slots(kind):
+            with contextlib.suppress(AttributeError):
+                own[name] = getattr(value, name)
         for name in derived:
             own.pop(name, None)
         self._attributes_of(path, value, own)
@@ -934,6 +934,10 @@ def _names(code: types.CodeType) -> frozenset[str]:
 
 @functools.cache
 def _slots(kind: type) -> tuple[str, ...]:
+    return tuple(name for base in kind.__mro__ for name in _own_slots(base))
+
+
+def _own_slots(kind: type) -> tuple[str, ...]:
     slots = vars(kind).get("__slots__", ())
     names = (slots,) if isinstance(slots, str) else tuple(slots)
     private = kind.__name__.lstrip("_")

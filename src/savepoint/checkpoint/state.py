@@ -111,11 +111,17 @@ def restore_rng(rng: Mapping[str, Any], device: torch.device) -> None:
 @contextmanager
 def isolated_rng(device: torch.device) -> Iterator[None]:
     """Nothing that draws inside is noticed outside: a save must not disturb the training it saves."""
-    before = capture_rng(device)
+    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+    before = random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state()
+    on_device = accelerator and accelerator.get_rng_state()
     try:
         yield
     finally:
-        restore_rng(before, device)
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+        if accelerator:
+            accelerator.set_rng_state(on_device)
 
 
 def _metrics(module: LightningModule) -> dict[str, Metric]:
@@ -384,7 +390,8 @@ def capture(
         for result in fit.epoch_loop._results.values()
         if not result.has_reset
     ]
-    for part in module.modules():
+    modules = dict(module.named_modules())
+    for part in modules.values():
         if isinstance(part, MetricCollection) and part._groups_checked:
             # Of a group, one metric alone is kept up to date.
             part._compute_groups_create_state_ref()
@@ -394,10 +401,11 @@ def capture(
         "rng": capture_rng(module.device),
         "metric_states": {
             name: {"updates": metric._update_count} | {key: getattr(metric, key) for key in metric._defaults}
-            for name, metric in _metrics(module).items()
+            for name, metric in modules.items()
+            if isinstance(metric, Metric)
         },
         "trackers": {
-            name: len(part) for name, part in module.named_modules() if isinstance(part, MetricTracker)
+            name: len(part) for name, part in modules.items() if isinstance(part, MetricTracker)
         },
         "logged": logged,
         "callback_metrics": dict(connector._callback_metrics),
@@ -452,14 +460,11 @@ def _pending_gradients(trainer: Trainer, module: LightningModule, read: bool) ->
 
 def kinds(trainer: Trainer) -> dict[str, Any]:
     """What another process sets up by itself: once it is another one, no file makes it so."""
-    names = {id(parameter): name for name, parameter in trainer.lightning_module.named_parameters()}
     found: dict[str, Any] = {"other callbacks": [type(one).__name__ for one in trainer.callbacks]}  # type: ignore[attr-defined]
     for i, optimizer in enumerate(trainer.optimizers):
         groups = optimizer.param_groups
         found[f"another optimizer {i}"] = type(optimizer).__name__
-        found[f"other parameters in optimizer {i}"] = [
-            [names.get(id(p), "") for p in g["params"]] for g in groups
-        ]
+        found[f"other parameters in optimizer {i}"] = [[id(p) for p in g["params"]] for g in groups]
     for i, config in enumerate(trainer.lr_scheduler_configs):
         found[f"another schedule {i}"] = type(config.scheduler).__name__
         found[f"other settings of schedule {i}"] = [
@@ -491,6 +496,8 @@ def grown_groups(trainer: Trainer, before: Sequence[int]) -> dict[int, list[list
     """Names of the parameters in each group that an optimizer was given in mid-training, by the
     optimizer's number.
     """
+    if [len(optimizer.param_groups) for optimizer in trainer.optimizers] == before:
+        return {}
     names = {id(parameter): name for name, parameter in trainer.lightning_module.named_parameters()}
     grown = {}
     for number, (optimizer, count) in enumerate(zip(trainer.optimizers, before, strict=False)):
@@ -1020,6 +1027,8 @@ def left_out(
     and for new ones.
     """
     names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    if names == at_start.keys() and names == weights.keys():
+        return []
     gone = names.intersection(module.state_dict()).difference(weights)
     now = versions(module) if gone else {}
     words = [
