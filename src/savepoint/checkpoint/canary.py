@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from savepoint.checkpoint.state import isolated_rng
+from savepoint.checkpoint.state.process import isolated_rng
 
 SEED = 0
 
