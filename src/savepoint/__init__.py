@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from savepoint.checkpoint.callback import CheckpointCallback
     from savepoint.checkpoint.io import CheckpointIO
     from savepoint.checkpoint.retention import Retention
+    from savepoint.checkpoint.saver import Saver
     from savepoint.checkpoint.store import Checkpoint, CheckpointStore, load
     from savepoint.commands import Parser
     from savepoint.files import replacing
@@ -32,13 +33,14 @@ _HOMES = {
     "Batches": "loader", "Checkpoint": "checkpoint.store", "CheckpointCallback": "checkpoint.callback",
     "CheckpointIO": "checkpoint.io", "CheckpointStore": "checkpoint.store", "Parser": "commands", "Preempted": "preemption",
     "Rebuilt": "rebuilding", "ResumableLoader": "loader", "Retention": "checkpoint.retention", "Run": "run",
+    "Saver": "checkpoint.saver",
     "file_or_best": "find", "load": "checkpoint.store", "plural": "words", "rebuild": "rebuilding", "replacing": "files",
     "resumable": "loader", "stoppable": "preemption", "table": "words",
 }  # fmt: skip
 
 __all__ = [
     "Batches", "Checkpoint", "CheckpointCallback", "CheckpointIO", "CheckpointStore", "Parser", "Preempted", "Rebuilt",
-    "ResumableLoader", "Retention", "Run", "entry", "errors", "file_or_best", "load", "plural", "rebuild", "replacing",
+    "ResumableLoader", "Retention", "Run", "Saver", "entry", "errors", "file_or_best", "load", "plural", "rebuild", "replacing",
     "resumable", "schedules", "stoppable", "table", "testing",
 ]  # fmt: skip
 

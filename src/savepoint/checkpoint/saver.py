@@ -72,6 +72,7 @@ class Saver:
         self.saved_step = 0
         self._saved: tuple[int, str | None] | None = None  # step and point of the newest save
         self._saved_at = time.monotonic()
+        self._polled = False
 
     def poll(
         self,
@@ -95,6 +96,11 @@ class Saver:
             Preempted: After the save, where a signal asked to stop.
             NonFiniteLossError: A tensor of the state holds a NaN, with `on_nan="stop"`.
         """
+        if not self._polled:
+            self._polled = True
+            latest = self.store.latest()
+            if latest is not None and latest.step < step:  # a loop that goes on from it
+                self.saved_step = latest.step
         stop, now = self.requests()
         reason = self.reason(stop, now) or self.due(step, ended_epochs)
         saved = False
