@@ -75,7 +75,9 @@ class CheckpointCallback(Checkpoint):
         warnings.filterwarnings(
             "ignore", message=r'\.\w+\(ckpt_path="last"\) is set, but there is no last checkpoint'
         )
-        self.monitor, self.mode, self.async_save = monitor, mode, async_save
+        self.monitor = monitor
+        self.mode = mode
+        self.async_save = async_save
         self.retention = Retention(
             keep_last=keep_last,
             keep_best=keep_best,
@@ -136,7 +138,8 @@ class CheckpointCallback(Checkpoint):
         load_last(trainer, self.store)
         if stage != "fit":
             return
-        trainer.strategy.checkpoint_io.preloaded, self.preloaded = self.preloaded, None
+        trainer.strategy.checkpoint_io.preloaded = self.preloaded
+        self.preloaded = None
         self._training = None
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._training = TrainingState(trainer)
@@ -267,11 +270,13 @@ class CheckpointCallback(Checkpoint):
 
     def _on_batch(self, trainer: Trainer) -> bool:
         """False where the batch is left out, as the validation before it is to be run again."""
-        training, loop = self._running, trainer.fit_loop.epoch_loop
+        training = self._running
+        loop = trainer.fit_loop.epoch_loop
         if training.arrive("validation"):
             return False
         # While gradients are pending there is no safe point: they are not in the file.
-        first, pending_gradients = not loop.batch_progress.current.ready, loops.accumulates(trainer)
+        first = not loop.batch_progress.current.ready
+        pending_gradients = loops.accumulates(trainer)
         self._raise_pending(trainer)
         if loop.restarting and not training.is_resuming:
             # A resume as Lightning's own: it may leave out a validation here, and ask again.
@@ -304,7 +309,8 @@ class CheckpointCallback(Checkpoint):
         if not self._in_validation:
             return
         self._running.captured = None
-        before, now = self._before_validation, loops.measured(trainer)
+        before = self._before_validation
+        now = loops.measured(trainer)
         # Whatever the number of loaders: what is another object now was measured by this
         # validation.
         metrics = {name: value for name, value in now.items() if value is not before.get(name)}
@@ -402,7 +408,9 @@ class CheckpointCallback(Checkpoint):
     # -- saving -----------------------------------------------------------------------------------
 
     def _save(self, trainer: Trainer, at: Point, *, reason: str, ended: str | None = None) -> None:
-        step, module, started = trainer.global_step, trainer.lightning_module, time.perf_counter()
+        step = trainer.global_step
+        module = trainer.lightning_module
+        started = time.perf_counter()
         # One save at a time; what failed in the one before is said before this one.
         self._finish_writing(trainer)
         if self.saver.is_saved(step, at) and ended is None:
@@ -419,7 +427,8 @@ class CheckpointCallback(Checkpoint):
             self.saver.fail(unsound)
             return
         where = f"epoch {trainer.current_epoch}" if at == "epoch" else f"step {step}"
-        said, path = f"{where}: {self.scores.sentence(step)}", self.store.path(step)
+        said = f"{where}: {self.scores.sentence(step)}"
+        path = self.store.path(step)
 
         def write() -> None:
             if trainer.is_global_zero:
@@ -430,12 +439,14 @@ class CheckpointCallback(Checkpoint):
             if trainer.is_global_zero:
                 self._writer(trainer).submit(lambda: self._commit(path, said, started))
 
-        self._at, self._why = at, {"reason": reason, "ended": ended}
+        self._at = at
+        self._why = {"reason": reason, "ended": ended}
         try:
             if not self.saver.attempt(step, at, write):
                 trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
         finally:
-            self._at, self._why = None, {}
+            self._at = None
+            self._why = {}
 
     def _sync_logs(self, trainer: Trainer, path: Path) -> None:
         """The rows that a checkpoint counts are on disk before it.
@@ -464,7 +475,8 @@ class CheckpointCallback(Checkpoint):
         if not self._training:
             return
         unsaved = self._training.fill(checkpoint, self._at, self._why.get("ended"))
-        checkpoint["config"], checkpoint["run"] = self.provenance.config, dict(self.provenance.run)
+        checkpoint["config"] = self.provenance.config
+        checkpoint["run"] = dict(self.provenance.run)
         checkpoint["optimizer"] = next(iter(checkpoint["optimizer_states"]), None)
         checkpoint[self.scores.key] = self.scores.best
         checkpoint["canary"] = canary(pl_module, checkpoint["state_dict"])
@@ -547,10 +559,12 @@ def _call_of_trainer() -> tuple[Trainer, str, Any, Any] | None:
     By the time a callback is asked, Lightning has forgotten the word: it stands only in the frame
     of the call.
     """
-    frame, found = sys._getframe(), None
+    frame = sys._getframe()
+    found = None
     while frame.f_back is not None:
         frame = frame.f_back
-        own, values = frame.f_locals.get("self"), frame.f_locals
+        own = frame.f_locals.get("self")
+        values = frame.f_locals
         if isinstance(own, Trainer) and frame.f_code.co_name == "_run":
             found = values.get("ckpt_path")
         if isinstance(own, Trainer) and frame.f_code.co_name in (

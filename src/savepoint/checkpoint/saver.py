@@ -65,7 +65,8 @@ class Saver:
                     "save without this interval."
                 )
         self.store = store
-        self.every_epochs, self.every_steps = save_every_epochs, save_every_steps
+        self.every_epochs = save_every_epochs
+        self.every_steps = save_every_steps
         self.every_secs = save_every_secs
         self.watch = FiniteWatch(on_nan)
         self.failure: Exception | None = None
@@ -198,7 +199,8 @@ class Saver:
         Returns:
             Whether it was written.
         """
-        self._saved, self.saved_step = (step, at), step
+        self._saved = (step, at)
+        self.saved_step = step
         preemption.requests.save = False
         try:
             write()
@@ -229,7 +231,9 @@ class Saver:
         )
 
     def fail(self, error: Exception) -> None:
-        self.failure, self._saved, self._saved_at = error, None, time.monotonic()
+        self.failure = error
+        self._saved = None
+        self._saved_at = time.monotonic()
         print(
             f"{error} Training goes on; the checkpoints before it are intact.",
             file=sys.stderr,

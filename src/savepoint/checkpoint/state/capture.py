@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import MetricTracker
 
-from savepoint.checkpoint.look import Look
 from savepoint.checkpoint.state.process import capture_rng
+from savepoint.look.walk import Look
 
 # Hooks that run once the gradients of their own step are there.
 _AFTER_BACKWARD = (
@@ -41,33 +41,13 @@ def capture(
     """The state of this process that Lightning leaves out: with the tensors themselves, for use
     before training goes on.
     """
-    connector, fit = trainer._logger_connector, trainer.fit_loop
-    logged = [
-        {
-            "log": {name: getattr(result.meta, name) for name in _LOG_ARGUMENTS}
-            | {
-                "reduce_fx": result.meta.reduce_fx.__name__,
-                "sync_dist": result.meta.sync.should,
-                "rank_zero_only": result.meta.sync.rank_zero_only,
-            },
-            "dataloader_idx": result.meta.dataloader_idx,
-            "builtin": result.meta.reduce_fx in (min, max, sum),
-            "last": result._forward_cache,
-            "value": result.value if result.is_tensor else None,
-            "size": result.cumulated_batch_size
-            if result.is_tensor and result.meta.is_mean_reduction
-            else None,
-        }
-        for result in fit.epoch_loop._results.values()
-        if not result.has_reset
-    ]
+    connector = trainer._logger_connector
+    fit = trainer.fit_loop
     modules = dict(module.named_modules())
     for part in modules.values():
         if isinstance(part, MetricCollection) and part._groups_checked:
             # Of a group, one metric alone is kept up to date.
             part._compute_groups_create_state_ref()
-    fetcher, combined = fit._data_fetcher, fit._combined_loader
-    iterator = None if combined is None else combined._iterator
     state = {
         "rng": capture_rng(module.device),
         "metric_states": {
@@ -78,23 +58,49 @@ def capture(
         "trackers": {
             name: len(part) for name, part in modules.items() if isinstance(part, MetricTracker)
         },
-        "logged": logged,
+        "logged": [_logged(r) for r in fit.epoch_loop._results.values() if not r.has_reset],
         "callback_metrics": dict(connector._callback_metrics),
         "logged_metrics": dict(connector._logged_metrics),
         "progress_bar_metrics": dict(connector._progress_bar_metrics),
         "gradients": _pending_gradients(trainer, module, reads_gradients),
-        "fetching": {
-            "first": connector._first_loop_iter,
-            "fetched": 0 if fetcher is None else fetcher.fetched,
-            "index": 0 if iterator is None else iterator._idx,
-            "consumed": list(getattr(iterator, "_consumed", [])),
-            "batch": getattr(fetcher, "_batch_idx", 0),
-            "seen": dict(fit.epoch_loop.val_loop._seen_batches_per_dataloader),
-            "reloaded": _reloaded(trainer),
-        },
+        "fetching": _fetching(trainer),
     }  # fmt: skip
     detached: dict[str, Any] = recursive_detach(state)
     return detached
+
+
+def _logged(result: Any) -> dict[str, Any]:
+    """Of one logged value: how it was logged, and its running sum."""
+    meta = result.meta
+    is_mean = result.is_tensor and meta.is_mean_reduction
+    arguments = {name: getattr(meta, name) for name in _LOG_ARGUMENTS}
+    arguments["reduce_fx"] = meta.reduce_fx.__name__
+    arguments["sync_dist"] = meta.sync.should
+    arguments["rank_zero_only"] = meta.sync.rank_zero_only
+    return {
+        "log": arguments,
+        "dataloader_idx": meta.dataloader_idx,
+        "builtin": meta.reduce_fx in (min, max, sum),
+        "last": result._forward_cache,
+        "value": result.value if result.is_tensor else None,
+        "size": result.cumulated_batch_size if is_mean else None,
+    }
+
+
+def _fetching(trainer: Trainer) -> dict[str, Any]:
+    """How far the loaders of the running epoch have come, by Lightning's own count."""
+    loop = trainer.fit_loop
+    fetcher = loop._data_fetcher
+    iterator = getattr(loop._combined_loader, "_iterator", None)
+    return {
+        "first": trainer._logger_connector._first_loop_iter,
+        "fetched": getattr(fetcher, "fetched", 0),
+        "index": getattr(iterator, "_idx", 0),
+        "consumed": list(getattr(iterator, "_consumed", [])),
+        "batch": getattr(fetcher, "_batch_idx", 0),
+        "seen": dict(loop.epoch_loop.val_loop._seen_batches_per_dataloader),
+        "reloaded": _reloaded(trainer),
+    }
 
 
 def _reloaded(trainer: Trainer) -> list[int | None]:

@@ -10,13 +10,13 @@ from lightning.pytorch.callbacks import (
 )
 from torch.utils.data import DataLoader
 
-from savepoint.checkpoint.pack import fingerprint
 from savepoint.checkpoint.state.loops import (
     by_the_clock,
     length,
     train_loaders,
     validation_loaders,
 )
+from savepoint.look.pack import fingerprint
 
 
 def versions(module: LightningModule) -> dict[str, Any]:

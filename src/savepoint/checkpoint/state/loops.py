@@ -102,7 +102,8 @@ def states_before_prefetching(trainer: Trainer) -> list[Any] | None:
 
     None where nothing is fetched in advance.
     """
-    fetcher, combined = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
+    fetcher = trainer.fit_loop._data_fetcher
+    combined = trainer.fit_loop._combined_loader
     if (
         not isinstance(fetcher, _PrefetchDataFetcher)
         or fetcher.length is not None

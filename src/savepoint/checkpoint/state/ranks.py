@@ -18,7 +18,8 @@ class _WalkReducer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, reducer: Any, parameters: int) -> Tensor:
-        ctx.reducer, ctx.parameters = reducer, parameters
+        ctx.reducer = reducer
+        ctx.parameters = parameters
         return anchor.clone()
 
     @staticmethod

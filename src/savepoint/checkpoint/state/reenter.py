@@ -13,11 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from savepoint.checkpoint.look import Baseline, Look
 from savepoint.checkpoint.state.exactness import versions
 from savepoint.checkpoint.state.loops import averaging, by_the_clock, put_settings
 from savepoint.checkpoint.state.process import restore_rng
 from savepoint.checkpoint.state.roots import own_optimizers
+from savepoint.look.baseline import Baseline
+from savepoint.look.walk import Look
 
 
 def _metrics(module: LightningModule) -> dict[str, Metric]:
@@ -54,8 +55,10 @@ def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now:
         Words for what has changed in the training that made the checkpoint, and has no place in
         this one.
     """
-    module, fit = trainer.lightning_module, trainer.fit_loop
-    epoch, connector = fit.epoch_loop, trainer._logger_connector
+    module = trainer.lightning_module
+    fit = trainer.fit_loop
+    epoch = fit.epoch_loop
+    connector = trainer._logger_connector
     _restore_counters(trainer, saved)
     _load_again(trainer, saved)
     fetching = saved.get("fetching")
@@ -157,7 +160,8 @@ def load_waiting_states(trainer: Trainer) -> None:
 
 
 def _restore_fetching(trainer: Trainer, fetching: Mapping[str, Any] | None) -> None:
-    fetcher, combined = trainer.fit_loop._data_fetcher, trainer.fit_loop._combined_loader
+    fetcher = trainer.fit_loop._data_fetcher
+    combined = trainer.fit_loop._combined_loader
     if not fetching or fetcher is None or combined is None or combined._iterator is None:
         return
     ahead = combined._iterator._idx  # what was fetched in advance, of a loader without a length
@@ -189,7 +193,8 @@ def restore_metric_states(module: LightningModule, state: Mapping[str, Any]) -> 
         if name not in state["metric_states"]:
             continue
         saved = dict(state["metric_states"][name])
-        metric._update_count, metric._computed = saved.pop("updates"), None
+        metric._update_count = saved.pop("updates")
+        metric._computed = None
         for key, value in saved.items():
             setattr(metric, key, value)
 
@@ -220,7 +225,8 @@ def restore_logged(trainer: Trainer, module: LightningModule, state: Mapping[str
 
 def restore_metrics(trainer: Trainer, state: Mapping[str, Any]) -> None:
     """What plateau schedules, early stopping and progress bars read."""
-    connector, device = trainer._logger_connector, trainer.strategy.root_device
+    connector = trainer._logger_connector
+    device = trainer.strategy.root_device
     connector._callback_metrics = move_data_to_device(state["callback_metrics"], device)
     connector._logged_metrics = move_data_to_device(state.get("logged_metrics", {}), device)
     connector._progress_bar_metrics = move_data_to_device(

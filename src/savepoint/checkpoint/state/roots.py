@@ -21,8 +21,9 @@ from lightning.pytorch.callbacks import (
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from savepoint.checkpoint.look import Look, is_library
 from savepoint.checkpoint.state.loops import train_loaders, validation_loaders
+from savepoint.look.classes import is_library
+from savepoint.look.walk import Look
 
 _NOT_LOOKED_AT = (
     ProgressBar, ModelSummary, Checkpoint, LearningRateMonitor, DeviceStatsMonitor, Timer, ThroughputMonitor,

@@ -14,10 +14,10 @@ from lightning.pytorch.utilities.parsing import (
     lightning_setattr,
 )
 
-from savepoint.checkpoint.look import Baseline
 from savepoint.checkpoint.state.capture import finders
 from savepoint.checkpoint.state.loops import BOUNDS, put_settings
 from savepoint.checkpoint.state.roots import look
+from savepoint.look.baseline import Baseline
 
 
 def add_groups(trainer: Trainer, grown: Mapping[int, list[list[str]]]) -> None:

@@ -11,10 +11,11 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from savepoint.checkpoint.look import Baseline, Look, changed_since
 from savepoint.checkpoint.state import capture, exactness, loops, ranks, reenter, start, validation
 from savepoint.checkpoint.state.points import Point
 from savepoint.checkpoint.state.roots import held, look
+from savepoint.look.baseline import Baseline, changed_since
+from savepoint.look.walk import Look
 
 
 class TrainingState:
@@ -58,7 +59,8 @@ class TrainingState:
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Takes what the callback's `on_load_checkpoint` is given."""
         trainer = self.trainer
-        rank, others = trainer.global_rank, checkpoint.get("other_ranks", [])
+        rank = trainer.global_rank
+        others = checkpoint.get("other_ranks", [])
         if len(others) + 1 != trainer.world_size:
             # Until an epoch begins anew by (seed, epoch) alone, nobody can make this training
             # again, from no file of it.
@@ -78,7 +80,8 @@ class TrainingState:
 
     def prepare(self) -> None:
         """In `on_fit_start`: what the hooks before have made belongs to the start."""
-        trainer, pending = self.trainer, self._pending
+        trainer = self.trainer
+        pending = self._pending
         self._bounds = loops.bounds(trainer)
         self._groups = capture.group_counts(trainer)
         self._shared = reenter.shared_groups(trainer)
@@ -119,7 +122,8 @@ class TrainingState:
         """Puts everything back, if this is the very point of the checkpoint."""
         if not self._pending or self._pending["at"] != at:
             return False
-        saved, self._pending = self._pending, None
+        saved = self._pending
+        self._pending = None
         loops.set_up_validation(self.trainer)
         failed = reenter.reenter(self.trainer, saved, self._looked_at, self.see())
         if not self.rates_are_overridden:
@@ -176,7 +180,8 @@ class TrainingState:
         Returns:
             Words for what makes a resume inexact.
         """
-        trainer, fit_loop = self.trainer, checkpoint["loops"]["fit_loop"]
+        trainer = self.trainer
+        fit_loop = checkpoint["loops"]["fit_loop"]
         if self.captured is not None and (at == "validation" or ended):
             own = {**self.captured, "unsaved": list(self.captured["unsaved"])}
         else:
@@ -217,7 +222,8 @@ class TrainingState:
         own["unsaved"] = exactness.inexact(trainer, at)
         if self.ranks_changed:
             own["unsaved"].append("this epoch was begun by another number of processes")
-        own["attributes"], own["settings"] = [], {}
+        own["attributes"] = []
+        own["settings"] = {}
         if self._baseline is not None:
             now = self.see()
             own["attributes"], named = self._baseline.changes(now)
@@ -229,7 +235,8 @@ class TrainingState:
             ahead = at != "epoch" and self._loader_states is not None
             own["loaders"] = self._loader_states if ahead else loops.loader_states(trainer)
             own |= capture.own_rank(trainer)
-        own["found"], own["made_by"] = capture.found(trainer), self._made_by
+        own["found"] = capture.found(trainer)
+        own["made_by"] = self._made_by
         own["groups"] = capture.grown_groups(trainer, self._groups)
         return own
 

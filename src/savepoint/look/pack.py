@@ -173,7 +173,8 @@ class Packer:
         packed = self._stacked(items)
         if packed is None:
             packed = [self.pack(item) for item in items]
-        own = {} if kind in _SEQUENCES else _kind(value, tuple if name == "tuple" else list)
+        base = tuple if name == "tuple" else list
+        own = {} if kind in _SEQUENCES else _kind(value, base)
         if name == "list" and isinstance(packed, list) and not own:
             return packed
         more = {"maxlen": value.maxlen} if kind is collections.deque else {}
