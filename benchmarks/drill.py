@@ -67,10 +67,8 @@ class Rounds:
     signals: int
 
 
-SHORT, FULL = (
-    Rounds(kills=12, rot=2, disk=1, signals=2),
-    Rounds(kills=60, rot=10, disk=5, signals=15),
-)
+SHORT = Rounds(kills=12, rot=2, disk=1, signals=2)
+FULL = Rounds(kills=60, rot=10, disk=5, signals=15)
 
 
 @dataclass
@@ -140,10 +138,8 @@ def kill(drill: Drill, times: int, elsewhere: Path | None) -> None:
     }
     text = f"SIGKILL within half a second of a save ({task.megabytes} MB after every step), then the same command again"
     drill.strike("SIGKILL", text, tmp=_each(drill.work / "tmp"), **asked)
-    label, text = (
-        "SIGKILL, other TMPDIR",
-        "The same with TMPDIR on another file system, as on clusters and in containers",
-    )
+    label = "SIGKILL, other TMPDIR"
+    text = "The same with TMPDIR on another file system, as on clusters and in containers"
     if elsewhere:
         drill.strike(label, text, tmp=_each(elsewhere), **asked)
     else:

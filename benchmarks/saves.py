@@ -75,7 +75,8 @@ class Measure:
     ) -> None:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before, begun = memory_bytes("VmRSS"), time.perf_counter()
+        before = memory_bytes("VmRSS")
+        begun = time.perf_counter()
         made = call()
         waited = time.perf_counter() - begun
         finish(made)
@@ -100,7 +101,8 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
     from savepoint.checkpoint.callback import CheckpointCallback
     from savepoint.checkpoint.io import CheckpointIO
 
-    measured, sizes = Measure(), {}
+    measured = Measure()
+    sizes = {}
 
     class Measured(CheckpointCallback):
         def __init__(self) -> None:
@@ -111,7 +113,8 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
         def _save(self, trainer: Any, at: Any, **kwargs: Any) -> None:
             if kwargs.get("ended"):
                 return
-            module, optimizer = trainer.lightning_module, trainer.optimizers[0]
+            module = trainer.lightning_module
+            optimizer = trainer.optimizers[0]
             plain = {"model": module.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 1}
             tensors = [leaf for _, leaf in format.leaves(plain) if isinstance(leaf, torch.Tensor)]
             self.kept = self.kept or [torch.empty_like(tensor) for tensor in tensors]
@@ -120,7 +123,8 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
 
             def by(plugin: CheckpointIO) -> Callable[[], None]:
                 def save() -> None:
-                    self._saved, trainer.strategy.checkpoint_io = None, plugin
+                    self._saved = None
+                    trainer.strategy.checkpoint_io = plugin
                     super(Measured, self)._save(trainer, at, **kwargs)
 
                 return save
@@ -131,7 +135,8 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
                 trainer.strategy.checkpoint_io = TorchCheckpointIO()
                 trainer.save_checkpoint(folder / "lightning.ckpt")
                 synced(folder / "lightning.ckpt")
-                trainer.callbacks, trainer.strategy.checkpoint_io = callbacks, ours
+                trainer.callbacks = callbacks
+                trainer.strategy.checkpoint_io = ours
 
             def torch_save() -> None:
                 torch.save(plain, folder / "torch.new")
@@ -222,7 +227,8 @@ def measure_steps(folder: Path, megabytes: int = 300, steps: int = 60) -> dict[s
         nn.Linear(32 * 576, 10),
     )
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    x, y = torch.randn(128, 1, 28, 28), torch.randint(0, 10, (128,))
+    x = torch.randn(128, 1, 28, 28)
+    y = torch.randint(0, 10, (128,))
     state = {
         "ballast": [torch.rand(1_000_000) for _ in range(megabytes // 4)],
         "step": 0,
@@ -236,7 +242,8 @@ def measure_steps(folder: Path, megabytes: int = 300, steps: int = 60) -> dict[s
         optimizer.step()
         return time.perf_counter() - begun
 
-    plugin, turn = CheckpointIO(async_save=True), iter(range(1_000_000))
+    plugin = CheckpointIO(async_save=True)
+    turn = iter(range(1_000_000))
 
     def ours() -> Callable[[], bool]:
         plugin.save_checkpoint({**state, "global_step": next(turn)}, folder / "ours.ckpt")
@@ -257,7 +264,8 @@ def measure_steps(folder: Path, megabytes: int = 300, steps: int = 60) -> dict[s
     for _ in range(4):  # the first round is not counted
         rows: dict[str, list[float]] = {"alone": [step() for _ in range(steps)]}
         for name, begin in (("ours, async", ours), ("torch.save in a thread", thread)):
-            done, rows[name] = begin(), []
+            done = begin()
+            rows[name] = []
             while not done():
                 rows[name].append(step())
             plugin.wait()
@@ -267,11 +275,13 @@ def measure_steps(folder: Path, megabytes: int = 300, steps: int = 60) -> dict[s
 
 
 def rows_of(megabytes: float, result: Mapping[str, Any]) -> list[list[str]]:
-    found, sizes = result["found"], result["sizes"]
+    found = result["found"]
+    sizes = result["sizes"]
     middle = {
         name: {key: median(values) for key, values in row.items()} for name, row in found.items()
     }
-    theirs, state = middle["Lightning + fsync"], sizes["state"]
+    theirs = middle["Lightning + fsync"]
+    state = sizes["state"]
     rows = []
     for name in (*BLOCKING, *ASYNC):
         one = middle[name]

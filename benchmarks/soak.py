@@ -63,7 +63,9 @@ class Attempt:
     """One process of a run."""
 
     def __init__(self, run: Path, epochs: int, log: Path) -> None:
-        self.run, self.log, self.begun = run, log, time.monotonic()
+        self.run = run
+        self.log = log
+        self.begun = time.monotonic()
         self._rows_before = inode(run / "metrics.csv")
         command = [
             sys.executable,
@@ -277,7 +279,8 @@ class Soak:
         return attempt
 
     def stop_on_a_full_disk(self, fault: str, attempt: Attempt) -> None:
-        ballast, name = self.fill(), fault.split()[-1]
+        ballast = self.fill()
+        name = fault.split()[-1]
         self.pause(0.2, 3)
         code = self.ended(attempt, attempt.end(signal.Signals[name]), CODES[name])
         ballast.unlink()
@@ -368,7 +371,8 @@ def deck(dice: random.Random) -> Iterator[str]:
 
 def soak(state: Soak, secs: float) -> None:
     """Faults until the time is over, then on to the end."""
-    faults, attempt = deck(state.dice), None
+    faults = deck(state.dice)
+    attempt = None
     while state.secs < secs and len(state.failures) < 5:
         attempt = attempt or state.resume()
         state.pause(0.2, 8)
@@ -401,7 +405,8 @@ def differences(straight: Path, state: Soak) -> list[str]:
     damaged = [
         path.name for path in (state.run / "checkpoints").glob("*.ckpt") if manifest.diagnose(path)
     ]
-    one, other = digest(straight), digest(state.run)
+    one = digest(straight)
+    other = digest(state.run)
     for name, digests in (("undisturbed", one), ("under faults", other)):
         print(f"  {name:<12}  state {digests[0][:32]}  log {digests[1][:32]}", flush=True)
     found = [f"damaged: {', '.join(damaged)}"] if damaged else []

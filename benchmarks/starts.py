@@ -60,7 +60,8 @@ def timed(
 
 
 def small(rounds: int, work: Path) -> dict[str, float]:
-    mark, run = work / "mark", work / "resumed"
+    mark = work / "mark"
+    run = work / "resumed"
     last = run / "checkpoints" / "last.ckpt"  # of a run, the newest would be loaded as well
     train = ["train.py", "--trainer.callbacks", "mark.Mark", "--output_dir", str(work)]
     # Leaves in its second epoch, after the first save.
@@ -85,7 +86,8 @@ def small(rounds: int, work: Path) -> dict[str, float]:
 
 
 def large(rounds: int, megabytes: float, work: Path) -> dict[str, float]:
-    mark, run = work / "mark", work / "large"
+    mark = work / "mark"
+    run = work / "large"
     ours = [
         "train.py",
         *TOY,

@@ -78,9 +78,13 @@ class ImageData(LightningDataModule):
                     f"Too small: data.{key} is {value}. Expected {least} or more. Change "
                     f"--data.{key}."
                 )
-        self.dataset, self.download, self.fallback = dataset, download, fallback
-        self.batch_size, self.shift = batch_size, shift
-        self.in_memory, self.num_workers = in_memory, num_workers
+        self.dataset = dataset
+        self.download = download
+        self.fallback = fallback
+        self.batch_size = batch_size
+        self.shift = shift
+        self.in_memory = in_memory
+        self.num_workers = num_workers
 
         from_environment = os.environ.get("DATA_ROOT")
         self.root = Path(root or from_environment or "data").expanduser()
@@ -113,7 +117,8 @@ class ImageData(LightningDataModule):
         # Frozen by NumPy: the same split in every version.
         order = np.random.RandomState(0).permutation(len(train))
         held_out = len(train) // 12
-        val, train = train.pick(order[:held_out]), train.pick(order[held_out:])
+        val = train.pick(order[:held_out])
+        train = train.pick(order[held_out:])
         self.fingerprint = _fingerprint(train)
         self._seed = torch.initial_seed()
         repeats = EMBEDDED_REPEATS if self.name == EMBEDDED else 1
@@ -135,9 +140,11 @@ class ImageData(LightningDataModule):
         if self.dataset == "digits" or len(missing) == len(sources.FILES):
             if self.dataset != "digits":
                 self._fall_back()
-            self.name, self.classes = EMBEDDED, DIGITS
+            self.name = EMBEDDED
+            self.classes = DIGITS
             return sources.embedded_digits()
-        train, test = sources.read(self.raw, "train"), sources.read(self.raw, "t10k")
+        train = sources.read(self.raw, "train")
+        test = sources.read(self.raw, "t10k")
         if (len(train), len(test)) != (60_000, 10_000):
             self.name += f" of {len(train)} training and {len(test)} test images"
         return train, test
@@ -224,13 +231,15 @@ class OneByOne(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, data: Images, augment: RandomShift | None) -> None:
-        self.data, self.augment = data, augment
+        self.data = data
+        self.augment = augment
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, label = self.data.images[index], self.data.labels[index]
+        image = self.data.images[index]
+        label = self.data.labels[index]
         return self.augment(image[None])[0] if self.augment else image, label
 
 

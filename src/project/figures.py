@@ -17,7 +17,10 @@ from torch import Tensor
 
 from savepoint import replacing, table
 
-INK, PAPER, RIGHT, WRONG = (30, 30, 30), (255, 255, 255), (40, 110, 180), (205, 60, 40)
+INK = (30, 30, 30)
+PAPER = (255, 255, 255)
+RIGHT = (40, 110, 180)
+WRONG = (205, 60, 40)
 CELL = 44
 """Pixels a side of one cell of the confusion matrix."""
 
@@ -37,7 +40,8 @@ class TestFigures(Callback):
         self.mistakes: list[tuple[Tensor, ...]] = []
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.confusion, self.mistakes = torch.zeros(0), []
+        self.confusion = torch.zeros(0)
+        self.mistakes = []
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
@@ -45,7 +49,8 @@ class TestFigures(Callback):
         if not isinstance(outputs, Tensor):
             return
         images, labels = batch
-        guesses, classes = outputs.argmax(1), outputs.shape[1]
+        guesses = outputs.argmax(1)
+        classes = outputs.shape[1]
         counts = (labels * classes + guesses).bincount(minlength=classes**2).view(classes, classes)
         self.confusion = self.confusion + counts if len(self.confusion) else counts
         wrong = guesses != labels
@@ -113,11 +118,9 @@ def per_class(counts: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
     total = int(counts.sum())
     rows = []
     for index, name in enumerate(names):
-        right, true, predicted = (
-            int(counts[index, index]),
-            int(counts[index].sum()),
-            int(counts[:, index].sum()),
-        )
+        right = int(counts[index, index])
+        true = int(counts[index].sum())
+        predicted = int(counts[:, index].sum())
         rows.append(
             {
                 "class": name, "count": true, "accuracy": (total - true - predicted + 2 * right) / total,
@@ -134,8 +137,10 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Image.Image:
     Args:
         counts: (classes, classes) int, `counts[true, predicted]`.
     """
-    classes, font = len(counts), _font(15)
-    left, top = 40 + max(round(font.getlength(name)) for name in names), 92
+    classes = len(counts)
+    font = _font(15)
+    left = 40 + max(round(font.getlength(name)) for name in names)
+    top = 92
     picture = Image.new("RGB", (left + classes * CELL + 16, top + classes * CELL + 16), PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text(
@@ -154,7 +159,8 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Image.Image:
                 if row == column
                 else _mix(WRONG, math.sqrt(count / most_wrong))
             )
-            x, y = left + column * CELL, top + row * CELL
+            x = left + column * CELL
+            y = top + row * CELL
             draw.rectangle((x, y, x + CELL - 2, y + CELL - 2), color)
             ink = PAPER if sum(color) < 450 else INK
             if count:
@@ -166,13 +172,17 @@ def draw_mistakes(
     images: Tensor, labels: Sequence[int], guesses: Sequence[int], names: Sequence[str]
 ) -> Image.Image:
     """A grid of images (N, 1, H, W) uint8, each under its true and its predicted class."""
-    columns, side, title, top = min(len(images), 5), 112, 26, 32
+    columns = min(len(images), 5)
+    side = 112
+    title = 26
+    top = 32
     rows = math.ceil(len(images) / columns)
     picture = Image.new("RGB", (columns * (side + 12) + 12, top + rows * (side + title + 8)), PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text((12, 10), "true > predicted", INK, _font(13))
     for i, (image, label, guess) in enumerate(zip(images, labels, guesses, strict=True)):
-        x, y = 12 + i % columns * (side + 12), top + i // columns * (side + title + 8)
+        x = 12 + i % columns * (side + 12)
+        y = top + i // columns * (side + title + 8)
         words = f"{names[label]} > {names[guess]}"
         draw.text(
             (x + side / 2, y + title / 2),

@@ -108,13 +108,13 @@ class ImageClassifier(LightningModule):
         if "_instantiator" in self.hparams:  # built from a config
             self.save_hyperparameters()
         self.net = net.to(memory_format=torch.channels_last)  # ConvNet: half the time on a CPU
-        self.lr, self.weight_decay, self.optimizer, self.schedule = (
-            lr,
-            weight_decay,
-            optimizer,
-            schedule,
-        )
-        self.label_smoothing, self.mean, self.std = label_smoothing, mean, std
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.label_smoothing = label_smoothing
+        self.mean = mean
+        self.std = std
         self.train_loss, self.val_loss, self.test_loss = (
             MeanMetric(nan_strategy="disable") for _ in range(3)
         )
@@ -183,7 +183,8 @@ class ImageClassifier(LightningModule):
                 "has no last step. Expected one. Set --trainer.max_epochs or --trainer.max_steps, "
                 "or --model.schedule constant."
             )
-        optimizer, schedule = self._optimizer(), SCHEDULES[self.schedule]
+        optimizer = self._optimizer()
+        schedule = SCHEDULES[self.schedule]
         # A lambda, because LambdaLR saves the attributes of any other callable with the checkpoint.
         scheduler = LambdaLR(optimizer, lambda step: schedule(step, total_steps))
         return {
@@ -195,7 +196,9 @@ class ImageClassifier(LightningModule):
         return [TestFigures()]
 
     def _optimizer(self) -> Optimizer:
-        parameters, lr, weight_decay = self.parameters(), self.lr, self.weight_decay
+        parameters = self.parameters()
+        lr = self.lr
+        weight_decay = self.weight_decay
         if self.optimizer == "adadelta":
             return torch.optim.Adadelta(parameters, lr=lr, weight_decay=weight_decay)
         if self.optimizer == "sgd":

@@ -143,7 +143,8 @@ def _resized(pixels: Pixels) -> tuple[Pixels, list[str]]:
     """The whole image, as large as it fits, in the middle of 28x28; its border's grey goes on
     around it.
     """
-    changes, longer = [], max(pixels.shape)
+    changes = []
+    longer = max(pixels.shape)
     border = round(_border(pixels))
     if longer != SIDE:
         width, height = (max(1, round(length * SIDE / longer)) for length in reversed(pixels.shape))
@@ -153,10 +154,12 @@ def _resized(pixels: Pixels) -> tuple[Pixels, list[str]]:
         changes = ["resized"]
     if pixels.shape != (SIDE, SIDE):
         height, width = pixels.shape
-        top, left = (SIDE - height) // 2, (SIDE - width) // 2
+        top = (SIDE - height) // 2
+        left = (SIDE - width) // 2
         square = np.full((SIDE, SIDE), border, np.uint8)
         square[top : top + height, left : left + width] = pixels
-        pixels, changes = square, [*changes, "padded to a square"]
+        pixels = square
+        changes = [*changes, "padded to a square"]
     return pixels, changes
 
 

@@ -73,7 +73,8 @@ def read(raw: Path, part: str) -> Images:
             f"Incomplete data set: {raw} lacks {', '.join(missing(raw))}. Expected four files. "
             f"{MEND}"
         )
-    images, labels = read_idx(image_file, dimensions=3), read_idx(label_file, dimensions=1)
+    images = read_idx(image_file, dimensions=3)
+    labels = read_idx(label_file, dimensions=1)
     if images.shape[1:] != (28, 28):
         size = "x".join(map(str, images.shape[1:]))
         raise DataError(
@@ -110,7 +111,8 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray[Any, np.dtype[np.uint8]]
         raise DataError(
             f"Cannot be read: {path} ({error.strerror}). Expected a readable file. {MEND}"
         ) from error
-    magic, head = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
+    magic = bytes([0, 0, 8, dimensions])
+    head = 4 + 4 * dimensions
     if len(content) >= 4 and content[:4] != magic:
         raise DataError(
             f"Not an IDX file of {dimensions}-dimensional bytes: {path} begins with "

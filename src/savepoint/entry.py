@@ -29,7 +29,8 @@ from savepoint.words import printable
 from savepoint.workspace import Project, enter
 
 _STARTED_AS_RANK = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
-_WAIT_SECS, _FRESH_SECS = 3.0, 60.0
+_WAIT_SECS = 3.0
+_FRESH_SECS = 60.0
 
 
 def run(main: Callable[[Sequence[str]], int], script: str, default_config: str = "") -> None:
@@ -40,7 +41,8 @@ def run(main: Callable[[Sequence[str]], int], script: str, default_config: str =
         default_config: What is trained where the arguments name no config, relative to the project.
     """
     project = Project(Path(script).resolve().parent, Path(default_config))
-    sys.stdout, sys.stderr = tolerant(sys.stdout), tolerant(sys.stderr)
+    sys.stdout = tolerant(sys.stdout)
+    sys.stderr = tolerant(sys.stderr)
     try:
         refuse_foreign_install(project.root)
         enter(project)
@@ -181,7 +183,8 @@ class _Output(io.FileIO):
         try:
             written = super().write(data)
         except OSError as error:
-            written, self.lost = None, self.lost or error
+            written = None
+            self.lost = self.lost or error
         return len(data) if written is None else written
 
 

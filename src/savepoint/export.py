@@ -244,7 +244,8 @@ def _read_state_dict(file: BinaryIO) -> dict[str, Tensor]:
 
 def _with(read: Callable[[BinaryIO], dict[str, Tensor]]) -> Callable[[Rebuilt, BinaryIO], Run]:
     def run(made: Rebuilt, file: BinaryIO) -> Run:
-        found, saved = read(file), made.state["state_dict"]
+        found = read(file)
+        saved = made.state["state_dict"]
         wanted = {
             plain_name(name): value for name, value in saved.items() if isinstance(value, Tensor)
         }

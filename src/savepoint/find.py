@@ -142,19 +142,16 @@ def file_or_best(argument: str | None) -> tuple[Path, str]:
             CheckpointVersionError: about CKPT.
     """
     if argument is not None and not manifest.local_path(argument).is_dir():
-        path, which = file_or_latest(argument), ""
+        path = file_or_latest(argument)
+        which = ""
     else:
         best = run(argument).store.best()
         if best is not None:
-            path, which = (
-                best.path,
-                f"best of the run: {best.manifest.get('monitor')} {best.score:.4f}",
-            )
+            path = best.path
+            which = f"best of the run: {best.manifest.get('monitor')} {best.score:.4f}"
         else:
-            path, which = (
-                file_or_latest(argument),
-                "latest of the run: none has a value of its metric",
-            )
+            path = file_or_latest(argument)
+            which = "latest of the run: none has a value of its metric"
     facts = manifest.read(path)
     said = f"{path}: step {facts['step']}, epoch {facts.get('epoch')}"
     return path, f"{said} ({which})" if which else said

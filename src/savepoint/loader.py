@@ -168,8 +168,10 @@ class _Resumable:
         self, *, seed: int | None, shuffle: bool, rank: int | None, world_size: int | None
     ) -> None:
         self.shuffle = shuffle
-        self._seed, self._given = seed, seed is not None
-        self._rank, self._world_size = rank, world_size
+        self._seed = seed
+        self._given = seed is not None
+        self._rank = rank
+        self._world_size = world_size
         self.epoch = self.position = self._start = 0
 
     @property
@@ -203,18 +205,18 @@ class _Resumable:
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
-            self.epoch, self.position, self._start = epoch, 0, 0
+            self.epoch = epoch
+            self.position = 0
+            self._start = 0
 
     def state_dict(self) -> dict[str, Any]:
         own = {} if self._given or self._seed is None else {"seed": self._seed}
         return {"epoch": self.epoch, "position": self.position, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.position, self._start = (
-            state["epoch"],
-            state["position"],
-            state["position"],
-        )
+        self.epoch = state["epoch"]
+        self.position = state["position"]
+        self._start = state["position"]
         if not self._given:
             self._seed = state.get("seed", self._seed)
 
@@ -281,8 +283,10 @@ class Batches(_Resumable):
         world_size: int | None = None,
     ) -> None:
         super().__init__(seed=seed, shuffle=shuffle, rank=rank, world_size=world_size)
-        self.tensors, self.augment = tensors, augment
-        self.samples, self.batch_size = len(tensors[0]), batch_size
+        self.tensors = tensors
+        self.augment = augment
+        self.samples = len(tensors[0])
+        self.batch_size = batch_size
         self._share(self.samples)
 
     def __len__(self) -> int:
@@ -297,7 +301,8 @@ class Batches(_Resumable):
         return {"augment": self.augment}
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        start, self._start = self._start, 0
+        start = self._start
+        self._start = 0
         order = self.order().to(self.tensors[0].device)
         for i in range(start, len(self)):
             self.position = i + 1
@@ -320,7 +325,9 @@ class _SeededByIndex(Dataset[Any]):
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int, keyed: bool) -> None:
-        self.dataset, self.seed, self.keyed = dataset, seed, keyed
+        self.dataset = dataset
+        self.seed = seed
+        self.keyed = keyed
         # Once a process: a worker has a copy of the data set.
         self._randomness: _Randomness | None = None
 
@@ -342,7 +349,9 @@ class _SeededCollate:
     """
 
     def __init__(self, collate: Callable[[Any], Any], seed: int, batched: bool) -> None:
-        self.collate, self.seed, self.batched = collate, seed, batched
+        self.collate = collate
+        self.seed = seed
+        self.batched = batched
 
     def __call__(self, keyed: Any) -> Any:
         if not self.batched:
@@ -395,10 +404,14 @@ class ResumableLoader(_Resumable):
         shuffle = not isinstance(self._indices, SequentialSampler)
         super().__init__(seed=seed, shuffle=shuffle, rank=rank, world_size=world_size)
         # A batch_sampler that was given leaves these None on the loader.
-        self._size, self._drops_last = loader.batch_size, loader.drop_last
+        self._size = loader.batch_size
+        self._drops_last = loader.drop_last
         if self._own_batches is None and isinstance(own, BatchSampler):
-            self._indices, self._size, self._drops_last = own.sampler, own.batch_size, own.drop_last
-        self.num_workers, self.persistent_workers = loader.num_workers, loader.persistent_workers
+            self._indices = own.sampler
+            self._size = own.batch_size
+            self._drops_last = own.drop_last
+        self.num_workers = loader.num_workers
+        self.persistent_workers = loader.persistent_workers
         self._order: list[Any] | None = None  # of this epoch and rank; None until it begins
         self._keys = _Keys()
         self._inner: DataLoader[Any] | None = None
@@ -467,7 +480,8 @@ class ResumableLoader(_Resumable):
         return type(self._source) in _DERIVED or _length(self._source) is None
 
     def __iter__(self) -> Iterator[Any]:
-        start, self._start = self._start, 0
+        start = self._start
+        self._start = 0
         self.position = start
         for batch in self._read(start):
             self.position += 1

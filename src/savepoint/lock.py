@@ -69,7 +69,8 @@ class LockedDirectory:
         except OSError as error:
             os.close(descriptor)
             raise unwritable(self.directory, error) from error
-        self._lock, self._place = descriptor, self.directory.stat()
+        self._lock = descriptor
+        self._place = self.directory.stat()
         _locked.add(_identity(os.fstat(descriptor)))
         if said.strip():
             self.took_over = _holder(said)

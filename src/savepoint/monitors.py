@@ -50,13 +50,16 @@ class Resources(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step, self._since, self._samples = trainer.global_step, time.monotonic(), 0
+        self._step = trainer.global_step
+        self._since = time.monotonic()
+        self._samples = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._samples += Meter.samples_in(batch) * trainer.world_size
-        steps, every = trainer.global_step - self._step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        steps = trainer.global_step - self._step
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not steps or not every or trainer.global_step % every:
             return
         secs = time.monotonic() - self._since

@@ -85,14 +85,17 @@ def arm() -> None:
     """From here on a signal waits for the next safe point."""
     # The second training of a notebook does not stop for what stopped the first.
     if requests.answered:
-        requests.stop, requests.save, requests.answered = 0, False, False
+        requests.stop = 0
+        requests.save = False
+        requests.answered = False
     requests.armed = True
     install()
 
 
 def disarm() -> None:
     """The training has ended: from here on a signal leaves at once."""
-    requests.armed, requests.answered = False, True
+    requests.armed = False
+    requests.answered = True
 
 
 @contextmanager
@@ -125,7 +128,8 @@ def _on_stop(signum: int, frame: FrameType | None) -> None:
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
         return
-    requests.stop, requests.since = signum, time.monotonic()
+    requests.stop = signum
+    requests.since = time.monotonic()
     if not requests.armed:
         raise Preempted(signum)
 

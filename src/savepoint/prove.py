@@ -59,10 +59,12 @@ def kill_and_resume(
     dice: random.Random,
 ) -> None:
     """Runs to the end through `kills`, each at a random moment after its first new checkpoint."""
-    run, log = work / "killed", work / "killed.log"
+    run = work / "killed"
+    log = work / "killed.log"
     process = start("train.py", *arguments, "--run_name", "killed", log=log)
     for signum in kills:
-        before, begun = saved_steps(run), time.monotonic()
+        before = saved_steps(run)
+        begun = time.monotonic()
         while process.poll() is None and saved_steps(run) <= before:
             time.sleep(0.01)
         time.sleep(dice.uniform(0.0, 1.5))
@@ -70,7 +72,8 @@ def kill_and_resume(
             break
         process.send_signal(signum)
         code = process.wait()
-        name, secs = signal.Signals(signum).name, time.monotonic() - begun
+        name = signal.Signals(signum).name
+        secs = time.monotonic() - begun
         outcome = f"exit {code}, resumes from step {saved_steps(run)}"
         print(f"  {name} {secs:5.1f} s after its start: {outcome}", flush=True)
         process = start("resume.py", str(run), log=log)

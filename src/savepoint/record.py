@@ -72,7 +72,8 @@ def _now() -> str:
 
 def _git() -> dict[str, Any] | None:
     def ask(*arguments: str) -> str | None:
-        command, here = ["git", *arguments], project().root
+        command = ["git", *arguments]
+        here = project().root
         try:
             done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):

@@ -47,7 +47,8 @@ def run(
     """
     optuna = _optuna()
     refuse_url(output_dir, "output_dir")
-    sweep, directory = sweep_file.read(path), Path(output_dir) / path.stem
+    sweep = sweep_file.read(path)
+    directory = Path(output_dir) / path.stem
     with _lock(directory).locked():
         return _run(optuna, sweep, path, directory, say)
 
@@ -163,7 +164,8 @@ def _run_trial(optuna: Any, study: Any, trial: Any, sweep: Sweep, directory: Pat
     )
     pruned, code = _train(trial, values, sweep, run_dir)
     last = _last_line(run_dir, known)
-    scores, log = _scores(run_dir, sweep.monitor), show(run_dir.absolute()) + ".log"
+    scores = _scores(run_dir, sweep.monitor)
+    log = show(run_dir.absolute()) + ".log"
     # Where the trial itself is refused it stays open: once the sweep is put right, it is the first
     # to go on.
     if code == 2:
@@ -199,7 +201,8 @@ def _train(trial: Any, values: Mapping[str, Any], sweep: Sweep, run_dir: Path) -
     ]
     # --resume auto: what a trial had reached when the sweep was cut off is not trained again.
     command += ["--run_name", run_dir.name, "--resume", "auto"]
-    told, pruned = len(trial.study.trials[trial.number].intermediate_values), False
+    told = len(trial.study.trials[trial.number].intermediate_values)
+    pruned = False
     with run_dir.with_suffix(".log").open("ab") as log:
         process = subprocess.Popen(command, cwd=project().root, stdout=log, stderr=log)
     try:
@@ -257,7 +260,10 @@ def _last_line(run_dir: Path, known: int) -> str:
 def _suggest(trial: Any, key: str, space: Mapping[str, Any]) -> Any:
     if "choices" in space:
         return trial.suggest_categorical(key, space["choices"])
-    low, high, log, step = space["low"], space["high"], bool(space.get("log")), space.get("step")
+    low = space["low"]
+    high = space["high"]
+    log = bool(space.get("log"))
+    step = space.get("step")
     if all(isinstance(one, int) for one in (low, high, step or 1)):
         return trial.suggest_int(key, low, high, log=log, step=step or 1)
     return trial.suggest_float(key, low, high, log=log, step=step)

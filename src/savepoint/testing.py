@@ -74,7 +74,8 @@ def resumes_exactly(config: Path | str, directory: Path, *flags: str) -> list[st
     with _signal_after_batch(1):
         _run("train.py", *command, "--run_name", "stopped", expected=128 + signal.SIGTERM)
     _run("resume.py", str(directory / "stopped"))
-    straight, stopped = directory / "straight", directory / "stopped"
+    straight = directory / "straight"
+    stopped = directory / "stopped"
     found = list(difference(final_state(straight), final_state(stopped)))
     pairs = zip_longest(rows(straight), rows(stopped))
     return found + [f"row: {one} and {other}" for one, other in pairs if one != other]
@@ -139,7 +140,8 @@ def _named(config: Path | str) -> list[str]:
 
 def _run(script: str, *argv: str, expected: int = 0) -> None:
     """A program of the project, in this process."""
-    path, said = str(workspace.project().root / script), StringIO()
+    path = str(workspace.project().root / script)
+    said = StringIO()
     with _as_a_process_of_its_own(), redirect_stdout(said), redirect_stderr(said):
         sys.argv = [path, *argv]
         code: Any = 0
@@ -157,7 +159,8 @@ def _run(script: str, *argv: str, expected: int = 0) -> None:
 
 @contextmanager
 def _signal_after_batch(nth: int) -> Iterator[None]:
-    original, calls = CheckpointCallback.on_train_batch_end, count(1)
+    original = CheckpointCallback.on_train_batch_end
+    calls = count(1)
 
     def on_train_batch_end(self: CheckpointCallback, *arguments: Any, **named: Any) -> None:
         if next(calls) == nth:
@@ -171,7 +174,9 @@ def _signal_after_batch(nth: int) -> Iterator[None]:
 @contextmanager
 def _as_a_process_of_its_own() -> Iterator[None]:
     """What a program of the project changes in its process is as before at the end."""
-    threads, argv, hook = torch.get_num_threads(), sys.argv, sys.unraisablehook
+    threads = torch.get_num_threads()
+    argv = sys.argv
+    hook = sys.unraisablehook
     handlers = {one: signal.getsignal(one) for one in (*preemption.STOP, preemption.SAVE)}
     typed._parser.cache_clear()  # a new process knows the classes that it imports
     torch.set_num_threads(1)  # what is small is fastest so
@@ -188,7 +193,8 @@ def _as_a_process_of_its_own() -> Iterator[None]:
         tracker = sys.modules.get("wandb")
         if tracker is not None:  # it ends its run with the process
             tracker.finish()
-        sys.argv, sys.unraisablehook = argv, hook
+        sys.argv = argv
+        sys.unraisablehook = hook
         torch.set_num_threads(threads)
         for signum, handler in handlers.items():
             signal.signal(signum, handler)

@@ -44,7 +44,9 @@ class RunWandbLogger(WandbLogger):
             "dir": str(directory),
             "resume": "allow",
         }
-        self._id, self._name, self._save_dir = run_id, directory.name, str(directory)
+        self._id = run_id
+        self._name = directory.name
+        self._save_dir = str(directory)
 
 
 class RunMLFlowLogger(MLFlowLogger):
@@ -67,7 +69,8 @@ class RunMLFlowLogger(MLFlowLogger):
 
     def join(self, run_id: str, directory: Path) -> None:
         """Every start of one run is one run there too: it is found again by a tag."""
-        self._run_name, self.tags = directory.name, {_TAG: run_id}
+        self._run_name = directory.name
+        self.tags = {_TAG: run_id}
         experiment = self._mlflow_client.get_experiment_by_name(self._experiment_name)
         if experiment is not None:
             found = self._mlflow_client.search_runs(

@@ -37,7 +37,8 @@ class Once(Callback):
         self._load: Callable[[LightningModule], None] | None = load
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        load, self._load = self._load, None
+        load = self._load
+        self._load = None
         if load is not None:
             load(pl_module)
 

@@ -31,7 +31,8 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:  # a process of our own; `| head` must not hide what the exit code says
-        sys.stdout, sys.stderr = entry.tolerant(sys.stdout), entry.tolerant(sys.stderr)
+        sys.stdout = entry.tolerant(sys.stdout)
+        sys.stderr = entry.tolerant(sys.stderr)
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if words else sys.stderr)
@@ -89,7 +90,8 @@ def _parse(name: str, module: ModuleType, words: Sequence[str]) -> argparse.Name
     )
     arguments, unknown = parser.parse_known_args(words)
     if "words" in arguments:  # a command that takes any key of a config as a flag
-        arguments.words, unknown = unknown, []
+        arguments.words = unknown
+        unknown = []
     if unknown:
         flags = [
             flag

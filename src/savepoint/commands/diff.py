@@ -53,14 +53,16 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     from savepoint.checkpoint.format import fingerprint
     from savepoint.config.compose import flatten, same
 
-    a, b = comparable(a), comparable(b)
+    a = comparable(a)
+    b = comparable(b)
     keys = list({**a, **b})
     parts = [
         key
         for key in keys
         if key not in a or key not in b or fingerprint(a[key]) != fingerprint(b[key])
     ]
-    old, new = flatten(a.get("config") or "{}"), flatten(b.get("config") or "{}")
+    old = flatten(a.get("config") or "{}")
+    new = flatten(b.get("config") or "{}")
     config = {
         k: [old.get(k), new.get(k)]
         for k in {**old, **new}
@@ -82,7 +84,8 @@ def comparable(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _metrics(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     """Name -> [(value, step) in A, in B], for those that differ."""
-    old, new = a.get("metrics", {}), b.get("metrics", {})
+    old = a.get("metrics", {})
+    new = b.get("metrics", {})
     pairs = {name: [old.get(name), new.get(name)] for name in {**old, **new}}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -133,7 +136,8 @@ def relative_change(a: "Tensor", b: "Tensor") -> float | None:
     if fingerprint(a) == fingerprint(b):
         return None
     kind = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
-    distance, length = norm(dense(b).to(kind) - dense(a).to(kind)), norm(a)
+    distance = norm(dense(b).to(kind) - dense(a).to(kind))
+    length = norm(a)
     return distance / length if length else float("inf") if distance else 0.0
 
 

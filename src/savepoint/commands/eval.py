@@ -79,7 +79,8 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _sorted_out(words: Sequence[str]) -> tuple[str | None, list[str]]:
     """CKPT, and the overrides: what follows a flag without `=` is its value."""
-    target, overrides = None, []
+    target = None
+    overrides = []
     todo = list(words)
     while todo:
         word = todo.pop(0)

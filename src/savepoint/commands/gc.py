@@ -102,7 +102,8 @@ def _configs(run: Run) -> Iterator[str]:
 
 def _plan(store: CheckpointStore) -> list[dict[str, Any]]:
     """Each file of the directory with why it stays; `goes` where nothing keeps it."""
-    kept, listed = store.reasons(), store.checkpoints()
+    kept = store.reasons()
+    listed = store.checkpoints()
     everything = Retention(keep_last=len(listed), keep_best=len(listed))
     places = CheckpointStore(
         store.directory, retention=everything, monitor=store.monitor, mode=store.mode

@@ -62,7 +62,8 @@ def _run_facts(one: Run) -> dict[str, Any]:
     row |= {"test": {}, "last": ""}
     row |= dict.fromkeys(("config", "monitor", "best", "step", "epoch", "reason"))
     try:
-        row["config"], row["state"] = _config(one), one.state()
+        row["config"] = _config(one)
+        row["state"] = one.state()
         times = [start["time"] for start in one.starts()]
         if one.latest is not None:
             facts = one.latest.manifest
@@ -131,7 +132,8 @@ def _checkpoints(run: Run) -> tuple[Any, str, bool]:
 
 def listing(run: Run) -> list[dict[str, Any]]:
     """Checkpoints by step, judged by structure and seal; then what does not verify, and why."""
-    listed, best = run.store.checkpoints(), run.store.best()
+    listed = run.store.checkpoints()
+    best = run.store.best()
     monitor = listed[-1].manifest.get("monitor") if listed else None
     rows = [
         _row(one.path, verifies=True, step=one.step, epoch=one.epoch, monitor=monitor)

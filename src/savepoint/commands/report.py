@@ -22,7 +22,8 @@ def main(arguments: argparse.Namespace) -> int:
     path = Path(arguments.output or run.directory / "report.html")
     _refuse_other_file(path)
     report = gather.Report(run)
-    size, missing = _write(path, page.page(report)), report.missing + report.curves.missing
+    size = _write(path, page.page(report))
+    missing = report.missing + report.curves.missing
     if arguments.json:
         facts = {"run_dir": run.directory, "file": path, "bytes": size, "state": report.state}
         output.put_json(facts | {"missing": missing})

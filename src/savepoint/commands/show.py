@@ -71,7 +71,8 @@ def _text(part: str, content: Any) -> str:
 
 
 def _contents(path: Path, parts: list[str]) -> dict[str, Any]:
-    facts, state = manifest.read(path), dict[str, Any]()
+    facts = manifest.read(path)
+    state = dict[str, Any]()
     if "config" in parts or "tensors" in parts:
         from savepoint.checkpoint import store  # and with its load, torch
 
@@ -90,7 +91,8 @@ def tensors(state: Mapping[str, Any]) -> dict[str, Any]:
 
     from savepoint.checkpoint.format import leaves, size_bytes
 
-    weights, others = [], []
+    weights = []
+    others = []
     for name, value in state.get("state_dict", {}).items():
         if isinstance(value, Tensor):
             kind = str(value.dtype).removeprefix("torch.")
@@ -196,7 +198,8 @@ def _ancestors(run: Run, family: list[Place]) -> list[dict[str, Any]]:
 
 def _forked_from(run: Run, family: list[Place]) -> Place | None:
     own = [one.manifest for one in run.store.checkpoints()]
-    ids, parents = {facts.get("run_id") for facts in own}, {facts.get("parent") for facts in own}
+    ids = {facts.get("run_id") for facts in own}
+    parents = {facts.get("parent") for facts in own}
     others = [one for one in family if one.facts.get("run_id") not in ids]
     return next((one for one in others if one.facts["digest"] in parents), None)
 

@@ -77,7 +77,8 @@ def _look(path: Path, *, deep: bool, quiet: bool) -> dict[str, Any]:
     if not path.exists():
         raise find.missing(path, "a checkpoint or a run directory")
     put = (lambda text: None) if quiet else output.put
-    run, results = _run_at(path), []
+    run = _run_at(path)
+    results = []
     for result in _results(path, run, deep):
         results.append(result)
         put(_line(result))
@@ -364,7 +365,8 @@ def _rows(path: Path) -> int:
 def _room(run: Run) -> Iterator[Finding]:
     if run.latest is None:
         return
-    size, disk = run.latest.path.stat().st_size, os.statvfs(run.checkpoints)
+    size = run.latest.path.stat().st_size
+    disk = os.statvfs(run.checkpoints)
     free = disk.f_bavail * disk.f_frsize
     if disk.f_blocks and free < 2 * size:  # no blocks: a file system that does not say
         figures = f"{words.megabytes(free)} free, a checkpoint takes {words.megabytes(size)}"

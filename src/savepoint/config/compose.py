@@ -297,7 +297,8 @@ def _from_file(
 ) -> tuple[dict[str, Any] | None, str]:
     if isinstance(value, str):
         path = folder / value
-        value, source = read(path, f"{key} group file"), _shown(path)
+        value = read(path, f"{key} group file")
+        source = _shown(path)
     if value is not None and not isinstance(value, dict):
         raise ConfigError(
             f"Not a group: `{key}` is {value!r} ({source}). Expected keys with values, or a file's "

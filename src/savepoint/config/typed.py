@@ -211,7 +211,8 @@ class _Cli(LightningCLI):
         plugins: Iterable[Any] = (),
         trainer_overrides: dict[str, Any] | None = None,
     ) -> None:
-        self._callbacks, self._plugins = list(callbacks), list(plugins)
+        self._callbacks = list(callbacks)
+        self._plugins = list(plugins)
         self._trainer_overrides = trainer_overrides or {}
         super().__init__(
             LightningModule,
@@ -445,13 +446,15 @@ def _explain(text: str, composed: compose.Composed) -> str:
 def _locate(text: str, composed: compose.Composed) -> tuple[str, str]:
     """The innermost key that a report blames, and what is said of it."""
     names: list[str] = []
-    end, depth = 0, -1
+    end = 0
+    depth = -1
     for found in re.finditer(
         r'^( *(?:- )?)(Parser key "config": )?Parser key "([\w.]+)":', text, re.M
     ):
         if len(found[1]) > depth:
             names.append(found[3])
-            end, depth = found.end(), len(found[1])
+            end = found.end()
+            depth = len(found[1])
     cause = text[end:]
     if nested := re.search(r"NestedArg\(key='([\w.]+)'", text):
         return ".".join([*names[:1], nested[1]]), cause
@@ -489,7 +492,8 @@ def _unknown_key(key: str, composed: compose.Composed) -> str:
 
 
 def _unknown_class(key: str, name: str, where: str, because: str = "") -> str:
-    short, files = name.rpartition(".")[2], Path("configs", key)
+    short = name.rpartition(".")[2]
+    files = Path("configs", key)
     everywhere = {c.__name__ for c in _below(_base(key)) if not c.__name__.startswith("_")}
     near = (
         words.nearest(short, _own_classes(key))

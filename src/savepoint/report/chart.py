@@ -13,10 +13,12 @@ from typing import NamedTuple
 from savepoint.report.curves import Chart, Point, Series, means, thinned
 from savepoint.report.gather import Mark
 
-HEIGHT, WIDE = 190, 1000
+HEIGHT = 190
+WIDE = 1000
 LETTER = 14  # pixels from one label at the end of a line to the next
 LETTERS = 7  # of a name that has room beside the chart
-POINTS, MOST_POINTS = 1000, 40_000  # of a series, and of the page
+POINTS = 1000
+MOST_POINTS = 40_000  # of a series, and of the page
 
 
 class Axis(NamedTuple):
@@ -42,7 +44,8 @@ class Axis(NamedTuple):
     def said(self, value: float) -> str:
         """A tick as text, with as many digits as tell it from its neighbours."""
         spacing = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else 1.0
-        largest, finest = max(map(abs, self.ticks)), math.floor(math.log10(spacing) + 1e-9)
+        largest = max(map(abs, self.ticks))
+        finest = math.floor(math.log10(spacing) + 1e-9)
         if largest >= 1e6 or finest < -5:
             return f"{value:.{math.floor(math.log10(largest)) - finest + 1}g}"
         return f"{value:,.{max(0, -finest)}f}"
@@ -60,8 +63,11 @@ class Drawn:
     """
 
     def __init__(self, chart: Chart, steps: Axis, most: int) -> None:
-        self.chart, self.axis, self.styles = chart, _value_axis(chart), _styles(chart)
-        self.lines, found = list[tuple[str, str]](), []
+        self.chart = chart
+        self.axis = _value_axis(chart)
+        self.styles = _styles(chart)
+        self.lines = list[tuple[str, str]]()
+        found = []
         for series, style in zip(chart.series, self.styles, strict=True):
             points = thinned(series.points, most)
             mean = [] if _is_fine(chart, series) else means(series.points)
@@ -87,10 +93,13 @@ def flags(marks: Sequence[Mark], steps: Axis) -> list[tuple[float, str, str, lis
     """(step, kind, label, numbers): marks that would run into each other, at the first."""
     found: list[tuple[float, str, str, list[int]]] = []
     for number, mark in sorted(enumerate(marks, 1), key=lambda one: one[1].step):
-        step, kind, numbers = float(mark.step), mark.kind, [number]
+        step = float(mark.step)
+        kind = mark.kind
+        numbers = [number]
         if found and steps.share(step) - steps.share(found[-1][0]) < 0.05:
             step, kinds, _, others = found.pop()
-            kind, numbers = min(kind, kinds), sorted([*others, number])  # a fault before a resume
+            kind = min(kind, kinds)
+            numbers = sorted([*others, number])  # a fault before a resume
         found.append((step, kind, _numbers(numbers), numbers))
     return found
 
@@ -102,8 +111,10 @@ def step_axis(last: float) -> Axis:
 
 
 def _value_axis(chart: Chart) -> Axis:
-    low, high = min(chart.values, default=0.0), max(chart.values, default=1.0)
-    spread, size = high - low, max(abs(low), abs(high))
+    low = min(chart.values, default=0.0)
+    high = max(chart.values, default=1.0)
+    spread = high - low
+    size = max(abs(low), abs(high))
     room = 0.06 * spread
     if spread < max(1e-9 * size, 1e-290):
         room = 0.05 * size if size > 1e-290 else 0.5
@@ -117,7 +128,8 @@ def _ticks(low: float, high: float, at_most: float, factors: Sequence[float]) ->
     rough = (high - low) / at_most
     power = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
     spacing = next(power * factor for factor in factors if power * factor >= rough * 0.99)
-    first, last = math.ceil(low / spacing - 1e-9), math.floor(high / spacing + 1e-9)
+    first = math.ceil(low / spacing - 1e-9)
+    last = math.floor(high / spacing + 1e-9)
     return [spacing * number for number in range(first, last + 1)]
 
 
@@ -148,7 +160,8 @@ def _names(chart: Chart, axis: Axis) -> list[tuple[str, float, float]]:
     several = [one for one in chart.series if len(chart.series) > 1 and one.finite()]
     ends = [(*one.finite()[-1], one.label) for one in several if len(one.label) <= LETTERS]
     ends.sort(key=lambda end: -end[1])
-    downs, below = list[float](), float(HEIGHT)
+    downs = list[float]()
+    below = float(HEIGHT)
     for _, value, _ in ends:
         downs.append(max([axis.down(value), *(down + LETTER for down in downs[-1:])]))
     for place in reversed(range(len(downs))):

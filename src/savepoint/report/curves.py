@@ -56,15 +56,18 @@ class Chart:
     """The series of one quantity: `loss` of train/loss and val/loss. Shares become percentages."""
 
     def __init__(self, quantity: str, series: Iterable[Series]) -> None:
-        self.quantity, self.unit = quantity, ""
+        self.quantity = quantity
+        self.unit = ""
         self.series = sorted(series, key=lambda one: (ORDER.index(one.role), one.label))
         self.values = [value for one in self.series for _, value in one.finite()]
         if SHARE.fullmatch(quantity) and all(0 <= value <= 1 for value in self.values):
-            self.unit, self.values = " %", [100 * value for value in self.values]
+            self.unit = " %"
+            self.values = [100 * value for value in self.values]
             for one in self.series:
                 one.points = [(step, 100 * value) for step, value in one.points]
         longest = max(len(one.points) for one in self.series)
-        self.is_curve, self.is_long = longest > 1, longest > LONG
+        self.is_curve = longest > 1
+        self.is_long = longest > LONG
         self.by_the_clock = quantity.startswith("time/")
 
     def last(self, series: Series) -> str:
@@ -82,8 +85,11 @@ class Curves:
     """
 
     def __init__(self, path: Path, monitor: str | None = None) -> None:
-        self.missing, self.last_step = list[str](), 0.0
-        columns, clock, unread = dict[str, Series](), series_of("time/secs"), Counter[str]()
+        self.missing = list[str]()
+        self.last_step = 0.0
+        columns = dict[str, Series]()
+        clock = series_of("time/secs")
+        unread = Counter[str]()
         for row in _rows(path, self.missing):
             columns = columns or {name: series_of(name) for name in row if name not in NO_METRICS}
             step = _number(row["step"])

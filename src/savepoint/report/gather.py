@@ -74,7 +74,9 @@ class Report:
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.state, self.holder = run, run.state(), run.holder()
+        self.run = run
+        self.state = run.state()
+        self.holder = run.holder()
         self.latest = run.latest.manifest if run.latest else {}
         self.monitor = str(self.latest.get("monitor") or "score")
         dataset = self.latest.get("dataset")
@@ -125,7 +127,9 @@ def _change(pair: Any) -> str:
 
 def _marks_of_starts(starts: Sequence[Start]) -> Iterator[Mark]:
     for start in starts:
-        number, step, when = start["number"], start["step"], _seconds(start["time"])
+        number = start["number"]
+        step = start["step"]
+        when = _seconds(start["time"])
         reached = (step or 0) if start["reached"] is None else start["reached"]
         if start["took_over"] and number > 1:
             killed = f"Start {number - 1} was killed at step {reached:,} or later"
@@ -143,7 +147,8 @@ def _marks_of_starts(starts: Sequence[Start]) -> Iterator[Mark]:
 def _marks_of_files(files: Sequence[File]) -> Iterator[Mark]:
     rewinds = {file.fate: file for file in files if file.place == "rewound" and file.step}
     for file in [file for file in files if file.place == "damaged"] + [*rewinds.values()]:
-        what, changed = f"{file.path.name} {file.fate}", _stat(file.path)
+        what = f"{file.path.name} {file.fate}"
+        changed = _stat(file.path)
         if file.place == "rewound":
             what = f"The run was at step {file.step:,} and was {file.fate}"
             changed = _stat(file.path.parent)  # it was moved then
@@ -160,7 +165,8 @@ def _seconds(time: str) -> float:
 
 def _in_the_run(run: Run, rules: Mapping[str, int] | None) -> Iterator[File]:
     listed = CheckpointStore(run.checkpoints, retention=Retention(**rules or {}))
-    best, why = listed.best(), listed.reasons()
+    best = listed.best()
+    why = listed.reasons()
     for one in listed.checkpoints():
         fate = "whether it is kept is not known"
         if rules is not None:

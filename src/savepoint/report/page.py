@@ -22,7 +22,9 @@ HERE = Path(__file__).parent
 
 
 def page(report: Report) -> str:
-    steps, style, script = chart.step_axis(report.last_step), _own("page.css"), _own("page.js")
+    steps = chart.step_axis(report.last_step)
+    style = _own("page.css")
+    script = _own("page.js")
     own = {"generator": GENERATOR, "policy": _policy(script), "style": style, "script": script}
     shown = {
         "charts": chart.drawn([one for one in report.curves.charts if one.is_curve], steps),
@@ -59,7 +61,9 @@ def _policy(script: str) -> str:
 
 def _numbers(report: Report) -> Iterator[tuple[str, str, str]]:
     """(name, value, note) of what is looked for first."""
-    summary, latest, monitor = report.summary, report.latest, report.monitor
+    summary = report.summary
+    latest = report.latest
+    monitor = report.monitor
     results = [one for one in summary.items() if one[0].startswith("test/") and _is_number(one[1])]
     for name, value in words.metrics(sorted(results, key=lambda one: "acc" not in one[0])):
         yield name, value, f"of {summary.get('tested_checkpoint') or 'the last weights'}"
@@ -85,7 +89,8 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 def _environment(report: Report) -> Iterator[tuple[str, Any]]:
     last = report.starts[-1] if report.starts else {}
-    git, versions = last.get("git") or {}, last.get("versions") or {}
+    git = last.get("git") or {}
+    versions = last.get("versions") or {}
     commit = git.get("commit") or None
     uncommitted = ", with changes that are not committed" if git.get("dirty") else ""
     yield "host", last.get("host")

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from savepoint import words
 
-LARGEST_BYTES, MOST = 2_000_000, 12
+LARGEST_BYTES = 2_000_000
+MOST = 12
 KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
 
 

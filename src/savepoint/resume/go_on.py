@@ -63,7 +63,8 @@ def go_on(request: Request, config: Any, run: Run | None) -> int:
         begun=[_Rewind(run, source.manifest["step"])] if run and request.rewind else [],
         state=(source.path, source.state),
     )
-    run, path = run or _new_run(request, source), source.path
+    run = run or _new_run(request, source)
+    path = source.path
     try:
         made = build.build(config, run, begin)
         begin.state = source = None  # type: ignore[assignment]  # as large as the model: the training takes it and lets it go
@@ -120,7 +121,8 @@ class _Rewind(Checkpoint):
     """
 
     def __init__(self, run: Run, step: int) -> None:
-        self.run, self.step = run, step
+        self.run = run
+        self.step = step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoints = store.CheckpointStore(self.run.directory / "checkpoints")

@@ -37,8 +37,11 @@ class ApplyOverrides(Callback):
         allow: Sequence[str],
     ) -> None:
         self.names = set(state["state_dict"])
-        self.schedulers, self.loops = state["lr_schedulers"], state["loops"]
-        self.manifest, self.changed, self.allow = manifest, changed, allow
+        self.schedulers = state["lr_schedulers"]
+        self.loops = state["loops"]
+        self.manifest = manifest
+        self.changed = changed
+        self.allow = allow
         self._fresh: reschedule.Fresh | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -97,7 +100,8 @@ class ApplyOverrides(Callback):
             self._fresh = reschedule.advance(trainer, self.schedulers, self.loops)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        was, now = self.manifest["device"], environment(trainer.strategy.root_device)["device"]
+        was = self.manifest["device"]
+        now = environment(trainer.strategy.root_device)["device"]
         if trainer.is_global_zero and was != now:
             print(
                 f"device {was} -> {now}: not bit-equal to a run that was never stopped", flush=True
@@ -195,7 +199,8 @@ def check_shapes(
     """
     both = saved.keys() & model.keys()
     if both and not strict:
-        saved, model = {name: saved[name] for name in both}, {name: model[name] for name in both}
+        saved = {name: saved[name] for name in both}
+        model = {name: model[name] for name in both}
     lines = mismatches(saved, model)
     if not lines:
         return

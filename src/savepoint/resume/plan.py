@@ -33,7 +33,8 @@ FREE = (
 
 def differences(was: str, is_: str) -> dict[str, tuple[Any, Any]]:
     """Config key -> (value in the checkpoint, value now), for the keys that are compared."""
-    old, new = compose.flatten(was), compose.flatten(is_)
+    old = compose.flatten(was)
+    new = compose.flatten(is_)
     keys = [key for key in {**old, **new} if key.split(".")[0] not in NOT_COMPARED]
     return {
         key: (old.get(key), new.get(key))
@@ -116,7 +117,8 @@ def plan(
     """What is restored, from where, what was overridden, what an override will not change, how much
     is left.
     """
-    manifest, state = source.manifest, source.state
+    manifest = source.manifest
+    state = source.state
     verb = "Fork" if request.fork is not None else "Rewind" if request.rewind else "Resume"
     lines = [
         f"{verb} {show((request.run_dir or source.path).absolute())} from {source.path.name}: "
@@ -170,7 +172,8 @@ def _notes(
 ) -> list[str]:
     import torch
 
-    manifest, notes = source.manifest, list[str]()
+    manifest = source.manifest
+    notes = list[str]()
     if source.newest_step > manifest["step"] and request.fork is None and not request.rewind:
         notes.append(
             f"not the newest of its run, which is at {source.newest_step}: it goes on with --fork "
@@ -224,7 +227,8 @@ def _notes(
 
 def refuse_past(source: Source, config: Any) -> None:
     for name in ("epoch", "step"):
-        limit, reached = getattr(config.trainer, f"max_{name}s"), source.manifest[name]
+        limit = getattr(config.trainer, f"max_{name}s")
+        reached = source.manifest[name]
         if limit is not None and 0 <= limit < reached:
             raise ConfigError(
                 f"Past that already: {show(source.path)} is of {name} {reached}, and "

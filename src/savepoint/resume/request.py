@@ -92,7 +92,8 @@ def _once(asked: Request, target: str | None) -> str | None:
     """
     fork = Path(asked.output_dir) / (asked.fork or "")
     if asked.fork and manifest.step_files(fork / "checkpoints"):
-        asked.fork, asked.best = None, False
+        asked.fork = None
+        asked.best = False
         return str(fork)
     if asked.rewind or asked.fork == "":
         flag = "--rewind" if asked.rewind else "--fork"
@@ -119,7 +120,8 @@ def _check_overrides(asked: Request) -> None:
 
 
 def _parse(argv: list[str]) -> tuple[Request | None, str | None]:
-    asked, target = Request(), None
+    asked = Request()
+    target = None
     while argv:
         word = argv.pop(0)
         flag, equals, value = word.partition("=")

@@ -70,10 +70,12 @@ def advance(
     for place, (config, state) in enumerate(zip(configs, saved, strict=True)):
         if not _is_torchs(config.scheduler) or config.reduce_on_plateau:
             continue
-        steps, scheduler = _steps(state), config.scheduler
+        steps = _steps(state)
+        scheduler = config.scheduler
         alone = sum(_optimizer(other) is _optimizer(config) for other in configs) == 1
         if alone and steps and type(scheduler) in _OF_THE_STEP:
-            scheduler.last_epoch, scheduler._step_count = steps - 1, steps
+            scheduler.last_epoch = steps - 1
+            scheduler._step_count = steps
             steps = 1
         when = _when(config, steps, loops, trainer.accumulate_grad_batches)
         calls += [(time, config.interval == "epoch", place) for time in when]
@@ -93,7 +95,8 @@ def advance(
 def put(trainer: Trainer, fresh: Fresh, changed: Changed) -> None:
     """Brings `fresh` into the restored training, and says what the learning rates were and are."""
     hyper = any(key.split(".")[0] == "model" for key in changed)
-    before, left = _rates(trainer), []
+    before = _rates(trainer)
+    left = []
     for place, (optimizer, groups) in enumerate(zip(trainer.optimizers, fresh.groups, strict=True)):
         own = [
             (config, state)
@@ -154,10 +157,8 @@ def _when(
     """After how many batches each step was made: several schedules of one optimizer change the same
     rate in turns.
     """
-    batches, epochs = (
-        loops["fit_loop"]["epoch_loop.batch_progress"],
-        loops["fit_loop"]["epoch_progress"]["current"],
-    )
+    batches = loops["fit_loop"]["epoch_loop.batch_progress"]
+    epochs = loops["fit_loop"]["epoch_progress"]["current"]
     begun = epochs["ready"] > epochs["completed"]
     whole = batches["total"]["completed"] - (batches["current"]["completed"] if begun else 0)
     in_epoch = whole / epochs["completed"] if epochs["completed"] else math.inf

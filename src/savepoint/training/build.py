@@ -58,7 +58,9 @@ class RepeatedSetup:
     """
 
     def __init__(self, data: LightningDataModule) -> None:
-        self.data, self.rng, self.called = data, capture_rng(_CPU), False
+        self.data = data
+        self.rng = capture_rng(_CPU)
+        self.called = False
 
     def __call__(self, *arguments: Any, **named: Any) -> None:
         setup = type(self.data).setup
@@ -81,7 +83,10 @@ class _Recorder(Checkpoint):
     """
 
     def __init__(self, run: Run, record: Mapping[str, Any], config: str, start: Start) -> None:
-        self.run, self.record, self.config, self.start = run, record, config, start
+        self.run = run
+        self.record = record
+        self.config = config
+        self.start = start
         self.reached = last_step(
             run.directory / "metrics.csv"
         )  # as the log stood: what comes after the checkpoint is cut
@@ -109,7 +114,9 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
     """
     start = start or Start()
     quieten()
-    text, record, meter = typed.dump(config), run.record, Meter()
+    text = typed.dump(config)
+    record = run.record
+    meter = Meter()
     loggers: list[Logger] = [
         RunCSVLogger(run.directory / "metrics.csv", start.keep_rows),
         RunTensorBoardLogger(run.directory, start.purge_step),
@@ -126,11 +133,9 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
             logger.join(record["id"], run.directory)
     checkpointing = next(c for c in trainer.callbacks if isinstance(c, CheckpointCallback))  # type: ignore[attr-defined]
     checkpointing.use(run.directory / "checkpoints")
-    checkpointing.alone, checkpointing.before_save, checkpointing.preloaded = (
-        True,
-        run.check,
-        start.state,
-    )
+    checkpointing.alone = True
+    checkpointing.before_save = run.check
+    checkpointing.preloaded = start.state
     checkpointing.provenance = Provenance(
         config=typed.dump(portable(config)),
         parent=start.digest,
@@ -144,7 +149,9 @@ def portable(config: Any) -> Any:
     of equal runs.
     """
     config = config.clone()
-    config.run_name, config.output_dir, config.resume = None, "outputs", None
+    config.run_name = None
+    config.output_dir = "outputs"
+    config.resume = None
     return config
 
 

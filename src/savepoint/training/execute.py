@@ -27,7 +27,8 @@ def train(config: Any, config_name: str, *, reuse: Path | None = None) -> int:
     try:
         training = build(config, run)
         if config.init_from:
-            path, strict = config.init_from, config.init_strict
+            path = config.init_from
+            strict = config.init_strict
             weights.when_made(
                 training.trainer,
                 training.model,

@@ -98,7 +98,8 @@ class RunCSVLogger(Logger):
 
     def __init__(self, path: Path, keep_rows: int = 0) -> None:
         super().__init__()
-        self.path, self._keep = path, keep_rows
+        self.path = path
+        self._keep = keep_rows
         self.rows = keep_rows
         self._file: Appender = Appender(path)
         self._columns: list[str] = []  # of the file
@@ -175,7 +176,8 @@ class RunCSVLogger(Logger):
         """The file with another header: where rows are cut, or a column appears."""
         self._file.flush()
         self._file.close()
-        first, kept = not self._columns, list[dict[str, str]]()
+        first = not self._columns
+        kept = list[dict[str, str]]()
         if self.path.exists():
             with self.path.open(newline="", errors="replace") as file:
                 names = next(csv.reader([file.readline()]), [])
@@ -221,7 +223,8 @@ class RunTensorBoardLogger(TensorBoardLogger):
 
     def __init__(self, directory: Path, purge_step: int | None = None) -> None:
         super().__init__(directory.parent, name=directory.name, version="", default_hp_metric=False)
-        self._directory, self._purge_step = directory, purge_step
+        self._directory = directory
+        self._purge_step = purge_step
 
     @property
     @rank_zero_experiment
@@ -291,5 +294,6 @@ class _SummaryWriter(SummaryWriter):
 
     def _get_file_writer(self) -> FileWriter:
         writer = self.file_writer or _FileWriter(self.events)
-        self.file_writer, self.all_writers = writer, {self.log_dir: writer}  # type: ignore[assignment]
+        self.file_writer = writer  # type: ignore[assignment]
+        self.all_writers = {self.log_dir: writer}
         return writer

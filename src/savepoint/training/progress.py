@@ -18,14 +18,18 @@ class Meter(Callback):
     """
 
     def __init__(self) -> None:
-        self._samples, self._secs = 0, 0.0  # of earlier starts
-        self._samples_now, self._began, self._ended = 0, 0.0, 0.0
+        self._samples = 0
+        self._secs = 0.0  # of earlier starts
+        self._samples_now = 0
+        self._began = 0.0
+        self._ended = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples": self._samples + self._samples_now, "secs": self.fit_secs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._samples, self._secs = state_dict["samples"], state_dict["secs"]
+        self._samples = state_dict["samples"]
+        self._secs = state_dict["secs"]
 
     @property
     def fit_secs(self) -> float:
@@ -89,14 +93,14 @@ class Lines(Callback):
     """One line an epoch, where the output is no terminal."""
 
     def __init__(self, meter: Meter) -> None:
-        self.meter, self._epoch, self._spoke = meter, -1, 0.0
+        self.meter = meter
+        self._epoch = -1
+        self._spoke = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._epoch, self._first, self._started = (
-            trainer.current_epoch,
-            trainer.current_epoch,
-            time.monotonic(),
-        )
+        self._epoch = trainer.current_epoch
+        self._first = trainer.current_epoch
+        self._started = time.monotonic()
         self._spoke = self._started
         if trainer.is_global_zero:
             batches = trainer.num_training_batches
@@ -127,7 +131,8 @@ class Lines(Callback):
         done = trainer.current_epoch
         if done == self._epoch or not trainer.is_global_zero:
             return
-        self._epoch, self._spoke = done, time.monotonic()
+        self._epoch = done
+        self._spoke = time.monotonic()
         left = ""
         if trainer.max_epochs is not None and trainer.max_epochs > 0:
             per_epoch = (time.monotonic() - self._started) / (done - self._first)

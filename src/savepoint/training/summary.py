@@ -17,8 +17,10 @@ from savepoint.words import metrics, plural, python, show
 
 
 def summarise(training: Training, steps: int, epochs: int) -> dict[str, Any]:
-    trainer, checkpointing = training.trainer, training.checkpointing
-    best_score, best_step = checkpointing.scores.best, checkpointing.scores.best_step
+    trainer = training.trainer
+    checkpointing = training.checkpointing
+    best_score = checkpointing.scores.best
+    best_step = checkpointing.scores.best_step
     tested, state = _best(training)
     results: dict[str, Any] = {}
     if is_overridden("test_step", training.model) and is_overridden(
