@@ -12,13 +12,15 @@ import importlib
 import inspect
 import json
 import re
+import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 import docstring_parser
 import yaml
@@ -131,9 +133,7 @@ def _by_last_name(key: str, composed: compose.Composed) -> str:
 
 @functools.cache
 def _members(group: str) -> frozenset[str]:
-    return frozenset(
-        inspect.signature(Trainer if group == "trainer" else CheckpointCallback).parameters
-    )
+    return frozenset(inspect.signature(_FIXED[group]).parameters)
 
 
 def dump(config: Namespace) -> str:
@@ -185,6 +185,34 @@ def instantiate(
     return cli.model, cli.datamodule, cli.trainer
 
 
+class _Scalars:
+    """The keys of a config that belong to no group.
+
+    Args:
+        seed_everything: Of every random number of the run.
+        output_dir: The folder that run directories go to.
+        run_name: Default: <config>-<date>-<time>.
+        init_from: A checkpoint whose weights to start from.
+        init_strict: Whether these must fit the model exactly.
+        resume: What a run directory that exists means: an error, a run to continue, or the only
+            thing accepted. Null: auto in a job that SLURM requeued, else never.
+    """
+
+    def __init__(
+        self,
+        seed_everything: int = 0,
+        output_dir: str = "outputs",
+        run_name: str | None = None,
+        init_from: str | None = None,
+        init_strict: bool = True,
+        resume: Literal["never", "auto", "must"] | None = None,
+    ) -> None: ...
+
+
+# The groups whose class is not chosen.
+_FIXED: dict[str, type] = {"": _Scalars, "trainer": Trainer, "checkpoint": CheckpointCallback}
+
+
 class _ParseError(Exception): ...
 
 
@@ -229,37 +257,7 @@ class _Cli(LightningCLI):
         )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--seed_everything", type=int, default=0, help="Seed of every random number of the run."
-        )
-        parser.add_argument(
-            "--output_dir",
-            type=str,
-            default="outputs",
-            help="The folder that run directories go to.",
-        )
-        parser.add_argument(
-            "--run_name", type=str | None, default=None, help="Default: <config>-<date>-<time>."
-        )
-        parser.add_argument(
-            "--init_from",
-            type=str | None,
-            default=None,
-            help="A checkpoint whose weights to start from.",
-        )
-        parser.add_argument(
-            "--init_strict",
-            type=bool,
-            default=True,
-            help="Whether init_from must fit the model exactly.",
-        )
-        parser.add_argument(
-            "--resume",
-            type=Literal["never", "auto", "must"],
-            default=None,
-            help="What a run directory that exists means: an error, a run to continue, or the only thing accepted. "
-            "Not given: auto in a job that SLURM requeued, else never.",
-        )
+        parser.add_class_arguments(_Scalars, instantiate=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
@@ -315,7 +313,9 @@ class _Cli(LightningCLI):
 
 
 def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 @contextmanager
@@ -338,13 +338,11 @@ def _refuse_nulls(config: Namespace, composed: compose.Composed) -> None:
     middle of a run.
     """
     values = compose.flatten(dump(config))
-    for key in (
-        key
-        for key, value in values.items()
-        if value is None and key.split(".")[0] in compose.REPLACED
-    ):
+    for key, value in values.items():
         owner, _, name = key.rpartition(".")
         chosen = values.get(owner)
+        if value is not None or key.split(".")[0] not in compose.REPLACED:
+            continue
         arg = _arguments(_resolve(chosen, owner)).get(name) if isinstance(chosen, str) else None
         if arg and arg.default is not None and not re.search("None|Optional|Any", str(arg.type)):
             raise ConfigError(
@@ -392,81 +390,134 @@ def _arguments(chosen: type | None) -> dict[str, _Argument]:
     if chosen is None:
         return {}
     parser = ArgumentParser(exit_on_error=False)
-    names = parser.add_class_arguments(chosen, "x", fail_untyped=False)
+    names = [
+        name.removeprefix("x.")
+        for name in parser.add_class_arguments(chosen, "x", fail_untyped=False)
+    ]
     defaults = parser.get_defaults(skip_validation=True)
-    inits = [vars(c)["__init__"] for c in reversed(chosen.__mro__) if "__init__" in vars(c)]
-    hints = {
-        p.name: p.annotation for init in inits for p in inspect.signature(init).parameters.values()
-    }
-    required = {
-        p.name for p in inspect.signature(chosen).parameters.values() if p.default is p.empty
-    }
+    parameters = inspect.signature(chosen).parameters.values()
+    required = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+    kinds = _kinds(chosen)
     return {
-        (short := name.removeprefix("x.")): _Argument(
-            short, hints.get(short, ""), defaults.get(name), short in required
-        )
+        name: _Argument(name, kinds.get(name, ""), defaults.get(f"x.{name}"), name in required)
         for name in names
     }
+
+
+def _kinds(chosen: type) -> dict[str, Any]:
+    """The type of each argument of a class and of those that it inherits from; as text where its
+    names are not known here.
+    """
+    kinds: dict[str, Any] = {}
+    for owner in reversed(chosen.__mro__):
+        init = vars(owner).get("__init__", object.__init__)
+        try:
+            kinds |= get_type_hints(init)
+        except Exception:  # noqa: BLE001 - a name that only a type checker imports, say
+            kinds |= inspect.get_annotations(init)
+    return kinds
 
 
 # --- what went wrong, in our words ---
 
 
-def _explain(text: str, composed: compose.Composed) -> str:
-    """One to five lines out of jsonargparse's report, which tells one cause once for each type that
-    it tried.
+def _explain(report: str, composed: compose.Composed) -> str:
+    """The first mistake, in one line. Each value is tried alone, as jsonargparse reports a mistake
+    once for each type that it tried.
     """
-    key, cause = _locate(text, composed)
+    for key, value in [*_flags(composed), *compose.leaves(composed.config)]:
+        if mistake := _mistake(key, value, _owner(key, composed), composed):
+            return mistake
+    return f"Wrong configuration: {' '.join(report.split())[:400]}"
+
+
+def _flags(composed: compose.Composed) -> Iterator[tuple[str, Any]]:
+    """Each flag with its value: the text, or the list or dict that it is."""
+    for key, text in composed.flags:
+        data = compose.parse_yaml(text, f"--{key}")
+        yield key.rstrip("+"), data if isinstance(data, list | dict) else text
+
+
+def _owner(key: str, composed: compose.Composed) -> type | None:
+    return _class_at(key.rpartition(".")[0], composed)
+
+
+def _mistake(key: str, value: Any, owner: type | None, composed: compose.Composed) -> str:
+    """What is wrong with the value of an argument of the class `owner`; "" where nothing is, or
+    where that class is not known.
+    """
+    outer, _, name = key.rpartition(".")
+    if key in compose.REPLACED:
+        return _wrong_class(key, value, (_base(key),), composed)
+    if owner is None:
+        above = _arguments(_owner(outer, composed)).get(outer.rpartition(".")[2])
+        takes_keys = above is None or _components(above.type) or "dict" in str(above.type).lower()
+        return "" if takes_keys else _unknown_key(key, owner, composed)
+    arg = _arguments(owner).get(name)
+    if arg is None:
+        return "" if _takes_any_name(owner) else _unknown_key(key, owner, composed)
+    if _fits(owner, name, value):
+        return ""
+    if components := _components(arg.type):
+        return _wrong_class(key, value, components, composed)
+    return f"Wrong value of {composed.place(key)}: {value}. Expected {_readable(str(arg.type))}."
+
+
+def _fits(owner: type, name: str, value: Any) -> bool:
+    """Whether jsonargparse takes a value for one argument of a class."""
+    parser = ArgumentParser(exit_on_error=False)
+    others = _arguments(owner).keys() - {name}
+    parser.add_class_arguments(owner, "x", skip=set(others), fail_untyped=False)
+    try:
+        if isinstance(value, str):
+            parser.parse_args([f"--x.{name}={value}"])
+        else:
+            parser.parse_object({"x": {name: value}})
+    except ArgumentError:
+        return False
+    return True
+
+
+def _takes_any_name(owner: type) -> bool:
+    kinds = [parameter.kind for parameter in inspect.signature(owner).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _components(kind: Any) -> tuple[type, ...]:
+    """The classes in a type that a config names by `class_path`."""
+    if isinstance(kind, type) and not get_args(kind):
+        is_plain = kind.__module__.split(".")[0] in sys.stdlib_module_names
+        return () if is_plain or issubclass(kind, Enum) else (kind,)
+    return tuple(found for inner in get_args(kind) for found in _components(inner))
+
+
+def _wrong_class(key: str, value: Any, bases: tuple[type, ...], composed: compose.Composed) -> str:
+    """What is wrong with the class, or one of several, that is chosen at `key`."""
     where = composed.place(key)
-    if re.search(r"[Oo]ption '[\w.]+'", cause):
-        return _unknown_key(key, composed)
-    if found := re.search(r"arguments are required: (\w+)", cause):
-        name = f"{key}.{found[1]}" if key else found[1]
-        return f"No value for {composed.place(name)}. Its class has no default for it. Give --{name} VALUE."
-    if found := re.search(r"given class_path '([^']+)':\s*(.+)", cause):
-        return _unknown_class(key, found[1], where, f" ({found[2].strip()})")
-    if found := re.search(r"Expected a dot import path string: (\S+)", cause):
-        return _unknown_class(key, found[1], where)
-    if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", cause):
-        return f"Wrong class for {where}: {found[1]}. Expected a {found[2]}.{_known_classes(key)}"
-    if found := re.search(r"Expected (?:an? |one of )?(.+)\. Got value: (.+)", cause):
-        return f"Wrong value of {where}: {found[2]}. Expected {_readable(found[1])}."
-    if "NestedArg(" in text:
-        owner, _, name = key.rpartition(".")
-        arg = _arguments(_class_at(owner, composed)).get(name)
-        if arg is None:
-            return _unknown_key(key, composed)
-        return f"Wrong value of {where}: {dict(composed.flags)[key]}. Expected {_readable(str(arg.type))}."
-    if found := re.search(r"Subtypes: \[(.*)\]\n(?:.*\n)*?.*Given value: (.+)", cause):
-        kinds = re.sub(r", (?=[^,\]]*$)", " or ", _readable(found[1]))
-        return f"Wrong value of {where}: {found[2]}. Expected {kinds}."
-    return f"Wrong configuration of {where}: {' '.join(cause.split())[:300]}"
-
-
-def _locate(text: str, composed: compose.Composed) -> tuple[str, str]:
-    """The innermost key that a report blames, and what is said of it."""
-    names: list[str] = []
-    end = 0
-    depth = -1
-    for found in re.finditer(
-        r'^( *(?:- )?)(Parser key "config": )?Parser key "([\w.]+)":', text, re.M
-    ):
-        if len(found[1]) > depth:
-            names.append(found[3])
-            end = found.end()
-            depth = len(found[1])
-    cause = text[end:]
-    if nested := re.search(r"NestedArg\(key='([\w.]+)'", text):
-        return ".".join([*names[:1], nested[1]]), cause
-    if option := re.search(r"[Oo]ption '([\w.]+)'", cause):
-        names.append(option[1])
-    # The report leaves out the names between the first and the last: net in model.net.width.
-    whole = (
-        (key for key in dict(compose.leaves(composed.config)) if key.startswith(f"{names[0]}."))
-        if names
-        else ()
-    )
-    return next((key for key in whole if key.endswith(f".{names[-1]}")), ".".join(names)), cause
+    given = dict([*compose.leaves(composed.config), *_flags(composed)])
+    for item in value if isinstance(value, list) else [value]:
+        arguments = {name.removeprefix(f"{key}."): None for name in given}
+        name = item
+        if isinstance(item, dict):
+            name = item.get("class_path")
+            arguments = item.get("init_args") or {}
+        if not isinstance(name, str):
+            return f"Wrong value of {where}: {value}. Expected `class_path` and `init_args`."
+        chosen = _resolve(name, key)
+        if chosen is None:
+            return _unknown_class(key, name, where)
+        if not issubclass(chosen, bases):
+            kinds = " or ".join(base.__name__ for base in bases)
+            return f"Wrong class for {where}: {name}. Expected a {kinds}.{_known_classes(key)}"
+        for argument, inner in arguments.items() if isinstance(item, dict) else ():
+            if mistake := _mistake(f"{key}.{argument}", inner, chosen, composed):
+                return mistake
+        for arg in _arguments(chosen).values():
+            if arg.required and arg.name not in arguments:
+                lacking = f"{key}.{arg.name}"
+                what = f"No value for {composed.place(lacking)}"
+                return f"{what}. Its class has no default for it. Give --{lacking} VALUE."
+    return ""
 
 
 def _readable(kinds: str) -> str:
@@ -479,29 +530,29 @@ def _readable(kinds: str) -> str:
     )
 
 
-def _unknown_key(key: str, composed: compose.Composed) -> str:
-    owner, _, name = key.rpartition(".")
-    chosen = _class_at(owner, composed)
-    known = sorted(_arguments(chosen))
-    hint = (
-        f" {chosen.__name__} takes {', '.join(known) or 'no arguments'}."
-        if chosen
-        else " See --print_config."
-    )
-    return f"Unknown key: {composed.place(key)}.{words.nearest(name, known, prefix=f'{owner}.') or hint}"
+def _unknown_key(key: str, owner: type | None, composed: compose.Composed) -> str:
+    outer, _, name = key.rpartition(".")
+    known = sorted(_arguments(owner))
+    hint = " See --print_config."
+    if owner:
+        hint = f" {owner.__name__} takes {', '.join(known) or 'no arguments'}."
+    near = words.nearest(name, known, prefix=f"{outer}.")
+    return f"Unknown key: {composed.place(key)}.{near or hint}"
 
 
-def _unknown_class(key: str, name: str, where: str, because: str = "") -> str:
-    short = name.rpartition(".")[2]
+def _unknown_class(key: str, name: str, where: str) -> str:
+    module, _, short = name.rpartition(".")
+    because = ""
+    try:
+        importlib.import_module(module or "savepoint")
+    except Exception as error:  # noqa: BLE001 - a module of the user may raise anything
+        because = f" ({error})"
     files = Path("configs", key)
+    near_files = [path.name for path in (project().root / files).glob("*.yaml")]
     everywhere = {c.__name__ for c in _below(_base(key)) if not c.__name__.startswith("_")}
     near = (
         words.nearest(short, _own_classes(key))
-        or words.nearest(
-            short,
-            [path.name for path in (project().root / files).glob("*.yaml")],
-            prefix=f"{files}/",
-        )
+        or words.nearest(short, near_files, prefix=f"{files}/")
         or words.nearest(short, everywhere)
     )
     return f"No such class for {where}: {name}{because}.{near or _known_classes(key)}"
@@ -525,8 +576,8 @@ def _base(key: str) -> type:
 
 def _class_at(key: str, composed: compose.Composed) -> type | None:
     """The class that is chosen at `key`, by a flag or a file."""
-    if key in ("trainer", "checkpoint"):
-        return Trainer if key == "trainer" else CheckpointCallback
+    if key in _FIXED:
+        return _FIXED[key]
     name = dict(composed.flags).get(key) or dict(compose.leaves(composed.config)).get(key)
     return _resolve(name, key) if isinstance(name, str) else None
 
@@ -537,7 +588,7 @@ def _resolve(name: str, key: str) -> type | None:
         return next((c for c in _below(_base(key)) if c.__name__ == name), None)
     try:
         found = getattr(importlib.import_module(module), short, None)
-    except ImportError:
+    except Exception:  # noqa: BLE001 - a module of the user may raise anything
         return None
     return found if isinstance(found, type) else None
 

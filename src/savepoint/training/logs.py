@@ -295,5 +295,5 @@ class _SummaryWriter(SummaryWriter):
     def _get_file_writer(self) -> FileWriter:
         writer = self.file_writer or _FileWriter(self.events)
         self.file_writer = writer  # type: ignore[assignment]
-        self.all_writers = {self.log_dir: writer}
+        self.all_writers = {self.log_dir: writer}  # type: ignore[assignment]
         return writer
