@@ -43,8 +43,8 @@ from savepoint.config import compose, quick
 from savepoint.errors import ConfigError, SavepointError
 from savepoint.workspace import project
 
-# Lightning's Timer, for one, has an Enum as the default of a text argument: jsonargparse writes it
-# with yaml and fails.
+# jsonargparse writes defaults with yaml, and fails at an Enum: Lightning's Timer has one as the
+# default of a text argument.
 yaml.SafeDumper.add_multi_representer(
     Enum, lambda dumper, member: dumper.represent_data(member.value)
 )
@@ -70,8 +70,8 @@ def parse(argv: Sequence[str], *, base: str | None = None) -> Namespace:
 
 
 def resolve(composed: compose.Composed) -> Namespace:
-    """What was laid out and checked, with the types of the classes; raises and prints as `parse`
-    does.
+    """The configuration of a composed and checked command line, with the types of the classes.
+    Raises and prints as `parse` does.
     """
     if composed.class_help is not None:
         _print_class_help(composed.class_help, composed)
@@ -137,8 +137,8 @@ def _members(group: str) -> frozenset[str]:
 
 
 def dump(config: Namespace) -> str:
-    """The whole configuration as YAML text: parse([], base=text) gives the same configuration, and
-    so the same text.
+    """The whole configuration as YAML text, of which parse([], base=text) gives the same
+    configuration.
     """
     with _quiet():
         # A key that is null must be written: it may stand against a default that is not.
@@ -154,9 +154,8 @@ def _exact(value: Any, written: Any) -> Any:
         return {key: _exact(value[key], inner) for key, inner in written.items()}
     if isinstance(written, list) and isinstance(value, list | tuple):
         return [_exact(*pair) for pair in zip(value, written, strict=True)]
-    return (
-        value if isinstance(value, str | int | float) and not isinstance(value, Enum) else written
-    )
+    is_plain = isinstance(value, str | int | float) and not isinstance(value, Enum)
+    return value if is_plain else written
 
 
 def instantiate(
@@ -169,9 +168,8 @@ def instantiate(
 ) -> tuple[LightningModule, LightningDataModule, Trainer]:
     """Seed everything, then build model, data and trainer.
 
-    `callbacks`, `plugins` and `logger` come after the configured ones (the CheckpointCallback among
-    them); any other Trainer argument that is given, such as `default_root_dir`, takes the place of
-    the configured value.
+    `callbacks`, `plugins` and `logger` come after the configured ones; any other Trainer argument,
+    such as `default_root_dir`, replaces the configured value.
 
     Raises:
         ConfigError: a Trainer argument has the right type and a value that Lightning refuses.
@@ -218,13 +216,13 @@ class _ParseError(Exception): ...
 
 class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Without the usage of 450 lines and the exit."""
+        """Raises without the usage of 450 lines, and without the exit."""
         raise _ParseError(message)
 
 
 @functools.cache
 def _parser() -> LightningArgumentParser:
-    """Made once: it reads the signatures of the Trainer and all that it takes."""
+    """The parser, made once: it reads the signatures of the Trainer and of its arguments."""
     return _Cli().parser
 
 
@@ -262,9 +260,9 @@ class _Cli(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
 
-    # LightningCLI does everything in its constructor; these are its steps, made to do nothing
-    # without a config. It would also warn about sys.argv, which must stay as it is: the DDP
-    # launcher starts the other ranks with it.
+    # LightningCLI does everything in its constructor. These are its steps; without a config they do
+    # nothing. Its own parse_arguments warns about sys.argv, which must stay: the DDP launcher starts
+    # the other ranks with it.
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = Namespace() if args is None else args  # type: ignore[no-untyped-call]
@@ -281,8 +279,8 @@ class _Cli(LightningCLI):
         except SavepointError:
             raise
         except ValueError as error:
-            # jsonargparse takes what a class's own __init__ raises for a value of the wrong type,
-            # and says a page about it.
+            # jsonargparse takes an error of a class's own __init__ for a value of the wrong type,
+            # and wraps it in a page of text.
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
@@ -320,8 +318,8 @@ def _as_list(value: Any) -> list[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """LightningCLI 2.6 still makes calls that jsonargparse 4 says version 5 will drop: nothing a
-    user can act on.
+    """Without the deprecation warnings of jsonargparse about LightningCLI 2.6: no user can act on
+    them.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -334,8 +332,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _refuse_nulls(config: Namespace, composed: compose.Composed) -> None:
-    """jsonargparse lets null pass for any argument of a class; the class then meets it in the
-    middle of a run.
+    """Refuses a null that an argument does not take: jsonargparse takes null for any argument of a
+    class.
     """
     values = compose.flatten(dump(config))
     for key, value in values.items():
@@ -354,9 +352,7 @@ def _refuse_nulls(config: Namespace, composed: compose.Composed) -> None:
 
 
 def _print_class_help(flag: str, composed: compose.Composed) -> None:
-    """The arguments of the class that is named in `--KEY.help NAME`, or of the one that is chosen
-    at KEY.
-    """
+    """Prints the arguments of the class in `--KEY.help NAME`, or of the class chosen at KEY."""
     name, _, named = flag.partition("=")
     key = name.removeprefix("--").removesuffix(".help")
     chosen = _resolve(named, key) if named else _class_at(key, composed)
@@ -568,7 +564,7 @@ def _own_classes(key: str) -> set[str]:
 
 
 def _base(key: str) -> type:
-    """What a class at `key` is: a guess from the name, good enough for a hint."""
+    """The base of a class at `key`: a guess from the name, good enough for a hint."""
     bases: dict[str, type] = {"model": LightningModule, "data": LightningDataModule}
     bases |= {"trainer.callbacks": Callback, "trainer.logger": Logger}
     return bases.get(key, nn.Module)
