@@ -8,7 +8,7 @@ from pathlib import Path
 
 from savepoint import record
 from savepoint.checkpoint import manifest
-from savepoint.errors import CheckpointNotFoundError
+from savepoint.errors import CheckpointNotFoundError, ConfigError
 from savepoint.run import Run
 from savepoint.words import python, show
 
@@ -67,6 +67,12 @@ def file_or_latest(argument: str | None) -> Path:
             raise missing(path, "a checkpoint or a run directory")
         return path
     return latest(run(argument))
+
+
+def two_checkpoints(one: str, other: str) -> ConfigError:
+    return ConfigError(
+        f"Two checkpoints: {one} and {other}. A command takes one. Name one of them."
+    )
 
 
 def latest(run: Run) -> Path:

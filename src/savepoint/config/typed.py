@@ -370,8 +370,9 @@ def _print_class_help(flag: str, composed: compose.Composed) -> None:
 
 
 def _doc_params(chosen: type) -> list[docstring_parser.DocstringParam]:
-    texts = (chosen.__doc__, vars(chosen).get("__init__").__doc__)
-    return [param for text in texts if text for param in docstring_parser.parse(text).params]
+    init = vars(chosen).get("__init__")
+    texts = [text for text in (chosen.__doc__, init.__doc__) if text]
+    return [param for text in texts for param in docstring_parser.parse(text).params]
 
 
 @dataclass

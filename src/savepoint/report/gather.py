@@ -1,4 +1,4 @@
-"""What a report shows, from a run directory. What is damaged or not there is left out and told."""
+"""The facts of a report, from a run directory; the page says what is damaged or missing."""
 
 import contextlib
 import os
@@ -28,11 +28,11 @@ Start = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class File:
-    """A checkpoint, or what was one.
+    """A checkpoint, or a damaged one.
 
     Attributes:
         fate: Why retention keeps it, or what happened to it.
-        marks: Of best and latest, what it is.
+        marks: "best", "latest", both or none.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class File:
 
 
 class Mark(NamedTuple):
-    """What happened, in the order of time: a fault before the resume that it caused."""
+    """An event of the run. The order is that of time, with a fault before the resume that it caused."""
 
     when: float
     kind: str
@@ -61,15 +61,15 @@ class Mark(NamedTuple):
 
 
 class Report:
-    """All that the page says: the templates know each attribute by its name.
+    """All facts of the page: the templates use each attribute by its name.
 
     Attributes:
         latest: The manifest of the newest checkpoint.
-        summary: Of this end of the run; empty where there is none.
-        missing: What is not there or cannot be read, one sentence each.
-        rules: The retention that the run's config asks for; None where that is not known.
-        command: (what for, what to type).
-        lanes: The files that have a step, by place.
+        summary: Of the run's last end; empty where there is none.
+        missing: One sentence for each file that is missing or unreadable.
+        rules: The retention in the run's config; None where it is not known.
+        command: (purpose, command line).
+        lanes: The files with a step, by place.
         last_step: The end of every step axis.
     """
 
@@ -93,7 +93,7 @@ class Report:
         self.pictures = list(pictures.read(run.directory, self.missing))
         self.command = _command(run, self.state)
         known = [file for file in self.files if file.step is not None]
-        self.lanes = {key: list(found) for key, found in groupby(known, lambda one: one.place)}
+        self.lanes = {key: list(files) for key, files in groupby(known, lambda file: file.place)}
         steps = [file.step or 0 for file in known] + [mark.step for mark in self.marks]
         self.last_step = max([self.curves.last_step, *steps])
 
@@ -108,12 +108,12 @@ def _missing(run: Run, config: str | None, parsed: Any) -> list[str]:
     if run.is_summary_damaged():
         found.append("summary.json is damaged: the results are not known.")
     elif (run.directory / "summary.json").exists() and not run.is_summarised():
-        found.append("summary.json tells of an earlier end of this run: its results are left out.")
+        found.append("summary.json is of an earlier end of this run: its results are left out.")
     return found
 
 
 def _start(number: int, entry: Mapping[str, Any]) -> Start:
-    """An entry of run.json; what is of another kind than a run writes is None."""
+    """An entry of run.json; a value of another type than a run writes becomes None."""
     known = {key: entry.get(key) for key in KINDS}
     known = {key: found if isinstance(found, KINDS[key]) else None for key, found in known.items()}
     words = ["python", *map(str, entry["argv"])] if entry["argv"] else []
@@ -191,7 +191,7 @@ def _damaged(run: Run) -> Iterator[File]:
     for path, reason in run.store.rejected():
         yield File(path, "damaged", f"does not verify: {_wrong(path) or reason}")
     for path in run.corrupt():
-        yield File(path, "damaged", f"was set aside: {_wrong(path) or 'it verifies now'}")
+        yield File(path, "damaged", f"was quarantined: {_wrong(path) or 'it verifies now'}")
 
 
 def _wrong(path: Path) -> str:
@@ -213,7 +213,7 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _rules(config: Any) -> Mapping[str, int] | None:
-    """What the config says of retention; None where it is not readable."""
+    """The retention in the config; None where it is not readable."""
     with contextlib.suppress(ValueError, TypeError, AttributeError):  # edited by hand
         group = config.get("checkpoint")
         given = {rule: group[rule] for rule in RULES if group.get(rule) is not None}

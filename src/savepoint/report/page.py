@@ -15,9 +15,9 @@ from savepoint.report import chart
 from savepoint.report.gather import Report
 
 GENERATOR = "savepoint report"
-"""By which a report is known again."""
+"""Marks a file as a report."""
 AT_ONCE = 12
-"""Charts, and starts, that are shown before the rest is folded away."""
+"""Charts, and starts, that are shown before the others are folded away."""
 HERE = Path(__file__).parent
 
 
@@ -53,19 +53,20 @@ def _own(name: str) -> Markup:
 
 
 def _policy(script: str) -> str:
-    """The one script that may run is ours, and nothing is fetched, whatever a log says."""
+    """Only our script may run and nothing is fetched, whatever text a log holds."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     ours = f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return f"default-src 'none'; img-src data:; {ours}"
 
 
 def _numbers(report: Report) -> Iterator[tuple[str, str, str]]:
-    """(name, value, note) of what is looked for first."""
+    """(name, value, note) of the results."""
     summary = report.summary
     latest = report.latest
     monitor = report.monitor
-    results = [one for one in summary.items() if one[0].startswith("test/") and _is_number(one[1])]
-    for name, value in words.metrics(sorted(results, key=lambda one: "acc" not in one[0])):
+    tests = [pair for pair in summary.items() if pair[0].startswith("test/")]
+    results = [pair for pair in tests if _is_number(pair[1])]
+    for name, value in words.metrics(sorted(results, key=lambda pair: "acc" not in pair[0])):
         yield name, value, f"of {summary.get('tested_checkpoint') or 'the last weights'}"
     if _is_number(best := latest.get("best_score")):
         same = [file for file in report.files if file.checkpoint and file.checkpoint.score == best]
@@ -100,6 +101,6 @@ def _environment(report: Report) -> Iterator[tuple[str, Any]]:
     yield "code", code or "not under git"
     yield "data", ", ".join(str(value) for value in report.dataset.values() if value)
     for name, version in versions.items():
-        found = [str((start["versions"] or {}).get(name, version)) for start in report.starts]
-        others = ", ".join(one for one in dict.fromkeys(found) if one != str(version))
+        every = [str((start["versions"] or {}).get(name, version)) for start in report.starts]
+        others = ", ".join(one for one in dict.fromkeys(every) if one != str(version))
         yield name, f"{version} ({others} before)" if others else str(version)
