@@ -44,11 +44,8 @@ class Row:
         if self.aim is None:
             return [*cells, "-", ""]
         reached = self.ratio >= self.aim if self.at_least else self.ratio <= self.aim
-        return [
-            *cells,
-            f"{'>=' if self.at_least else '<='} {ratio(self.aim)}",
-            "" if reached else "missed",
-        ]
+        sign = ">=" if self.at_least else "<="
+        return [*cells, f"{sign} {ratio(self.aim)}", "" if reached else "missed"]
 
 
 def secs(value: float) -> str:

@@ -260,7 +260,7 @@ def full_disk(
 
 @contextlib.contextmanager
 def neighbour(path: Path) -> Iterator[None]:
-    """Another program: it writes until the disk is full, goes on trying, and frees all at the end."""
+    """Another program: it writes until the disk is full, keeps trying, and frees all at the end."""
     enough = threading.Event()
 
     def write() -> None:
@@ -313,9 +313,9 @@ def signals(
         end = tally.finish(run, 0 if went_on else 1, expected)
         lost = tally.lost[-1]
         tally.unsaved += lost > 0
-        what = (
-            "goes on" if went_on else "dies of it" if code < 0 else f"leaves with exit code {code}"
-        )
+        what = "dies of it" if code < 0 else f"leaves with exit code {code}"
+        if went_on:
+            what = "goes on"
         _say(system, f"{signum.name} at step {at}: {what}, {found}, {lost} steps lost, {end}")
     return tally
 

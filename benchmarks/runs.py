@@ -259,8 +259,14 @@ def _train_theirs(run: Run) -> None:
         every_n_train_steps=every,
     )
     trainer = Trainer(
-        accelerator="cpu", max_epochs=run.task.epochs, log_every_n_steps=4, callbacks=[Steps(), checkpointing],
-        logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=run.directory,
-    )  # fmt: skip
+        accelerator="cpu",
+        max_epochs=run.task.epochs,
+        log_every_n_steps=4,
+        callbacks=[Steps(), checkpointing],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run.directory,
+    )
     last = "last" if (run.checkpoints / "last.ckpt").exists() else None
     trainer.fit(Toy(run.task.megabytes), datamodule=Numbers(run.task.batches), ckpt_path=last)

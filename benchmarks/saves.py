@@ -196,8 +196,9 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
 
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
         trainer = Trainer(
-            max_steps=rounds + 1, default_root_dir=folder, callbacks=[Measured()], logger=False, accelerator="cpu",
-            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+            max_steps=rounds + 1, default_root_dir=folder, callbacks=[Measured()], logger=False,
+            accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
+            limit_val_batches=0,
         )  # fmt: skip
         trainer.fit(Toy(megabytes), Numbers(4 * (rounds + 1)))
     return {
@@ -229,11 +230,8 @@ def measure_steps(folder: Path, megabytes: int = 300, steps: int = 60) -> dict[s
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     x = torch.randn(128, 1, 28, 28)
     y = torch.randint(0, 10, (128,))
-    state = {
-        "ballast": [torch.rand(1_000_000) for _ in range(megabytes // 4)],
-        "step": 0,
-        "epoch": 0,
-    }
+    ballast = [torch.rand(1_000_000) for _ in range(megabytes // 4)]
+    state = {"ballast": ballast, "step": 0, "epoch": 0}
 
     def step() -> float:
         begun = time.perf_counter()
@@ -250,7 +248,7 @@ def measure_steps(folder: Path, megabytes: int = 300, steps: int = 60) -> dict[s
         return lambda: all(job.done() for job in plugin._queued)
 
     def thread() -> Callable[[], bool]:
-        copied = {"ballast": [tensor.clone() for tensor in state["ballast"]]}  # type: ignore[attr-defined]
+        copied = {"ballast": [tensor.clone() for tensor in ballast]}
 
         def write() -> None:
             torch.save(copied, folder / "thread.pt")
@@ -285,16 +283,11 @@ def rows_of(megabytes: float, result: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for name in (*BLOCKING, *ASYNC):
         one = middle[name]
-        rows.append(
-            [
-                f"{state / 1e6:.1f} MB: {name}" if name == BLOCKING[0] else f"  {name}",
-                f"{1000 * one['waits']:.1f} ms",
-                ratio(theirs["waits"] / one["waits"]),
-                f"{1000 * one['on disk']:.1f} ms",
-                f"{state / 1e6 / one['on disk']:,.0f} MB/s" if name != "memcpy" else "",
-                f"{100 * one['memory'] / state:.0f} %" if megabytes >= 10 else "",
-            ]
-        )
+        title = f"{state / 1e6:.1f} MB: {name}" if name == BLOCKING[0] else f"  {name}"
+        speed = f"{state / 1e6 / one['on disk']:,.0f} MB/s" if name != "memcpy" else ""
+        memory = f"{100 * one['memory'] / state:.0f} %" if megabytes >= 10 else ""
+        waits = [f"{1000 * one['waits']:.1f} ms", ratio(theirs["waits"] / one["waits"])]
+        rows.append([title, *waits, f"{1000 * one['on disk']:.1f} ms", speed, memory])
     return rows
 
 

@@ -42,8 +42,9 @@ from savepoint.prove import digest, rows
 # The embedded digits and a small network: a step takes some milliseconds, and no data is needed.
 EPOCH = 40  # steps
 TRAINING = [
-    "--config", "configs/mnist.yaml", "--data", "configs/data/digits.yaml", "--data.batch_size", "16",
-    "--model.net.width", "4", "--trainer.limit_train_batches", str(EPOCH), "--trainer.log_every_n_steps", "1",
+    "--config", "configs/mnist.yaml", "--data", "configs/data/digits.yaml",
+    "--data.batch_size", "16", "--model.net.width", "4",
+    "--trainer.limit_train_batches", str(EPOCH), "--trainer.log_every_n_steps", "1",
     "--checkpoint.save_every_steps", "7", "--checkpoint.keep_last", "3", "--resume", "auto",
 ]  # fmt: skip
 DISK_MB = 128
@@ -419,16 +420,12 @@ def best_was_refused(straight: Path, state: Soak) -> bool:
     was to be saved.
     """
     best = json.loads((straight / "summary.json").read_text())["tested_checkpoint"]
-    if not any(
-        re.search(rf"(failed|before the save): \S*{best}", attempt.said)
-        for attempt in state.attempts
-    ):
+    failed = re.compile(rf"(failed|before the save): \S*{best}")
+    if not any(failed.search(attempt.said) for attempt in state.attempts):
         return False
-    trained = [
-        [row for row in rows(run) if not row.get("test/loss")] for run in (straight, state.run)
-    ]
     print(f"  The best checkpoint, {best}, met a full disk: another one was tested.", flush=True)
-    return trained[0] == trained[1]
+    own = [row for row in rows(state.run) if not row.get("test/loss")]
+    return own == [row for row in rows(straight) if not row.get("test/loss")]
 
 
 def summary(events: list[Event]) -> str:

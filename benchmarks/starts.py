@@ -140,9 +140,14 @@ def lightning(checkpoint: Path, megabytes: float) -> None:
                 trainer.save_checkpoint(checkpoint)
 
     trainer = Trainer(
-        accelerator="cpu", max_epochs=9, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[ModelCheckpoint(checkpoint.parent), Mark(), Save()], default_root_dir=checkpoint.parent,
-    )  # fmt: skip
+        accelerator="cpu",
+        max_epochs=9,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ModelCheckpoint(checkpoint.parent), Mark(), Save()],
+        default_root_dir=checkpoint.parent,
+    )
     trainer.fit(
         Toy(megabytes), datamodule=Numbers(), ckpt_path=checkpoint if checkpoint.exists() else None
     )

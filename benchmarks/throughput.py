@@ -71,9 +71,14 @@ def stock_rate(epochs: int, directory: Path) -> float:
     torch.manual_seed(0)
     loggers = [CSVLogger(directory), TensorBoardLogger(directory)]
     trainer = Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=loggers, callbacks=[meter], enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=loggers,
+        callbacks=[meter],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.fit(ImageClassifier(ConvNet()), datamodule=ImageData())
     return whole_rate(meter)

@@ -26,8 +26,8 @@ from savepoint.errors import ConfigError, DataError
 
 EMBEDDED = "embedded digits"
 EMBEDDED_REPEATS = 10
-"""Passes through the 1,319 embedded training images in an epoch, each with new shifts: 103 steps, not
-11.
+"""Passes through the 1,319 embedded training images in an epoch, each with new shifts: 103 steps
+instead of 11.
 """
 
 

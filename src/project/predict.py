@@ -70,8 +70,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.output is not None and arguments.output.suffix not in (".csv", ".json"):
         raise ConfigError(
-            f"Neither CSV nor JSON: {arguments.output}. Expected a name that ends in .csv or .json. "
-            "Give another one: -o FILE"
+            f"Neither CSV nor JSON: {arguments.output}. Expected a name that ends in .csv or "
+            ".json. Give another one: -o FILE"
         )
     return arguments
 

@@ -51,9 +51,10 @@ def evaluate(
     facts = _facts(rebuilt, split, overrides)
     facts["metrics"] = {name: value for result in results for name, value in result.items()}
     texts = []
-    # Lightning has replaced the list by one with the model's own callbacks.
-    for callback in rebuilt.trainer.callbacks if split == "test" else []:  # type: ignore[attr-defined]
-        if hasattr(callback, "report"):
+    # Read again: Lightning has made a new list, with the model's own callbacks.
+    callbacks = rebuilt.trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if split == "test" and hasattr(callback, "report"):
             directory.mkdir(parents=True, exist_ok=True)
             text, more = callback.report(rebuilt.trainer, directory)
             facts |= more

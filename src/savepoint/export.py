@@ -115,8 +115,8 @@ def _explained(rebuilt: Rebuilt, kind: str) -> Iterator[None]:
     except Exception as error:
         first = (str(error) or type(error).__name__).splitlines()[0][:300]
         raise ConfigError(
-            f"Not possible as {kind}: {type(rebuilt.model).__name__} ({first}). The format must know "
-            "every operation in forward and every type of a weight. Give another --format: "
+            f"Not possible as {kind}: {type(rebuilt.model).__name__} ({first}). The format must "
+            "know every operation in forward and every type of a weight. Give another --format: "
             "state_dict takes all."
         ) from error
 
@@ -273,8 +273,8 @@ def _traced(rebuilt: Rebuilt) -> torch.export.ExportedProgram:
     example = _example(rebuilt)
     if example is None:
         raise ConfigError(
-            f"No example input: {type(rebuilt.model).__name__} has no example_input_array that is a "
-            "tensor. `forward` is traced with it. Set it in the model's __init__, or give "
+            f"No example input: {type(rebuilt.model).__name__} has no example_input_array that is "
+            "a tensor. `forward` is traced with it. Set it in the model's __init__, or give "
             "--format safetensors"
         )
     twice = torch.cat([example, example])  # torch would take a batch of one for a constant

@@ -40,8 +40,8 @@ def default_name(config_name: str) -> str:
     job = scheduled()
     if job == "none":
         raise ConfigError(
-            "The ranks cannot agree on a run name: torchrun was given no --rdzv-id. All ranks train "
-            "in one directory. Give --run_name NAME."
+            "The ranks cannot agree on a run name: torchrun was given no --rdzv-id. All ranks "
+            "train in one directory. Give --run_name NAME."
         )
     own = f"{project().name}-" if project().name else ""
     return f"{own}{config_name}-{job or datetime.now().strftime('%Y%m%d-%H%M%S')}"

@@ -130,7 +130,7 @@ def _open(optuna: Any, sweep: Sweep, path: Path, directory: Path) -> Any:
 
 
 def _sampler(optuna: Any, sweep: Sweep, number: int) -> Any:
-    """The sampler of one trial, so that an interrupted sweep draws the values it would have drawn."""
+    """The sampler of one trial, so that an interrupted sweep draws the same values."""
     kind = optuna.samplers.TPESampler if sweep.sampler == "tpe" else optuna.samplers.RandomSampler
     return kind(seed=(10_007 * sweep.seed + number) % 2**32)
 

@@ -70,7 +70,7 @@ def show(path: Path) -> str:
 
 
 def python() -> str:
-    """The interpreter of this process as a person would type it here, such as `.venv/bin/python`."""
+    """The interpreter of this process as a person would type it here: `.venv/bin/python`, say."""
     executable = Path(sys.executable)
     shown = show(executable)
     if shown != str(executable):

@@ -184,8 +184,9 @@ class CheckpointCallback(Checkpoint):
         best = self.store.best() if hasattr(self, "store") else None
         if best is None and call is not None and call[2] == "best":
             raise CheckpointNotFoundError(
-                f'No best checkpoint for Trainer.{call[1]}(ckpt_path="best"): {self.store.directory}. Expected one with '
-                f"a value of {self.monitor} at its own step. Train first, or name a file.",
+                f'No best checkpoint for Trainer.{call[1]}(ckpt_path="best"): '
+                f"{self.store.directory}. Only those with a value of {self.monitor} at their own "
+                "step are ranked. Train first, or name a file.",
                 self.store.directory,
             )
         return str(best.path) if best else self._best_elsewhere

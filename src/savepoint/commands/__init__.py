@@ -1,8 +1,8 @@
 """The `savepoint` command: one module a subcommand, imported only when it is called, so that each
 starts fast.
 
-A module has `add_arguments(parser)` and `main(arguments) -> exit code`; COMMANDS describes it. Every
-command takes `--json`. Exit codes: 0 all is well, 1 something is wrong (or differs), 2 bad input.
+A module has `add_arguments(parser)` and `main(arguments) -> exit code`; COMMANDS describes it.
+Every command takes `--json`. Exit codes: 0 all is well, 1 something is wrong (or differs), 2 bad input.
 """
 
 import argparse

@@ -66,14 +66,14 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def comparable(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a state that is equal in equal runs, however often they were killed and resumed."""
+    """The part of a state that is equal in equal runs, however often they were resumed."""
     kept = {key: value for key, value in state.items() if key not in MAY_DIFFER}
     callbacks = {key: value for key, value in state.get("callbacks", {}).items() if key != CLOCK}
     return kept | {"callbacks": callbacks}
 
 
 def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Key -> [value in A, value in B], for the values that differ; None for a key that is absent."""
+    """Key -> [value in A, value in B], for the values that differ; None for an absent key."""
     from savepoint.config.compose import same
 
     both = a.keys() & b.keys()
@@ -129,15 +129,17 @@ def _optimizers(a: list[Any], b: list[Any]) -> list[dict[str, Any]]:
     """For each optimizer that differs: its kind of state, step counts and hyper-parameters."""
     rows = []
     for place, (one, other) in enumerate(zip_longest(a, b)):
-        changed = _differences(_optimizer(one) if one else {}, _optimizer(other) if other else {})
+        changed = _differences(_optimizer(one), _optimizer(other))
         rows += [{"optimizer": place, "changed": changed}] if changed else []
     return rows
 
 
-def _optimizer(state: Mapping[str, Any]) -> dict[str, Any]:
+def _optimizer(state: Mapping[str, Any] | None) -> dict[str, Any]:
     """Keys of its state, step counts, hyper-parameters: `lr` of the first group, `[1].lr` of the
     second.
     """
+    if state is None:
+        return {}
     of_parameters = list(state["state"].values())
     facts: dict[str, Any] = {
         "state": sorted({key for one in of_parameters for key in one}),

@@ -66,7 +66,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _checkpoint_group(run: Run) -> Mapping[str, Any]:
-    """The group `checkpoint` in the config of the run's last start, else of its newest checkpoint."""
+    """The group `checkpoint` in the run's config.yaml, else in its newest checkpoint."""
     from savepoint.config.compose import parse_yaml
 
     for text in _configs(run):

@@ -42,7 +42,7 @@ CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
 
 @dataclass
 class Composed:
-    """The content of the files, the flags to put on top, and the origin of each key (for messages)."""
+    """The content of the files, the flags on top of it, and the origin of each key."""
 
     config: dict[str, Any] = field(default_factory=dict)
     flags: list[tuple[str, str]] = field(default_factory=list)
@@ -371,7 +371,7 @@ def _files_in(folder: Path, near: str = "") -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as jsonargparse reads it (1e-3 is a number, a date is a text); a double key is an error."""
+    """YAML as jsonargparse reads it: 1e-3 is a number, a date is text. A double key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

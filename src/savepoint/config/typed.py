@@ -149,7 +149,7 @@ def dump(config: Namespace) -> str:
 
 
 def _exact(value: Any, written: Any) -> Any:
-    """`written` with every plain value as it is: jsonargparse writes the text "1e-3" as a number."""
+    """`written` with every plain value restored: jsonargparse writes "1e-3" as a number."""
     if isinstance(written, dict) and isinstance(value, Namespace | dict):
         return {key: _exact(value[key], inner) for key, inner in written.items()}
     if isinstance(written, list) and isinstance(value, list | tuple):
@@ -261,8 +261,8 @@ class _Cli(LightningCLI):
         parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
 
     # LightningCLI does everything in its constructor. These are its steps; without a config they do
-    # nothing. Its own parse_arguments warns about sys.argv, which must stay: the DDP launcher starts
-    # the other ranks with it.
+    # nothing. Its own parse_arguments warns about sys.argv, which must stay: the DDP launcher
+    # starts the other ranks with it.
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = Namespace() if args is None else args  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
 """The positions of curves, marks and names in an SVG that is as wide as its place.
 
-Horizontal positions are in percent, vertical ones in pixels: letters and dots keep their size on any
-screen, without a script. Only the lines lie in a stretched system; their strokes are not stretched.
+Horizontal positions are in percent, vertical ones in pixels: letters and dots keep their size on
+any screen, without a script. Only the lines lie in a stretched system; their strokes are not stretched.
 """
 
 import math
@@ -93,7 +93,7 @@ def drawn(charts: Sequence[Chart], steps: Axis) -> list[Drawn]:
 
 
 def flags(marks: Sequence[Mark], steps: Axis) -> list[tuple[float, str, str, list[int]]]:
-    """(step, kind, label, numbers) of each flag; marks that would overlap share the first's flag."""
+    """(step, kind, label, numbers) of each flag; marks that would overlap share one."""
     found: list[tuple[float, str, str, list[int]]] = []
     for number, mark in sorted(enumerate(marks, 1), key=lambda pair: pair[1].step):
         step = float(mark.step)

@@ -52,7 +52,7 @@ class File:
 
 
 class Mark(NamedTuple):
-    """An event of the run. The order is that of time, with a fault before the resume that it caused."""
+    """An event of the run. Sorted by time, with a fault before the resume that it caused."""
 
     when: float
     kind: str

@@ -169,7 +169,7 @@ def check_destination(given: str, root: Path) -> Path:
         )
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise ConfigError(
-            f"Taken: {given}. A copy overwrites no file. Choose a new or an empty directory as DEST."
+            f"Taken: {given}. A copy overwrites no file. Choose a new or an empty directory."
         )
     if not dest.parent.is_dir():
         raise ConfigError(
