@@ -52,7 +52,8 @@ def main() -> int:
     asked, more = parser.parse_known_args()
     require_mnist()
     print(f"{asked.config} {' '.join(more)} on {machine()}", flush=True)
-    rows, accuracies = [], []
+    rows = []
+    accuracies = []
     with tempfile.TemporaryDirectory(prefix="accuracy-") as folder:
         for seed in asked.seeds:
             summary = train(asked.config, seed, more, Path(folder))

@@ -44,11 +44,8 @@ class Row:
         if self.aim is None:
             return [*cells, "-", ""]
         reached = self.ratio >= self.aim if self.at_least else self.ratio <= self.aim
-        return [
-            *cells,
-            f"{'>=' if self.at_least else '<='} {ratio(self.aim)}",
-            "" if reached else "missed",
-        ]
+        sign = ">=" if self.at_least else "<="
+        return [*cells, f"{sign} {ratio(self.aim)}", "" if reached else "missed"]
 
 
 def secs(value: float) -> str:
@@ -96,7 +93,8 @@ def throughput_rows() -> Iterator[Row]:
         False,
     )
     loading = throughput.measure_batches(rounds=3)
-    ours, theirs = loading["our batches"], loading["torchvision, 0 workers"]
+    ours = loading["our batches"]
+    theirs = loading["torchvision, 0 workers"]
     yield Row(
         "batches/s alone",
         f"{ours:,.0f}",
@@ -171,7 +169,8 @@ def starts_rows() -> Iterator[Row]:
 
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         found = starts.small(3, Path(folder))
-        base, fresh = found["import lightning"], found["a fresh start"]
+        base = found["import lightning"]
+        fresh = found["a fresh start"]
         for name, against, other, aim in (
             ("a wrong key", "import lightning", base, 0.5 / base),
             ("savepoint ls", "import lightning", base, 0.2 / base),
@@ -189,7 +188,8 @@ def starts_rows() -> Iterator[Row]:
             )
         if FULL:
             found = starts.large(3, 1000.0, Path(folder))
-            ours, theirs = found["a resume"], found["Lightning's resume"]
+            ours = found["a resume"]
+            theirs = found["Lightning's resume"]
             yield Row(
                 "resume of 1 GB, to step 1",
                 secs(ours),
@@ -215,12 +215,14 @@ def growth_rows() -> Iterator[Row]:
 
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         grown = growth.by_bytes(3, Path(folder))
-        small, large = grown[4]["save"], grown[64]["save"]
+        small = grown[4]["save"]
+        large = grown[64]["save"]
         yield Row(
             "save of 256 MB", secs(large), "one of 16 MB", secs(small), large / small, 20.0, False
         )
         counted = growth.by_count(3, Path(folder))
-        few, many = counted[1]["save"], counted[100]["save"]
+        few = counted[1]["save"]
+        many = counted[100]["save"]
         yield Row(
             "save beside 100 kept", secs(many), "beside 1 kept", secs(few), many / few, 1.5, False
         )
@@ -232,7 +234,8 @@ def processes_rows() -> Iterator[Row]:
     import processes
 
     found = processes.measure(rounds=2)
-    one, two = found["one process"], found["two processes"]
+    one = found["one process"]
+    two = found["two processes"]
     yield Row(
         "images/s, two processes", f"{two:,.0f}", "one process", f"{one:,.0f}", two / one, 1.0
     )
@@ -253,7 +256,8 @@ def main() -> int:
     ).parse_args()
     require_mnist()
     print(f"On {machine()}", flush=True)
-    rows, begun = [], time.monotonic()
+    rows = []
+    begun = time.monotonic()
     for part in (*PARTS, *([processes_rows] if FULL else [])):
         print(
             f"{part.__name__.removesuffix('_rows')}, after {time.monotonic() - begun:.0f} s",

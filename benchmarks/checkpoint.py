@@ -58,16 +58,16 @@ def measure_saves(saves: int, work: Path, *flags: str) -> dict[str, list[float]]
     class Measured(CheckpointCallback):
         def _save(self, trainer: Any, at: Any, **kwargs: Any) -> None:
             timed("ours", super()._save, trainer, at, **kwargs)
-            content, other = (
-                self.store.path(trainer.global_step).read_bytes(),
-                work / "lightning.ckpt",
-            )
+            content = self.store.path(trainer.global_step).read_bytes()
+            other = work / "lightning.ckpt"
             timed("raw", synced_write, content, work / "raw")
-            callbacks, plugin = trainer.callbacks, trainer.strategy.checkpoint_io
+            callbacks = trainer.callbacks
+            plugin = trainer.strategy.checkpoint_io
             trainer.callbacks = [callback for callback in callbacks if callback is not self]
             trainer.strategy.checkpoint_io = TorchCheckpointIO()
             timed("theirs", trainer.save_checkpoint, other)
-            trainer.callbacks, trainer.strategy.checkpoint_io = callbacks, plugin
+            trainer.callbacks = callbacks
+            trainer.strategy.checkpoint_io = plugin
             found["our bytes"].append(len(content))
             found["their bytes"].append(other.stat().st_size)
 
@@ -103,7 +103,8 @@ def main() -> int:
                 key: median(values)
                 for key, values in measure_saves(asked.saves, Path(folder), *flags).items()
             }
-            ours, theirs = found["our bytes"] / 1000, found["their bytes"] / 1000
+            ours = found["our bytes"] / 1000
+            theirs = found["their bytes"] / 1000
             rows += [
                 [
                     f"{name}: ours",

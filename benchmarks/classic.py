@@ -26,7 +26,8 @@ from typing import Any
 
 from report import ROOT, machine, ratio, require_mnist, table
 
-EPOCHS, TRAINING_BATCHES = 4, 938
+EPOCHS = 4
+TRAINING_BATCHES = 938
 
 
 def classic(batches_a_epoch: int, epochs: int) -> dict[str, Any]:
@@ -49,12 +50,15 @@ def classic(batches_a_epoch: int, epochs: int) -> dict[str, Any]:
         datasets.MNIST(root, train=False, transform=transform), batch_size=1000
     )
     model = nn.Sequential(
-        nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25), nn.Flatten(),
-        nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10),
+        nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Dropout(0.25), nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5),
+        nn.Linear(128, 10),
     )  # fmt: skip
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
-    train_secs, test_secs, accuracies = 0.0, 0.0, []
+    train_secs = 0.0
+    test_secs = 0.0
+    accuracies = []
     for _ in range(epochs):
         begun = time.perf_counter()
         model.train()
@@ -122,7 +126,8 @@ def main() -> int:
     require_mnist()
     full = os.environ.get("FULL") == "1"
     print(f"Whole processes, in turns, on {machine()}", flush=True)
-    fast, classics = [], []
+    fast = []
+    classics = []
     for i in range(asked.rounds):
         fast.append(measure_fast())
         classics += [measure_classic(full)] if not full or i == 0 else []

@@ -66,7 +66,8 @@ def _flip_a_bit(path: Path, dice: random.Random) -> None:
 
 def _zero_a_page(path: Path, dice: random.Random) -> None:
     start, size = max(_tensor_bytes(path), key=lambda record: record[1])
-    first, last = -(-start // 4096), (start + size) // 4096
+    first = -(-start // 4096)
+    last = (start + size) // 4096
     _overwrite(path, 4096 * dice.randrange(first, last), 4096, lambda page: bytes(len(page)))
 
 

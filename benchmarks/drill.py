@@ -53,7 +53,7 @@ no resume   automatic restarts that stopped with an error
 silent      restarts that trained on from damaged bytes without a word
 temps       temp files that outlived a restart
 exit        code of the process that met the fault
-restart     seconds from a restart to its first step done, median; the imports ({imports:.1f} s) are not counted
+restart     seconds from a restart to its first step done, median, without the imports ({imports:.1f} s)
 same end    runs that ended equal, bit for bit, to one that nothing disturbed"""
 
 
@@ -67,10 +67,8 @@ class Rounds:
     signals: int
 
 
-SHORT, FULL = (
-    Rounds(kills=12, rot=2, disk=1, signals=2),
-    Rounds(kills=60, rot=10, disk=5, signals=15),
-)
+SHORT = Rounds(kills=12, rot=2, disk=1, signals=2)
+FULL = Rounds(kills=60, rot=10, disk=5, signals=15)
 
 
 @dataclass
@@ -113,14 +111,12 @@ class Drill:
 
 
 def cells(tally: Tally) -> list[str]:
-    return [
-        str(tally.times),
-        f"{median(tally.lost):.0f} / {max(tally.lost)}" if tally.lost else "-",
-        *map(str, (tally.damaged, tally.failed, tally.silent, tally.temps)),
-        ", ".join("killed" if code < 0 else str(code) for code in sorted(tally.codes)) or "-",
-        f"{median(tally.restart_secs):.1f} s" if tally.restart_secs else "-",
-        f"{tally.identical} of {tally.ends}" if tally.ends else "-",
-    ]
+    lost = f"{median(tally.lost):.0f} / {max(tally.lost)}" if tally.lost else "-"
+    codes = ["killed" if code < 0 else str(code) for code in sorted(tally.codes)]
+    restart = f"{median(tally.restart_secs):.1f} s" if tally.restart_secs else "-"
+    ends = f"{tally.identical} of {tally.ends}" if tally.ends else "-"
+    counts = map(str, (tally.damaged, tally.failed, tally.silent, tally.temps))
+    return [str(tally.times), lost, *counts, ", ".join(codes) or "-", restart, ends]
 
 
 def run_all(drill: Drill, rounds: Rounds, elsewhere: Path | None, may_mount: bool) -> None:
@@ -138,12 +134,11 @@ def kill(drill: Drill, times: int, elsewhere: Path | None) -> None:
         "times": times,
         "expected": drill.undisturbed(task),
     }
-    text = f"SIGKILL within half a second of a save ({task.megabytes} MB after every step), then the same command again"
+    saves = f"a save ({task.megabytes} MB after every step)"
+    text = f"SIGKILL within half a second of {saves}, then the same command again"
     drill.strike("SIGKILL", text, tmp=_each(drill.work / "tmp"), **asked)
-    label, text = (
-        "SIGKILL, other TMPDIR",
-        "The same with TMPDIR on another file system, as on clusters and in containers",
-    )
+    label = "SIGKILL, other TMPDIR"
+    text = "The same with TMPDIR on another file system, as on clusters and in containers"
     if elsewhere:
         drill.strike(label, text, tmp=_each(elsewhere), **asked)
     else:

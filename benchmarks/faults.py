@@ -128,16 +128,21 @@ def kills(
     A run that comes to its end is followed by a new one; after the last kill the run goes to its
     end.
     """
-    dice, tally, number = random.Random(seed), Tally(), 0
+    dice = random.Random(seed)
+    tally = Tally()
+    number = 0
     run: Run | None = None
     while run or tally.times < times:
         if run is None:
-            number, failures, before = number + 1, 0, set[Path]()
+            number = number + 1
+            failures = 0
+            before = set[Path]()
             run = Run(system, task, work / f"killed-{number}", tmp)
         start = run.start()
         if tally.times < times:
             _strike(start, dice)
-        code, steps = start.end(), [step for step, _ in start.steps()]
+        code = start.end()
+        steps = [step for step, _ in start.steps()]
         tally.count(run, start)
         if steps:  # what lay about has met a restart
             tally.temps += _sweep(before & run.temps())
@@ -171,8 +176,10 @@ def rot(
     system: str, work: Path, task: Task, kind: str, times: int, seed: int, expected: str
 ) -> Tally:
     """Damages the newest checkpoint of a run that was killed, and starts it again."""
-    dice, tally = random.Random(f"{seed} {kind}"), Tally()
-    run, aside = Run(system, task, work / "rotten", work / "tmp"), work / "aside"
+    dice = random.Random(f"{seed} {kind}")
+    tally = Tally()
+    run = Run(system, task, work / "rotten", work / "tmp")
+    aside = work / "aside"
     start = run.start()
     start.reach(task.steps * 2 // 3)
     start.send(signal.SIGKILL)
@@ -191,7 +198,8 @@ def rot(
 
 def _after_rot(run: Run, tally: Tally, expected: str) -> str:
     """Starts a run whose newest checkpoint is damaged; what comes of it, in words."""
-    damaged_step, start = run.trained, run.start()
+    damaged_step = run.trained
+    start = run.start()
     code = start.end()
     tally.times += 1
     tally.codes[code] += 1
@@ -199,7 +207,8 @@ def _after_rot(run: Run, tally: Tally, expected: str) -> str:
     if code != 0:
         tally.failed += 1
         return f"the resume stops with exit code {code}"
-    from_step, said = start.steps()[0][0] - 1, "does not verify" in start.said
+    from_step = start.steps()[0][0] - 1
+    said = "does not verify" in start.said
     tally.silent += from_step == damaged_step or not said
     where = "trains on from it" if from_step == damaged_step else f"goes on from step {from_step}"
     return f"{'says so' if said else 'not a word'}, {where}, {tally.compare(run, expected)}"
@@ -214,7 +223,9 @@ def full_disk(
     The disk is a tmpfs that is mounted here: the caller has seen to it that this is permitted and
     seen by no one else.
     """
-    dice, tally, disk = random.Random(seed), Tally(), work / "disk"
+    dice = random.Random(seed)
+    tally = Tally()
+    disk = work / "disk"
     disk.mkdir(parents=True)
     size = f"size={12 * task.megabytes:.0f}m"
     subprocess.run(["mount", "-t", "tmpfs", "-o", size, "savepoint-drill", disk], check=True)
@@ -249,7 +260,7 @@ def full_disk(
 
 @contextlib.contextmanager
 def neighbour(path: Path) -> Iterator[None]:
-    """Another program: it writes until the disk is full, goes on trying, and frees all at the end."""
+    """Another program: it writes until the disk is full, keeps trying, and frees all at the end."""
     enough = threading.Event()
 
     def write() -> None:
@@ -282,7 +293,8 @@ def signals(
     """A signal in the middle of the second epoch of a run that saves once an epoch; then the run is
     started again.
     """
-    dice, tally = random.Random(f"{seed} {signum}"), Tally()
+    dice = random.Random(f"{seed} {signum}")
+    tally = Tally()
     for number in range(times):
         run = Run(system, task, work / f"{signum.name}-{number}", work / "tmp")
         start = run.start()
@@ -301,9 +313,9 @@ def signals(
         end = tally.finish(run, 0 if went_on else 1, expected)
         lost = tally.lost[-1]
         tally.unsaved += lost > 0
-        what = (
-            "goes on" if went_on else "dies of it" if code < 0 else f"leaves with exit code {code}"
-        )
+        what = "dies of it" if code < 0 else f"leaves with exit code {code}"
+        if went_on:
+            what = "goes on"
         _say(system, f"{signum.name} at step {at}: {what}, {found}, {lost} steps lost, {end}")
     return tally
 

@@ -26,7 +26,9 @@ from savepoint.checkpoint import format, manifest, store
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import CheckpointStore
 
-TIMES, COUNTS, LISTED = (1, 2, 4, 8, 16, 32, 64), (1, 10, 100, 1000), 10_000
+TIMES = (1, 2, 4, 8, 16, 32, 64)
+COUNTS = (1, 10, 100, 1000)
+LISTED = 10_000
 BASE_BYTES = 4_000_000
 
 
@@ -109,7 +111,8 @@ def listing(rounds: int, folder: Path) -> tuple[float, bool]:
         "import sys; from savepoint.commands import main; code = main(['ls', sys.argv[1]]); "
         "print('torch' in sys.modules, file=sys.stderr); sys.exit(code)"
     )
-    found, said = [], ""
+    found = []
+    said = ""
     for _ in range(rounds + 1):
         begun = time.perf_counter()
         done = subprocess.run(

@@ -2,8 +2,8 @@
 
     python benchmarks/house.py
 
-`private` counts attributes that begin with one underscore, of objects other than self. `dense` counts
-conditional expressions, comprehensions and walruses, of a thousand lines that are not empty.
+`private` counts attributes that begin with one underscore, of objects other than self. `dense`
+counts conditional expressions, comprehensions and walruses in a thousand lines that are not empty.
 """
 
 import ast

@@ -38,7 +38,8 @@ def machine() -> str:
             if line.startswith("model name")
         ]
         name = models[0].partition(":")[2].strip() if models else name
-    return f"{os.cpu_count()} cores of {name}, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f} at the start"
+    load = f"load {os.getloadavg()[0]:.1f} at the start"
+    return f"{os.cpu_count()} cores of {name}, Python {platform.python_version()}, {load}"
 
 
 def in_turns(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:

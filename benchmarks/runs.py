@@ -58,7 +58,10 @@ class Run:
     """One run directory of one system. `tmp` is its TMPDIR."""
 
     def __init__(self, system: str, task: Task, directory: Path, tmp: Path) -> None:
-        self.system, self.task, self.directory, self.tmp = system, task, directory, tmp
+        self.system = system
+        self.task = task
+        self.directory = directory
+        self.tmp = tmp
         self.checkpoints = directory / "checkpoints"
         self.notes = directory.with_name(f"{directory.name}-notes")
         self.starts = 0
@@ -76,7 +79,9 @@ class Run:
         """The files under final names, one with two names once; what is wrong with those that are
         damaged.
         """
-        whole, damaged, seen = [], {}, set()
+        whole = []
+        damaged = {}
+        seen = set()
         for path in sorted(self.checkpoints.glob("*.ckpt")):
             with contextlib.suppress(FileNotFoundError):  # a training that goes on may delete it
                 status = path.stat()
@@ -254,8 +259,14 @@ def _train_theirs(run: Run) -> None:
         every_n_train_steps=every,
     )
     trainer = Trainer(
-        accelerator="cpu", max_epochs=run.task.epochs, log_every_n_steps=4, callbacks=[Steps(), checkpointing],
-        logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=run.directory,
-    )  # fmt: skip
+        accelerator="cpu",
+        max_epochs=run.task.epochs,
+        log_every_n_steps=4,
+        callbacks=[Steps(), checkpointing],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=run.directory,
+    )
     last = "last" if (run.checkpoints / "last.ckpt").exists() else None
     trainer.fit(Toy(run.task.megabytes), datamodule=Numbers(run.task.batches), ckpt_path=last)

@@ -75,7 +75,8 @@ class Measure:
     ) -> None:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before, begun = memory_bytes("VmRSS"), time.perf_counter()
+        before = memory_bytes("VmRSS")
+        begun = time.perf_counter()
         made = call()
         waited = time.perf_counter() - begun
         finish(made)
@@ -100,7 +101,8 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
     from savepoint.checkpoint.callback import CheckpointCallback
     from savepoint.checkpoint.io import CheckpointIO
 
-    measured, sizes = Measure(), {}
+    measured = Measure()
+    sizes = {}
 
     class Measured(CheckpointCallback):
         def __init__(self) -> None:
@@ -111,7 +113,8 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
         def _save(self, trainer: Any, at: Any, **kwargs: Any) -> None:
             if kwargs.get("ended"):
                 return
-            module, optimizer = trainer.lightning_module, trainer.optimizers[0]
+            module = trainer.lightning_module
+            optimizer = trainer.optimizers[0]
             plain = {"model": module.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 1}
             tensors = [leaf for _, leaf in format.leaves(plain) if isinstance(leaf, torch.Tensor)]
             self.kept = self.kept or [torch.empty_like(tensor) for tensor in tensors]
@@ -132,7 +135,8 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
                 trainer.strategy.checkpoint_io = TorchCheckpointIO()
                 trainer.save_checkpoint(folder / "lightning.ckpt")
                 synced(folder / "lightning.ckpt")
-                trainer.callbacks, trainer.strategy.checkpoint_io = callbacks, ours
+                trainer.callbacks = callbacks
+                trainer.strategy.checkpoint_io = ours
 
             def torch_save() -> None:
                 torch.save(plain, folder / "torch.new")
@@ -192,8 +196,9 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
 
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
         trainer = Trainer(
-            max_steps=rounds + 1, default_root_dir=folder, callbacks=[Measured()], logger=False, accelerator="cpu",
-            enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+            max_steps=rounds + 1, default_root_dir=folder, callbacks=[Measured()], logger=False,
+            accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
+            limit_val_batches=0,
         )  # fmt: skip
         trainer.fit(Toy(megabytes), Numbers(4 * (rounds + 1)))
     return {
@@ -223,12 +228,10 @@ def measure_steps(folder: Path, megabytes: int = 300, steps: int = 60) -> dict[s
         nn.Linear(32 * 576, 10),
     )
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    x, y = torch.randn(128, 1, 28, 28), torch.randint(0, 10, (128,))
-    state = {
-        "ballast": [torch.rand(1_000_000) for _ in range(megabytes // 4)],
-        "step": 0,
-        "epoch": 0,
-    }
+    x = torch.randn(128, 1, 28, 28)
+    y = torch.randint(0, 10, (128,))
+    ballast = [torch.rand(1_000_000) for _ in range(megabytes // 4)]
+    state = {"ballast": ballast, "step": 0, "epoch": 0}
 
     def step() -> float:
         begun = time.perf_counter()
@@ -237,14 +240,15 @@ def measure_steps(folder: Path, megabytes: int = 300, steps: int = 60) -> dict[s
         optimizer.step()
         return time.perf_counter() - begun
 
-    plugin, turn = CheckpointIO(async_save=True), iter(range(1_000_000))
+    plugin = CheckpointIO(async_save=True)
+    turn = iter(range(1_000_000))
 
     def ours() -> Callable[[], bool]:
         plugin.save_checkpoint({**state, "global_step": next(turn)}, folder / "ours.ckpt")
         return lambda: all(job.done() for job in plugin._queued)
 
     def thread() -> Callable[[], bool]:
-        copied = {"ballast": [tensor.clone() for tensor in state["ballast"]]}  # type: ignore[attr-defined]
+        copied = {"ballast": [tensor.clone() for tensor in ballast]}
 
         def write() -> None:
             torch.save(copied, folder / "thread.pt")
@@ -258,7 +262,8 @@ def measure_steps(folder: Path, megabytes: int = 300, steps: int = 60) -> dict[s
     for _ in range(4):  # the first round is not counted
         rows: dict[str, list[float]] = {"alone": [step() for _ in range(steps)]}
         for name, begin in (("ours, async", ours), ("torch.save in a thread", thread)):
-            done, rows[name] = begin(), []
+            done = begin()
+            rows[name] = []
             while not done():
                 rows[name].append(step())
             plugin.wait()
@@ -268,24 +273,21 @@ def measure_steps(folder: Path, megabytes: int = 300, steps: int = 60) -> dict[s
 
 
 def rows_of(megabytes: float, result: Mapping[str, Any]) -> list[list[str]]:
-    found, sizes = result["found"], result["sizes"]
+    found = result["found"]
+    sizes = result["sizes"]
     middle = {
         name: {key: median(values) for key, values in row.items()} for name, row in found.items()
     }
-    theirs, state = middle["Lightning + fsync"], sizes["state"]
+    theirs = middle["Lightning + fsync"]
+    state = sizes["state"]
     rows = []
     for name in (*BLOCKING, *ASYNC):
         one = middle[name]
-        rows.append(
-            [
-                f"{state / 1e6:.1f} MB: {name}" if name == BLOCKING[0] else f"  {name}",
-                f"{1000 * one['waits']:.1f} ms",
-                ratio(theirs["waits"] / one["waits"]),
-                f"{1000 * one['on disk']:.1f} ms",
-                f"{state / 1e6 / one['on disk']:,.0f} MB/s" if name != "memcpy" else "",
-                f"{100 * one['memory'] / state:.0f} %" if megabytes >= 10 else "",
-            ]
-        )
+        title = f"{state / 1e6:.1f} MB: {name}" if name == BLOCKING[0] else f"  {name}"
+        speed = f"{state / 1e6 / one['on disk']:,.0f} MB/s" if name != "memcpy" else ""
+        memory = f"{100 * one['memory'] / state:.0f} %" if megabytes >= 10 else ""
+        waits = [f"{1000 * one['waits']:.1f} ms", ratio(theirs["waits"] / one["waits"])]
+        rows.append([title, *waits, f"{1000 * one['on disk']:.1f} ms", speed, memory])
     return rows
 
 

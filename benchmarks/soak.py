@@ -42,8 +42,9 @@ from savepoint.prove import digest, rows
 # The embedded digits and a small network: a step takes some milliseconds, and no data is needed.
 EPOCH = 40  # steps
 TRAINING = [
-    "--config", "configs/mnist.yaml", "--data", "configs/data/digits.yaml", "--data.batch_size", "16",
-    "--model.net.width", "4", "--trainer.limit_train_batches", str(EPOCH), "--trainer.log_every_n_steps", "1",
+    "--config", "configs/mnist.yaml", "--data", "configs/data/digits.yaml",
+    "--data.batch_size", "16", "--model.net.width", "4",
+    "--trainer.limit_train_batches", str(EPOCH), "--trainer.log_every_n_steps", "1",
     "--checkpoint.save_every_steps", "7", "--checkpoint.keep_last", "3", "--resume", "auto",
 ]  # fmt: skip
 DISK_MB = 128
@@ -63,7 +64,9 @@ class Attempt:
     """One process of a run."""
 
     def __init__(self, run: Path, epochs: int, log: Path) -> None:
-        self.run, self.log, self.begun = run, log, time.monotonic()
+        self.run = run
+        self.log = log
+        self.begun = time.monotonic()
         self._rows_before = inode(run / "metrics.csv")
         command = [
             sys.executable,
@@ -277,7 +280,8 @@ class Soak:
         return attempt
 
     def stop_on_a_full_disk(self, fault: str, attempt: Attempt) -> None:
-        ballast, name = self.fill(), fault.split()[-1]
+        ballast = self.fill()
+        name = fault.split()[-1]
         self.pause(0.2, 3)
         code = self.ended(attempt, attempt.end(signal.Signals[name]), CODES[name])
         ballast.unlink()
@@ -368,7 +372,8 @@ def deck(dice: random.Random) -> Iterator[str]:
 
 def soak(state: Soak, secs: float) -> None:
     """Faults until the time is over, then on to the end."""
-    faults, attempt = deck(state.dice), None
+    faults = deck(state.dice)
+    attempt = None
     while state.secs < secs and len(state.failures) < 5:
         attempt = attempt or state.resume()
         state.pause(0.2, 8)
@@ -401,7 +406,8 @@ def differences(straight: Path, state: Soak) -> list[str]:
     damaged = [
         path.name for path in (state.run / "checkpoints").glob("*.ckpt") if manifest.diagnose(path)
     ]
-    one, other = digest(straight), digest(state.run)
+    one = digest(straight)
+    other = digest(state.run)
     for name, digests in (("undisturbed", one), ("under faults", other)):
         print(f"  {name:<12}  state {digests[0][:32]}  log {digests[1][:32]}", flush=True)
     found = [f"damaged: {', '.join(damaged)}"] if damaged else []
@@ -414,16 +420,12 @@ def best_was_refused(straight: Path, state: Soak) -> bool:
     was to be saved.
     """
     best = json.loads((straight / "summary.json").read_text())["tested_checkpoint"]
-    if not any(
-        re.search(rf"(failed|before the save): \S*{best}", attempt.said)
-        for attempt in state.attempts
-    ):
+    failed = re.compile(rf"(failed|before the save): \S*{best}")
+    if not any(failed.search(attempt.said) for attempt in state.attempts):
         return False
-    trained = [
-        [row for row in rows(run) if not row.get("test/loss")] for run in (straight, state.run)
-    ]
     print(f"  The best checkpoint, {best}, met a full disk: another one was tested.", flush=True)
-    return trained[0] == trained[1]
+    own = [row for row in rows(state.run) if not row.get("test/loss")]
+    return own == [row for row in rows(straight) if not row.get("test/loss")]
 
 
 def summary(events: list[Event]) -> str:

@@ -60,7 +60,8 @@ def timed(
 
 
 def small(rounds: int, work: Path) -> dict[str, float]:
-    mark, run = work / "mark", work / "resumed"
+    mark = work / "mark"
+    run = work / "resumed"
     last = run / "checkpoints" / "last.ckpt"  # of a run, the newest would be loaded as well
     train = ["train.py", "--trainer.callbacks", "mark.Mark", "--output_dir", str(work)]
     # Leaves in its second epoch, after the first save.
@@ -85,7 +86,8 @@ def small(rounds: int, work: Path) -> dict[str, float]:
 
 
 def large(rounds: int, megabytes: float, work: Path) -> dict[str, float]:
-    mark, run = work / "mark", work / "large"
+    mark = work / "mark"
+    run = work / "large"
     ours = [
         "train.py",
         *TOY,
@@ -138,9 +140,14 @@ def lightning(checkpoint: Path, megabytes: float) -> None:
                 trainer.save_checkpoint(checkpoint)
 
     trainer = Trainer(
-        accelerator="cpu", max_epochs=9, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[ModelCheckpoint(checkpoint.parent), Mark(), Save()], default_root_dir=checkpoint.parent,
-    )  # fmt: skip
+        accelerator="cpu",
+        max_epochs=9,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[ModelCheckpoint(checkpoint.parent), Mark(), Save()],
+        default_root_dir=checkpoint.parent,
+    )
     trainer.fit(
         Toy(megabytes), datamodule=Numbers(), ckpt_path=checkpoint if checkpoint.exists() else None
     )

@@ -44,7 +44,8 @@ from savepoint.schedules import one_cycle
 from savepoint.training import build
 from savepoint.training.progress import Meter
 
-MEAN, STD = 0.1307, 0.3081
+MEAN = 0.1307
+STD = 0.3081
 
 
 def whole_rate(meter: Meter) -> float:
@@ -70,9 +71,14 @@ def stock_rate(epochs: int, directory: Path) -> float:
     torch.manual_seed(0)
     loggers = [CSVLogger(directory), TensorBoardLogger(directory)]
     trainer = Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=loggers, callbacks=[meter], enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=loggers,
+        callbacks=[meter],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.fit(ImageClassifier(ConvNet()), datamodule=ImageData())
     return whole_rate(meter)
@@ -83,15 +89,18 @@ def bare_rate(epochs: int) -> float:
     network and its metrics.
     """
     torch.manual_seed(0)
-    data, model = ImageData(), ImageClassifier(ConvNet())
+    data = ImageData()
+    model = ImageClassifier(ConvNet())
     data.setup()
-    batches, held_out = data.train_dataloader(), data.val_dataloader()
+    batches = data.train_dataloader()
+    held_out = data.val_dataloader()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=model.lr, weight_decay=model.weight_decay, fused=True
     )
     total_steps = epochs * len(batches)
     scheduler = LambdaLR(optimizer, lambda step: one_cycle(step, total_steps))
-    images_seen, begun = 0, time.perf_counter()
+    images_seen = 0
+    begun = time.perf_counter()
     for epoch in range(epochs):
         batches.set_epoch(epoch)
         model.train()
@@ -120,7 +129,8 @@ def bare_rate(epochs: int) -> float:
 
 
 def our_batches() -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-    data, epochs = ImageData(), count()
+    data = ImageData()
+    epochs = count()
     data.setup()
     batches = data.train_dataloader()
 
@@ -188,7 +198,8 @@ def main() -> int:
         f"On {machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads", flush=True
     )
     fit = measure_fit(asked.epochs, asked.rounds)
-    bare, stock = fit["bare loop"], fit["stock Trainer"]
+    bare = fit["bare loop"]
+    stock = fit["stock Trainer"]
     rows = [
         [name, f"{rate:,.0f}", ratio(rate / bare), ratio(stock / rate)]
         for name, rate in fit.items()

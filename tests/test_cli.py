@@ -378,13 +378,16 @@ def test_flatten_names_values_as_their_flags() -> None:
         ("--data.batch_size null", "Wrong value of --data.batch_size: null. Expected int."),
         (
             "--trainer.max_epochs abc",
-            "Wrong value of --trainer.max_epochs: abc. Expected int or null.",
+            "Wrong value of --trainer.max_epochs: abc. Expected int | null.",
         ),
         (
             "--checkpoint.mode up",
             "Wrong value of --checkpoint.mode: up. Expected one of 'min', 'max'.",
         ),
-        ("--resume yes", "Wrong value of --resume: yes. Expected one of 'never', 'auto', 'must'."),
+        (
+            "--resume yes",
+            "Wrong value of --resume: yes. Expected one of 'never', 'auto', 'must' | null.",
+        ),
         ("--seed_everything x", "Wrong value of --seed_everything: x. Expected int."),
         ("--model.net WideNett", "No such class for --model.net: WideNett. Did you mean WideNet"),
         (
@@ -447,7 +450,7 @@ def test_a_mistake_is_one_line_that_names_the_flag(configs: Path, argv: str, mes
         (
             "max_epochs: 3",
             "max_epochs: a",
-            "Wrong value of trainer.max_epochs (sorter.yaml): a. Expected int or null.",
+            "Wrong value of trainer.max_epochs (sorter.yaml): a. Expected int | null.",
         ),
     ],
 )

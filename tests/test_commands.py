@@ -212,7 +212,7 @@ def test_ls_shows_what_was_set_aside_which_is_no_longer_wrong(
     damaged.rename(f"{damaged}.corrupt")
     code, out, _ = say(capsys, "ls", run_dir)
     assert code == 0
-    assert "set aside: truncated: " in out
+    assert "quarantined: truncated: " in out
     for path in store(run_dir).checkpoints():
         path.path.unlink()
     assert say(capsys, "ls", run_dir)[0] == 1

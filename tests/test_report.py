@@ -212,7 +212,7 @@ def test_the_page_says(seen: Seen, words: str) -> None:
     ("step-00000020.ckpt best 20 2 90.00 %", "kept: the best"),
     ("step-00000030.ckpt 30 3 85.00 %", "kept: 2nd newest"),
     ("step-00000040.ckpt latest 40 4 88.00 %", "kept: the newest"),
-    ("step-00000030.ckpt.corrupt 30 -", "was set aside: "),
+    ("step-00000030.ckpt.corrupt 30 -", "was quarantined: "),
     ("step-00000050.ckpt 50 5 70.00 %", "rewound: set aside in rewound/20261121-1455-from-step-50"),
 ])  # fmt: skip
 def test_each_checkpoint_is_listed_with_its_fate(seen: Seen, file: str, fate: str) -> None:
@@ -260,7 +260,7 @@ def test_what_happened_is_told_in_the_order_of_time(run_dir: Path) -> None:
         os.utime(run_dir / name, (when, when))
     told = report(run_dir).words.split("What happened ")[1]
     expected = (
-        "1 step 30 step-00000030.ckpt.corrupt was set aside: ",
+        "1 step 30 step-00000030.ckpt.corrupt was quarantined: ",
         "2 step 34 Start 1 was killed at step 34 or later",
         "3 step 20 Start 2 resumed from step-00000020.ckpt: 14 steps or more trained again",
         "4 step 35 Start 3 resumed from step-00000035.ckpt",

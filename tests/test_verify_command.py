@@ -385,7 +385,7 @@ def test_what_is_worth_knowing_is_no_fault(run_dir: Path, capsys: Capture) -> No
     notes = findings(capsys, run_dir, wrong=False)
     assert any(what.startswith("1 file that a process was writing when it died") for what in notes)
     assert any(
-        what.startswith("step-00000040.ckpt.corrupt was set aside: truncated") for what in notes
+        what.startswith("step-00000040.ckpt.corrupt is quarantined: truncated") for what in notes
     )
 
 

@@ -1,8 +1,7 @@
-"""Yours, replace it: what is trained. `model.py` and `figures.py` the network and its pictures,
-`data.py` its data.
+"""The example, to be replaced by yours: the network in `model.py`, its pictures in `figures.py`, its
+data in `data.py`.
 
-The names below are what configs and flags may say without a package path (`--model.net
-ClassicNet`).
+Configs and flags may give the names below without a package path (`--model.net ClassicNet`).
 """
 
 from project.data import ImageData
@@ -11,4 +10,4 @@ from project.model import ClassicNet, ConvNet, ImageClassifier
 __all__ = ["ClassicNet", "ConvNet", "ImageClassifier", "ImageData"]
 
 LITTLE = ("--data.dataset", "digits")
-"""What the tests lay over each config: data that needs no download. Optional."""
+"""Flags that the tests add to each config: data without a download. Optional."""

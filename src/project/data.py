@@ -26,8 +26,8 @@ from savepoint.errors import ConfigError, DataError
 
 EMBEDDED = "embedded digits"
 EMBEDDED_REPEATS = 10
-"""Times that an epoch goes through the 1,319 embedded training images, each time shifted anew: 103
-steps, not 11.
+"""Passes through the 1,319 embedded training images in an epoch, each with new shifts: 103 steps
+instead of 11.
 """
 
 
@@ -38,23 +38,21 @@ class ImageData(LightningDataModule):
         dataset: `mnist`, `fashion` (Fashion-MNIST) or `digits` (the 1,797 that ship with
             scikit-learn).
         root: Folder that holds `MNIST/raw` or `FashionMNIST/raw`. By default the environment's
-            DATA_ROOT, else `data`. Whoever names one gets that data or an error: the fallback is
-            for runs where nothing was named.
-        download: Whether a data set that is not there may be downloaded into the root.
-        fallback: What is trained on, said loudly, where the data is not there and cannot be
-            downloaded. Null: an error.
+            DATA_ROOT, else `data`. The fallback is only for runs that name no root.
+        download: Whether a missing data set may be downloaded into the root.
+        fallback: The data that replaces a missing data set, with a loud warning, where the download
+            fails. Null: an error.
         batch_size: Images a batch, on each process.
-        shift: Training images move by up to this many pixels each way, anew in every epoch. 0: not
-            at all.
+        shift: Training images move by up to this many pixels each way, anew in every epoch.
         in_memory: False reads image by image through a DataLoader: the pattern for data that does
             not fit in memory.
         num_workers: Worker processes of that DataLoader; any number gives the same batches.
     """
 
     name: str
-    """Of the data that is really read: "MNIST", or "embedded digits" after a fallback."""
+    """The data that is really read: "MNIST", or "embedded digits" after a fallback."""
     fingerprint: str
-    """Of the images that are trained on; empty before `setup`."""
+    """The digest of the training images; empty before `setup`."""
 
     def __init__(
         self,
@@ -78,13 +76,19 @@ class ImageData(LightningDataModule):
                     f"Too small: data.{key} is {value}. Expected {least} or more. Change "
                     f"--data.{key}."
                 )
-        self.dataset, self.download, self.fallback = dataset, download, fallback
-        self.batch_size, self.shift = batch_size, shift
-        self.in_memory, self.num_workers = in_memory, num_workers
+        self.dataset = dataset
+        self.download = download
+        self.fallback = fallback
+        self.batch_size = batch_size
+        self.shift = shift
+        self.in_memory = in_memory
+        self.num_workers = num_workers
 
         from_environment = os.environ.get("DATA_ROOT")
         self.root = Path(root or from_environment or "data").expanduser()
-        self.root_named_by = "--data.root" if root else "DATA_ROOT" if from_environment else None
+        self.root_named_by = "DATA_ROOT" if from_environment else None
+        if root:
+            self.root_named_by = "--data.root"
         self.name = {"mnist": "MNIST", "fashion": "FashionMNIST", "digits": EMBEDDED}[dataset]
         self.classes = GARMENTS if dataset == "fashion" else DIGITS
         self.fingerprint = ""
@@ -98,7 +102,7 @@ class ImageData(LightningDataModule):
     def prepare_data(self) -> None:
         if self._parts or self.dataset == "digits" or not self.download:
             return
-        # Whole, or damaged: for `setup` to say.
+        # A whole or a damaged data set: `setup` reads it.
         if len(sources.missing(self.raw)) < len(sources.FILES):
             return
         try:
@@ -107,13 +111,14 @@ class ImageData(LightningDataModule):
             self._not_downloaded = "the download failed: " + " ".join(str(error).split())
 
     def setup(self, stage: str | None = None) -> None:
-        if self._parts:  # Lightning calls this before fit and again before test: one split for both
+        if self._parts:  # Lightning calls this before fit, and again before test
             return
         train, test = self._load()
         # Frozen by NumPy: the same split in every version.
         order = np.random.RandomState(0).permutation(len(train))
         held_out = len(train) // 12
-        val, train = train.pick(order[:held_out]), train.pick(order[held_out:])
+        val = train.pick(order[:held_out])
+        train = train.pick(order[held_out:])
         self.fingerprint = _fingerprint(train)
         self._seed = torch.initial_seed()
         repeats = EMBEDDED_REPEATS if self.name == EMBEDDED else 1
@@ -135,26 +140,26 @@ class ImageData(LightningDataModule):
         if self.dataset == "digits" or len(missing) == len(sources.FILES):
             if self.dataset != "digits":
                 self._fall_back()
-            self.name, self.classes = EMBEDDED, DIGITS
+            self.name = EMBEDDED
+            self.classes = DIGITS
             return sources.embedded_digits()
-        train, test = sources.read(self.raw, "train"), sources.read(self.raw, "t10k")
+        train = sources.read(self.raw, "train")
+        test = sources.read(self.raw, "t10k")
         if (len(train), len(test)) != (60_000, 10_000):
             self.name += f" of {len(train)} training and {len(test)} test images"
         return train, test
 
     def _fall_back(self) -> None:
-        """Says loudly that the embedded digits stand in.
+        """Warns loudly that the embedded digits replace the data set.
 
         Raises:
-            DataError: They may not.
+            DataError: the user named a root, or allows no fallback.
         """
         where = f"No {self.name} in {self.raw} (the root is {self.root_named_by or 'the default'})"
         if self.root_named_by or not self.fallback:
-            instead = (
-                f"leave {self.root_named_by} out"
-                if self.fallback
-                else "allow --data.fallback digits"
-            )
+            instead = "allow --data.fallback digits"
+            if self.fallback:
+                instead = f"leave {self.root_named_by} out"
             raise DataError(
                 f"{where}, and {self._not_downloaded}. Expected {sources.FILES[0]} and three more, "
                 "plain or .gz. Put them there, name another root with --data.root or DATA_ROOT, "
@@ -171,9 +176,8 @@ class ImageData(LightningDataModule):
     ) -> Batches | ResumableLoader:
         self.setup()
         data = self._parts[part]
-        rank, world_size = (
-            (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        )
+        rank = self.trainer.global_rank if self.trainer else 0
+        world_size = self.trainer.world_size if self.trainer else 1
         augment = RandomShift(shift) if shift else None
         if not self.in_memory:
             loader = DataLoader(
@@ -199,38 +203,38 @@ class ImageData(LightningDataModule):
 
 class RandomShift:
     """Moves each image (B, C, H, W) of a batch by its own random number of pixels, up to `reach`
-    each way; 0 comes in.
+    each way, with zeros at the edges.
 
-    The offsets are drawn from the CPU generator that is given, so that every device moves alike.
+    The offsets come from a CPU generator, so that they are equal for every device.
     """
 
     def __init__(self, reach: int) -> None:
         self.reach = reach
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        down, right = torch.randint(2 * self.reach + 1, (2, len(images)), generator=generator).to(
-            images.device
-        )
+        offsets = torch.randint(2 * self.reach + 1, (2, len(images)), generator=generator)
+        down, right = offsets.to(images.device)
         height, width = images.shape[-2:]
-        # A view of each place where the frame can lie on the padded image, (B, C, down, right, H,
-        # W): nothing is copied
+        # A view (B, C, down, right, H, W) of each place of the frame on the padded image: no copy.
         frames = F.pad(images, [self.reach] * 4).unfold(2, height, 1).unfold(3, width, 1)
         return frames[torch.arange(len(images), device=images.device), :, down, right]
 
 
 class OneByOne(Dataset[tuple[Tensor, Tensor]]):
-    """Image by image. Draws from torch's global generator, which `resumable` seeds from (seed,
+    """One image at a time. Draws from torch's global generator, which `resumable` seeds from (seed,
     epoch, index).
     """
 
     def __init__(self, data: Images, augment: RandomShift | None) -> None:
-        self.data, self.augment = data, augment
+        self.data = data
+        self.augment = augment
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, label = self.data.images[index], self.data.labels[index]
+        image = self.data.images[index]
+        label = self.data.labels[index]
         return self.augment(image[None])[0] if self.augment else image, label
 
 
@@ -252,8 +256,8 @@ _warn = rank_zero_only(logging.getLogger(__name__).warning)
 
 
 def _fits(data: Images, device: torch.device) -> bool:
-    """In a quarter of the accelerator's free memory. Elsewhere than on CUDA, Lightning moves each
-    batch.
+    """Whether the data fits in a quarter of the free memory of a CUDA device. For other devices
+    Lightning moves each batch.
     """
     if device.type != "cuda":
         return False

@@ -1,4 +1,4 @@
-"""Pictures of a test: the confusion matrix and the worst mistakes. Drawn once, after the test, for
+"""Pictures of a test: the confusion matrix and the worst mistakes, drawn after the test for
 TensorBoard or a file.
 """
 
@@ -17,16 +17,19 @@ from torch import Tensor
 
 from savepoint import replacing, table
 
-INK, PAPER, RIGHT, WRONG = (30, 30, 30), (255, 255, 255), (40, 110, 180), (205, 60, 40)
+INK = (30, 30, 30)
+PAPER = (255, 255, 255)
+RIGHT = (40, 110, 180)
+WRONG = (205, 60, 40)
 CELL = 44
 """Pixels a side of one cell of the confusion matrix."""
 
 
 class TestFigures(Callback):
-    """Collects what a test got wrong. Needs a `test_step` that returns logits for a batch of
+    """Collects the mistakes of a test. Needs a `test_step` that returns logits for a batch of
     (images, labels).
 
-    With several processes the matrix counts all of them, the mistakes are those of rank 0.
+    With several processes the matrix counts all of them; the mistakes are those of rank 0.
     """
 
     __test__ = False  # pytest takes any class called Test... for a test
@@ -37,7 +40,8 @@ class TestFigures(Callback):
         self.mistakes: list[tuple[Tensor, ...]] = []
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.confusion, self.mistakes = torch.zeros(0), []
+        self.confusion = torch.zeros(0)
+        self.mistakes = []
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
@@ -45,7 +49,8 @@ class TestFigures(Callback):
         if not isinstance(outputs, Tensor):
             return
         images, labels = batch
-        guesses, classes = outputs.argmax(1), outputs.shape[1]
+        guesses = outputs.argmax(1)
+        classes = outputs.shape[1]
         counts = (labels * classes + guesses).bincount(minlength=classes**2).view(classes, classes)
         self.confusion = self.confusion + counts if len(self.confusion) else counts
         wrong = guesses != labels
@@ -77,7 +82,7 @@ class TestFigures(Callback):
                 writer.add_image("test/worst_mistakes", _pixels(grid), step, dataformats="HWC")
 
     def report(self, trainer: Trainer, directory: Path) -> tuple[str, dict[str, Any]]:
-        """What `savepoint eval` asks for after a test in one process: a table of the classes, and
+        """For `savepoint eval`, after a test in one process: a table of the classes, and
         confusion.png.
         """
         if not len(self.confusion):
@@ -89,11 +94,7 @@ class TestFigures(Callback):
         rows = per_class(counts, names)
         shares = ("accuracy", "precision", "recall")
         lines = [
-            (
-                row["class"],
-                f"{row['count']}",
-                *("-" if row[key] is None else f"{100 * row[key]:.2f}" for key in shares),
-            )
+            [row["class"], str(row["count"]), *(_percent(row[key]) for key in shares)]
             for row in rows
         ]
         text = table(("class", "count", *(f"{key} %" for key in shares)), lines)
@@ -101,11 +102,15 @@ class TestFigures(Callback):
         return f"{text}\n{legend}", {"classes": rows, "confusion": counts.tolist()}
 
 
-def per_class(counts: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-    """For each class how many images it has, and its accuracy against all others, precision and
-    recall.
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f}"
 
-    Null where nothing was counted: the precision of a class that was never predicted.
+
+def per_class(counts: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    """For each class the number of its images, its accuracy against all others, its precision and
+    its recall.
+
+    None where nothing was counted: the precision of a class that was never predicted.
 
     Args:
         counts: (classes, classes) int, `counts[true, predicted]`.
@@ -113,29 +118,28 @@ def per_class(counts: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
     total = int(counts.sum())
     rows = []
     for index, name in enumerate(names):
-        right, true, predicted = (
-            int(counts[index, index]),
-            int(counts[index].sum()),
-            int(counts[:, index].sum()),
-        )
-        rows.append(
-            {
-                "class": name, "count": true, "accuracy": (total - true - predicted + 2 * right) / total,
-                "precision": right / predicted if predicted else None, "recall": right / true if true else None,
-            }
-        )  # fmt: skip
+        right = int(counts[index, index])
+        true = int(counts[index].sum())
+        predicted = int(counts[:, index].sum())
+        row: dict[str, Any] = {"class": name, "count": true}
+        row["accuracy"] = (total - true - predicted + 2 * right) / total
+        row["precision"] = right / predicted if predicted else None
+        row["recall"] = right / true if true else None
+        rows.append(row)
     return rows
 
 
 def draw_confusion(counts: Tensor, names: Sequence[str]) -> Image.Image:
-    """One row a true class, one column a predicted one. Blue is right, red is wrong, stronger is
-    more.
+    """One row for each true class, one column for each predicted one. Blue is right, red is wrong,
+    and a stronger colour is a larger number.
 
     Args:
         counts: (classes, classes) int, `counts[true, predicted]`.
     """
-    classes, font = len(counts), _font(15)
-    left, top = 40 + max(round(font.getlength(name)) for name in names), 92
+    classes = len(counts)
+    font = _font(15)
+    left = 40 + max(round(font.getlength(name)) for name in names)
+    top = 92
     picture = Image.new("RGB", (left + classes * CELL + 16, top + classes * CELL + 16), PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text(
@@ -149,12 +153,11 @@ def draw_confusion(counts: Tensor, names: Sequence[str]) -> Image.Image:
         in_row = max(1, int(counts[row].sum()))
         for column in range(classes):
             count = int(counts[row, column])
-            color = (
-                _mix(RIGHT, count / in_row)
-                if row == column
-                else _mix(WRONG, math.sqrt(count / most_wrong))
-            )
-            x, y = left + column * CELL, top + row * CELL
+            color = _mix(WRONG, math.sqrt(count / most_wrong))
+            if row == column:
+                color = _mix(RIGHT, count / in_row)
+            x = left + column * CELL
+            y = top + row * CELL
             draw.rectangle((x, y, x + CELL - 2, y + CELL - 2), color)
             ink = PAPER if sum(color) < 450 else INK
             if count:
@@ -166,32 +169,29 @@ def draw_mistakes(
     images: Tensor, labels: Sequence[int], guesses: Sequence[int], names: Sequence[str]
 ) -> Image.Image:
     """A grid of images (N, 1, H, W) uint8, each under its true and its predicted class."""
-    columns, side, title, top = min(len(images), 5), 112, 26, 32
+    columns = min(len(images), 5)
+    side = 112
+    title = 26
+    top = 32
     rows = math.ceil(len(images) / columns)
     picture = Image.new("RGB", (columns * (side + 12) + 12, top + rows * (side + title + 8)), PAPER)
     draw = ImageDraw.Draw(picture)
     draw.text((12, 10), "true > predicted", INK, _font(13))
     for i, (image, label, guess) in enumerate(zip(images, labels, guesses, strict=True)):
-        x, y = 12 + i % columns * (side + 12), top + i // columns * (side + title + 8)
+        x = 12 + i % columns * (side + 12)
+        y = top + i // columns * (side + title + 8)
         words = f"{names[label]} > {names[guess]}"
-        draw.text(
-            (x + side / 2, y + title / 2),
-            words,
-            INK,
-            _font(18 if len(words) < 9 else 11),
-            anchor="mm",
-        )
-        drawn = Image.fromarray(255 - image[0].numpy()).resize(
-            (side, side), Image.Resampling.NEAREST
-        )
+        font = _font(18 if len(words) < 9 else 11)
+        draw.text((x + side / 2, y + title / 2), words, INK, font, anchor="mm")
+        drawn = Image.fromarray(255 - image[0].numpy())
+        drawn = drawn.resize((side, side), Image.Resampling.NEAREST)
         picture.paste(drawn, (x, y + title))
     return picture
 
 
 def _names(trainer: Trainer, classes: int) -> Sequence[str]:
-    return getattr(getattr(trainer, "datamodule", None), "classes", None) or list(
-        map(str, range(classes))
-    )
+    data = getattr(trainer, "datamodule", None)
+    return getattr(data, "classes", None) or list(map(str, range(classes)))
 
 
 def _mix(color: tuple[int, int, int], share: float) -> tuple[int, int, int]:

@@ -1,6 +1,6 @@
 """The networks, and the LightningModule that trains any of them."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +46,7 @@ class ConvNet(nn.Module):
 
 
 def _halve(channels_in: int, channels_out: int) -> list[nn.Module]:
-    # Pooled before it is normalised: that leaves the slow, memory-bound layers a quarter of the
-    # work.
+    # Pooling before normalising leaves a quarter of the work to the slow, memory-bound layers.
     return [
         nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1, bias=False),
         nn.MaxPool2d(2),
@@ -102,19 +101,19 @@ class ImageClassifier(LightningModule):
         std: float = 0.3081,
     ) -> None:
         super().__init__()
-        # Only what weights_only=True reads back. A config names its net; one that was built in
-        # Python is not saved and has to be given again: `load_from_checkpoint(path, net=...)`.
+        # Only values that weights_only=True reads back. A config names its net; a net that was
+        # built in Python is not saved: `load_from_checkpoint(path, net=...)` needs it again.
         self.save_hyperparameters(ignore=["net"])
         if "_instantiator" in self.hparams:  # built from a config
             self.save_hyperparameters()
         self.net = net.to(memory_format=torch.channels_last)  # ConvNet: half the time on a CPU
-        self.lr, self.weight_decay, self.optimizer, self.schedule = (
-            lr,
-            weight_decay,
-            optimizer,
-            schedule,
-        )
-        self.label_smoothing, self.mean, self.std = label_smoothing, mean, std
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.label_smoothing = label_smoothing
+        self.mean = mean
+        self.std = std
         self.train_loss, self.val_loss, self.test_loss = (
             MeanMetric(nan_strategy="disable") for _ in range(3)
         )
@@ -180,10 +179,11 @@ class ImageClassifier(LightningModule):
         if total_steps == float("inf") and self.schedule != "constant":
             raise ConfigError(
                 f"A schedule without an end: model.schedule is {self.schedule}, but the training "
-                "has no last step. Expected one. Set --trainer.max_epochs or --trainer.max_steps, "
-                "or --model.schedule constant."
+                "has no last step. A schedule is stretched over all steps. Set "
+                "--trainer.max_epochs or --trainer.max_steps, or --model.schedule constant."
             )
-        optimizer, schedule = self._optimizer(), SCHEDULES[self.schedule]
+        optimizer = self._optimizer()
+        schedule = SCHEDULES[self.schedule]
         # A lambda, because LambdaLR saves the attributes of any other callable with the checkpoint.
         scheduler = LambdaLR(optimizer, lambda step: schedule(step, total_steps))
         return {
@@ -195,17 +195,11 @@ class ImageClassifier(LightningModule):
         return [TestFigures()]
 
     def _optimizer(self) -> Optimizer:
-        parameters, lr, weight_decay = self.parameters(), self.lr, self.weight_decay
+        options: dict[str, Any] = {"lr": self.lr, "weight_decay": self.weight_decay}
         if self.optimizer == "adadelta":
-            return torch.optim.Adadelta(parameters, lr=lr, weight_decay=weight_decay)
+            return torch.optim.Adadelta(self.parameters(), **options)
+        options["fused"] = True
         if self.optimizer == "sgd":
-            return torch.optim.SGD(
-                parameters,
-                lr=lr,
-                weight_decay=weight_decay,
-                momentum=0.9,
-                nesterov=True,
-                fused=True,
-            )
+            return torch.optim.SGD(self.parameters(), momentum=0.9, nesterov=True, **options)
         adam = torch.optim.AdamW if self.optimizer == "adamw" else torch.optim.Adam
-        return adam(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+        return adam(self.parameters(), **options)

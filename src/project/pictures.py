@@ -1,4 +1,4 @@
-"""Image files and arrays of any size and colour, brought to what the network knows: grey, 28x28,
+"""Image files and arrays of any size and colour, converted to the network's input: grey, 28x28,
 white on black.
 """
 
@@ -24,7 +24,7 @@ class Picture:
 
     Attributes:
         pixels: (28, 28) uint8, or float in 0..1.
-        changes: What was done to it, in words.
+        changes: The conversions, in words.
         index: Its place in a .npy file.
     """
 
@@ -35,14 +35,14 @@ class Picture:
 
 
 def read(path: Path, invert: Invert = "auto") -> list[Picture]:
-    """The images of a file or a folder, by name; what is no image in a folder is left out.
+    """The images of a file or a folder, by name. Other files in a folder are left out.
 
     Raises:
-        DataError: nothing there, or something that cannot be read or is of another shape.
+        DataError: no file there, or one that cannot be read or has another shape.
     """
     try:
         if path.is_dir():
-            files = sorted(one for one in path.iterdir() if one.suffix.lower() in SUFFIXES)
+            files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
             if not files:
                 raise DataError(
                     f"No image in this folder: {path}. Expected files that end in "
@@ -104,13 +104,14 @@ def read_picture(path: Path, invert: Invert = "auto") -> Picture:
 
 
 def _grey(image: Image.Image) -> tuple[Pixels, list[str]]:
-    """Of any mode to (H, W) uint8. What is transparent shows a paper on which the rest can be seen."""
+    """An image of any mode as (H, W) uint8. Transparent parts become white or black, so that the
+    others stand out.
+    """
     if image.mode == "F":
         raise ValueError("pixels are floating-point numbers")
     if image.mode.startswith("I"):  # 16 bits, in one mode or another
-        return (np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8), [
-            "16 bits made 8"
-        ]
+        shades = np.asarray(image).astype(np.int64).clip(0, 65535) // 257
+        return shades.astype(np.uint8), ["16 bits made 8"]
     changes = []
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -127,7 +128,7 @@ def _grey(image: Image.Image) -> tuple[Pixels, list[str]]:
 
 
 def _inverted(pixels: Pixels, invert: Invert) -> tuple[Pixels, list[str]]:
-    """White on black. Ink on paper is known by its border, which is light."""
+    """The image white on black. A light border marks ink on paper, which is inverted."""
     top = 255 if pixels.dtype == np.uint8 else 1
     if invert == "no" or (invert == "auto" and _border(pixels) <= top / 2):
         return pixels, []
@@ -140,10 +141,9 @@ def _border(pixels: Pixels) -> float:
 
 
 def _resized(pixels: Pixels) -> tuple[Pixels, list[str]]:
-    """The whole image, as large as it fits, in the middle of 28x28; its border's grey goes on
-    around it.
-    """
-    changes, longer = [], max(pixels.shape)
+    """The whole image, as large as it fits, in the middle of 28x28, on the grey of its border."""
+    changes = []
+    longer = max(pixels.shape)
     border = round(_border(pixels))
     if longer != SIDE:
         width, height = (max(1, round(length * SIDE / longer)) for length in reversed(pixels.shape))
@@ -153,10 +153,12 @@ def _resized(pixels: Pixels) -> tuple[Pixels, list[str]]:
         changes = ["resized"]
     if pixels.shape != (SIDE, SIDE):
         height, width = pixels.shape
-        top, left = (SIDE - height) // 2, (SIDE - width) // 2
+        top = (SIDE - height) // 2
+        left = (SIDE - width) // 2
         square = np.full((SIDE, SIDE), border, np.uint8)
         square[top : top + height, left : left + width] = pixels
-        pixels, changes = square, [*changes, "padded to a square"]
+        pixels = square
+        changes = [*changes, "padded to a square"]
     return pixels, changes
 
 

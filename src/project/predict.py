@@ -4,8 +4,8 @@ python -m project.predict outputs/first photo.png
 python -m project.predict outputs/first/checkpoints/best.ckpt scans/ -o scans.csv
 
 INPUT is an image file, a folder of them, or a .npy file: (28, 28), (N, 28, 28) or (N, 1, 28, 28),
-uint8 or float in 0..1. The network knows grey, 28x28, white on black. What is done to bring an
-image there is said, and stands with its row.
+uint8 or float in 0..1. The network knows grey, 28x28, white on black. The row of an image names the
+changes that were made to it.
 """
 
 import argparse
@@ -31,14 +31,15 @@ BATCH = 256
 
 def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
-    path, said = file_or_best(arguments.ckpt)
+    path, source = file_or_best(arguments.ckpt)
     pictures = read(arguments.input, arguments.invert)
-    made = rebuild(path, allow=arguments.allow)
-    names, shares = predict(made, [picture.pixels for picture in pictures])
+    rebuilt = rebuild(path, allow=arguments.allow)
+    names, shares = predict(rebuilt, [picture.pixels for picture in pictures])
     rows = [_row(picture, names, share) for picture, share in zip(pictures, shares, strict=True)]
-    print(f"{said}\n{_summary(pictures, arguments.input)}", file=sys.stderr)
-    as_json = arguments.output is not None and arguments.output.suffix == ".json"
-    text = _json(made, rows) if as_json else _csv(rows, names if arguments.all else [])
+    print(f"{source}\n{_summary(pictures, arguments.input)}", file=sys.stderr)
+    text = _csv(rows, names if arguments.all else [])
+    if arguments.output is not None and arguments.output.suffix == ".json":
+        text = _json(rebuilt, rows)
     if arguments.output is None:
         print(text, end="")
         entry.require_whole_output()
@@ -54,62 +55,42 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("python -m project.predict", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "ckpt",
-        metavar="CKPT",
-        nargs="?",
-        help="a checkpoint, or a run directory: its best; default: the newest run",
-    )
-    parser.add_argument(
-        "input", metavar="INPUT", type=Path, help="an image, a folder of images, or a .npy file"
-    )
-    parser.add_argument(
-        "-o",
-        dest="output",
-        metavar="FILE",
-        type=Path,
-        help=".csv or .json; without it CSV is printed",
-    )
-    parser.add_argument(
-        "--invert",
-        choices=["auto", "yes", "no"],
-        default="auto",
-        help="auto: where the border is light",
-    )
-    parser.add_argument(
-        "--all",
-        action="store_true",
-        help="the probabilities of all classes in the CSV; JSON has them",
-    )
-    parser.add_argument(
-        "--allow",
-        choices=["canary"],
-        action="append",
-        default=[],
-        help="though the model's code has changed",
-    )
+    ckpt = "a checkpoint, or a run directory: its best; default: the newest run"
+    parser.add_argument("ckpt", metavar="CKPT", nargs="?", help=ckpt)
+    image = "an image, a folder of images, or a .npy file"
+    parser.add_argument("input", metavar="INPUT", type=Path, help=image)
+    file = ".csv or .json; without it CSV is printed"
+    parser.add_argument("-o", dest="output", metavar="FILE", type=Path, help=file)
+    border = "auto: where the border is light"
+    parser.add_argument("--invert", choices=["auto", "yes", "no"], default="auto", help=border)
+    every = "the probabilities of all classes in the CSV; JSON has them"
+    parser.add_argument("--all", action="store_true", help=every)
+    code = "though the model's code has changed"
+    parser.add_argument("--allow", choices=["canary"], action="append", default=[], help=code)
     arguments = parser.parse_intermixed_args(argv)
     if arguments.output is not None and arguments.output.suffix not in (".csv", ".json"):
         raise ConfigError(
-            f"Neither CSV nor JSON: {arguments.output}. Expected a name that ends in .csv or .json."
+            f"Neither CSV nor JSON: {arguments.output}. Expected a name that ends in .csv or "
+            ".json. Give another one: -o FILE"
         )
     return arguments
 
 
-def predict(made: Rebuilt, images: Sequence[Pixels]) -> tuple[list[str], Tensor]:
+def predict(rebuilt: Rebuilt, images: Sequence[Pixels]) -> tuple[list[str], Tensor]:
     """The names of the classes, and the probability of each for each image: (N, classes).
 
     Raises:
         ConfigError: the checkpoint's model is not for such images.
     """
-    example = made.model.example_input_array
+    example = rebuilt.model.example_input_array
     if isinstance(example, Tensor) and example.shape[1:] != (1, SIDE, SIDE):
         raise ConfigError(
-            f"Not a model for images of 1x{SIDE}x{SIDE}: {made.path}, whose input is "
-            f"{list(example.shape[1:])}. Expected such a model. Write a predict.py for yours."
+            f"Not a model for images of 1x{SIDE}x{SIDE}: {rebuilt.path}, whose input is "
+            f"{list(example.shape[1:])}. This program prepares such images alone. Write a "
+            "predict.py for yours."
         )
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    model = made.model.to(device)
+    model = rebuilt.model.to(device)
     logits = []
     with torch.no_grad():
         for start in range(0, len(images), BATCH):
@@ -118,10 +99,10 @@ def predict(made: Rebuilt, images: Sequence[Pixels]) -> tuple[list[str], Tensor]
                 batch = batch.to(model.dtype)
             logits.append(model(batch.to(device)).float().cpu())
     shares = torch.cat(logits).softmax(1)
-    return made.classes or list(map(str, range(shares.shape[1]))), shares
+    return rebuilt.classes or list(map(str, range(shares.shape[1]))), shares
 
 
-# -- saying --------------------------------------------------------------------------------------
+# -- output --------------------------------------------------------------------------------------
 
 
 def _row(picture: Picture, names: Sequence[str], shares: Tensor) -> dict[str, Any]:
@@ -141,25 +122,18 @@ def _row(picture: Picture, names: Sequence[str], shares: Tensor) -> dict[str, An
 
 def _summary(pictures: Sequence[Picture], source: Path) -> str:
     counts = Counter(change for picture in pictures for change in picture.changes)
-    said = (
-        ", ".join(f"{count} {change}" for change, count in counts.items())
-        or "all taken as they are"
-    )
-    others = (
-        [one for one in source.iterdir() if one.suffix.lower() not in SUFFIXES]
-        if source.is_dir()
-        else []
-    )
-    return f"{plural(len(pictures), 'image')}: {said}" + (
-        f"; {plural(len(others), 'other file')} left out" if others else ""
-    )
+    changes = ", ".join(f"{count} {change}" for change, count in counts.items())
+    line = f"{plural(len(pictures), 'image')}: {changes or 'all taken as they are'}"
+    files = list(source.iterdir()) if source.is_dir() else []
+    others = [file for file in files if file.suffix.lower() not in SUFFIXES]
+    return f"{line}; {plural(len(others), 'other file')} left out" if others else line
 
 
-def _json(made: Rebuilt, rows: Sequence[Mapping[str, Any]]) -> str:
+def _json(rebuilt: Rebuilt, rows: Sequence[Mapping[str, Any]]) -> str:
     source = {
-        "checkpoint": str(made.path),
-        "digest": made.manifest["digest"],
-        "step": made.manifest["step"],
+        "checkpoint": str(rebuilt.path),
+        "digest": rebuilt.manifest["digest"],
+        "step": rebuilt.manifest["step"],
     }
     return json.dumps({**source, "predictions": rows}, indent=2) + "\n"
 
@@ -169,14 +143,9 @@ def _csv(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "index", "label", "probability", "changes", *names])
     for row in rows:
-        plain = [
-            row["file"],
-            row["index"],
-            row["label"],
-            row["probability"],
-            "; ".join(row["changes"]),
-        ]
-        writer.writerow([*plain, *(row["probabilities"][name] for name in names)])
+        cells = [row[key] for key in ("file", "index", "label", "probability")]
+        shares = [row["probabilities"][name] for name in names]
+        writer.writerow([*cells, "; ".join(row["changes"]), *shares])
     return text.getvalue()
 
 

@@ -1,5 +1,5 @@
-"""Where images come from: IDX files as torchvision lays them out, its download, or the digits
-inside scikit-learn.
+"""The sources of images: IDX files in torchvision's layout, its download, or the digits inside
+scikit-learn.
 """
 
 import gzip
@@ -54,7 +54,7 @@ class Images:
 
 
 def missing(raw: Path) -> list[str]:
-    """Those of the four files that are not in `raw`, neither plain nor as .gz."""
+    """The names of the four files that `raw` lacks, both plain and as .gz."""
     return [name for name in FILES if _find(raw, name) is None]
 
 
@@ -62,18 +62,17 @@ def read(raw: Path, part: str) -> Images:
     """Reads `part` ("train" or "t10k") from `raw`.
 
     Raises:
-        DataError: A file that is truncated, too long, not what its name says, or does not fit the
-            other one.
+        DataError: A file is missing or damaged, or the two do not fit each other.
     """
-    image_file, label_file = (
-        _find(raw, f"{part}-{name}-ubyte") for name in ("images-idx3", "labels-idx1")
-    )
+    image_file = _find(raw, f"{part}-images-idx3-ubyte")
+    label_file = _find(raw, f"{part}-labels-idx1-ubyte")
     if image_file is None or label_file is None:
         raise DataError(
             f"Incomplete data set: {raw} lacks {', '.join(missing(raw))}. Expected four files. "
             f"{MEND}"
         )
-    images, labels = read_idx(image_file, dimensions=3), read_idx(label_file, dimensions=1)
+    images = read_idx(image_file, dimensions=3)
+    labels = read_idx(label_file, dimensions=1)
     if images.shape[1:] != (28, 28):
         size = "x".join(map(str, images.shape[1:]))
         raise DataError(
@@ -108,9 +107,10 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray[Any, np.dtype[np.uint8]]
         ) from error
     except OSError as error:
         raise DataError(
-            f"Cannot be read: {path} ({error.strerror}). Expected a readable file. {MEND}"
+            f"Cannot be read: {path} ({error.strerror}). The images are read from it. {MEND}"
         ) from error
-    magic, head = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
+    magic = bytes([0, 0, 8, dimensions])
+    head = 4 + 4 * dimensions
     if len(content) >= 4 and content[:4] != magic:
         raise DataError(
             f"Not an IDX file of {dimensions}-dimensional bytes: {path} begins with "
@@ -128,12 +128,13 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def embedded_digits() -> tuple[Images, Images]:
-    """Training and test part (1,438 and 359) of scikit-learn's 8x8 digits, brought to 28x28.
+    """Training and test part (1,438 and 359) of scikit-learn's 8x8 digits, enlarged to 28x28.
 
-    Enlarged three times, bilinear but in whole numbers, so that every machine gets the same bytes;
-    a margin of two.
+    Three times as large, bilinear but in whole numbers, so that every machine gets the same bytes,
+    with a margin of two.
     """
-    from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # a second of import, rarely needed
+    # Imported here: it takes a second, and is rarely needed.
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 
     small, labels = load_digits(return_X_y=True)  # (1797, 64) of 0 to 16
     slope = torch.tensor([1.0, 2.0, 3.0, 2.0, 1.0])
@@ -155,14 +156,14 @@ def download(name: str, raw: Path) -> None:
     """Has torchvision download, unpack and check the four files of its data set `name`, and puts
     them into `raw`.
 
-    They are gathered in a temporary folder: a download that fails leaves nothing that looks like
-    data.
+    A temporary folder takes the downloads: one that fails leaves nothing that looks like data.
 
     Raises:
         OSError: No network, or no place to write.
         RuntimeError: torchvision's, with one line for each server it tried.
     """
-    import torchvision.datasets  # type: ignore[import-untyped]  # a slow import, needed once in a machine's life
+    # Imported here: it is slow, and needed once on a machine.
+    import torchvision.datasets  # type: ignore[import-untyped]
 
     source = getattr(torchvision.datasets, name)
     _reach(f"{mirror}{source.resources[0][0]}" for mirror in source.mirrors)
@@ -182,16 +183,14 @@ def _find(raw: Path, name: str) -> Path | None:
 
 
 def _reach(urls: Iterable[str]) -> None:
-    """Raises OSError, soon, if none of the servers answers: torchvision would wait for each of them
-    without end.
-    """
+    """Raises OSError within seconds if no server answers: torchvision would wait for ever."""
     problem: OSError = OSError("no server is known")
     for url in urls:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=3).close()
         except urllib.error.HTTPError as answer:
             answer.close()
-            return  # whether it has the file is for torchvision to find out
+            return  # the server answers; torchvision checks for the file
         except OSError as error:
             problem = error
         else:
@@ -211,8 +210,8 @@ def _patience(secs: float) -> Iterator[None]:
 
 @contextmanager
 def _made(folder: Path) -> Iterator[Path]:
-    """The folder, made with its parents; if the block fails, those that were made here and are
-    empty go again.
+    """The folder, made with its parents. If the block fails, new folders that are empty are removed
+    again.
     """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -220,6 +219,6 @@ def _made(folder: Path) -> Iterator[Path]:
         yield folder
     except BaseException:
         for path in new:
-            with suppress(OSError):  # another process has put something there: it stays
+            with suppress(OSError):  # a folder with another process's files stays
                 path.rmdir()
         raise

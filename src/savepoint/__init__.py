@@ -1,7 +1,6 @@
-"""Runs that survive: how a training is saved, verified and resumed exactly. What stands in
-`__all__` is the public face.
+"""Runs that survive: how a training is saved, verified and resumed exactly. `__all__` is public.
 
-Each name is imported when it is first asked for: a command that only lists files does not wait for
+Each name is imported at its first use, so that a command that only lists files does not wait for
 torch.
 """
 
@@ -30,18 +29,33 @@ __version__ = "0.2.0"
 STARTED = time.monotonic()  # the entry points import this first: what `wall_secs` counts from
 
 _HOMES = {
-    "Batches": "loader", "Checkpoint": "checkpoint.store", "CheckpointCallback": "checkpoint.callback",
-    "CheckpointIO": "checkpoint.io", "CheckpointStore": "checkpoint.store", "Parser": "commands", "Preempted": "preemption",
-    "Rebuilt": "rebuilding", "ResumableLoader": "loader", "Retention": "checkpoint.retention", "Run": "run",
+    "Batches": "loader",
+    "Checkpoint": "checkpoint.store",
+    "CheckpointCallback": "checkpoint.callback",
+    "CheckpointIO": "checkpoint.io",
+    "CheckpointStore": "checkpoint.store",
+    "Parser": "commands",
+    "Preempted": "preemption",
+    "Rebuilt": "rebuilding",
+    "ResumableLoader": "loader",
+    "Retention": "checkpoint.retention",
+    "Run": "run",
     "Saver": "checkpoint.saver",
-    "file_or_best": "find", "load": "checkpoint.store", "plural": "words", "rebuild": "rebuilding", "replacing": "files",
-    "resumable": "loader", "stoppable": "preemption", "table": "words",
-}  # fmt: skip
+    "file_or_best": "find",
+    "load": "checkpoint.store",
+    "plural": "words",
+    "rebuild": "rebuilding",
+    "replacing": "files",
+    "resumable": "loader",
+    "stoppable": "preemption",
+    "table": "words",
+}
 
 __all__ = [
-    "Batches", "Checkpoint", "CheckpointCallback", "CheckpointIO", "CheckpointStore", "Parser", "Preempted", "Rebuilt",
-    "ResumableLoader", "Retention", "Run", "Saver", "entry", "errors", "file_or_best", "load", "plural", "rebuild", "replacing",
-    "resumable", "schedules", "stoppable", "table", "testing",
+    "Batches", "Checkpoint", "CheckpointCallback", "CheckpointIO", "CheckpointStore", "Parser",
+    "Preempted", "Rebuilt", "ResumableLoader", "Retention", "Run", "Saver", "entry", "errors",
+    "file_or_best", "load", "plural", "rebuild", "replacing", "resumable", "schedules",
+    "stoppable", "table", "testing",
 ]  # fmt: skip
 
 

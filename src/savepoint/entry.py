@@ -1,5 +1,5 @@
-"""From `python train.py` to an exit code: one place where errors become messages. Standard library
-only.
+"""From `python train.py` to an exit code: the one place where errors become messages. Standard
+library only.
 
 0          done
 1          a failure: a traceback, or an error that says the run could not be saved
@@ -29,33 +29,35 @@ from savepoint.words import printable
 from savepoint.workspace import Project, enter
 
 _STARTED_AS_RANK = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
-_WAIT_SECS, _FRESH_SECS = 3.0, 60.0
+_WAIT_SECS = 3.0
+_FRESH_SECS = 60.0
 
 
 def run(main: Callable[[Sequence[str]], int], script: str, default_config: str = "") -> None:
     """Calls `main` with the arguments of this process and ends the process with its result.
 
     Args:
-        script: The file that was started. The project lies where it lies.
-        default_config: What is trained where the arguments name no config, relative to the project.
+        script: The file that was started; its folder is the project.
+        default_config: The config of a run whose arguments name none, relative to the project.
     """
     project = Project(Path(script).resolve().parent, Path(default_config))
-    sys.stdout, sys.stderr = tolerant(sys.stdout), tolerant(sys.stderr)
+    sys.stdout = tolerant(sys.stdout)
+    sys.stderr = tolerant(sys.stderr)
     try:
         refuse_foreign_install(project.root)
         enter(project)
         preemption.install()
         warn_of_shared_store()
-        sys.unraisablehook = preemption.asked_again(sys.unraisablehook)
+        sys.unraisablehook = preemption.sent_again(sys.unraisablehook)
         code = main(sys.argv[1:])
     except preemption.Preempted as preempted:
-        # 0 on the ranks that do not speak for the run: the launcher would take one for crashed, and
-        # kill the one that saves.
+        # 0 on the other ranks: the launcher would take a rank that ends with an error for crashed,
+        # and kill rank 0 while it saves.
         code = 0 if rank() else int(preempted.code or 0)
         if code:
             print(f"Stopped by {preempted.name}.", file=sys.stderr)
     except SavepointError as error:
-        if not is_said(str(error)):
+        if not is_printed_elsewhere(str(error)):
             print(printable(str(error)), file=sys.stderr)
         code = error.exit_code
     except RuntimeError as error:
@@ -89,17 +91,16 @@ def warn_of_shared_store() -> None:
         )
 
 
-def is_said(message: str) -> bool:
-    """Whether another rank on this host says just this: rank 0 says what all refuse, and each what
-    it alone has seen.
+def is_printed_elsewhere(message: str) -> bool:
+    """Whether another rank on this host prints this very message: rank 0 prints what all ranks
+    refuse, every other rank what it alone has met.
     """
     launched = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
     # Rank 0 may have started the others itself.
     launcher = os.getpid() if launched and not _STARTED_AS_RANK else os.getppid()
-    said = hashlib.sha256(
-        f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {message}".encode()
-    ).hexdigest()[:16]
-    mark = Path(tempfile.gettempdir(), f"savepoint-said-{os.getuid()}-{launcher}-{said}")
+    text = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {message}"
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    mark = Path(tempfile.gettempdir(), f"savepoint-said-{os.getuid()}-{launcher}-{digest}")
     if rank() == 0:
         if launched:
             _sweep(mark)
@@ -110,12 +111,12 @@ def is_said(message: str) -> bool:
         if _is_fresh(mark):
             return True
         time.sleep(0.05)
-    # Rank 0 is on another host, or has not seen it: the first of the others says it.
+    # Rank 0 is on another host, or has not met the error: the first of the others prints it.
     return not _leave(mark)
 
 
 def _sweep(mark: Path) -> None:
-    """No mark of an earlier start, of whatever launcher of this user, is left."""
+    """Deletes the marks of this user's earlier starts, under any launcher."""
     for old in mark.parent.glob(f"savepoint-said-{os.getuid()}-*"):
         if old == mark or not _is_fresh(old):
             with contextlib.suppress(OSError):
@@ -127,13 +128,13 @@ def _leave(mark: Path) -> bool:
         os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
         return not _is_fresh(mark)
-    except OSError:  # nowhere to leave it: said too often is better than never
+    except OSError:  # nowhere to leave it: a message twice is better than none
         return True
     return True
 
 
 def _is_fresh(mark: Path) -> bool:
-    """A launcher that had this number long ago had other ranks."""
+    """Whether a mark is of this start: an older launcher of the same number had other ranks."""
     try:
         return time.time() - mark.lstat().st_mtime < _FRESH_SECS
     except OSError:
@@ -141,21 +142,22 @@ def _is_fresh(mark: Path) -> bool:
 
 
 def is_peer_gone(error: RuntimeError) -> bool:
-    """As the collectives of gloo and NCCL say that the process at the other end has died."""
-    said = str(error)
+    """Whether a collective of gloo or NCCL failed because the process at the other end has died."""
+    message = str(error)
     closed = (
         "Connection closed by peer",
         "Connection reset by peer",
         "Socket closed",
         "Broken pipe",
     )
-    return ("gloo/" in said or "NCCL" in said) and any(words in said for words in closed)
+    is_collective = "gloo/" in message or "NCCL" in message
+    return is_collective and any(words in message for words in closed)
 
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Around the slow imports. They make a million objects that all stay: looking through these for
-    garbage, again and again, is a sixth of a start, and some of every collection later.
+    """Without garbage collection, around the slow imports: these make a million objects that stay.
+    Collections over them would cost a sixth of the start, and time at every later collection.
     """
     if "lightning" in sys.modules:
         yield
@@ -166,22 +168,23 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-        # Or the bindings of Triton call what is still there at the end a leak.
+        # Triton's bindings would report objects that are still frozen at exit as a leak.
         atexit.register(gc.unfreeze)
 
 
 class _Output(io.FileIO):
-    """Standard output or error. Its reader may be gone (`| head`, a closed terminal) or its disk
-    full: there is nobody to tell then, and a training does not end for it.
+    """Standard output or error. A training goes on where its reader is gone (`| head`, a closed
+    terminal) or its disk is full.
     """
 
-    lost: OSError | None = None  # the first thing that could not be written
+    lost: OSError | None = None  # the first failed write
 
     def write(self, data: Any) -> int:
         try:
             written = super().write(data)
         except OSError as error:
-            written, self.lost = None, self.lost or error
+            written = None
+            self.lost = self.lost or error
         return len(data) if written is None else written
 
 
@@ -201,25 +204,23 @@ def tolerant(stream: TextIO) -> TextIO:
 
 
 def require_whole_output() -> None:
-    """At the end of a command whose output is its result; a reader that left early has what it
-    wanted.
+    """Called at the end of a command whose output is its result. A reader that left early is no
+    error.
 
     Raises:
-        ConfigError: the disk that it goes to is full, say.
+        ConfigError: the disk under the output is full.
     """
     sys.stdout.flush()
     lost = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "lost", None)
     if lost is not None and lost.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         raise ConfigError(
-            f"The output could not be written: {lost.strerror}. Expected room for it. Make some, "
-            "and call again."
+            f"The output could not be written: {lost.strerror}. The output of a command is its "
+            "result. Make room, and call again."
         )
 
 
 def refuse_foreign_install(root: Path) -> None:
-    """A copied project that runs in the environment of the one it was copied from would train the
-    other one's code.
-    """
+    """A copied project in the environment of its original would train the original's code."""
     places = {"project": root / "src" / "project", "savepoint": root / "src" / "savepoint"}
     for package, own in places.items():
         if package == "savepoint" and not own.is_dir():

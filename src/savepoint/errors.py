@@ -1,9 +1,10 @@
-"""The errors a user can meet. Each subclasses the nearest builtin, so code that knows only Python catches it too.
+"""The errors a user can meet. Each subclasses the nearest builtin, so code that knows only Python
+catches it too.
 
     SavepointError
     ├── ConfigError(ValueError)                      a config, a flag or a value in it
     ├── ConfigMismatchError(ValueError)              a resume that does not fit its checkpoint
-    ├── DataError(ValueError)                        files of a data set: missing, truncated, not what they say
+    ├── DataError(ValueError)                        files of a data set: missing or damaged
     ├── RunExistsError(FileExistsError)              a new run under a name that is taken
     ├── RunLockedError(RuntimeError)                 another process trains in this run directory
     ├── RunDirectoryError(OSError)                   a run directory that cannot be written
@@ -11,8 +12,8 @@
     ├── CheckpointCorruptError(ValueError)           a checkpoint that does not verify
     ├── CheckpointForeignError(ValueError)           a readable file that Savepoint did not write
     ├── CheckpointVersionError(ValueError)           written by a newer Savepoint
-    ├── CheckpointContentError(TypeError)            a value that could be written but not safely read back
-    ├── CheckpointSaveError(OSError)                 a save that failed; the previous checkpoint is intact
+    ├── CheckpointContentError(TypeError)            a value that cannot be read back safely
+    ├── CheckpointSaveError(OSError)                 a failed save; the previous one is intact
     └── NonFiniteLossError(ArithmeticError)          the training loss became NaN or infinite
 
 Every message reads `<what happened>: <path or value>. <what was expected>. <what to do>.`
@@ -22,7 +23,9 @@ from pathlib import Path
 
 
 class SavepointError(Exception):
-    """At the command line: its message, no traceback, and `exit_code`: 2 for what the user can mend, 1 for a failure."""
+    """At the command line: its message without a traceback, and `exit_code`: 2 for what the user
+    can mend, 1 for a failure.
+    """
 
     exit_code = 2
 

@@ -1,10 +1,8 @@
-"""What a checkpoint scores, rebuilt from the file alone: the metrics of its test, and what its
-callbacks have to say.
+"""The test of a checkpoint, rebuilt from the file alone: its metrics, and the reports of callbacks.
 
-Metrics are what every LightningModule has; classes and confusion are of one kind of task. So what
-goes beyond metrics comes from the project's own callbacks, which see each output of the test: one
-that has `report(trainer, directory)` is asked, after the test, for a text to print and for facts as
-JSON can hold them; what it draws goes to the directory.
+Every LightningModule has metrics; classes and confusion belong to one kind of task, and so to the
+project's own callbacks. After the test each callback with a method `report(trainer, directory)`
+returns a text to print and facts for metrics.json, and may write pictures into the directory.
 """
 
 import json
@@ -25,7 +23,7 @@ Split = Literal["test", "val"]
 
 
 def evaluate(
-    made: Rebuilt,
+    rebuilt: Rebuilt,
     split: Split,
     directory: Path,
     *,
@@ -42,56 +40,61 @@ def evaluate(
         ConfigMismatchError: another data set than the checkpoint's, unless `allow` has "dataset".
         CheckpointSaveError: `directory` cannot be written.
     """
-    _check_parts(made, split)
+    _check_parts(rebuilt, split)
+    callbacks: list[Callback] = rebuilt.trainer.callbacks  # type: ignore[attr-defined]
     if "dataset" not in allow:
-        made.trainer.callbacks.append(_SameData(made.manifest.get("dataset") or {}))  # type: ignore[attr-defined]
-    if makes_layers_late(made.model):
-        made.trainer.callbacks.append(Once(lambda model: restore(model, made.state)))  # type: ignore[attr-defined]
-    loop = made.trainer.test if split == "test" else made.trainer.validate
-    results = loop(made.model, datamodule=made.data, verbose=False)
-    facts: dict[str, Any] = {
-        "checkpoint": made.path.name,
-        "step": made.manifest["step"],
-        "epoch": made.manifest.get("epoch"),
-        "run_id": made.manifest.get("run_id"),
-        "digest": made.manifest["digest"],
-        "averaged": made.averaged,
-        "split": split,
-        "dataset": getattr(made.data, "name", None) or type(made.data).__name__,
-        "device": str(made.trainer.strategy.root_device),
-        "overrides": list(overrides),
-        "metrics": {name: value for result in results for name, value in result.items()},
-    }
+        callbacks.append(_SameData(rebuilt.manifest.get("dataset") or {}))
+    if makes_layers_late(rebuilt.model):
+        callbacks.append(Once(lambda model: restore(model, rebuilt.state)))
+    loop = rebuilt.trainer.test if split == "test" else rebuilt.trainer.validate
+    results = loop(rebuilt.model, datamodule=rebuilt.data, verbose=False)
+    facts = _facts(rebuilt, split, overrides)
+    facts["metrics"] = {name: value for result in results for name, value in result.items()}
     texts = []
-    for callback in made.trainer.callbacks if split == "test" else []:  # type: ignore[attr-defined]
-        if hasattr(callback, "report"):
+    # Read again: Lightning has made a new list, with the model's own callbacks.
+    callbacks = rebuilt.trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if split == "test" and hasattr(callback, "report"):
             directory.mkdir(parents=True, exist_ok=True)
-            text, more = callback.report(made.trainer, directory)
+            text, more = callback.report(rebuilt.trainer, directory)
             facts |= more
             texts += [text] if text else []
-    # Last: where it is, the rest is. A crash before it leaves the metrics of the evaluation before,
-    # if there was one.
+    # Written last: where it is, the rest is. A crash before this leaves the metrics of an earlier
+    # evaluation, if there was one.
     with files.replacing(directory / "metrics.json") as file:
         file.write(json.dumps(facts, indent=2).encode() + b"\n")
     return facts, texts
 
 
-def _check_parts(made: Rebuilt, split: Split) -> None:
+def _facts(rebuilt: Rebuilt, split: Split, overrides: Sequence[str]) -> dict[str, Any]:
+    return {
+        "checkpoint": rebuilt.path.name,
+        "step": rebuilt.manifest["step"],
+        "epoch": rebuilt.manifest.get("epoch"),
+        "run_id": rebuilt.manifest.get("run_id"),
+        "digest": rebuilt.manifest["digest"],
+        "averaged": rebuilt.averaged,
+        "split": split,
+        "dataset": getattr(rebuilt.data, "name", None) or type(rebuilt.data).__name__,
+        "device": str(rebuilt.trainer.strategy.root_device),
+        "overrides": list(overrides),
+    }
+
+
+def _check_parts(rebuilt: Rebuilt, split: Split) -> None:
     stage = {"test": "test", "val": "validation"}[split]
-    parts = ((made.model, f"{stage}_step"), (made.data, f"{split}_dataloader"))
+    parts = ((rebuilt.model, f"{stage}_step"), (rebuilt.data, f"{split}_dataloader"))
     for part, name in parts:
         if not is_overridden(name, part):
             other = "val" if split == "test" else "test"
             raise ConfigError(
-                f"Nothing to evaluate: {type(part).__name__} has no {name}. Expected one. Write "
-                f"it, or give --split {other}"
+                f"Nothing to evaluate: {type(part).__name__} has no {name}, which the split "
+                f"{split} calls. Write it, or give --split {other}"
             )
 
 
 class _SameData(Callback):
-    """Refuses other data than the checkpoint was trained on, once the data module knows what it has
-    found.
-    """
+    """Refuses other data than the checkpoint was trained on, once `setup` has read the data."""
 
     def __init__(self, trained_on: dict[str, Any]) -> None:
         self.trained_on = trained_on
@@ -103,6 +106,6 @@ class _SameData(Callback):
             raise ConfigMismatchError(
                 f"Another data set: {getattr(data, 'name', None)} ({now}). The checkpoint was "
                 f"trained on {self.trained_on.get('name')} ({self.trained_on.get('fingerprint')}). "
-                "Expected the same. Point --data.root at it, or evaluate on this one: --allow "
-                "dataset"
+                "Scores on other data do not compare. Point --data.root at that data set, or "
+                "evaluate on this one: --allow dataset"
             )

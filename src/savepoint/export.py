@@ -1,11 +1,11 @@
-"""A checkpoint's model in formats that need no Savepoint. A file is compared with the checkpoint
+"""A checkpoint's model in formats that need no Savepoint. Each file is compared with the checkpoint
 before it gets its name.
 
     safetensors, npz, state_dict    the weights, bit for bit, under the names of the LightningModule
     pt2, onnx                       weights and `forward` in eval mode, for batches of any size
 
-The input is that of `forward`: what a model does to its input there (normalising, say) is part of
-pt2 and ONNX files.
+The input is that of `forward`: what the model does there (normalising, say) is part of pt2 and
+ONNX files.
 """
 
 import importlib
@@ -33,10 +33,10 @@ from savepoint.rebuilding import Rebuilt
 from savepoint.resume.overrides import plain_name, under_names_of
 
 OPSET = 18
-"""Of ONNX: the one torch translates to by itself; a newer one would be converted from it."""
+"""The ONNX operator set that torch writes by itself; it converts to any newer one."""
 TOLERANCE = 1e-4
-"""Of the largest output, for the formats that another engine runs; of a model in half precision ten
-of its last digits.
+"""Allowed difference for formats that another engine runs, as a share of the largest output. A
+model in half precision is allowed ten units of its last digit.
 """
 
 
@@ -48,12 +48,12 @@ class ParityError(SavepointError, ArithmeticError):
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the outputs of the file, for the canary's input, are from those of the checkpoint's
-    weights here.
+    """The distance between the outputs of the exported file and of the checkpoint's weights here,
+    both for the input of the canary.
 
     Attributes:
-        saved: How far the latter are from the output in the checkpoint: 0 but for the arithmetic of
-            another device.
+        saved: The distance between the weights' output here and the one in the checkpoint: 0, or
+            the arithmetic of another device.
     """
 
     largest: float
@@ -61,53 +61,52 @@ class Parity:
     saved: float
 
 
-def export(made: Rebuilt, path: Path, kind: str) -> Parity | None:
+def export(rebuilt: Rebuilt, path: Path, kind: str) -> Parity | None:
     """Write `path` in the format `kind`; None where the checkpoint has no canary to compare with.
 
     Raises:
-        ParityError: the file does not give what the checkpoint gives; nothing was changed under
-            `path`.
+        ParityError: the file and the checkpoint differ; `path` is as it was.
         ConfigError: the model cannot be written in this format.
         CheckpointSaveError: the file cannot be written.
     """
     write, read, exact = _FORMATS[kind]
-    saved = made.state.get("canary")
+    saved = rebuilt.state.get("canary")
     if saved and "seed" in saved and not exact:
         saved = None  # another engine draws other numbers
-    here = _outputs(made, saved["input"]) if saved else None
-    # It has its name only after it was compared: a crash or a mismatch before that leaves what was
-    # there.
+    here = _outputs(rebuilt, saved["input"]) if saved else None
+    # The file gets its name after the comparison: a crash or a mismatch before that leaves the old
+    # file.
     with files.replacing(path) as file:
-        with _explained(made, kind):
-            write(made, file)
+        with _explained(rebuilt, kind):
+            write(rebuilt, file)
             file.seek(0)
-            run = read(made, file)
+            run = read(rebuilt, file)
             there = run(saved["input"]) if saved and here is not None else None
         if saved is None or here is None or there is None:
             return None
         parity = Parity(
             largest=canary.distance(there, here),
-            allowed=0.0 if exact else _tolerance(made) * canary.largest(here),
+            allowed=0.0 if exact else _tolerance(rebuilt) * canary.largest(here),
             saved=canary.distance(here, saved["output"]),
         )
         if not parity.largest <= parity.allowed:
             raise ParityError(
                 f"The exported file computes something else than the checkpoint: {path}, largest "
-                f"difference {parity.largest:.3g}. Expected {parity.allowed:.3g} at most. It was "
-                "not kept; try another --format."
+                f"difference {parity.largest:.3g}. Expected {parity.allowed:.3g} at most. The file "
+                "was not kept; try another --format."
             )
     return parity
 
 
-def _tolerance(made: Rebuilt) -> float:
-    kinds = {value.dtype for value in made.model.parameters() if value.is_floating_point()}
+def _tolerance(rebuilt: Rebuilt) -> float:
+    kinds = {value.dtype for value in rebuilt.model.parameters() if value.is_floating_point()}
     return max([TOLERANCE, *(10 * torch.finfo(kind).eps for kind in kinds)])
 
 
 @contextmanager
-def _explained(made: Rebuilt, kind: str) -> Iterator[None]:
-    """Tracing a model and running it in another engine can fail in any way: what a user can mend is
-    the model or the format.
+def _explained(rebuilt: Rebuilt, kind: str) -> Iterator[None]:
+    """Makes a ConfigError of any failure to trace the model or to run it in another engine: the
+    user can change the model or the format.
     """
     try:
         yield
@@ -116,17 +115,17 @@ def _explained(made: Rebuilt, kind: str) -> Iterator[None]:
     except Exception as error:
         first = (str(error) or type(error).__name__).splitlines()[0][:300]
         raise ConfigError(
-            f"Not possible as {kind}: {type(made.model).__name__} ({first}). Expected a forward, "
-            "and types of weights, that this format knows. Give another --format: state_dict "
-            "takes all."
+            f"Not possible as {kind}: {type(rebuilt.model).__name__} ({first}). The format must "
+            "know every operation in forward and every type of a weight. Give another --format: "
+            "state_dict takes all."
         ) from error
 
 
-def describe(made: Rebuilt) -> dict[str, Any]:
-    """What goes into a file that has room for it: where it comes from, its input, its classes, the
-    arguments of its model.
+def describe(rebuilt: Rebuilt) -> dict[str, Any]:
+    """The metadata for formats that have room for it: the checkpoint, the input, the classes, the
+    arguments of the model.
     """
-    facts = made.manifest
+    facts = rebuilt.manifest
     described = {
         "savepoint": savepoint.__version__,
         "run_id": facts.get("run_id"),
@@ -139,38 +138,37 @@ def describe(made: Rebuilt) -> dict[str, Any]:
             if metric["step"] == facts["step"]
         },
         "dataset": (facts.get("dataset") or {}).get("name"),
-        "classes": made.classes,
-        "input": _input(made),
-        "model": made.config.model.as_dict(),
+        "classes": rebuilt.classes,
+        "input": _input(rebuilt),
+        "model": rebuilt.config.model.as_dict(),
     }
     return {key: value for key, value in described.items() if value is not None}
 
 
-def _input(made: Rebuilt) -> str | None:
-    example = _example(made)
+def _input(rebuilt: Rebuilt) -> str | None:
+    example = _example(rebuilt)
     if example is None:
         return None
-    return f"{str(example.dtype).removeprefix('torch.')} {['batch', *example.shape[1:]]}".replace(
-        "'", ""
-    )
+    kind = str(example.dtype).removeprefix("torch.")
+    return f"{kind} [{', '.join(['batch', *map(str, example.shape[1:])])}]"
 
 
-def _example(made: Rebuilt) -> Tensor | None:
-    saved = made.state.get("canary")
-    example = saved["input"] if saved else made.model.example_input_array
+def _example(rebuilt: Rebuilt) -> Tensor | None:
+    saved = rebuilt.state.get("canary")
+    example = saved["input"] if saved else rebuilt.model.example_input_array
     return example if isinstance(example, Tensor) else None
 
 
-def _outputs(made: Rebuilt, example: Any) -> Any:
+def _outputs(rebuilt: Rebuilt, example: Any) -> Any:
     """None for a forward that cannot be repeated."""
-    found = canary.canary(made.model, made.model.state_dict(), example)
-    return found and found["output"]
+    sample = canary.canary(rebuilt.model, rebuilt.model.state_dict(), example)
+    return sample and sample["output"]
 
 
-def _texts(made: Rebuilt) -> dict[str, str]:
+def _texts(rebuilt: Rebuilt) -> dict[str, str]:
     return {
         key: value if isinstance(value, str) else json.dumps(value)
-        for key, value in describe(made).items()
+        for key, value in describe(rebuilt).items()
     }
 
 
@@ -179,41 +177,40 @@ def _texts(made: Rebuilt) -> dict[str, str]:
 Run = Callable[[Any], Any]
 
 
-def _weights(made: Rebuilt) -> dict[str, Tensor]:
-    """A copy of each, whole and by itself: views of a larger tensor, or two of one, are not for
-    every format.
-    """
-    state: Mapping[str, Any] = made.state["state_dict"]
+def _weights(rebuilt: Rebuilt) -> dict[str, Tensor]:
+    """A copy of each weight with storage of its own: not every format takes views."""
+    state: Mapping[str, Any] = rebuilt.state["state_dict"]
     return {
-        plain_name(name): _alone(value)
+        plain_name(name): _copied(value)
         for name, value in state.items()
         if isinstance(value, Tensor)
     }
 
 
-def _alone(value: Tensor) -> Tensor:
+def _copied(value: Tensor) -> Tensor:
     whole = value.layout is torch.strided and not value.is_quantized
     return value.detach().clone(
         memory_format=torch.contiguous_format if whole else torch.preserve_format
     )
 
 
-def _write_safetensors(made: Rebuilt, file: BinaryIO) -> None:
-    # "format" is what the readers of other libraries ask for.
-    file.write(safetensors.torch.save(_weights(made), metadata={"format": "pt", **_texts(made)}))
+def _write_safetensors(rebuilt: Rebuilt, file: BinaryIO) -> None:
+    # Other libraries read "format".
+    file.write(
+        safetensors.torch.save(_weights(rebuilt), metadata={"format": "pt", **_texts(rebuilt)})
+    )
 
 
-def _write_npz(made: Rebuilt, file: BinaryIO) -> None:
-    weights = _weights(made)
-    if strange := {
-        name: value.dtype for name, value in weights.items() if not _known_to_numpy(value)
-    }:
-        name, kind = next(iter(strange.items()))
+def _write_npz(rebuilt: Rebuilt, file: BinaryIO) -> None:
+    weights = _weights(rebuilt)
+    strange = [(name, one.dtype) for name, one in weights.items() if not _known_to_numpy(one)]
+    if strange:
+        name, kind = strange[0]
         raise ConfigError(
             f"npz has no {str(kind).removeprefix('torch.')}: {name} and {len(strange) - 1} more. "
-            "Expected types that numpy knows. Give --format safetensors"
+            "The format holds arrays of numpy. Give --format safetensors"
         )
-    with zipfile.ZipFile(file, "w") as archive:  # as np.savez writes it, whatever the names are
+    with zipfile.ZipFile(file, "w") as archive:  # np.savez would refuse some names
         for name, value in weights.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as record:
                 np.lib.format.write_array(record, value.numpy(), allow_pickle=False)
@@ -224,8 +221,8 @@ def _known_to_numpy(value: Tensor) -> bool:
     return not value.is_quantized and (not value.is_floating_point() or value.dtype in floats)
 
 
-def _write_state_dict(made: Rebuilt, file: BinaryIO) -> None:
-    torch.save(_weights(made), file)
+def _write_state_dict(rebuilt: Rebuilt, file: BinaryIO) -> None:
+    torch.save(_weights(rebuilt), file)
 
 
 def _read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
@@ -243,24 +240,24 @@ def _read_state_dict(file: BinaryIO) -> dict[str, Tensor]:
 
 
 def _with(read: Callable[[BinaryIO], dict[str, Tensor]]) -> Callable[[Rebuilt, BinaryIO], Run]:
-    def run(made: Rebuilt, file: BinaryIO) -> Run:
-        found, saved = read(file), made.state["state_dict"]
+    def run(rebuilt: Rebuilt, file: BinaryIO) -> Run:
+        weights = read(file)
+        saved = rebuilt.state["state_dict"]
         wanted = {
             plain_name(name): value for name, value in saved.items() if isinstance(value, Tensor)
         }
-        other = [
-            name for name in {**found, **wanted} if not _equal(found.get(name), wanted.get(name))
-        ]
+        names = list({**weights, **wanted})
+        other = [name for name in names if not _equal(weights.get(name), wanted.get(name))]
         if other:
             raise ParityError(
                 f"The exported file holds other weights than the checkpoint: {other[0]} and "
-                f"{len(other) - 1} more. Expected the same bits. It was not kept; try another "
-                "--format."
+                f"{len(other) - 1} more. This format keeps every bit. The file was not kept; try "
+                "another --format."
             )
-        target = made.model.state_dict()
-        loaded = under_names_of(saved, target) | under_names_of(found, target)
-        made.model.load_state_dict(loaded, strict=made.model.strict_loading)
-        return lambda example: _outputs(made, example)
+        target = rebuilt.model.state_dict()
+        loaded = under_names_of(saved, target) | under_names_of(weights, target)
+        rebuilt.model.load_state_dict(loaded, strict=rebuilt.model.strict_loading)
+        return lambda example: _outputs(rebuilt, example)
 
     return run
 
@@ -272,31 +269,32 @@ def _equal(one: Tensor | None, other: Tensor | None) -> bool:
 # -- weights and forward -------------------------------------------------------------------------
 
 
-def _traced(made: Rebuilt) -> torch.export.ExportedProgram:
-    example = _example(made)
+def _traced(rebuilt: Rebuilt) -> torch.export.ExportedProgram:
+    example = _example(rebuilt)
     if example is None:
         raise ConfigError(
-            f"No example input: {type(made.model).__name__} has no example_input_array that is a "
-            "tensor. Expected one to trace `forward` with. Set it in the model's __init__, or "
-            "give --format safetensors"
+            f"No example input: {type(rebuilt.model).__name__} has no example_input_array that is "
+            "a tensor. `forward` is traced with it. Set it in the model's __init__, or give "
+            "--format safetensors"
         )
-    twice = torch.cat([example, example])  # a batch of one would be taken for a constant
+    twice = torch.cat([example, example])  # torch would take a batch of one for a constant
     return torch.export.export(
-        made.model, (twice,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        rebuilt.model, (twice,), dynamic_shapes=({0: torch.export.Dim("batch")},)
     )
 
 
-def _write_pt2(made: Rebuilt, file: BinaryIO) -> None:
-    program = _traced(made)
+def _write_pt2(rebuilt: Rebuilt, file: BinaryIO) -> None:
+    program = _traced(rebuilt)
     with warnings.catch_warnings():
-        # Of weights in channels_last order, which are whole, and on the CPU.
+        # About weights in channels_last order, which are whole.
         warnings.filterwarnings("ignore", message="No complete tensor found in the group")
-        torch.export.save(program, file, extra_files={"metadata.json": json.dumps(describe(made))})
+        torch.export.save(
+            program, file, extra_files={"metadata.json": json.dumps(describe(rebuilt))}
+        )
 
 
-def _read_pt2(made: Rebuilt, file: BinaryIO) -> Run:
-    # torch.export.load may unpickle: it is called here on what this process has just written, never
-    # on a file of others.
+def _read_pt2(rebuilt: Rebuilt, file: BinaryIO) -> Run:
+    # torch.export.load may unpickle: this process has just written the file.
     program = torch.export.load(file).module()
 
     def run(example: Tensor) -> Tensor:
@@ -307,19 +305,24 @@ def _read_pt2(made: Rebuilt, file: BinaryIO) -> Run:
     return run
 
 
-def _write_onnx(made: Rebuilt, file: BinaryIO) -> None:
+def _write_onnx(rebuilt: Rebuilt, file: BinaryIO) -> None:
     program = torch.onnx.export(
-        _traced(made), dynamo=True, opset_version=OPSET, input_names=["input"], output_names=["output"], verbose=False,
-        # It would fold batch norms into convolutions: the runtime does so, and the file keeps the
-        # weights.
+        _traced(rebuilt),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=["input"],
+        output_names=["output"],
+        verbose=False,
+        # Optimizing folds batch norms into convolutions, which changes the weights; the runtime
+        # does it anyway.
         optimize=False,
-    )  # fmt: skip
+    )
     assert program is not None
-    program.model.metadata_props.update(_texts(made))
+    program.model.metadata_props.update(_texts(rebuilt))
     file.write(program.model_proto.SerializeToString())
 
 
-def _read_onnx(made: Rebuilt, file: BinaryIO) -> Run:
+def _read_onnx(rebuilt: Rebuilt, file: BinaryIO) -> Run:
     onnxruntime = importlib.import_module("onnxruntime")  # an extra
     session = onnxruntime.InferenceSession(file.read(), providers=["CPUExecutionProvider"])
     return lambda example: torch.from_numpy(

@@ -1,8 +1,7 @@
-"""How one file gets its name, durably: temporary names, renames, links, and what a failure is
-called.
+"""How a file gets its name, durably: temporary names, renames, links, and the errors of saving.
 
-Each function leaves either what was there or what was asked for under the final name, whenever the
-process dies.
+Whenever the process dies, each function leaves under the final name either the old content or the
+whole new content.
 """
 
 import contextlib
@@ -35,11 +34,11 @@ _temps_in_use: set[str] = set()
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, open for writing and reading, that is `path` once the block ends; if that fails,
-    nothing changed.
+    """A new file, open for writing and reading, that becomes `path` when the block ends. If that
+    fails, nothing has changed.
 
     Raises:
-        CheckpointSaveError: what the file system says, in words.
+        CheckpointSaveError: the file system refuses.
     """
     with saving(path), rewriting(path) as file:
         yield file
@@ -50,8 +49,8 @@ def rewriting(path: Path) -> Iterator[BinaryIO]:
     """As `replacing`, for callers with words of their own: raises the OSError itself."""
     make_directory(path.parent)
     with _temp_for(path) as temp:
-        # 0o666 less the umask, as any file a user makes. A crash in here leaves a temp: the next
-        # sweep takes it.
+        # 0o666 less the umask, as any file of a user. A crash in here leaves a temp, which the next
+        # sweep deletes.
         descriptor = os.open(temp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         with os.fdopen(descriptor, "w+b") as file:
             yield file
@@ -72,7 +71,7 @@ def is_url(path: Path | str) -> bool:
 
 
 def refuse_url(path: Path | str, given: str) -> None:
-    """Raises ConfigError where something was to be saved at `path`, the value of `given`."""
+    """Raises ConfigError where `path`, the value of the key `given`, is a URL to save to."""
     if is_url(path):
         raise ConfigError(
             f"Nothing is saved to a URL: {given} is {path}. A directory on this machine was "
@@ -81,8 +80,8 @@ def refuse_url(path: Path | str, given: str) -> None:
 
 
 def make_directory(directory: Path) -> None:
-    """With its parents, each of their names on disk: a file is not safe in a directory that a power
-    cut takes away.
+    """Makes a directory and its parents, and syncs their names: a power cut that loses a directory
+    loses the files in it.
     """
     if not directory.is_dir():
         make_directory(directory.parent)
@@ -95,7 +94,7 @@ def sync_directory(directory: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # File systems that keep no such promise to break.
+        # Some file systems cannot sync a directory.
         if error.errno not in {errno.EINVAL, errno.ENOTSUP}:
             raise
     finally:
@@ -104,30 +103,31 @@ def sync_directory(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _temp_for(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; gone at the end, renamed or not. It never ends in .ckpt."""
+    """A temporary name beside `path`, gone at the end, renamed or not. It never ends in .ckpt."""
     temp = path.with_name(f".{path.name[:60]}.tmp-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}")
     _temps_in_use.add(temp.name)
     try:
         yield temp
     finally:
-        # What stays is swept at the next start; the first error matters more.
+        # A temp that stays is swept at the next start; the first error matters more.
         with contextlib.suppress(OSError):
             temp.unlink()
         _temps_in_use.discard(temp.name)
 
 
 def is_stale_temp(path: Path, *, alone: bool) -> bool:
-    """Whether `path` is what a process that is dead was writing here.
+    """Whether `path` is a temp of a process that is dead.
 
     Args:
-        alone: Nobody but this process writes here. Without a lock that says so, the host and pid in
-            the name must do.
+        alone: Only this process writes here. Without a lock that says so, the host and pid in the
+            name decide.
     """
-    if not (match := _TEMP_NAME.fullmatch(path.name)):
+    match = _TEMP_NAME.fullmatch(path.name)
+    if not match:
         return False
     if alone:
         return path.name not in _temps_in_use
-    # A container's name changes at each start; a writer that lives wrote within the hour.
+    # The host name of a container changes at each start; a live writer wrote within the hour.
     if match["host"] != _HOST:
         return time.time() - path.stat().st_mtime > 3600
     if int(match["pid"]) == os.getpid():
@@ -142,16 +142,16 @@ def is_stale_temp(path: Path, *, alone: bool) -> bool:
 
 
 def stale_temps(directory: Path) -> list[Path]:
-    """What processes that died were writing in a directory whose lock this process holds."""
-    earlier = directory.glob(".*.tmp")  # as they were named once
+    """The temps of dead processes, in a directory whose lock this process holds."""
+    earlier = directory.glob(".*.tmp")  # the names of earlier versions
     return [*earlier, *(path for path in directory.iterdir() if is_stale_temp(path, alone=True))]
 
 
 def point(pointer: Path, target: Path, is_copy: Callable[[Path, Path], bool]) -> None:
-    """Make `pointer` another name of `target`, in one step: there is no moment without it.
+    """Make `pointer` another name of `target`, in one step: it exists at every moment.
 
     Args:
-        is_copy: Whether two files have the same content. Asked where a file system knows no links.
+        is_copy: Whether two files have the same content; called where a file system has no links.
     """
     if pointer.exists() and pointer.samefile(target):
         return
@@ -166,10 +166,10 @@ def point(pointer: Path, target: Path, is_copy: Callable[[Path, Path], bool]) ->
 
 
 def try_out(directory: Path) -> None:
-    """Do in `directory`, with a few bytes, all that a save will do there; nothing is left.
+    """Do in `directory`, with a few bytes, all that a save will do there; no file is left.
 
     Raises:
-        OSError: what the file system says.
+        OSError: the file system refuses.
     """
     make_directory(directory)
     with _temp_for(directory / "last.ckpt") as first, _temp_for(directory / "last.ckpt") as second:
@@ -186,8 +186,8 @@ def try_out(directory: Path) -> None:
 
 
 def _link(target: Path, name: Path) -> bool:
-    """Make `name`, which is free, show `target`: a link, where links fail a symlink. False where
-    both fail.
+    """Make the free `name` a hard link to `target`, or a symlink where links fail. False where both
+    fail.
     """
     makers: list[Callable[[Path, Path], None]] = [os.link, _symlink]
     for make in makers:
@@ -230,15 +230,13 @@ def move(path: Path, target: Path) -> Path:
 
 @contextlib.contextmanager
 def saving(path: Path) -> Iterator[None]:
-    """Turn what the file system says into a CheckpointSaveError with the path, the reason and
-    `errno`.
-    """
+    """Turn an OSError into a CheckpointSaveError with the path, the reason and `errno`."""
     try:
         yield
     except OSError as error:
         failure = CheckpointSaveError(
-            f"Saving failed: {path}: {error.strerror or error}. Expected to be able to write, "
-            f"rename and delete in {path.parent}; what was there is intact. "
+            f"Saving failed: {path}: {error.strerror or error}. A save writes, renames and deletes "
+            f"in {path.parent}; what was there is intact. "
             f"{_ADVICE.get(error.errno, 'Look at the disk.')}",
             path,
         )

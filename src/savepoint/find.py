@@ -1,5 +1,5 @@
-"""Which run or checkpoint the argument of a command means: a file, a run directory, its
-checkpoints/, or the newest run.
+"""The run or checkpoint that an argument names: a file, a run directory, its checkpoints/, or
+nothing for the newest run.
 """
 
 import difflib
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from savepoint import record
 from savepoint.checkpoint import manifest
-from savepoint.errors import CheckpointNotFoundError
+from savepoint.errors import CheckpointNotFoundError, ConfigError
 from savepoint.run import Run
 from savepoint.words import python, show
 
 
 def run(argument: str | Path | None) -> Run:
-    """The run that is meant by the argument of a command: a run directory, its checkpoints/, or the
-    newest run.
+    """The run that an argument names: a run directory, its checkpoints/, or nothing for the newest
+    run.
 
     Raises:
         CheckpointNotFoundError: nothing there, or no run.
@@ -25,36 +25,43 @@ def run(argument: str | Path | None) -> Run:
     path = manifest.local_path(argument)
     if not path.is_dir():
         raise missing(path)
-    # A run may be called so.
-    is_run = path.absolute().name != "checkpoints" or (path / "checkpoints").is_dir()
-    found = Run(path if is_run else path.absolute().parent)
-    if not found.is_begun() and not manifest.step_files(path):
+    named = Run(run_directory(path))
+    if not named.is_begun() and not manifest.step_files(path):
         raise CheckpointNotFoundError(
             f"Not a run directory: {path}. One with run.json or checkpoints/ was expected. "
             f"{instead(path)}",
             path,
         )
-    return found
+    return named
+
+
+def run_directory(path: Path) -> Path:
+    """A run directory, of which `path` may be the checkpoints/; a run may have that name too."""
+    path = path.absolute()
+    is_run = path.name != "checkpoints" or (path / "checkpoints").is_dir()
+    return path if is_run else path.parent
 
 
 def run_at(path: Path) -> Run | None:
-    """None of a file, and of a directory of runs, even where one of them is called checkpoints."""
+    """The run at a path; None for a file, and for a directory of runs, even where a run in it has
+    the name checkpoints.
+    """
     try:
-        found = run(path)
+        named = run(path)
     except CheckpointNotFoundError:
         return None
-    has_record = (found.directory / record.NAME).exists()
-    return found if has_record or not runs_in(path) else None
+    has_record = (named.directory / record.NAME).exists()
+    return named if has_record or not runs_in(path) else None
 
 
 def instead(directory: Path) -> str:
-    """What to do where this directory was named as a run, and is none."""
-    held = [show(one.directory) for one in runs_in(directory)]
-    return f"It holds runs: {', '.join(held[:3])}. Name one of them." if held else "Check the path."
+    """The advice for a directory that was named as a run and is not one."""
+    runs = [show(run.directory) for run in runs_in(directory)]
+    return f"It holds runs: {', '.join(runs[:3])}. Name one of them." if runs else "Check the path."
 
 
 def file_or_latest(argument: str | None) -> Path:
-    """The checkpoint that is meant: a file, or the newest of a run."""
+    """The checkpoint that an argument names: a file, or the newest of a run."""
     if argument is not None and not (path := manifest.local_path(argument)).is_dir():
         if not path.exists():
             raise missing(path, "a checkpoint or a run directory")
@@ -62,25 +69,28 @@ def file_or_latest(argument: str | None) -> Path:
     return latest(run(argument))
 
 
-def latest(found: Run) -> Path:
+def two_checkpoints(one: str, other: str) -> ConfigError:
+    return ConfigError(
+        f"Two checkpoints: {one} and {other}. A command takes one. Name one of them."
+    )
+
+
+def latest(run: Run) -> Path:
     """The newest checkpoint of a run."""
-    if found.latest is None:
+    if run.latest is None:
         raise CheckpointNotFoundError(
-            f"No checkpoint that verifies: {found.checkpoints}. One was expected. "
-            f"See: {found.command('-m', 'savepoint', 'verify')}",
-            found.checkpoints,
+            f"No checkpoint that verifies: {run.checkpoints}. A damaged file is never loaded. "
+            f"See: {run.command('-m', 'savepoint', 'verify')}",
+            run.checkpoints,
         )
-    return found.latest.path
+    return run.latest.path
 
 
 def runs_in(directory: Path) -> list[Run]:
-    """The runs that lie in a directory, by name; also what cannot be looked into, as it may be one."""
-    found = [
-        Run(path)
-        for path in sorted(directory.iterdir())
-        if not path.name.startswith(".") and path.is_dir()
-    ]
-    return [one for one in found if not one.is_readable() or one.is_begun()]
+    """The runs in a directory, by name; an unreadable directory counts, as it may be a run."""
+    paths = [path for path in sorted(directory.iterdir()) if not path.name.startswith(".")]
+    runs = [Run(path) for path in paths if path.is_dir()]
+    return [run for run in runs if not run.is_readable() or run.is_begun()]
 
 
 def run_of(file: Path) -> Run | None:
@@ -104,12 +114,12 @@ def missing(path: Path, expected: str = "a run directory") -> CheckpointNotFound
             f"To look at it: {shlex.join([python(), '-m', 'savepoint', 'show', str(path)])}",
             path,
         )
-    known = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    known = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     near = [path.parent / name for name in difflib.get_close_matches(path.name, known, n=2)]
     by_name = Path("outputs", path)
     if by_name.exists():
         near = [by_name]
-    near = [one for one in near if one != path]  # a link that leads nowhere has the very name
+    near = [other for other in near if other != path]  # a broken link has the very name
     hint = f"Did you mean {' or '.join(map(str, near))}?" if near else "Check the path."
     return CheckpointNotFoundError(
         f"Nothing there: {path}. {expected.capitalize()} was expected. {hint}", path
@@ -118,51 +128,44 @@ def missing(path: Path, expected: str = "a run directory") -> CheckpointNotFound
 
 def newest_run(output_dir: Path) -> Path:
     """The run that was started or resumed last, by what its run.json says."""
-    found = [path.parent for path in sorted(output_dir.glob(f"*/{record.NAME}"))]
-    runs = [
-        (Run(run_dir).last_start(), run_dir)
-        for run_dir in found
-        if manifest.step_files(run_dir / "checkpoints")
-    ]
-    if not runs:
+    run_dirs = [path.parent for path in sorted(output_dir.glob(f"*/{record.NAME}"))]
+    run_dirs = [path for path in run_dirs if manifest.step_files(path / "checkpoints")]
+    if not run_dirs:
         raise CheckpointNotFoundError(
-            f"No run with a checkpoint under: {output_dir}. Expected one to continue. Start one: "
-            "python train.py",
+            f"No run with a checkpoint under: {output_dir}. A resume begins from a checkpoint. "
+            "Start a run: python train.py",
             output_dir,
         )
-    return max(runs)[1]
+    return max(run_dirs, key=lambda path: (Run(path).last_start(), path))
 
 
 def file_or_best(argument: str | None) -> tuple[Path, str]:
-    """The checkpoint, and in words which one it is. Its seal is looked at, every byte when it is
-    loaded.
+    """A checkpoint file or the best one of a run, and a line that describes it. Only the seal is
+    verified here; `load` verifies every byte.
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, CheckpointForeignError,
             CheckpointVersionError: about CKPT.
     """
     if argument is not None and not manifest.local_path(argument).is_dir():
-        path, which = file_or_latest(argument), ""
+        path = file_or_latest(argument)
+        which = ""
     else:
         best = run(argument).store.best()
         if best is not None:
-            path, which = (
-                best.path,
-                f"best of the run: {best.manifest.get('monitor')} {best.score:.4f}",
-            )
+            path = best.path
+            which = f"best of the run: {best.manifest.get('monitor')} {best.score:.4f}"
         else:
-            path, which = (
-                file_or_latest(argument),
-                "latest of the run: none has a value of its metric",
-            )
+            path = file_or_latest(argument)
+            which = "latest of the run: none has a value of its metric"
     facts = manifest.read(path)
-    said = f"{path}: step {facts['step']}, epoch {facts.get('epoch')}"
-    return path, f"{said} ({which})" if which else said
+    line = f"{path}: step {facts['step']}, epoch {facts.get('epoch')}"
+    return path, f"{line} ({which})" if which else line
 
 
 def beside(path: Path, name: str) -> Path:
-    """Where something made from a checkpoint goes: into its run directory, beside a file that lies
-    in none.
+    """The place of what is made from a checkpoint: its run directory, or the folder of a file that
+    lies in no run.
     """
-    found = run_of(path)
-    return (found.directory if found else path.absolute().parent) / name
+    run = run_of(path)
+    return (run.directory if run else path.absolute().parent) / name

@@ -1,4 +1,4 @@
-"""What the launcher of this process says: its rank, its job, whether the job was started before."""
+"""The launcher of this process: its rank, its job, whether the job was started before."""
 
 import os
 
@@ -21,7 +21,5 @@ def scheduled() -> str | None:
 
 
 def requeued() -> bool:
-    """Whether SLURM has started this very job before: the same command is to go on, not to begin
-    again.
-    """
+    """Whether SLURM has started this very job before: then the command goes on with its run."""
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0

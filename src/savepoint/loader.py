@@ -53,8 +53,8 @@ from savepoint.look.pack import (
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 _PLAIN_COLLATE = (default_collate, default_convert)
-# Their order is a function of what they were given and of the generator. Any other sampler may go
-# by more than that.
+# Samplers whose order is a function of their arguments and the generator. Any other sampler may
+# depend on more.
 _DERIVED = (
     RandomSampler,
     SequentialSampler,
@@ -64,7 +64,7 @@ _DERIVED = (
 )
 
 
-# Where no generator of the user's is looked for; a module's belong to everybody.
+# Objects that are not searched for generators; those of a module belong to everybody.
 _NO_OWNERS = (Tensor, np.ndarray, nn.Module, ModuleType, type, str, bytes)
 
 
@@ -80,36 +80,35 @@ def generators_of(value: Any) -> list[Any]:
     """Every random generator that an object owns, in attributes, containers and objects below it,
     always in one order.
     """
-    found: list[Any] = []
+    generators: list[Any] = []
     seen: set[int] = set()
     waiting = [value]
     while waiting and len(seen) < 10_000:
-        one = waiting.pop()
-        if id(one) in seen or isinstance(one, _NO_OWNERS):
+        part = waiting.pop()
+        if id(part) in seen or isinstance(part, _NO_OWNERS):
             continue
-        seen.add(id(one))
-        if is_generator(one):
-            found.append(one)
-        elif isinstance(one, dict):
-            waiting += list(one.values())[:1000]
-        elif isinstance(one, list | tuple | set):
-            waiting += list(one)[:1000]
+        seen.add(id(part))
+        if is_generator(part):
+            generators.append(part)
+        elif isinstance(part, dict):
+            waiting += list(part.values())[:1000]
+        elif isinstance(part, list | tuple | set):
+            waiting += list(part)[:1000]
         else:
-            waiting += list(getattr(one, "__dict__", {}).values())
-            for cell in getattr(one, "__closure__", None) or ():
-                with suppress(ValueError):  # an empty one
+            waiting += list(getattr(part, "__dict__", {}).values())
+            for cell in getattr(part, "__closure__", None) or ():
+                with suppress(ValueError):  # an empty cell
                     waiting.append(cell.cell_contents)
-            waiting += [
-                getattr(one, name) for name in ("__self__", "func", "args") if hasattr(one, name)
-            ]
-    return found
+            names = [name for name in ("__self__", "func", "args") if hasattr(part, name)]
+            waiting += [getattr(part, name) for name in names]
+    return generators
 
 
 class _Randomness:
-    """The global generators and some owned ones, exchanged for seeded ones and back.
+    """Seeds the global generators and some owned ones for a block, and restores them after it.
 
-    Without workers these are the generators of the training: dropout must not notice the reading of
-    a sample.
+    Without workers these are the generators of the training: reading a sample must not change what
+    dropout draws.
     """
 
     def __init__(self, owned: Sequence[Any] = ()) -> None:
@@ -130,8 +129,8 @@ class _Randomness:
 
     @contextmanager
     def seeded(self, seed: int, *, keep: bool = False) -> Iterator[None]:
-        # `keep` is for `gone_on`, which goes on from the end of this block: reading it costs as
-        # much as all the rest.
+        # `keep` is for `continued`, which goes on from the end of this block: reading the states
+        # costs as much as all the rest.
         before = self._now()
         random.seed(seed)
         np.random.seed(seed % 2**32)
@@ -146,8 +145,8 @@ class _Randomness:
             self._put(before)
 
     @contextmanager
-    def gone_on(self) -> Iterator[None]:
-        """Goes on where the last block of this object left the generators."""
+    def continued(self) -> Iterator[None]:
+        """A block that begins with the generators as the last block of this object left them."""
         before = self._now()
         self._put(self._private)
         try:
@@ -160,7 +159,7 @@ class _Randomness:
 class _Resumable:
     """The position in an epoch, and what Lightning and the checkpoint callback call on a loader."""
 
-    batch_sampler = None  # Lightning asks whether it shuffles
+    batch_sampler = None  # Lightning checks whether it shuffles
     num_workers = 0
     persistent_workers = False
 
@@ -168,15 +167,15 @@ class _Resumable:
         self, *, seed: int | None, shuffle: bool, rank: int | None, world_size: int | None
     ) -> None:
         self.shuffle = shuffle
-        self._seed, self._given = seed, seed is not None
-        self._rank, self._world_size = rank, world_size
+        self._seed = seed
+        self._given = seed is not None
+        self._rank = rank
+        self._world_size = world_size
         self.epoch = self.position = self._start = 0
 
     @property
     def seed(self) -> int:
-        """By default the one that `seed_everything` set, as it is when the first batch is asked
-        for.
-        """
+        """By default the seed of `seed_everything`, read when the first batch is requested."""
         if self._seed is None:
             common = _common_seed() if self.world_size > 1 else torch.initial_seed()
             self._seed = common % 2**63  # so that a checkpoint holds it as a plain number
@@ -196,42 +195,40 @@ class _Resumable:
 
     @property
     def sampler(self) -> "_Resumable | _InOrder":
-        """Lightning calls `loader.sampler.set_epoch(epoch)`, and asks whether it shuffles by the
-        sampler's class.
+        """Lightning calls `loader.sampler.set_epoch(epoch)`, and knows by the sampler's class
+        whether it shuffles.
         """
         return self if self.shuffle else _InOrder(self)
 
     def set_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
-            self.epoch, self.position, self._start = epoch, 0, 0
+            self.epoch = epoch
+            self.position = 0
+            self._start = 0
 
     def state_dict(self) -> dict[str, Any]:
         own = {} if self._given or self._seed is None else {"seed": self._seed}
         return {"epoch": self.epoch, "position": self.position, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.position, self._start = (
-            state["epoch"],
-            state["position"],
-            state["position"],
-        )
+        self.epoch = state["epoch"]
+        self.position = state["position"]
+        self._start = state["position"]
         if not self._given:
             self._seed = state.get("seed", self._seed)
 
     def user_parts(self) -> dict[str, Any]:
-        """What the user gave, for the look at what changes in a training."""
+        """The user's objects, which `look` watches for changes during a training."""
         return {}
 
     def _share(self, samples: int) -> int:
-        """How many of `samples` each rank gets: the same number, so the remainder is left out of
-        this epoch.
-
-        With one batch more on one rank, the others would wait for it for ever.
+        """The number of samples for each rank. All ranks get the same number, and the remainder is
+        left out of this epoch: with one batch more on one rank, the others would wait for ever.
         """
         if samples < self.world_size:
             raise ConfigError(
-                f"Too few samples to share: {samples} for {self.world_size} processes. Expected "
-                "one for each at least. Start fewer processes or give more data."
+                f"Too few samples to share: {samples} for {self.world_size} processes. Each needs "
+                "at least one. Start fewer processes or give more data."
             )
         return samples // self.world_size
 
@@ -247,8 +244,8 @@ def _distributed() -> bool:
 
 
 def _common_seed() -> int:
-    """Of all ranks: unseeded, each of them has another one of its own, and they would not share one
-    order.
+    """The seed of all ranks. Each rank's own initial seed may be another one, and the ranks share
+    one order.
     """
     return int(os.environ.get("PL_GLOBAL_SEED") or 0)
 
@@ -260,7 +257,7 @@ class _InOrder(SequentialSampler):
 
 
 class Batches(_Resumable):
-    """Batches cut at once from tensors held whole, where these are: CPU or accelerator.
+    """Batches cut from whole tensors, on the device that holds them.
 
     Args:
         tensors: Of equal first dimension; a batch is a tuple of one slice of each.
@@ -281,8 +278,10 @@ class Batches(_Resumable):
         world_size: int | None = None,
     ) -> None:
         super().__init__(seed=seed, shuffle=shuffle, rank=rank, world_size=world_size)
-        self.tensors, self.augment = tensors, augment
-        self.samples, self.batch_size = len(tensors[0]), batch_size
+        self.tensors = tensors
+        self.augment = augment
+        self.samples = len(tensors[0])
+        self.batch_size = batch_size
         self._share(self.samples)
 
     def __len__(self) -> int:
@@ -297,7 +296,8 @@ class Batches(_Resumable):
         return {"augment": self.augment}
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        start, self._start = self._start, 0
+        start = self._start
+        self._start = 0
         order = self.order().to(self.tensors[0].device)
         for i in range(start, len(self)):
             self.position = i + 1
@@ -312,16 +312,18 @@ class Batches(_Resumable):
 
 
 class _SeededByIndex(Dataset[Any]):
-    """Reads sample `index` with every generator seeded from (seed, epoch, index): any worker gives
-    the same sample.
+    """Reads sample `index` with every generator seeded from (seed, epoch, index), so that any
+    worker gives the same sample.
 
     Args:
-        keyed: Give (key, sample), for a collate function that is seeded by the first of its batch.
+        keyed: Return (key, sample), for a collate function that the first key of a batch seeds.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int, keyed: bool) -> None:
-        self.dataset, self.seed, self.keyed = dataset, seed, keyed
-        # Once a process: a worker has a copy of the data set.
+        self.dataset = dataset
+        self.seed = seed
+        self.keyed = keyed
+        # One for each process: a worker has a copy of the data set.
         self._randomness: _Randomness | None = None
 
     def __getitem__(self, key: tuple[int, Any]) -> Any:
@@ -337,12 +339,14 @@ class _SeededByIndex(Dataset[Any]):
 
 
 class _SeededCollate:
-    """Collates with every generator seeded from (seed, epoch, first index of the batch): MixUp and
-    its like.
+    """Collates with every generator seeded from (seed, epoch, first index of the batch), as MixUp
+    needs it.
     """
 
     def __init__(self, collate: Callable[[Any], Any], seed: int, batched: bool) -> None:
-        self.collate, self.seed, self.batched = collate, seed, batched
+        self.collate = collate
+        self.seed = seed
+        self.batched = batched
 
     def __call__(self, keyed: Any) -> Any:
         if not self.batched:
@@ -356,12 +360,12 @@ class _SeededCollate:
 
 
 def _number(index: Any) -> int:
-    """An index may be anything that the data set understands."""
+    """A number for an index, which may be any object that the data set takes."""
     return index if isinstance(index, int) else zlib.crc32(repr(index).encode())
 
 
 class _Keys:
-    """The batch sampler of the inner DataLoader: what is to be read in this pass."""
+    """The batch sampler of the inner DataLoader: the batches that are left in this epoch."""
 
     def __init__(self) -> None:
         self.batches: Iterable[Any] = ()
@@ -374,9 +378,9 @@ class ResumableLoader(_Resumable):
     """A map-style DataLoader whose order derives from (seed, epoch) and whose samples derive from
     (seed, epoch, index).
 
-    0 and 2 workers give the same batches. A resume in the middle of an epoch reads no sample twice:
-    the inner DataLoader gets only the batches that are left. Make one with `resumable`; the
-    attributes of the DataLoader that it was made from are attributes of this one too.
+    Any number of workers gives the same batches. A resume in the middle of an epoch reads no sample
+    twice: the inner DataLoader gets only the batches that are left. `resumable` makes one of a
+    DataLoader, whose attributes are attributes of this loader too.
     """
 
     def __init__(
@@ -385,8 +389,8 @@ class ResumableLoader(_Resumable):
         if isinstance(loader.dataset, IterableDataset):
             raise ConfigError(
                 f"This DataLoader cannot be resumed: {type(loader.dataset).__name__}. Expected a "
-                "map-style data set, as nobody but an iterable one itself knows its place. Give "
-                "the loader a state_dict() and a load_state_dict()."
+                "map-style data set, as only an iterable one itself knows its place. Give the "
+                "loader a state_dict() and a load_state_dict()."
             )
         own = loader.batch_sampler
         self.loader = loader
@@ -395,10 +399,14 @@ class ResumableLoader(_Resumable):
         shuffle = not isinstance(self._indices, SequentialSampler)
         super().__init__(seed=seed, shuffle=shuffle, rank=rank, world_size=world_size)
         # A batch_sampler that was given leaves these None on the loader.
-        self._size, self._drops_last = loader.batch_size, loader.drop_last
+        self._size = loader.batch_size
+        self._drops_last = loader.drop_last
         if self._own_batches is None and isinstance(own, BatchSampler):
-            self._indices, self._size, self._drops_last = own.sampler, own.batch_size, own.drop_last
-        self.num_workers, self.persistent_workers = loader.num_workers, loader.persistent_workers
+            self._indices = own.sampler
+            self._size = own.batch_size
+            self._drops_last = own.drop_last
+        self.num_workers = loader.num_workers
+        self.persistent_workers = loader.persistent_workers
         self._order: list[Any] | None = None  # of this epoch and rank; None until it begins
         self._keys = _Keys()
         self._inner: DataLoader[Any] | None = None
@@ -406,8 +414,8 @@ class ResumableLoader(_Resumable):
             len(self)
 
     def __getattr__(self, name: str) -> Any:
-        # A loader that has a data set, Lightning takes for a DataLoader, and gives it another
-        # sampler (overfit_batches).
+        # Lightning takes a loader with a data set for a DataLoader, and may give it another sampler
+        # (overfit_batches).
         if name == "dataset":
             raise AttributeError(
                 "A resumable loader has no attribute dataset: its DataLoader has it, "
@@ -450,7 +458,7 @@ class ResumableLoader(_Resumable):
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         if self._order is not None and not self._is_derived():
-            # A sampler of the user's own may go by anything: what it has said counts.
+            # The order of a user's sampler may depend on anything: it is saved.
             state["order"] = self._order
         return state
 
@@ -467,7 +475,8 @@ class ResumableLoader(_Resumable):
         return type(self._source) in _DERIVED or _length(self._source) is None
 
     def __iter__(self) -> Iterator[Any]:
-        start, self._start = self._start, 0
+        start = self._start
+        self._start = 0
         self.position = start
         for batch in self._read(start):
             self.position += 1
@@ -485,8 +494,8 @@ class ResumableLoader(_Resumable):
         return iter(self._inner)
 
     def _batches(self) -> Iterator[Any]:
-        """The batches of this epoch and rank, each a list of indices; single indices where the
-        loader makes no batches.
+        """The batches of this epoch and rank, as lists of indices; single indices where the loader
+        makes no batches.
         """
         if _length(self._source) is None:
             return self._cut(self._endless())
@@ -523,7 +532,7 @@ class ResumableLoader(_Resumable):
             source = self._begun()
         number = 0
         while True:
-            with randomness.gone_on():
+            with randomness.continued():
                 try:
                     index = next(source)
                 except StopIteration:
@@ -565,7 +574,7 @@ class ResumableLoader(_Resumable):
             multiprocessing_context=like.multiprocessing_context,
             prefetch_factor=like.prefetch_factor if like.num_workers else None,
             persistent_workers=like.persistent_workers,
-            # Without a generator of its own, every iterator draws a base seed from the global one.
+            # Without this, every iterator draws a base seed from the global generator.
             generator=torch.Generator().manual_seed(derive(self.seed, self.epoch)),
         )
 
@@ -584,15 +593,14 @@ def resumable(
     rank: int | None = None,
     world_size: int | None = None,
 ) -> ResumableLoader:
-    """Gives a user's own map-style DataLoader an order that is derived and a position that is
+    """Makes a map-style DataLoader resumable: its order derives from the seed, and its position is
     state.
 
     Args:
-        loader: Its sampler, or batch sampler, runs under a seed that derives from (seed, epoch),
-            whatever it draws from. One that is no class of torch may go by more than that: its
-            order of the running epoch is saved.
-        seed: Of the order and of every sample's randomness; by default the one `seed_everything`
-            set.
+        loader: Its sampler or batch sampler runs under a seed that derives from (seed, epoch). The
+            order of a sampler that is no class of torch may depend on more: it is saved for the
+            running epoch.
+        seed: Of the order and of every sample's randomness; by default that of `seed_everything`.
         rank: Of this process, and `world_size`: by default those of the process group.
 
     Raises:

@@ -1,13 +1,12 @@
-"""Callbacks that a run can switch on by config: what the gradients do, what the machine does, a
-learning rate to start with.
+"""Callbacks that a config can switch on: the gradients, the machine, a first learning rate.
 
-Each goes on over a resume as if it had not happened; what comes from the clock or the machine goes
-to columns time/*.
+Each of them goes on over a resume. Values of the clock and the machine go to columns time/*.
 """
 
 import resource
 import sys
 import time
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,18 +26,11 @@ class GradientNorm(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        gradients = [
-            p.grad
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        several = len(trainer.optimizers) > 1
-        name = (
-            f"train/grad_norm_{trainer.optimizers.index(optimizer)}"
-            if several
-            else "train/grad_norm"
-        )
+        parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        name = "train/grad_norm"
+        if len(trainer.optimizers) > 1:
+            name += f"_{trainer.optimizers.index(optimizer)}"
         pl_module.log(name, torch.nn.utils.get_total_norm(gradients), on_step=True, on_epoch=False)
 
 
@@ -50,13 +42,16 @@ class Resources(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._step, self._since, self._samples = trainer.global_step, time.monotonic(), 0
+        self._step = trainer.global_step
+        self._since = time.monotonic()
+        self._samples = 0
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._samples += Meter.samples_in(batch) * trainer.world_size
-        steps, every = trainer.global_step - self._step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        steps = trainer.global_step - self._step
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not steps or not every or trainer.global_step % every:
             return
         secs = time.monotonic() - self._since
@@ -75,14 +70,14 @@ class Resources(Callback):
 
 
 class LearningRateFinder(LightningLearningRateFinder):
-    """Lightning's: tries rising learning rates before the training, and takes the one at which the
-    loss falls fastest.
+    """Lightning's search: tries rising learning rates before the training, and takes the one at
+    which the loss falls fastest.
 
-    Lightning's own sets the optimizer alone: a schedule that multiplies a base rate takes the value
-    back at its first step, and a resume searches again, from the weights of a training in progress.
-    Here the base rates of the schedules are set too, and a resume goes on with what was found. A
-    schedule with rates of its own (OneCycleLR, CyclicLR) keeps them: give it one that multiplies,
-    such as `model.schedule`.
+    Lightning sets the rate of the optimizer alone: a schedule that multiplies a base rate undoes
+    that at its first step, and a resume searches again, from weights in the middle of a training.
+    This class sets the base rates of the schedules too, and a resume keeps the rate. A schedule
+    with rates of its own (OneCycleLR, CyclicLR) keeps those: use one that multiplies, such as
+    `model.schedule`.
     """
 
     found: float | None = None
@@ -94,7 +89,7 @@ class LearningRateFinder(LightningLearningRateFinder):
         self.found = state_dict["found"]
 
     def lr_find(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.ckpt_path:  # a resume: optimizer and schedule have what was found already
+        if trainer.ckpt_path:  # a resume: optimizer and schedule have the rate already
             if self.found is not None and self._update_attr:
                 name = self._attr_name or (
                     "lr" if lightning_hasattr(pl_module, "lr") else "learning_rate"
@@ -102,29 +97,29 @@ class LearningRateFinder(LightningLearningRateFinder):
                 lightning_setattr(pl_module, name, self.found)
             return
         super().lr_find(trainer, pl_module)
-        found = self.optimal_lr.suggestion() if self.optimal_lr else None
-        if found is None:
+        rate = self.optimal_lr.suggestion() if self.optimal_lr else None
+        if rate is None:
             raise ConfigError(
                 "No learning rate found: too few steps, or the loss falls nowhere between "
-                f"{self._min_lr:g} and {self._max_lr:g}. Expected a falling loss. Give more "
-                "num_training_steps or another range, or a model.lr without the finder."
+                f"{self._min_lr:g} and {self._max_lr:g}. The rate is taken where the loss falls "
+                "fastest. Give more num_training_steps or another range, or a model.lr without "
+                "the finder."
             )
         if not self._update_attr:
             return
-        self.found = found
-        for group in (
-            group for optimizer in trainer.optimizers for group in optimizer.param_groups
-        ):
-            group["lr"] = group["initial_lr"] = found
+        self.found = rate
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] = rate
         for scheduler in (config.scheduler for config in trainer.lr_scheduler_configs):
             if hasattr(scheduler, "base_lrs"):
-                scheduler.base_lrs = [found] * len(scheduler.base_lrs)
+                scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
                 for group, rate in zip(
                     scheduler.optimizer.param_groups, _rates(scheduler), strict=True
                 ):
                     group["lr"] = rate
         if trainer.is_global_zero:
-            print(f"learning rate found: {found:.3g}", flush=True)
+            print(f"learning rate found: {rate:.3g}", flush=True)
 
 
 def _rates(scheduler: Any) -> list[float]:

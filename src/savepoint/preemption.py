@@ -1,12 +1,12 @@
-"""Signals: asked to stop, a run saves at its next safe point and leaves with the code its caller
-expects.
+"""Signals: a run that gets one saves at its next safe point, and exits with the code that its
+caller expects.
 
-A handler only sets a flag. The checkpoint callback polls it where nothing is half done, and raises
-`Preempted` after the save. While nothing is at stake (start-up, the test after training) a signal
-to stop raises at once.
+A handler only sets a flag. The checkpoint callback polls the flag at safe points, and raises
+`Preempted` after the save. Where there is nothing to lose (start-up, the test after training) a
+signal to stop raises at once.
 
-    SIGTERM, SIGINT, SIGHUP   save, leave with 143, 130, 129; a second one, a second later or more,
-                              leaves at once
+    SIGTERM, SIGINT, SIGHUP   save, exit with 143, 130, 129; a second signal, at least a second
+                              later, ends the process at once
     SIGUSR1                   save, go on
 
 A signal that was ignored when the process started (nohup, a background job) stays ignored.
@@ -23,14 +23,14 @@ from typing import Any
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAVE = signal.SIGUSR1
-# Two within this time are one request: systemd sends SIGTERM and SIGHUP together, launchers forward
-# what reached all.
+# Two signals within this time are one request: systemd sends SIGTERM and SIGHUP together, and a
+# launcher forwards a signal that the ranks got too.
 SAME_SECS = 1.0
 
 
 class Preempted(SystemExit):
-    """The run was asked to stop. Nobody has to catch it: the process leaves with 128 + the signal's
-    number.
+    """A signal stopped the run. Nobody has to catch this: the process exits with 128 + the number
+    of the signal.
     """
 
     def __init__(self, signum: int) -> None:
@@ -41,11 +41,11 @@ class Preempted(SystemExit):
 
 class _Requests:
     def __init__(self) -> None:
-        self.stop = 0  # number of the signal that asked to stop, 0 while none did
+        self.stop = 0  # number of the signal to stop; 0 before one came
         self.since = 0.0
         self.save = False
         self.armed = False
-        self.answered = False  # what stands above was asked of a training that has ended
+        self.answered = False  # the training that got these requests has ended
         self.ignored: set[int] = set()
 
 
@@ -53,22 +53,22 @@ requests = _Requests()
 
 
 def install() -> None:
-    """Takes the signals. Called at the start of the process, and again once Lightning has put its
-    own handlers there.
+    """Installs the handlers: at the start of the process, and again after Lightning has installed
+    its own.
     """
     if threading.current_thread() is not threading.main_thread():
         return
     for signum in (*STOP, SAVE):
         if signal.getsignal(signum) is signal.SIG_IGN:
-            # Remembered: Lightning puts a handler of its own even there.
+            # Remembered, as Lightning installs a handler even for an ignored signal.
             requests.ignored.add(signum)
         handler = _on_save if signum == SAVE else _on_stop
         signal.signal(signum, signal.SIG_IGN if signum in requests.ignored else handler)
 
 
-def asked_again(otherwise: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A `sys.unraisablehook`. A handler may run inside a destructor, whose exceptions Python drops:
-    then it is asked anew.
+def sent_again(otherwise: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A `sys.unraisablehook`. Python drops the exceptions of a destructor: a signal whose handler
+    ran inside one is sent again.
     """
 
     def hook(unraisable: Any) -> None:
@@ -83,26 +83,29 @@ def asked_again(otherwise: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def arm() -> None:
     """From here on a signal waits for the next safe point."""
-    # The second training of a notebook does not stop for what stopped the first.
+    # The second training of a notebook does not stop for the signal that stopped the first.
     if requests.answered:
-        requests.stop, requests.save, requests.answered = 0, False, False
+        requests.stop = 0
+        requests.save = False
+        requests.answered = False
     requests.armed = True
     install()
 
 
 def disarm() -> None:
-    """The training has ended: from here on a signal leaves at once."""
-    requests.armed, requests.answered = False, True
+    """The training has ended: from here on a signal ends the process at once."""
+    requests.armed = False
+    requests.answered = True
 
 
 @contextmanager
 def stoppable() -> Iterator[_Requests]:
-    """For a training loop of one's own: inside, a signal only asks. What it yields has `stop` and
-    `save`, both false at first.
+    """For a training loop of your own: inside the block a signal only sets `stop` or `save` of the
+    object that is yielded, both false at first.
 
     Raises:
-        Preempted: at the end of the block, where a signal asked to stop: the process leaves with
-            128 + its number.
+        Preempted: at the end of the block, after a signal to stop: the process exits with 128 + its
+            number.
     """
     before = {signum: signal.getsignal(signum) for signum in (*STOP, SAVE)}
     arm()
@@ -120,12 +123,13 @@ def _on_stop(signum: int, frame: FrameType | None) -> None:
     if requests.stop and time.monotonic() - requests.since < SAME_SECS:
         return
     if requests.stop:
-        # The second one: somebody cannot wait. The last checkpoint on disk is whole, as it is after
-        # a SIGKILL.
+        # The second signal: somebody cannot wait. The last checkpoint on disk is whole, as after a
+        # SIGKILL.
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
         return
-    requests.stop, requests.since = signum, time.monotonic()
+    requests.stop = signum
+    requests.since = time.monotonic()
     if not requests.armed:
         raise Preempted(signum)
 

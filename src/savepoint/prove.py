@@ -3,10 +3,10 @@
     make prove
     make prove CONFIG=configs/mine.yaml ARGS="--epochs 1 --kills 2 --seed 3"
 
-Both run side by side with one thread each, on the default config or yours: the test of a new model
-of your own. At the end the two final checkpoints are compared whole (weights, optimizer, schedule,
-counters, random states, metric states), and every value in metrics.csv that is not derived from the
-clock. What is left out of the comparison is what `savepoint diff` leaves out.
+Both run side by side with one thread each, on the default config or yours: a test for a model of
+your own. At the end the two final checkpoints are compared whole (weights, optimizer, schedule,
+counters, random states, metric states), but for what `savepoint diff` leaves out, and every value
+in metrics.csv that does not come from the clock.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from savepoint.checkpoint.manifest import step_files, step_in_name
 from savepoint.errors import ConfigError, SavepointError
 from savepoint.workspace import project
 
@@ -38,8 +39,8 @@ def start(script: str, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
     root = project().root
     if not (root / script).is_file():
         raise ConfigError(
-            f"No {script} in {root}. Expected a project with train.py and resume.py, whose runs "
-            "are to be compared. Start this in its directory."
+            f"No {script} in {root}. A project with train.py and resume.py was expected, as its "
+            "runs are compared. Start this in its directory."
         )
     command = [sys.executable, str(root / script), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -47,9 +48,9 @@ def start(script: str, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=root, stdout=file, stderr=file, env=environment)
 
 
-def saved_steps(run: Path) -> int:
-    names = [path.name for path in (run / "checkpoints").glob("step-*.ckpt")]
-    return max((int(name[5:13]) for name in names), default=0)
+def newest_step(run: Path) -> int:
+    files = step_files(run / "checkpoints")
+    return max((step_in_name(path.name) or 0 for path in files), default=0)
 
 
 def kill_and_resume(
@@ -59,19 +60,22 @@ def kill_and_resume(
     dice: random.Random,
 ) -> None:
     """Runs to the end through `kills`, each at a random moment after its first new checkpoint."""
-    run, log = work / "killed", work / "killed.log"
+    run = work / "killed"
+    log = work / "killed.log"
     process = start("train.py", *arguments, "--run_name", "killed", log=log)
     for signum in kills:
-        before, begun = saved_steps(run), time.monotonic()
-        while process.poll() is None and saved_steps(run) <= before:
+        before = newest_step(run)
+        begun = time.monotonic()
+        while process.poll() is None and newest_step(run) <= before:
             time.sleep(0.01)
         time.sleep(dice.uniform(0.0, 1.5))
         if process.poll() is not None:
             break
         process.send_signal(signum)
         code = process.wait()
-        name, secs = signal.Signals(signum).name, time.monotonic() - begun
-        outcome = f"exit {code}, resumes from step {saved_steps(run)}"
+        name = signal.Signals(signum).name
+        secs = time.monotonic() - begun
+        outcome = f"exit {code}, resumes from step {newest_step(run)}"
         print(f"  {name} {secs:5.1f} s after its start: {outcome}", flush=True)
         process = start("resume.py", str(run), log=log)
     end(process, "killed and resumed", log)
@@ -83,14 +87,17 @@ def end(process: subprocess.Popen[bytes], name: str, log: Path) -> None:
 
 
 def rows(run: Path) -> list[dict[str, str]]:
-    """Of metrics.csv, without what the clock says."""
+    """The rows of metrics.csv, without the values of the clock."""
     with (run / "metrics.csv").open(newline="") as file:
-        read = list(csv.DictReader(file))
-    return [{key: row[key] for key in row if not key.startswith("time/")} for row in read]
+        whole = list(csv.DictReader(file))
+    for row in whole:
+        for key in [key for key in row if key.startswith("time/")]:
+            del row[key]
+    return whole
 
 
 def digest(run: Path) -> tuple[str, str]:
-    """Of the state that a run ended with, and of its log."""
+    """The digests of a run's final state and of its log."""
     from savepoint.checkpoint import format, store
     from savepoint.commands import diff
 

@@ -1,7 +1,6 @@
-"""run.json: id, name and creation of a run, then one entry a start. Read as anybody may have left
-it.
-"""
+"""run.json: id, name and creation of a run, then one entry a start. The file may be damaged."""
 
+import contextlib
 import json
 import os
 import platform
@@ -26,24 +25,25 @@ def new(name: str) -> dict[str, Any]:
 
 
 def read(directory: Path) -> tuple[dict[str, Any] | None, str]:
-    """The record, and what is wrong with it: (None, "") where there is none, (None, words) where it
+    """The record, and its damage in words: (None, "") where there is none, (None, words) where it
     is damaged.
     """
     try:
-        found = json.loads((directory / NAME).read_text())
-        if not isinstance(found, dict) or not {"id", "name", "created", "starts"} <= found.keys():
+        content = json.loads((directory / NAME).read_text())
+        keys = {"id", "name", "created", "starts"}
+        if not isinstance(content, dict) or not keys <= content.keys():
             raise ValueError("not a record of a run")
-        if not isinstance(found["starts"], list):
+        if not isinstance(content["starts"], list):
             raise ValueError("its starts are no list")
     except (FileNotFoundError, NotADirectoryError):
         return None, ""
     except (ValueError, RecursionError, IsADirectoryError) as error:
         return None, str(error)
-    return found, ""
+    return content, ""
 
 
 def starts(record: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """The entries that are as `with_start` makes them."""
+    """The whole entries; one that `with_start` did not write is left out."""
     return [start for start in (record or {}).get("starts", []) if _is_start(start)]
 
 
@@ -59,11 +59,11 @@ def with_start(record: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
     return {**record, "starts": [*record["starts"], entry]}
 
 
-def _is_start(found: Any) -> bool:
+def _is_start(entry: Any) -> bool:
     kinds = {"time": str, "argv": list, "changed": dict, "git": dict | None}
-    return isinstance(found, dict) and all(
-        isinstance(found.get(key), kind) for key, kind in kinds.items()
-    )
+    if not isinstance(entry, dict):
+        return False
+    return all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
 
 
 def _now() -> str:
@@ -72,7 +72,8 @@ def _now() -> str:
 
 def _git() -> dict[str, Any] | None:
     def ask(*arguments: str) -> str | None:
-        command, here = ["git", *arguments], project().root
+        command = ["git", *arguments]
+        here = project().root
         try:
             done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
@@ -80,17 +81,15 @@ def _git() -> dict[str, Any] | None:
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit = ask("rev-parse", "HEAD")
-    return (
-        None if commit is None else {"commit": commit, "dirty": bool(ask("status", "--porcelain"))}
-    )
+    if commit is None:
+        return None
+    return {"commit": commit, "dirty": bool(ask("status", "--porcelain"))}
 
 
 def _versions() -> dict[str, str]:
     names = ("torch", "torchvision", "lightning", "torchmetrics", "numpy")
-    found = {"python": platform.python_version(), "savepoint": savepoint.__version__}
-    for distribution in names:
-        try:
-            found[distribution] = metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    versions = {"python": platform.python_version(), "savepoint": savepoint.__version__}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions

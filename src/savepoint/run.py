@@ -1,5 +1,4 @@
-"""The run directory: its name, its lock, what is recorded in it. Every rank agrees on it; rank 0
-alone writes.
+"""The run directory: its name, its lock, its records. All ranks agree on it; rank 0 alone writes.
 
 config.yaml    the resolved config of the last start
 run.json       id and created, then one entry a start: argv, git, versions, host, hardware,
@@ -28,7 +27,7 @@ from savepoint.lock import LockedDirectory, unwritable
 from savepoint.words import python, show
 from savepoint.workspace import project
 
-# Set by rank 0 before the launcher starts the other ranks, which inherit it.
+# Rank 0 sets it before the launcher starts the other ranks, which inherit it.
 ENVIRONMENT_KEY = "SAVEPOINT_RUN_DIR"
 
 LOST_AND_FOUND = "lost+found"
@@ -41,21 +40,17 @@ def default_name(config_name: str) -> str:
     job = scheduled()
     if job == "none":
         raise ConfigError(
-            "The ranks cannot agree on a run name: torchrun was given no --rdzv-id. Expected one "
-            "name for all. Give --run_name NAME."
+            "The ranks cannot agree on a run name: torchrun was given no --rdzv-id. All ranks "
+            "train in one directory. Give --run_name NAME."
         )
     own = f"{project().name}-" if project().name else ""
     return f"{own}{config_name}-{job or datetime.now().strftime('%Y%m%d-%H%M%S')}"
 
 
 def check_name(name: str) -> None:
-    """Raises ConfigError where it cannot be that of a directory beside others."""
-    if (
-        Path(name).name != name
-        or name.startswith(".")
-        or "\0" in name
-        or len(os.fsencode(name)) > 200
-    ):
+    """Raises ConfigError for a name that no directory beside others can have."""
+    is_plain = Path(name).name == name and not name.startswith(".") and "\0" not in name
+    if not is_plain or len(os.fsencode(name)) > 200:
         shown = repr(name if len(name) < 80 else f"{name[:80]}...")
         raise ConfigError(
             f"Not a run name: {shown}. Expected a plain file name, 200 bytes at most. Give another "
@@ -64,8 +59,8 @@ def check_name(name: str) -> None:
 
 
 def is_empty(directory: Path) -> bool:
-    """Whether nobody has put anything there: a mounted volume, say, with no more than its file
-    system's own.
+    """Whether a directory holds nothing, or only what the file system of a mounted volume puts
+    there.
     """
     try:
         return set(os.listdir(directory)) <= {LOST_AND_FOUND}
@@ -82,13 +77,13 @@ class Run(LockedDirectory):
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
         self._created = False
-        self._filled = False  # it was there, and empty
+        self._filled = False  # the directory existed, and was empty
 
     # -- making one -------------------------------------------------------------------------------
 
     @classmethod
     def create(cls, output_dir: str, run_name: str | None, config_name: str) -> "Run":
-        """A new directory, made by rank 0 and locked; the other ranks take the one that it made."""
+        """A new directory, made and locked by rank 0; the other ranks use the same one."""
         if rank() and (inherited := os.environ.get(ENVIRONMENT_KEY)):
             return cls(Path(inherited))
         files.refuse_url(output_dir, "output_dir")
@@ -105,8 +100,8 @@ class Run(LockedDirectory):
         for attempt in range(2, 100):
             try:
                 run.directory.mkdir()
-                # Without this a power cut can take the whole run, and every save that was reported
-                # with it.
+                # Without this a power cut can take the whole run, with every save that was
+                # reported.
                 files.sync_directory(run.directory.parent)
                 break
             except FileExistsError:
@@ -134,8 +129,8 @@ class Run(LockedDirectory):
         return run
 
     def discard(self) -> None:
-        """Removes a directory that this process made and in which no training began; one that was
-        empty is so again.
+        """Removes a directory that this process made and in which no training began, or empties
+        one that was empty before.
         """
         if self._created:
             shutil.rmtree(self.directory, ignore_errors=True)
@@ -147,36 +142,33 @@ class Run(LockedDirectory):
         os.environ.pop(ENVIRONMENT_KEY, None)
 
     def taken(self, shown: Path) -> SavepointError:
-        """What to say of a directory that is there, where a new one was to be made."""
+        """The error for a run directory that exists already."""
         until = time.monotonic() + 1
-        while (
-            not (holder := self.holder())
-            and not (self.directory / "run.json").exists()
-            and time.monotonic() < until
-        ):
-            # Without a record it may be a moment old: its maker is about to take the lock.
+        holder = self.holder()
+        # Without a record it may be a moment old: the process that made it is about to lock it.
+        while not holder and not (self.directory / record.NAME).exists():
+            if time.monotonic() >= until:
+                break
             time.sleep(0.01)
+            holder = self.holder()
         if holder:
             return self.in_use(holder)
         go_on = resume_command(self.directory)
         if not step_files(shown / "checkpoints"):
             go_on = "the same command with --resume auto (it has no checkpoint yet)"
         return RunExistsError(
-            f"The run name is taken: {shown}. Expected a new one. Choose another --run_name, "
-            f"or continue that run: {go_on}"
+            f"The run name is taken: {shown}. A new run never writes into another's directory. "
+            f"Choose another --run_name, or continue that run: {go_on}"
         )
 
     # -- looking: nothing in it is created, renamed or opened for writing -------------------------
 
     @cached_property
     def checkpoints(self) -> Path:
-        """A directory that holds checkpoints and no run has no record; it is looked at as well."""
+        """The directory of the checkpoints; a directory without a record may itself be one."""
         below = self.directory / "checkpoints"
-        return (
-            below
-            if os.path.isdir(below) or (self.directory / record.NAME).exists()
-            else self.directory
-        )
+        is_run = os.path.isdir(below) or (self.directory / record.NAME).exists()
+        return below if is_run else self.directory
 
     @cached_property
     def store(self) -> CheckpointStore:
@@ -199,11 +191,11 @@ class Run(LockedDirectory):
 
     @cached_property
     def latest(self) -> Checkpoint | None:
-        """As it was when it was first asked for: for those who look."""
+        """The newest checkpoint at the first call, for commands that only look."""
         return self.store.latest()
 
     def corrupt(self) -> list[Path]:
-        """The checkpoints that were set aside, by name."""
+        """The quarantined checkpoints, by name."""
         return sorted(self.checkpoints.glob("*.corrupt"))
 
     def state(self) -> State:
@@ -211,72 +203,70 @@ class Run(LockedDirectory):
             return "running"
         if self.latest is None:
             return "broken"
-        return (
-            "finished" if self.latest.manifest.get("ended") and self.is_summarised() else "stopped"
-        )
+        is_finished = self.latest.manifest.get("ended") and self.is_summarised()
+        return "finished" if is_finished else "stopped"
 
     def command(self, *words: str) -> str:
-        """`python WORDS`, the last of them this directory."""
+        """`python WORDS RUN_DIR`."""
         return shlex.join([python(), *words, self.shown])
 
     # -- what is recorded -------------------------------------------------------------------------
 
     @property
     def record(self) -> dict[str, Any]:
-        """run.json; a fresh one where there is none, or one that is damaged."""
+        """run.json; a fresh record where the file is missing or damaged."""
         return record.read(self.directory)[0] or record.new(self.name)
 
     def record_damage(self) -> str:
-        """What is wrong with run.json; "" where it is whole, or not there."""
+        """The damage of run.json, in words; "" where it is whole or missing."""
         return record.read(self.directory)[1]
 
     def id(self) -> str | None:
-        """None where no record says it."""
-        found = record.read(self.directory)[0]
-        return found["id"] if found else None
+        """None without a record."""
+        content = record.read(self.directory)[0]
+        return content["id"] if content else None
 
     def starts(self) -> list[dict[str, Any]]:
         return record.starts(record.read(self.directory)[0])
 
     def last_start(self) -> str:
-        """When it was started or resumed last, as an ISO time; "" where no record says it."""
-        found = record.read(self.directory)[0]
-        if found is None:
+        """The ISO time of the last start or resume; "" without a record."""
+        content = record.read(self.directory)[0]
+        if content is None:
             return ""
-        return str([found["created"], *(start["time"] for start in record.starts(found))][-1])
+        return str([content["created"], *(start["time"] for start in record.starts(content))][-1])
 
     def record_start(self, before: Mapping[str, Any], config: str, **facts: Any) -> None:
-        """Adds an entry to the record and writes it, with the config of this start. For the holder
-        of the lock.
+        """Adds an entry to the record, and writes it and the config of this start. Only the holder
+        of the lock may call this.
         """
-        # From here on it is never removed, whatever becomes of its files.
-        self._created = self._filled = False
+        # From here on `discard` removes nothing.
+        self._created = False
+        self._filled = False
         if damage := self.record_damage():  # the checkpoints hold all that a resume needs
-            self._set_record_aside(damage)
+            self._quarantine_record(damage)
         self._write(record.NAME, json.dumps(record.with_start(before, **facts), indent=2) + "\n")
         self._write("config.yaml", config)
 
-    def _set_record_aside(self, damage: str) -> None:
+    def _quarantine_record(self, damage: str) -> None:
         path = self.directory / record.NAME
         try:
             # A crash here leaves no record, as damage did.
             os.replace(path, path.with_name(f"{record.NAME}.corrupt"))
         except OSError as error:
             raise unwritable(path, error) from error
-        print(
-            f"Damaged, set aside as {record.NAME}.corrupt: {path} ({damage}). A new record begins."
-        )
+        print(f"Damaged, renamed to {record.NAME}.corrupt: {path} ({damage}). A new record begins.")
 
     def summary(self) -> dict[str, Any]:
-        """summary.json; nothing where it is missing or damaged."""
+        """summary.json; empty where the file is missing or damaged."""
         try:
-            found = json.loads((self.directory / "summary.json").read_text())
+            content = json.loads((self.directory / "summary.json").read_text())
         except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return content if isinstance(content, dict) else {}
 
     def is_summarised(self) -> bool:
-        """Whether summary.json speaks of the newest checkpoint, not of an earlier end of this run."""
+        """Whether summary.json is about the newest checkpoint, not an earlier end of this run."""
         return self.latest is not None and self.summary().get("steps") == self.latest.step
 
     def is_summary_damaged(self) -> bool:
@@ -287,7 +277,6 @@ class Run(LockedDirectory):
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self._write("summary.json", json.dumps(summary, indent=2) + "\n")
         try:
-            # There is nothing left to continue.
             (self.directory / "RESUME.txt").unlink(missing_ok=True)
         except OSError as error:
             raise unwritable(self.directory / "RESUME.txt", error) from error
@@ -305,5 +294,5 @@ class Run(LockedDirectory):
 
 
 def resume_command(directory: Path) -> str:
-    """What continues a run, to be pasted where this process was started."""
+    """The command that continues a run, from the working directory of this process."""
     return shlex.join([python(), show(project().root / "resume.py"), show(directory)])

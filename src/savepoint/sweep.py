@@ -1,9 +1,9 @@
-"""A sweep: Optuna chooses values, each trial is a run of its own, in a process of its own. Needs
-the extra `sweep`.
+"""A sweep: Optuna chooses values, and each trial is a run in a process of its own. Needs the extra
+`sweep`.
 
 outputs/<sweep>/study.db          every trial and its result (SQLite): the same command goes on
                                   where it stopped
-outputs/<sweep>/trial-000/        a run directory like any other; a trial that was cut off resumes
+outputs/<sweep>/trial-000/        a run directory like any other; an interrupted trial resumes
                                   exactly
 outputs/<sweep>/trials.csv, .png  the table and the plot
 outputs/<sweep>/.sweep/lock       held while a process runs it
@@ -37,26 +37,27 @@ _DONE = ("COMPLETE", "PRUNED")
 def run(
     path: Path, output_dir: str = "outputs", say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """All trials of a sweep file that are not done, one after the other; then the table of them,
-    best first.
+    """Runs the trials of a sweep file that are not done, one after the other, and returns the
+    results, best first.
 
     Raises:
         ConfigError: the file, a missing package, or a trial that refused its values.
         RunExistsError: the study was begun with another file.
-        RunLockedError: it runs in another process, or a trial of it is still being trained.
+        RunLockedError: another process runs the sweep, or still trains one of its trials.
     """
     optuna = _optuna()
     refuse_url(output_dir, "output_dir")
-    sweep, directory = sweep_file.read(path), Path(output_dir) / path.stem
+    sweep = sweep_file.read(path)
+    directory = Path(output_dir) / path.stem
     with _lock(directory).locked():
         return _run(optuna, sweep, path, directory, say)
 
 
 def check(sweep: Sweep) -> None:
-    """Has train.py read the config of two trials, as it alone knows the classes of the project.
+    """Has train.py read the config of two trials: it alone knows the classes of the project.
 
     Raises:
-        ConfigError: its words.
+        ConfigError: with the message of train.py.
     """
     for values in sweep.ends():
         command = [sys.executable, "train.py", *sweep.arguments(values), "--print_config"]
@@ -73,7 +74,7 @@ def _run(
     if not study.trials:
         check(sweep)
     begun = [trial for trial in study.trials if trial.state.name == "RUNNING"]
-    for trial in begun:  # a process that a killed sweep has left
+    for trial in begun:  # the process of a killed sweep may train it still
         Run(_run_dir(directory, trial)).refuse_if_held()
     number = sweep.trials
     if sweep.sampler == "grid":
@@ -84,25 +85,22 @@ def _run(
         study.enqueue_trial(values)
     todo = number - sum(trial.state.name in _DONE for trial in study.trials)
     say(f"sweep {show(directory.absolute())}: {plural(number, 'trial')}, {number - todo} done")
-    # A trial that was cut off is still open: it is gone on with before new ones begin.
-    cut = [optuna.trial.Trial(study, trial._trial_id) for trial in begun]
-    for place in range(todo):
-        say(
-            _run_trial(
-                optuna, study, cut[place] if place < len(cut) else study.ask(), sweep, directory
-            )
-        )
-    return _told(study, sweep, directory)
+    # An interrupted trial is still open: these go on before new ones begin.
+    interrupted = [optuna.trial.Trial(study, trial._trial_id) for trial in begun]
+    for _ in range(todo):
+        trial = interrupted.pop(0) if interrupted else study.ask()
+        say(_run_trial(optuna, study, trial, sweep, directory))
+    return _results(study, sweep, directory)
 
 
 def _lock(directory: Path) -> Run:
-    """The lock of a run, in a directory of its own: the sweep's is no run."""
+    """The lock of a sweep: that of a run in a directory of its own, as a sweep's is no run."""
     lock = Run(directory / ".sweep")
     lock.directory.mkdir(parents=True, exist_ok=True)
     if holder := lock.holder():
         raise RunLockedError(
-            f"Another process runs this sweep: {directory}, held by {holder}. Expected it free. "
-            "Wait for it or stop it."
+            f"Another process runs this sweep: {directory}, held by {holder}. Two would train the "
+            "same trials. Wait for it or stop it."
         )
     return lock
 
@@ -112,26 +110,27 @@ def _open(optuna: Any, sweep: Sweep, path: Path, directory: Path) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     database = directory / "study.db"
+    pruner = optuna.pruners.NopPruner()
+    if sweep.prune:
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
     try:
         return optuna.create_study(
             study_name=path.stem,
             storage=f"sqlite:///{database}",
             load_if_exists=True,
             direction="maximize" if sweep.mode == "max" else "minimize",
-            pruner=optuna.pruners.MedianPruner(n_startup_trials=4)
-            if sweep.prune
-            else optuna.pruners.NopPruner(),
+            pruner=pruner,
         )
     except (optuna.exceptions.OptunaError, SQLAlchemyError) as error:
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
         raise ConfigError(
             f"Not the record of a sweep: {database} ({reason}). Expected a study of Optuna. Move "
-            "it away: the sweep begins anew, and what is there of each trial is gone on with."
+            "it away: the sweep begins anew, and trials that have a run directory go on."
         ) from None
 
 
 def _sampler(optuna: Any, sweep: Sweep, number: int) -> Any:
-    """Of one trial: so a sweep that is cut off goes on with the values that it would have had."""
+    """The sampler of one trial, so that an interrupted sweep draws the same values."""
     kind = optuna.samplers.TPESampler if sweep.sampler == "tpe" else optuna.samplers.RandomSampler
     return kind(seed=(10_007 * sweep.seed + number) % 2**32)
 
@@ -141,34 +140,34 @@ def _run_dir(directory: Path, trial: Any) -> Path:
 
 
 def _to_try_again(study: Any) -> list[dict[str, Any]]:
-    """The values of trials that failed, of which no other trial has come or may come to an end."""
-    failed = [trial.params for trial in study.trials if trial.state.name == "FAIL"]
-    others = [
-        {**trial.params, **trial.system_attrs.get("fixed_params", {})}
-        for trial in study.trials
-        if trial.state.name != "FAIL"
-    ]
-    return [
-        values for place, values in enumerate(failed) if values not in [*others, *failed[:place]]
-    ]
+    """The values of failed trials, without those that another trial has or gets."""
+    failed = [trial for trial in study.trials if trial.state.name == "FAIL"]
+    others = [trial for trial in study.trials if trial.state.name != "FAIL"]
+    known = [{**trial.params, **trial.system_attrs.get("fixed_params", {})} for trial in others]
+    again = []
+    for trial in failed:
+        if trial.params not in known:
+            again.append(trial.params)
+            known.append(trial.params)
+    return again
 
 
 def _run_trial(optuna: Any, study: Any, trial: Any, sweep: Sweep, directory: Path) -> str:
-    """Runs a trial to its end; what came of it."""
+    """Runs a trial to its end, and returns a line about its result."""
     study.sampler = _sampler(optuna, sweep, trial.number)
     values = {key: _suggest(trial, key, space) for key, space in sweep.parameters.items()}
     run_dir = _run_dir(directory, trial)
-    known = (
-        run_dir.with_suffix(".log").stat().st_size if run_dir.with_suffix(".log").exists() else 0
-    )
+    log = run_dir.with_suffix(".log")
+    known = log.stat().st_size if log.exists() else 0
     pruned, code = _train(trial, values, sweep, run_dir)
-    last = _last_line(run_dir, known)
-    scores, log = _scores(run_dir, sweep.monitor), show(run_dir.absolute()) + ".log"
-    # Where the trial itself is refused it stays open: once the sweep is put right, it is the first
-    # to go on.
+    last = _last_line(log, known)
+    scores = _scores(run_dir, sweep.monitor)
+    shown_log = show(log.absolute())
+    # A trial whose values are refused stays open: once the sweep file is corrected, it goes on
+    # first.
     if code == 2:
         raise ConfigError(
-            f"{run_dir.name} was refused: {last} Expected values that train.py takes. See {log}"
+            f"{run_dir.name} was refused: {last} Every trial is a run of train.py. See {shown_log}"
         )
     if code == 0 and not scores:
         raise ConfigError(
@@ -180,41 +179,38 @@ def _run_trial(optuna: Any, study: Any, trial: Any, sweep: Sweep, directory: Pat
         result = "pruned"
     elif code:
         study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        result = f"failed ({last or f'exit code {code}'}), see {log}"
+        result = f"failed ({last or f'exit code {code}'}), see {shown_log}"
     else:
         best = max(scores) if sweep.mode == "max" else min(scores)
         study.tell(trial, best)
         result = f"{sweep.monitor} {best:.4f}"
-    return f"{run_dir.name}: {', '.join(f'{key} {short(value)}' for key, value in values.items())}: {result}"
+    chosen = ", ".join(f"{key} {short(value)}" for key, value in values.items())
+    return f"{run_dir.name}: {chosen}: {result}"
 
 
 def _train(trial: Any, values: Mapping[str, Any], sweep: Sweep, run_dir: Path) -> tuple[bool, int]:
     """One trial as a process: (whether it was pruned, its exit code)."""
-    command = [
-        sys.executable,
-        "train.py",
-        *sweep.arguments(values),
-        "--output_dir",
-        str(run_dir.parent.absolute()),
-    ]
-    # --resume auto: what a trial had reached when the sweep was cut off is not trained again.
+    command = [sys.executable, "train.py", *sweep.arguments(values)]
+    command += ["--output_dir", str(run_dir.parent.absolute())]
+    # --resume auto: an interrupted trial goes on from its last checkpoint.
     command += ["--run_name", run_dir.name, "--resume", "auto"]
-    told, pruned = len(trial.study.trials[trial.number].intermediate_values), False
+    reported = len(trial.study.trials[trial.number].intermediate_values)
+    pruned = False
     with run_dir.with_suffix(".log").open("ab") as log:
         process = subprocess.Popen(command, cwd=project().root, stdout=log, stderr=log)
     try:
         while process.poll() is None:
             time.sleep(_POLL_SECS)
             scores = _scores(run_dir, sweep.monitor)
-            for step in range(told, len(scores)):
+            for step in range(reported, len(scores)):
                 trial.report(scores[step], step)
-            told = max(told, len(scores))
+            reported = max(reported, len(scores))
             if not pruned and scores and trial.should_prune():
                 pruned = True
-                process.terminate()  # it saves, and could be gone on with by hand
+                process.terminate()  # it saves, and can be resumed by hand
     except BaseException:
-        # Ctrl-C reached the trial too, SIGTERM did not: it saves and ends, and the same sweep goes
-        # on with it.
+        # Ctrl-C reached the trial too, SIGTERM did not. The trial saves and ends; the same command
+        # resumes it.
         if process.poll() is None:
             process.terminate()
         process.wait()
@@ -226,11 +222,11 @@ def _train(trial: Any, values: Mapping[str, Any], sweep: Sweep, run_dir: Path) -
 
 
 def _scores(run_dir: Path, monitor: str) -> list[float]:
-    """The monitored metric of each validation so far, as metrics.csv has it."""
+    """The monitored metric of each validation so far, from metrics.csv."""
     try:
         with (run_dir / "metrics.csv").open(newline="", errors="replace") as file:
             return [float(row[monitor]) for row in csv.DictReader(file) if row.get(monitor)]
-    except (FileNotFoundError, ValueError):  # not yet, or a row that is being written
+    except (FileNotFoundError, ValueError):  # no file yet, or an unfinished row
         return []
 
 
@@ -242,74 +238,77 @@ def _columns(run_dir: Path) -> list[str]:
         return []
 
 
-def _last_line(run_dir: Path, known: int) -> str:
-    """Of what came to the log after its first `known` bytes."""
-    lines = (
-        run_dir.with_suffix(".log")
-        .read_bytes()[known:]
-        .decode(errors="replace")
-        .strip()
-        .splitlines()
-    )
+def _last_line(log: Path, known: int) -> str:
+    """The last line of a log after its first `known` bytes."""
+    lines = log.read_bytes()[known:].decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else ""
 
 
 def _suggest(trial: Any, key: str, space: Mapping[str, Any]) -> Any:
     if "choices" in space:
         return trial.suggest_categorical(key, space["choices"])
-    low, high, log, step = space["low"], space["high"], bool(space.get("log")), space.get("step")
+    low = space["low"]
+    high = space["high"]
+    log = bool(space.get("log"))
+    step = space.get("step")
     if all(isinstance(one, int) for one in (low, high, step or 1)):
         return trial.suggest_int(key, low, high, log=log, step=step or 1)
     return trial.suggest_float(key, low, high, log=log, step=step)
 
 
 def _refuse_another(study: Any, sweep: Sweep, path: Path, directory: Path) -> None:
-    """Trials of another question would be mixed into this one's answer; more trials are the same
-    question.
-    """
-    asked = json.dumps(
-        {k: v for k, v in vars(sweep).items() if k != "trials"}, sort_keys=True, default=str
-    )
+    """Refuses a study that was begun with other settings; only `trials` may change."""
+    settings = {key: value for key, value in vars(sweep).items() if key != "trials"}
+    text = json.dumps(settings, sort_keys=True, default=str)
     before = study.user_attrs.get("asked")
-    if before not in (None, asked):
+    if before not in (None, text):
         raise RunExistsError(
-            f"A sweep of this name was begun with other settings: {directory}. Expected those of "
-            f"{path} to be the same (only `trials` may change). Give the file another name, or "
-            "move that directory away."
+            f"A sweep of this name was begun with other settings: {directory}. Only `trials` of "
+            f"{path} may change, as all trials are compared. Give the file another name, or move "
+            "that directory away."
         )
-    study.set_user_attr("asked", asked)
+    study.set_user_attr("asked", text)
 
 
-def _told(study: Any, sweep: Sweep, directory: Path) -> dict[str, Any]:
-    """Each trial with its values and result, the best first; as trials.csv and as a plot too."""
+def _results(study: Any, sweep: Sweep, directory: Path) -> dict[str, Any]:
+    """Each trial with its values and result, the best first; also as trials.csv and as a plot."""
     finished = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
     finished.sort(key=lambda trial: trial.value, reverse=sweep.mode == "max")
     rest = [trial for trial in study.trials if trial.state.name != "COMPLETE"]
-    trials = [
-        {"trial": f"trial-{trial.number:03d}", "state": trial.state.name.lower(), "value": trial.value,
-         "parameters": {key: trial.params.get(key) for key in sweep.parameters},
-         "run_dir": _run_dir(directory, trial).absolute()}
-        for trial in [*finished, *rest]
-    ]  # fmt: skip
+    trials = [_trial_facts(trial, sweep, directory) for trial in [*finished, *rest]]
     text = io.StringIO()
-    header = ["trial", *sweep.parameters, sweep.monitor, "state"]
-    rows = [
-        [one["trial"], *one["parameters"].values(), one["value"], one["state"]] for one in trials
-    ]
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["trial", *sweep.parameters, sweep.monitor, "state"])
+    for one in trials:
+        writer.writerow([one["trial"], *one["parameters"].values(), one["value"], one["state"]])
     with replacing(directory / "trials.csv") as file:
         file.write(text.getvalue().encode())
     plot = directory / "trials.png"
     if finished:
         _plot(study, list(sweep.parameters), sweep.monitor, plot)
+    return {
+        "directory": directory.absolute(),
+        "monitor": sweep.monitor,
+        "trials": trials,
+        "failed": len(_to_try_again(study)),
+        "plot": plot.absolute() if finished else None,
+    }
 
-    return {"directory": directory.absolute(), "monitor": sweep.monitor, "trials": trials, "failed": len(_to_try_again(study)),
-            "plot": plot.absolute() if finished else None}  # fmt: skip
+
+def _trial_facts(trial: Any, sweep: Sweep, directory: Path) -> dict[str, Any]:
+    run_dir = _run_dir(directory, trial).absolute()
+    return {
+        "trial": run_dir.name,
+        "state": trial.state.name.lower(),
+        "value": trial.value,
+        "parameters": {key: trial.params.get(key) for key in sweep.parameters},
+        "run_dir": run_dir,
+    }
 
 
 def _plot(study: Any, keys: Sequence[str], monitor: str, path: Path) -> None:
-    """One panel a parameter: its value against the result. Trials that were pruned are hollow, at
-    what they had reached.
+    """One panel for each parameter: its value against the result. Pruned trials are hollow, at
+    their last score.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -319,23 +318,18 @@ def _plot(study: Any, keys: Sequence[str], monitor: str, path: Path) -> None:
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     for panel, key in zip(panels, keys, strict=True):
         for state, face in (("COMPLETE", "#0b6e99"), ("PRUNED", "none")):
-            shown = [
-                trial
-                for trial in study.trials
-                if trial.state.name == state and trial.intermediate_values
-            ]
+            shown = [trial for trial in study.trials if trial.state.name == state]
+            shown = [trial for trial in shown if trial.intermediate_values]
             across = [trial.params[key] for trial in shown]
             if not all(isinstance(value, int | float) for value in across):
                 across = [str(value) for value in across]
-            reached = [
-                trial.value if state == "COMPLETE" else list(trial.intermediate_values.values())[-1]
-                for trial in shown
-            ]
+            reached = [list(trial.intermediate_values.values())[-1] for trial in shown]
+            if state == "COMPLETE":
+                reached = [trial.value for trial in shown]
             panel.scatter(across, reached, s=26, facecolors=face, edgecolors="#0b6e99")
-        distribution = next(
-            (t.distributions[key] for t in study.trials if key in t.distributions), None
-        )
-        panel.set_xscale("log" if getattr(distribution, "log", False) else panel.get_xscale())
+        spaces = [trial.distributions.get(key) for trial in study.trials]
+        if any(getattr(space, "log", False) for space in spaces):
+            panel.set_xscale("log")
         panel.set_xlabel(key)
         panel.grid(alpha=0.25)
     panels[0].set_ylabel(monitor)
@@ -344,7 +338,9 @@ def _plot(study: Any, keys: Sequence[str], monitor: str, path: Path) -> None:
 
 
 def short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _optuna() -> Any:
@@ -353,7 +349,7 @@ def _optuna() -> Any:
         from matplotlib import figure  # noqa: F401
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"A sweep needs a package that is missing: {error.name}. Expected it in this "
-            "environment. Install it: pip install 'savepoint-lightning[sweep]'"
+            f"A sweep needs a package that is missing: {error.name}. It belongs to an extra of the "
+            "library. Install it: pip install 'savepoint-lightning[sweep]'"
         ) from None
     return optuna

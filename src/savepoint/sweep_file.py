@@ -34,13 +34,13 @@ class Sweep:
     Attributes:
         config: The config that every trial starts from; relative to the project.
         parameters: Config key -> {low, high, log, step} or {choices}.
-        monitor: The metric to better, by its best value over the validations of a trial.
+        monitor: The metric to improve, by its best value over the validations of a trial.
         mode: Whether a smaller or a larger value is better.
-        trials: How many in all; a grid has its own number.
-        sampler: tpe learns from the trials before, random does not, grid takes every combination of
+        trials: Their number; a grid has its own.
+        sampler: tpe learns from earlier trials, random does not, grid takes every combination of
             `choices`.
-        prune: Whether a trial that is worse than the median of those before it at the same
-            validation is stopped.
+        prune: Whether to stop a trial that is worse than the median of the earlier ones at the same
+            validation.
         seed: Of the sampler.
         overrides: Config key -> value, the same in every trial.
     """
@@ -57,7 +57,7 @@ class Sweep:
 
     def grid(self) -> list[dict[str, Any]]:
         values = itertools.product(*(space["choices"] for space in self.parameters.values()))
-        return [dict(zip(self.parameters, one, strict=True)) for one in values]
+        return [dict(zip(self.parameters, row, strict=True)) for row in values]
 
     def ends(self) -> list[dict[str, Any]]:
         """The values at the lower and at the upper end of each space."""
@@ -68,19 +68,18 @@ class Sweep:
         return [{key: space[end] for key, space in spaces.items()} for end in (0, -1)]
 
     def arguments(self, values: Mapping[str, Any]) -> list[str]:
-        """What train.py is given for a trial."""
-        given = {**self.overrides, **values}
-        flags = [
-            f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
-            for key, value in given.items()
-        ]
-        return ["--config", str(project().root / self.config), *flags]
+        """The arguments of train.py for a trial."""
+        arguments = ["--config", str(project().root / self.config)]
+        for key, value in {**self.overrides, **values}.items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            arguments.append(f"--{key}={text}")
+        return arguments
 
 
 def read(path: Path) -> Sweep:
-    """Raises ConfigError: what is wrong with the file, or with the config that it names, and where."""
+    """Raises ConfigError for a mistake in the file or in the config that it names."""
     content = compose.read(path, "sweep file")
-    known = [one.name for one in fields(Sweep)]
+    known = [field.name for field in fields(Sweep)]
     if not isinstance(content, dict) or not {"config", "parameters"} <= content.keys():
         raise ConfigError(
             f"Not a sweep: {path}. Expected the keys `config` and `parameters`. See configs/sweep/."
@@ -120,7 +119,7 @@ def _is_space(space: Any) -> bool:
     if "choices" in space:
         return isinstance(space["choices"], list) and bool(space["choices"]) and len(space) == 1
     low, high, log, step = (space.get(name) for name in ("low", "high", "log", "step"))
-    if any(not _is(one, int) and not isinstance(one, float) for one in (low, high)):
+    if any(not _is(end, int) and not isinstance(end, float) for end in (low, high)):
         return False
     if not low < high:  # type: ignore[operator]
         return False

@@ -1,7 +1,7 @@
 """Checks for the tests of a project: does each of its configs compose, train and resume exactly?
 
 They run the project's train.py and resume.py in this process, on a CPU, for two epochs of two
-batches. Warnings are not shown: what a training warns of is not what is asked here.
+batches. Warnings of a training are not shown.
 """
 
 import os
@@ -35,7 +35,7 @@ QUICK = (
     "--trainer.num_sanity_val_steps", "0", "--trainer.log_every_n_steps", "1",
     "--trainer.accelerator", "cpu", "--trainer.devices", "1",
 )  # fmt: skip
-"""What every run of this module is started with."""
+"""The flags of every run of this module."""
 
 SHOWN = 3000
 """Characters of a failed program's output."""
@@ -49,7 +49,7 @@ def composes(config: Path | str, *flags: str) -> None:
         flags: Of train.py, over the config: `"--data.batch_size", "8"`.
 
     Raises:
-        AssertionError: train.py refuses it; with what it says.
+        AssertionError: train.py refuses it; with its output.
     """
     _run("train.py", *_named(config), *flags, "--print_config")
 
@@ -63,21 +63,22 @@ def resumes_exactly(config: Path | str, directory: Path, *flags: str) -> list[st
         flags: Over the config and over QUICK.
 
     Returns:
-        What is different at the end: weights, optimizers, all other state, rows of the log. Empty
+        The differences at the end: weights, optimizers, all other state, rows of the log. Empty
         where the two are equal bit for bit.
 
     Raises:
-        AssertionError: a run ended in another way than it should; with what it says.
+        AssertionError: a run ended in another way than it should; with its output.
     """
     command = [*_named(config), *QUICK, *flags, "--output_dir", str(directory)]
     _run("train.py", *command, "--run_name", "straight")
     with _signal_after_batch(1):
         _run("train.py", *command, "--run_name", "stopped", expected=128 + signal.SIGTERM)
     _run("resume.py", str(directory / "stopped"))
-    straight, stopped = directory / "straight", directory / "stopped"
-    found = list(difference(final_state(straight), final_state(stopped)))
+    straight = directory / "straight"
+    stopped = directory / "stopped"
+    differences = list(difference(final_state(straight), final_state(stopped)))
     pairs = zip_longest(rows(straight), rows(stopped))
-    return found + [f"row: {one} and {other}" for one, other in pairs if one != other]
+    return differences + [f"row: {one} and {other}" for one, other in pairs if one != other]
 
 
 def exports(run: Path, kind: str = "safetensors") -> str:
@@ -90,21 +91,21 @@ def exports(run: Path, kind: str = "safetensors") -> str:
         Why a model like this one cannot be written in this format; empty where it was.
 
     Raises:
-        ParityError: what was written is not what the checkpoint holds.
+        ParityError: the file does not hold what the checkpoint holds.
     """
     checkpoint = store.CheckpointStore(run / "checkpoints").latest()
     assert checkpoint is not None, f"no checkpoint in {run}"
     with _as_a_process_of_its_own():
-        made = rebuilding.rebuild(checkpoint.path)
+        rebuilt = rebuilding.rebuild(checkpoint.path)
         try:
-            export.export(made, run / f"exported{SUFFIXES[kind]}", kind)
+            export.export(rebuilt, run / f"exported{SUFFIXES[kind]}", kind)
         except ConfigError as error:
             return str(error)
     return ""
 
 
 def final_state(run: Path) -> dict[str, Any]:
-    """Of a run's newest checkpoint, without what says when and where it was made."""
+    """The state in a run's newest checkpoint, without the facts of time and place."""
     latest = store.CheckpointStore(run / "checkpoints").latest()
     assert latest is not None, f"no checkpoint in {run}"
     state, _ = store.load(latest.path)
@@ -139,8 +140,9 @@ def _named(config: Path | str) -> list[str]:
 
 def _run(script: str, *argv: str, expected: int = 0) -> None:
     """A program of the project, in this process."""
-    path, said = str(workspace.project().root / script), StringIO()
-    with _as_a_process_of_its_own(), redirect_stdout(said), redirect_stderr(said):
+    path = str(workspace.project().root / script)
+    output = StringIO()
+    with _as_a_process_of_its_own(), redirect_stdout(output), redirect_stderr(output):
         sys.argv = [path, *argv]
         code: Any = 0
         try:
@@ -150,14 +152,14 @@ def _run(script: str, *argv: str, expected: int = 0) -> None:
     if code != expected:
         raise AssertionError(
             f"{script} {' '.join(argv)} ended with exit code {code}. Expected {expected}. "
-            "It said:\n"
-            f"{said.getvalue()[-SHOWN:]}"
+            f"Its output:\n{output.getvalue()[-SHOWN:]}"
         )
 
 
 @contextmanager
 def _signal_after_batch(nth: int) -> Iterator[None]:
-    original, calls = CheckpointCallback.on_train_batch_end, count(1)
+    original = CheckpointCallback.on_train_batch_end
+    calls = count(1)
 
     def on_train_batch_end(self: CheckpointCallback, *arguments: Any, **named: Any) -> None:
         if next(calls) == nth:
@@ -170,11 +172,13 @@ def _signal_after_batch(nth: int) -> Iterator[None]:
 
 @contextmanager
 def _as_a_process_of_its_own() -> Iterator[None]:
-    """What a program of the project changes in its process is as before at the end."""
-    threads, argv, hook = torch.get_num_threads(), sys.argv, sys.unraisablehook
+    """Undoes at the end what a program of the project changes in its process."""
+    threads = torch.get_num_threads()
+    argv = sys.argv
+    hook = sys.unraisablehook
     handlers = {one: signal.getsignal(one) for one in (*preemption.STOP, preemption.SAVE)}
     typed._parser.cache_clear()  # a new process knows the classes that it imports
-    torch.set_num_threads(1)  # what is small is fastest so
+    torch.set_num_threads(1)  # the fastest for small models
     try:
         with (
             warnings.catch_warnings(),
@@ -188,7 +192,8 @@ def _as_a_process_of_its_own() -> Iterator[None]:
         tracker = sys.modules.get("wandb")
         if tracker is not None:  # it ends its run with the process
             tracker.finish()
-        sys.argv, sys.unraisablehook = argv, hook
+        sys.argv = argv
+        sys.unraisablehook = hook
         torch.set_num_threads(threads)
         for signum, handler in handlers.items():
             signal.signal(signum, handler)

@@ -1,8 +1,8 @@
-"""Experiment trackers beside metrics.csv and TensorBoard: however often a run is started, one run
-in the tracker.
+"""Experiment trackers beside metrics.csv and TensorBoard. A run is one run in the tracker, however
+often it was started.
 
-They need an extra: `pip install 'savepoint-lightning[wandb]'` or `[mlflow]`. metrics.csv stays the
-record: what a resume logs again stands twice in a tracker that cannot take rows back.
+They need an extra: `pip install 'savepoint-lightning[wandb]'` or `[mlflow]`. metrics.csv is the
+record: rows that a resume logs again stand twice in a tracker, which cannot take rows back.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class RunWandbLogger(WandbLogger):
         )
 
     def join(self, run_id: str, directory: Path) -> None:
-        """Every start of one run is one run there too."""
+        """Every start of a run joins the same run of the tracker."""
         self._wandb_init.pop("anonymous", None)  # Weights & Biases warns of it at each start
         self._wandb_init |= {
             "id": run_id,
@@ -44,7 +44,9 @@ class RunWandbLogger(WandbLogger):
             "dir": str(directory),
             "resume": "allow",
         }
-        self._id, self._name, self._save_dir = run_id, directory.name, str(directory)
+        self._id = run_id
+        self._name = directory.name
+        self._save_dir = str(directory)
 
 
 class RunMLFlowLogger(MLFlowLogger):
@@ -66,17 +68,18 @@ class RunMLFlowLogger(MLFlowLogger):
         )
 
     def join(self, run_id: str, directory: Path) -> None:
-        """Every start of one run is one run there too: it is found again by a tag."""
-        self._run_name, self.tags = directory.name, {_TAG: run_id}
+        """Every start of a run joins the same run of the tracker, which a tag identifies."""
+        self._run_name = directory.name
+        self.tags = {_TAG: run_id}
         experiment = self._mlflow_client.get_experiment_by_name(self._experiment_name)
         if experiment is not None:
-            found = self._mlflow_client.search_runs(
+            runs = self._mlflow_client.search_runs(
                 [experiment.experiment_id], f"tags.`{_TAG}` = '{run_id}'"
             )
-            self._run_id = found[0].info.run_id if found else None
+            self._run_id = runs[0].info.run_id if runs else None
 
     def log_hyperparams(self, params: Any) -> None:
-        """Once: MLflow refuses a parameter that changes, as one that --allow lets change does.
+        """Only at the first start: MLflow refuses a parameter that changes, which --allow permits.
         config.yaml has them all.
         """
         if self._run_id is None:
@@ -88,6 +91,6 @@ def _needs(extra: str, make: Callable[[], None]) -> None:
         make()
     except ModuleNotFoundError:
         raise ConfigError(
-            f"A logger needs a package that is missing: {extra}. Expected it in this environment. "
+            f"A logger needs a package that is missing: {extra}. It is an extra of the library. "
             f"Install it: pip install 'savepoint-lightning[{extra}]'"
         ) from None

@@ -1,9 +1,8 @@
-"""The weights of a file into a model: of any file that can be read safely (`--init_from`), or of a
+"""Loads weights into a model: from any file that can be read safely (`--init_from`), or from a
 checkpoint of the run.
 
 A model may make its layers in `setup` or `configure_model`, which Lightning calls at the start of
-each of its stages: what is loaded before is lost there, or has no place yet. Such a model gets its
-weights once Lightning has called both.
+each stage: weights that are loaded earlier are lost. Such a model gets its weights after both.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +28,7 @@ from savepoint.resume.overrides import (
 
 
 class Once(Callback):
-    """Does something to the model once, as soon as Lightning has made its layers and before a stage
+    """Calls `load` with the model once, after Lightning has made its layers and before a stage
     begins.
     """
 
@@ -37,7 +36,8 @@ class Once(Callback):
         self._load: Callable[[LightningModule], None] | None = load
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        load, self._load = self._load, None
+        load = self._load
+        self._load = None
         if load is not None:
             load(pl_module)
 
@@ -51,7 +51,7 @@ def makes_layers_late(model: LightningModule) -> bool:
 def when_made(
     trainer: Trainer, model: LightningModule, load: Callable[[LightningModule], None]
 ) -> None:
-    """Calls `load` now or, where the model makes its layers late, at the start of the fit."""
+    """Calls `load` now or, for a model that makes its layers late, at the start of the fit."""
     if makes_layers_late(model):
         trainer.callbacks.insert(0, Once(load))  # type: ignore[attr-defined]
     else:
@@ -59,7 +59,7 @@ def when_made(
 
 
 def restore(model: LightningModule, state: Mapping[str, Any]) -> None:
-    """Puts the weights of a checkpoint into a model whose layers are made, as Lightning does.
+    """Loads the weights of a checkpoint into a model that has its layers, as Lightning does.
 
     Raises:
         ConfigMismatchError: they do not fit.
@@ -67,9 +67,13 @@ def restore(model: LightningModule, state: Mapping[str, Any]) -> None:
     state = dict(state)
     model.on_load_checkpoint(state)
     target = model.state_dict()
-    found = under_names_of(state["state_dict"], target)
-    check_shapes(shapes(found), target, strict=model.strict_loading)
-    model.load_state_dict(found, strict=model.strict_loading)
+    load_fitting(model, under_names_of(state["state_dict"], target))
+
+
+def load_fitting(model: LightningModule, weights: Mapping[str, Any]) -> None:
+    """Raises ConfigMismatchError with a table where the weights do not fit the model."""
+    check_shapes(shapes(weights), model.state_dict(), strict=model.strict_loading)
+    model.load_state_dict(weights, strict=model.strict_loading)
 
 
 def read(path: Path) -> Mapping[str, Tensor]:
@@ -79,8 +83,8 @@ def read(path: Path) -> Mapping[str, Tensor]:
 
 
 def fit_names(weights: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights under the model's names: a file made from the bare network lacks the
-    LightningModule's prefix.
+    """The weights under the model's names: a file of the bare network lacks the prefix that the
+    LightningModule adds.
     """
     model = {plain_name(name): value for name, value in model.items()}
     prefixes = {name.split(".")[0] for name in model}
@@ -95,25 +99,23 @@ def initialise(model: LightningModule, path: str | Path, *, strict: bool) -> Non
     """Copies the weights of a file into the model.
 
     Args:
-        strict: Whether all must fit; else what fits is taken, and a table of the rest printed.
+        strict: All weights must fit. False: loads those that fit, and prints a table of the rest.
 
     Raises:
-        ConfigMismatchError: strict, and something does not fit; or nothing does.
+        ConfigMismatchError: no weight fits or, with `strict`, not all.
     """
     target = model.state_dict()
-    found = under_names_of(fit_names(read(Path(path)), target), target)
+    weights = under_names_of(fit_names(read(Path(path)), target), target)
+    given = shapes(weights)
     wanted = shapes(target)
-    fits = {
-        name: found[name]
-        for name, shape in shapes(found).items()
-        if name in target and shape == wanted[name]
-    }
-    lines = mismatches(shapes(found), target)
+    names = [name for name in given if name in target and given[name] == wanted[name]]
+    fits = {name: weights[name] for name in names}
+    lines = mismatches(given, target)
     if not fits or (strict and lines):
         advice = " Take what fits: --init_strict false" if fits else ""
         raise ConfigMismatchError(
             f"The weights do not fit the model: {path}. Expected the same names and "
-            f"shapes.{advice}\n" + shortened(lines)
+            f"shapes.{advice}\n{shortened(lines)}"
         )
     model.load_state_dict(fits, strict=False)
     if rank() == 0:

@@ -1,5 +1,5 @@
-"""Words for people: how numbers, sizes, times, paths and tables are printed. Plain text that reads
-the same in a pipe.
+"""Words for people: how numbers, sizes, times, paths and tables are printed, as plain text that
+reads the same in a pipe.
 """
 
 import contextlib
@@ -17,44 +17,38 @@ from typing import Any
 _NUMBER = re.compile(r"[-+]?(\d.*|inf|nan)")
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 SHARE = re.compile(r"(?:.*[^a-z])?acc(?:uracy)?(?:[^a-z].*)?")
+"""The names of metrics that are printed as percentages where they lie in 0..1."""
 
 
-def plural(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+def plural(number: int, word: str, ending: str = "s") -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}{ending}"
 
 
 def nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """A sentence that names up to three names that are like `name`; empty where none is."""
-    by_fold = {n.lower(): n for n in sorted(set(known), reverse=True)}
-    close = [by_fold[n] for n in difflib.get_close_matches(name.lower(), by_fold, n=3, cutoff=0.6)]
-    return f" Did you mean {' or '.join(prefix + n for n in close)}?" if close else ""
+    """A sentence with up to three known names that are like `name`; empty where none is."""
+    by_fold = {one.lower(): one for one in sorted(set(known), reverse=True)}
+    folds = difflib.get_close_matches(name.lower(), by_fold, n=3, cutoff=0.6)
+    close = [prefix + by_fold[fold] for fold in folds]
+    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def printable(text: str) -> str:
-    """What is no printable character (in a file's name, say) escaped, so that nothing acts on a
-    terminal.
+    """The text with every unprintable character escaped (in a file's name, say), so that none acts
+    on a terminal.
     """
-    return "\n".join(
-        line if line.isprintable() else "".join(map(_escaped, line)) for line in text.split("\n")
-    )
+    return "\n".join("".join(map(_escaped, line)) for line in text.split("\n"))
 
 
 def _escaped(letter: str) -> str:
-    return (
-        letter
-        if letter.isprintable()
-        else letter.encode("unicode_escape", "surrogatepass").decode()
-    )
+    if letter.isprintable():
+        return letter
+    return letter.encode("unicode_escape", "surrogatepass").decode()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need; those of numbers to the right. Without a header where it is
-    empty.
-    """
-    lines = [
-        [printable(cell).replace("\n", "\\n") for cell in row]
-        for row in ([header, *rows] if header else rows)
-    ]
+    """Aligned columns, numbers to the right. An empty header is left out."""
+    every = [header, *rows] if header else rows
+    lines = [[printable(cell).replace("\n", "\\n") for cell in row] for row in every]
     columns = []
     for place, cells in enumerate(zip(*lines, strict=True)):
         width = max(map(len, cells))
@@ -69,22 +63,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def show(path: Path) -> str:
     """The path as a person would type it here."""
-    # The working directory may be deleted while a run trains.
+    # Somebody may delete the working directory while a run trains.
     with contextlib.suppress(FileNotFoundError):
         return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
     return str(path)
 
 
 def python() -> str:
-    """The interpreter of this process as a person would type it here: `.venv/bin/python` after a
-    `make train`.
-    """
+    """The interpreter of this process as a person would type it here: `.venv/bin/python`, say."""
     executable = Path(sys.executable)
     shown = show(executable)
     if shown != str(executable):
         return shown
-    found = shutil.which("python")  # which may be another one
-    return "python" if found and Path(found).parent == executable.parent else str(executable)
+    on_path = shutil.which("python")
+    is_this = on_path is not None and Path(on_path).parent == executable.parent
+    return "python" if is_this else str(executable)
 
 
 # -- numbers -------------------------------------------------------------------------------------
@@ -105,7 +98,7 @@ def measured(value: float, unit: str = "") -> str:
 
 
 def metric(name: str, value: float) -> str:
-    """Of a metric: an accuracy as a percentage."""
+    """The value of a metric: an accuracy as a percentage."""
     is_share = SHARE.fullmatch(name.split("/")[-1]) and 0 <= value <= 1
     return measured(100 * value, " %") if is_share else measured(value)
 
@@ -116,7 +109,7 @@ def metrics(values: Iterable[tuple[str, float]]) -> list[tuple[str, str]]:
 
 
 def count(steps: float) -> str:
-    """A number of steps, as short as a tick has to be: 1,290, 40k, 2.5M."""
+    """A number of steps, short enough for a tick of an axis: 1,290, 40k, 2.5M."""
     if steps < 20_000:
         return f"{steps:,.0f}"
     return f"{steps / 1e6:g}M" if steps >= 1e6 else f"{steps / 1e3:g}k"
@@ -128,13 +121,13 @@ def megabytes(size: float) -> str:
 
 def size(value: float) -> str:
     """In the unit that fits."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            return (
-                f"{value:.0f} {unit}" if value >= 100 or unit == "bytes" else f"{value:.1f} {unit}"
-            )
+    unit = "bytes"
+    for larger in ("kB", "MB", "GB"):
+        if value < 1000:
+            break
         value /= 1000
-    raise AssertionError
+        unit = larger
+    return f"{value:.0f} {unit}" if value >= 100 or unit == "bytes" else f"{value:.1f} {unit}"
 
 
 # -- times ---------------------------------------------------------------------------------------
@@ -151,7 +144,7 @@ def age(when: str | None) -> str:
 
 
 def moment(time: str) -> str:
-    """An ISO time, in UTC, to the minute; what is no time as it is."""
+    """An ISO time, in UTC, to the minute; any other text as it is."""
     try:
         return datetime.fromisoformat(time).astimezone(UTC).strftime("%Y-%m-%d %H:%M")
     except (ValueError, OverflowError):

@@ -1,6 +1,4 @@
-"""The project that this process works for: where it lies, what it trains by default. Said once, by
-the entry.
-"""
+"""The project of this process: its directory and its default config, set once by the entry."""
 
 import tomllib
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ class Project:
     """A directory with train.py, resume.py and configs/.
 
     Attributes:
-        default_config: What is trained where no config is named, relative to `root`.
+        default_config: The config of a run that names none, relative to `root`.
     """
 
     root: Path
@@ -28,7 +26,7 @@ class Project:
 
     @cached_property
     def name(self) -> str:
-        """In its pyproject.toml; empty in the template, and where there is none."""
+        """The name in pyproject.toml; empty in the template, and without that file."""
         try:
             content = tomllib.loads((self.root / "pyproject.toml").read_text())
             name = str(content["project"]["name"])
@@ -41,18 +39,17 @@ _entered: Project | None = None
 
 
 def enter(project: Project) -> None:
-    """For the entry alone, before anything else is called."""
+    """Only the entry calls this, and before anything else."""
     global _entered
     _entered = project
 
 
 def project() -> Project:
-    """Where no entry named one, as in `python -m savepoint`: the nearest directory upwards that has
-    a resume.py.
+    """The project of the entry; without one, as in `python -m savepoint`, the nearest directory
+    upwards that has a resume.py.
     """
     if _entered is not None:
         return _entered
     here = Path.cwd()
-    return Project(
-        next((one for one in (here, *here.parents) if (one / "resume.py").is_file()), here)
-    )
+    upwards = (path for path in (here, *here.parents) if (path / "resume.py").is_file())
+    return Project(next(upwards, here))

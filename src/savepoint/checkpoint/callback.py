@@ -156,8 +156,8 @@ class CheckpointCallback(Checkpoint):
         if best is None and call is not None and call[2] == "best":
             raise CheckpointNotFoundError(
                 f'No best checkpoint for Trainer.{call[1]}(ckpt_path="best"): '
-                f"{self.store.directory}. Expected one with a value of {self.monitor} at its own "
-                "step. Train first, or name a file.",
+                f"{self.store.directory}. Only those with a value of {self.monitor} at their own "
+                "step are ranked. Train first, or name a file.",
                 self.store.directory,
             )
         return str(best.path) if best else self._best_elsewhere

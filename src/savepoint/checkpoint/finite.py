@@ -124,6 +124,12 @@ def _finite(weights: Tensor) -> bool:
 
 def _message(what: str, store: CheckpointStore) -> str:
     if (latest := store.latest()) is None:
-        return f"{what} Expected numbers. There is no checkpoint yet. Start again with a lower learning rate."
+        return (
+            f"{what} No training recovers from it. There is no checkpoint yet. Start again with a "
+            "lower learning rate."
+        )
     where = f"The last checkpoint is from before it: {latest.path}"
-    return f"{what} Expected numbers. {where}. Go on from there with a lower learning rate (--allow model.lr)."
+    return (
+        f"{what} No training recovers from it. {where}. Go on from there with a lower learning rate "
+        "(--allow model.lr)."
+    )

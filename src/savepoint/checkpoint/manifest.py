@@ -161,7 +161,7 @@ def local_path(path: Path | str) -> Path:
     """
     if path == "":  # of a variable that is not set; pathlib would take it for the working directory
         raise CheckpointNotFoundError(
-            "An empty path. That of a file or a directory was expected. Name one.", path
+            "An empty path: a shell variable may be unset. Name a file or a directory.", path
         )
     if files.is_url(path):
         raise CheckpointNotFoundError(
@@ -195,18 +195,24 @@ def _open(path: Path) -> BinaryIO:
             return open(path, "rb")
         # A named pipe would let the reader wait for ever.
         raise CheckpointNotFoundError(
-            f"Not a file: {path}. A checkpoint was expected. Check the path.", path
+            f"Not a file: {path}. A checkpoint is a regular file. Check the path.", path
         )
     except FileNotFoundError:
-        message = f"No checkpoint there: {path}. A checkpoint file was expected. Check the path."
+        message = f"No checkpoint there: {path}. A checkpoint is one file. Check the path."
         raise CheckpointNotFoundError(message, path) from None
     except IsADirectoryError:
-        message = f"A directory, not a checkpoint: {path}. A file was expected. Name one of the checkpoints in it."
+        message = (
+            f"A directory, not a checkpoint: {path}. A checkpoint is one file. Name one of the "
+            "checkpoints in it."
+        )
         raise CheckpointNotFoundError(message, path) from None
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG):
             raise
-        message = f"Not a path to a checkpoint: {str(path)[:200]} ({error.strerror}). A file was expected. Check the path."
+        message = (
+            f"Not a path to a checkpoint: {str(path)[:200]} ({error.strerror}). A checkpoint is one "
+            "file. Check the path."
+        )
         raise CheckpointNotFoundError(message, path) from None
 
 

@@ -363,8 +363,8 @@ class CheckpointStore:
                     else "none found"
                 )
                 raise CheckpointNotFoundError(
-                    f"No checkpoint that verifies: {self.directory} ({found}). At least one was "
-                    "expected. Start the run again, or name a checkpoint elsewhere.",
+                    f"No checkpoint that verifies: {self.directory} ({found}). A damaged file is "
+                    "never loaded. Start the run again, or name a checkpoint elsewhere.",
                     self.directory,
                 )
             cost = [(text, step - chosen.step) for text, step in said]
@@ -375,7 +375,7 @@ class CheckpointStore:
             return chosen, state, lines
         raise CheckpointNotFoundError(
             f"Each checkpoint that was chosen was deleted before it was read: {self.directory}. "
-            "Expected one that stays. Let the run keep more of them (checkpoint.keep_last), or "
+            "The run that trains there prunes them. Let it keep more (checkpoint.keep_last), or "
             "wait until it has ended.",
             self.directory,
         )

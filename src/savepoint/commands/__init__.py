@@ -1,9 +1,8 @@
 """The `savepoint` command: one module a subcommand, imported only when it is called, so that each
 starts fast.
 
-A module has `add_arguments(parser)` and `run(arguments) -> exit code`; what it does stands in
-COMMANDS. Every command takes `--json`. Exit codes: 0 all is well, 1 something is wrong (or
-differs), 2 bad input.
+A module has `add_arguments(parser)` and `main(arguments) -> exit code`; COMMANDS describes it.
+Every command takes `--json`. Exit codes: 0 all is well, 1 something is wrong (or differs), 2 bad input.
 """
 
 import argparse
@@ -21,7 +20,7 @@ COMMANDS = {
     "show": "show what a checkpoint holds: facts, metrics, config, tensors; and its lineage",
     "diff": "compare two checkpoints: config, metrics, weights, optimizer, all other state",
     "verify": "look at every byte of checkpoints and at all of a run: what is wrong, what to do",
-    "gc": "delete the checkpoints that retention lets go, and what dead processes left",
+    "gc": "delete the checkpoints that retention prunes, and the temps of dead processes",
     "eval": "test a checkpoint: metrics, and what the project's callbacks report",
     "export": "write a checkpoint's model in a format that others read, and compare the two",
     "report": "write one HTML file that shows a run: curves, pictures, checkpoints, config",
@@ -30,29 +29,29 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    if argv is None:  # a process of our own; `| head` must not hide what the exit code says
-        sys.stdout, sys.stderr = entry.tolerant(sys.stdout), entry.tolerant(sys.stderr)
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(usage(), file=sys.stdout if words else sys.stderr)
-        return 0 if words else 2
-    if words[0] not in COMMANDS:
-        near = _nearest(words[0], COMMANDS)
-        print(
-            f"savepoint: No such command: {words[0]}. Expected one of {', '.join(COMMANDS)}.{near}",
-            file=sys.stderr,
-        )
+    if argv is None:  # a process of our own, whose exit code `| head` must not change
+        sys.stdout = entry.tolerant(sys.stdout)
+        sys.stderr = entry.tolerant(sys.stderr)
+    name, *args = (sys.argv[1:] if argv is None else argv) or [""]
+    if name in ("", "-h", "--help"):
+        print(usage(), file=sys.stdout if name else sys.stderr)
+        return 0 if name else 2
+    if name not in COMMANDS:
+        near = words.nearest(name, COMMANDS)
+        what = f"savepoint: No such command: {name}"
+        print(f"{what}. Expected one of {', '.join(COMMANDS)}.{near}", file=sys.stderr)
         return 2
     try:
-        code = _execute(*words)
+        code = _execute(name, args)
         entry.require_whole_output()
-    except CheckpointSaveError as error:  # no run that could not be saved: a place that was named
-        return _refuse(words[0], str(error), 2)
+    except CheckpointSaveError as error:  # about the place that the user named, not a run
+        return _refuse(name, str(error), 2)
     except SavepointError as error:
-        return _refuse(words[0], str(error), error.exit_code)
+        return _refuse(name, str(error), error.exit_code)
     except OSError as error:
-        what = f"No access: {error.filename} ({error.strerror}). Expected a file or directory that this user may read and use."
-        return _refuse(words[0], what, 2)
+        what = f"No access: {error.filename} ({error.strerror})"
+        why = "The command reads it as this user. Check its permissions, or name another."
+        return _refuse(name, f"{what}. {why}", 2)
     except KeyboardInterrupt:
         return 130
     return code
@@ -64,20 +63,20 @@ def usage() -> str:
     return "\n".join([head, "", *lines, "", "What a command takes: savepoint COMMAND --help"])
 
 
-def _execute(name: str, *words: str) -> int:
+def _execute(name: str, args: Sequence[str]) -> int:
     module = importlib.import_module(f"savepoint.commands.{name}")
-    code: int = module.main(_parse(name, module, words))
+    code: int = module.main(_parse(name, module, args))
     return code
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without its usage."""
+    """Prints an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message[0].upper()}{message[1:]}. See: {self.prog} --help")
 
 
-def _parse(name: str, module: ModuleType, words: Sequence[str]) -> argparse.Namespace:
+def _parse(name: str, module: ModuleType, args: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog=f"savepoint {name}",
         description=f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}.",
@@ -87,26 +86,17 @@ def _parse(name: str, module: ModuleType, words: Sequence[str]) -> argparse.Name
     parser.add_argument(
         "--json", action="store_true", help="for scripts: one JSON document instead of text"
     )
-    arguments, unknown = parser.parse_known_args(words)
+    arguments, unknown = parser.parse_known_args(args)
     if "words" in arguments:  # a command that takes any key of a config as a flag
-        arguments.words, unknown = unknown, []
+        arguments.words = unknown
+        unknown = []
     if unknown:
-        flags = [
-            flag
-            for action in parser._actions
-            for flag in action.option_strings
-            if flag.startswith("--")
-        ]
+        flags = [flag for action in parser._actions for flag in action.option_strings]
         kind = "Unknown flag" if unknown[0].startswith("-") else "One word too many"
-        near = _nearest(unknown[0].split("=")[0], flags)
+        long_flags = [flag for flag in flags if flag.startswith("--")]
+        near = words.nearest(unknown[0].split("=")[0], long_flags)
         raise ConfigError(f"{kind}: {unknown[0]}.{near} See: {parser.prog} --help")
     return arguments
-
-
-def _nearest(name: str, known: Sequence[str] | dict[str, str]) -> str:
-    from savepoint.words import nearest  # yaml, only for a message
-
-    return nearest(name, known)
 
 
 def _refuse(name: str, message: str, code: int) -> int:

@@ -1,12 +1,13 @@
 """`savepoint diff A B`: exit code 0 if the two are equal, 1 if they differ, 2 if one cannot be
 read, like diff(1).
 
-Equal means: every plain value and every bit of every tensor, but for what says when and where a
-checkpoint was made (the manifest, `run`) and how long it took (the callback `Meter`).
+Equal means: every plain value and every bit of every tensor, but for the facts of time and place
+(the manifest, `run`) and the duration (the callback `Meter`).
 """
 
 import argparse
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from savepoint import find, words
@@ -33,94 +34,78 @@ def main(arguments: argparse.Namespace) -> int:
     from savepoint.checkpoint import store  # and with its load, torch
 
     (state, facts), (other_state, other_facts) = map(store.load, paths)
-    found = compare(state, other_state)
-    found = {"a": paths[0], "b": paths[1], "equal": not found["parts"], **found}
-    found["facts"] = {
-        k: [facts.get(k), other_facts.get(k)] for k in FACTS if facts.get(k) != other_facts.get(k)
-    }
-    found["metrics"] = _metrics(facts, other_facts)
+    changes = compare(state, other_state)
+    changes = {"a": paths[0], "b": paths[1], "equal": not changes["parts"], **changes}
+    changes["facts"] = _differences(
+        {key: facts.get(key) for key in FACTS}, {key: other_facts.get(key) for key in FACTS}
+    )
+    changes["metrics"] = _differences(facts.get("metrics", {}), other_facts.get("metrics", {}))
     if arguments.json:
-        output.put_json(found)
+        output.put_json(changes)
     else:
-        output.put(_text(found))
-    return 0 if found["equal"] else 1
+        output.put(_text(changes))
+    return 0 if changes["equal"] else 1
 
 
 def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """`parts`: the keys of the state that differ, in whatever; then what of config, weights and
+    """`parts`: the keys of the state that differ; then the differences of config, weights and
     optimizers.
     """
     from savepoint.checkpoint.format import fingerprint
-    from savepoint.config.compose import flatten, same
+    from savepoint.config.compose import flatten
 
-    a, b = comparable(a), comparable(b)
-    keys = list({**a, **b})
-    parts = [
-        key
-        for key in keys
-        if key not in a or key not in b or fingerprint(a[key]) != fingerprint(b[key])
-    ]
-    old, new = flatten(a.get("config") or "{}"), flatten(b.get("config") or "{}")
-    config = {
-        k: [old.get(k), new.get(k)]
-        for k in {**old, **new}
-        if k not in old or k not in new or not same(old[k], new[k])
-    }
-    weights = _weights(*(_uncompiled(one.get("state_dict", {})) for one in (a, b)))
+    a = comparable(a)
+    b = comparable(b)
+    both = a.keys() & b.keys()
+    equal = {key for key in both if fingerprint(a[key]) == fingerprint(b[key])}
+    parts = [key for key in {**a, **b} if key not in equal]
+    config = _differences(flatten(a.get("config") or "{}"), flatten(b.get("config") or "{}"))
+    weights = _weights(_uncompiled(a.get("state_dict", {})), _uncompiled(b.get("state_dict", {})))
     optimizers = _optimizers(a.get("optimizer_states", []), b.get("optimizer_states", []))
     return {"parts": parts, "config": config, "weights": weights, "optimizers": optimizers}
 
 
 def comparable(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What is the same in the checkpoints of equal runs, however often they were killed and
-    resumed.
-    """
+    """The part of a state that is equal in equal runs, however often they were resumed."""
     kept = {key: value for key, value in state.items() if key not in MAY_DIFFER}
     callbacks = {key: value for key, value in state.get("callbacks", {}).items() if key != CLOCK}
     return kept | {"callbacks": callbacks}
 
 
-def _metrics(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
-    """Name -> [(value, step) in A, in B], for those that differ."""
-    old, new = a.get("metrics", {}), b.get("metrics", {})
-    pairs = {name: [old.get(name), new.get(name)] for name in {**old, **new}}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """Key -> [value in A, value in B], for the values that differ; None for an absent key."""
+    from savepoint.config.compose import same
+
+    both = a.keys() & b.keys()
+    equal = {key for key in both if same(a[key], b[key])}
+    return {key: [a.get(key), b.get(key)] for key in {**a, **b} if key not in equal}
 
 
 def _uncompiled(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """Under plain names: those of a part that went through `torch.compile` differ, its weights do
-    not.
-    """
+    """Weights under plain names: `torch.compile` changes the names, not the weights."""
     return {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
 
 
 def _weights(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Those that differ, in the order of the model; beside tensors, what a part's `get_extra_state`
-    gave.
-    """
+    """The weights that differ, in the order of the model; also values of a `get_extra_state`."""
     from torch import Tensor
 
     from savepoint.checkpoint.format import fingerprint
 
     rows: list[dict[str, Any]] = []
     for name in {**a, **b}:
+        change = None
+        why = None
         if name not in a or name not in b:
-            rows.append(
-                {"name": name, "change": None, "why": f"only in {'A' if name in a else 'B'}"}
-            )
+            why = f"only in {'A' if name in a else 'B'}"
         elif not isinstance(a[name], Tensor) or not isinstance(b[name], Tensor):
-            if fingerprint(a[name]) != fingerprint(b[name]):
-                rows.append({"name": name, "change": None, "why": "other values"})
+            why = "other values" if fingerprint(a[name]) != fingerprint(b[name]) else None
         elif a[name].shape != b[name].shape:
-            rows.append(
-                {
-                    "name": name,
-                    "change": None,
-                    "why": f"{list(a[name].shape)} and {list(b[name].shape)}",
-                }
-            )
-        elif (change := relative_change(a[name], b[name])) is not None:
-            rows.append({"name": name, "change": change, "why": None})
+            why = f"{list(a[name].shape)} and {list(b[name].shape)}"
+        else:
+            change = relative_change(a[name], b[name])
+        if change is not None or why is not None:
+            rows.append({"name": name, "change": change, "why": why})
     return rows
 
 
@@ -133,62 +118,61 @@ def relative_change(a: "Tensor", b: "Tensor") -> float | None:
     if fingerprint(a) == fingerprint(b):
         return None
     kind = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
-    distance, length = norm(dense(b).to(kind) - dense(a).to(kind)), norm(a)
-    return distance / length if length else float("inf") if distance else 0.0
+    distance = norm(dense(b).to(kind) - dense(a).to(kind))
+    length = norm(a)
+    if not length:
+        return float("inf") if distance else 0.0
+    return distance / length
 
 
 def _optimizers(a: list[Any], b: list[Any]) -> list[dict[str, Any]]:
-    """Of each optimizer, what it is and how far it is, where the two differ."""
-    from savepoint.config.compose import same
-
+    """For each optimizer that differs: its kind of state, step counts and hyper-parameters."""
     rows = []
-    for place in range(max(len(a), len(b))):
-        old, new = (_optimizer(one[place]) if place < len(one) else {} for one in (a, b))
-        changed = {
-            k: [old.get(k), new.get(k)] for k in {**old, **new} if not same(old.get(k), new.get(k))
-        }
+    for place, (one, other) in enumerate(zip_longest(a, b)):
+        changed = _differences(_optimizer(one), _optimizer(other))
         rows += [{"optimizer": place, "changed": changed}] if changed else []
     return rows
 
 
-def _optimizer(state: Mapping[str, Any]) -> dict[str, Any]:
+def _optimizer(state: Mapping[str, Any] | None) -> dict[str, Any]:
     """Keys of its state, step counts, hyper-parameters: `lr` of the first group, `[1].lr` of the
     second.
     """
+    if state is None:
+        return {}
     of_parameters = list(state["state"].values())
-    steps = sorted({float(one["step"]) for one in of_parameters if "step" in one})
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "state": sorted({key for one in of_parameters for key in one}),
-        "steps": steps,
+        "steps": sorted({float(one["step"]) for one in of_parameters if "step" in one}),
     }
     for place, group in enumerate(state["param_groups"]):
         prefix = f"[{place}]." if place else ""
-        found |= {f"{prefix}{key}": value for key, value in group.items() if key != "params"}
-        found[f"{prefix}number of parameters"] = len(group["params"])
-    return found
+        options = {key: value for key, value in group.items() if value is not None}
+        facts |= {f"{prefix}{key}": value for key, value in options.items() if key != "params"}
+        facts[f"{prefix}number of parameters"] = len(group["params"])
+    return facts
 
 
-def _text(found: Mapping[str, Any]) -> str:
-    if found["equal"]:
-        same = f"Equal: every value and every bit, but for {', '.join(MAY_DIFFER)} and the clock."
+def _text(changes: Mapping[str, Any]) -> str:
+    if changes["equal"]:
+        last = f"Equal: every value and every bit, but for {', '.join(MAY_DIFFER)} and the clock."
     else:
-        same = f"Different in: {', '.join(found['parts'])}"
+        last = f"Different in: {', '.join(changes['parts'])}"
+    metrics = {name: list(map(_metric, pair)) for name, pair in changes["metrics"].items()}
+    weights = [
+        (one["name"], one["why"] or words.number(one["change"])) for one in changes["weights"]
+    ]
     sections = [
-        words.table((), [("A", str(found["a"])), ("B", str(found["b"]))]),
-        _section("fact", found["facts"]),
-        _section("config", found["config"]),
-        _section(
-            "metric",
-            {name: [_metric(one) for one in pair] for name, pair in found["metrics"].items()},
+        words.table((), [("A", str(changes["a"])), ("B", str(changes["b"]))]),
+        _section("fact", changes["facts"]),
+        _section("config", changes["config"]),
+        _section("metric", metrics),
+        words.table(("weights", "relative change"), weights) if weights else "",
+        *(
+            _section(f"optimizer {one['optimizer']}", one["changed"])
+            for one in changes["optimizers"]
         ),
-        words.table(
-            ("weights", "relative change"),
-            [(one["name"], one["why"] or words.number(one["change"])) for one in found["weights"]],
-        )
-        if found["weights"]
-        else "",
-        *(_section(f"optimizer {one['optimizer']}", one["changed"]) for one in found["optimizers"]),
-        same,
+        last,
     ]
     return "\n\n".join(section for section in sections if section)
 

@@ -1,7 +1,6 @@
-"""`savepoint export [CKPT] --format F`: the weights, or the model, for programs that know nothing
-of Savepoint.
+"""`savepoint export [CKPT] --format F`: the weights, or the model, for programs without Savepoint.
 
-Exit code 1 if what was written is not what the checkpoint computes: then it is not kept.
+Exit code 1 if the file does not compute what the checkpoint computes: then it is not kept.
 """
 
 import argparse
@@ -28,90 +27,66 @@ ONNX = ("onnx", "onnxruntime", "onnxscript")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "ckpt",
-        metavar="CKPT",
-        nargs="?",
-        help="a file, or a run: its best; the newest run under outputs/",
-    )
-    parser.add_argument(
-        "--format",
-        required=True,
-        choices=SUFFIXES,
-        help="pt2 and onnx hold the model, the others weights",
-    )
-    parser.add_argument(
-        "-o",
-        dest="file",
-        metavar="FILE",
-        type=Path,
-        help="default: in the run directory, by the step",
-    )
+    ckpt = "a file, or a run: its best; the newest run under outputs/"
+    parser.add_argument("ckpt", metavar="CKPT", nargs="?", help=ckpt)
+    kind = "pt2 and onnx hold the model, the others weights"
+    parser.add_argument("--format", required=True, choices=SUFFIXES, help=kind)
+    file = "default: in the run directory, by the step"
+    parser.add_argument("-o", dest="file", metavar="FILE", type=Path, help=file)
     parser.add_argument("--force", action="store_true", help="replace FILE if it is there")
-    parser.add_argument(
-        "--allow", choices=["canary"], default="", help="go on though the model's code has changed"
-    )
+    allow = "go on though the model's code has changed"
+    parser.add_argument("--allow", choices=["canary"], default="", help=allow)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    path, said = find.file_or_best(arguments.ckpt)
+    path, source = find.file_or_best(arguments.ckpt)
     target: Path = arguments.file or find.beside(path, path.stem + SUFFIXES[arguments.format])
     _check(target, arguments.format, force=arguments.force)
 
     with entry.importing():
         from savepoint import export, rebuilding
 
-    made = rebuilding.rebuild(path, allow=[arguments.allow])
-    parity = export.export(made, target, arguments.format)
+    rebuilt = rebuilding.rebuild(path, allow=[arguments.allow])
+    parity = export.export(rebuilt, target, arguments.format)
+    metadata = export.describe(rebuilt)
     if arguments.json:
-        facts = {
-            "checkpoint": path,
-            "file": target,
-            "format": arguments.format,
-            "averaged": made.averaged,
-        }
-        output.put_json(
-            facts | {"parity": parity and vars(parity), "metadata": export.describe(made)}
-        )
+        facts = {"checkpoint": path, "file": target, "format": arguments.format}
+        facts |= {"averaged": rebuilt.averaged, "parity": parity and vars(parity)}
+        output.put_json(facts | {"metadata": metadata})
         return 0
-    lines = [said]
-    lines += ["weights: the averaged ones, as in the run's test"] if made.averaged else []
+    lines = [source]
+    lines += ["weights: the averaged ones, as in the run's test"] if rebuilt.averaged else []
     lines += [_parity(parity) if parity else "parity: not checked, this checkpoint has no canary"]
     opset = f", opset {export.OPSET}" if arguments.format == "onnx" else ""
     lines += [f"written: {show(target)} ({words.megabytes(target.stat().st_size)}{opset})"]
-    if shape := export.describe(made).get("input"):
-        lines += [f"input: {shape}, what the model's forward takes"]
+    if shape := metadata.get("input"):
+        lines += [f"input: {shape}, as the model's forward takes it"]
     output.put("\n".join(lines))
     return 0
 
 
 def _parity(parity: "Parity") -> str:
     allowed = f"{parity.allowed:.3g} at most" if parity.allowed else "0"
-    other = (
-        f"; the output in the checkpoint, of another device, by {parity.saved:.3g}"
-        if parity.saved
-        else ""
-    )
+    other = ""
+    if parity.saved:
+        other = f"; the output in the checkpoint, of another device, by {parity.saved:.3g}"
     return f"parity: largest difference {parity.largest:.3g} (expected {allowed}){other}"
 
 
 def _check(target: Path, kind: str, *, force: bool) -> None:
-    """What is wrong with the request, before the slow imports."""
+    """Raises ConfigError for the arguments, before the slow imports."""
     if target.is_dir():
         raise ConfigError(
-            f"A directory, not a file: {target}. Expected the name of a file. Give another one: -o "
-            "FILE"
+            f"A directory, not a file: {target}. An export is one file. Give another name: -o FILE"
         )
     if target.exists() and not force:
         raise ConfigError(
-            f"There already: {show(target)}. Expected a new file. Give another one: -o FILE, or "
-            "--force"
+            f"There already: {show(target)}. An export replaces a file only with --force. Give it, "
+            "or another name: -o FILE"
         )
-    lacking = (
-        [name for name in ONNX if importlib.util.find_spec(name) is None] if kind == "onnx" else []
-    )
-    if lacking:
+    lacking = [name for name in ONNX if importlib.util.find_spec(name) is None]
+    if lacking and kind == "onnx":
         raise ConfigError(
-            f"Not installed: {', '.join(lacking)}. Expected what ONNX needs. "
+            f"Not installed: {', '.join(lacking)}. The format onnx needs it. "
             "Install it: pip install 'savepoint-lightning[onnx]'"
         )

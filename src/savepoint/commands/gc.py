@@ -1,8 +1,8 @@
-"""`savepoint gc [RUN_DIR]`: what the run's retention lets go is deleted, by the store, as after a
-save.
+"""`savepoint gc [RUN_DIR]`: the store deletes the checkpoints that the run's retention prunes, as
+after a save.
 
-The newest and the best always stay; foreign and damaged files are never touched. Exit code 1 if one
-of those that stay does not verify: then nothing is deleted, as what would go may be needed.
+The newest and the best always stay; external and damaged files are never touched. Exit code 1 if a
+checkpoint that stays does not verify: then nothing is deleted, as the others may be needed.
 """
 
 import argparse
@@ -41,13 +41,13 @@ def main(arguments: argparse.Namespace) -> int:
     run = find.run(arguments.run_dir)
     if run.checkpoints == run.directory:
         raise ConfigError(
-            f"No run: {run.directory}. Expected a run directory with checkpoints/ in it. Name that "
-            "one."
+            f"No run: {run.directory}. A run directory has checkpoints/ in it. Name that one."
         )
     config = _checkpoint_group(run)
-    numbers: dict[str, Any] = {rule: config.get(rule) for rule in RULES}
-    given = {rule: getattr(arguments, rule) for rule in RULES}
-    numbers |= {rule: value for rule, value in given.items() if value is not None}
+    numbers: dict[str, Any] = {}
+    for rule in RULES:
+        given = getattr(arguments, rule)
+        numbers[rule] = config.get(rule) if given is None else given
     retention = Retention(**numbers)
     store = CheckpointStore(
         run.checkpoints, retention=retention, monitor=config.get("monitor"), mode=config["mode"]
@@ -66,7 +66,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _checkpoint_group(run: Run) -> Mapping[str, Any]:
-    """`checkpoint` of the run's config: of its last start, else of its newest checkpoint."""
+    """The group `checkpoint` in the run's config.yaml, else in its newest checkpoint."""
     from savepoint.config.compose import parse_yaml
 
     for text in _configs(run):
@@ -76,15 +76,13 @@ def _checkpoint_group(run: Run) -> Mapping[str, Any]:
             if _is_sound(group):
                 return dict(group)
     raise ConfigError(
-        f"No config that says what to keep: {run.shown}. Expected config.yaml, or a checkpoint "
-        "that holds one. Put config.yaml back."
+        f"No config that says what to keep: {run.shown}. It stands in config.yaml and in each "
+        "checkpoint of train.py. Put config.yaml back."
     )
 
 
 def _is_sound(group: Any) -> bool:
-    """Whether it is such as a start has checked: a slip of the hand must not decide what is
-    deleted.
-    """
+    """Whether a start would take this group: a mistake in an edited file must delete nothing."""
     if not isinstance(group, dict) or group.get("mode") not in ("min", "max"):
         return False
     numbers = isinstance(group.get("keep_last"), int) and isinstance(group.get("keep_best"), int)
@@ -101,53 +99,47 @@ def _configs(run: Run) -> Iterator[str]:
 
 
 def _plan(store: CheckpointStore) -> list[dict[str, Any]]:
-    """Each file of the directory with why it stays; `goes` where nothing keeps it."""
-    kept, listed = store.reasons(), store.checkpoints()
+    """Each file of the directory with the reason why it stays; `goes` where there is none."""
+    kept = store.reasons()
+    listed = store.checkpoints()
     everything = Retention(keep_last=len(listed), keep_best=len(listed))
     places = CheckpointStore(
         store.directory, retention=everything, monitor=store.monitor, mode=store.mode
     ).reasons()
-    rows = [
-        _row(one.path, one.step, why=kept[one.step])
-        if one.step in kept
-        else _row(one.path, one.step, goes=True, why=["no rule", *places.get(one.step, [])])
-        for one in listed
-    ]
-    for row in rows:
-        row["damage"] = None if row["goes"] else _damage(store.directory / row["file"])
+    rows = []
+    for one in listed:
+        if one.step in kept:
+            rows.append(_row(one.path, one.step, why=kept[one.step], damage=_damage(one.path)))
+        else:
+            why = ["no rule", *places.get(one.step, [])]
+            rows.append(_row(one.path, one.step, goes=True, why=why))
     rows += [_row(path, why=["does not verify, never deleted"]) for path, _ in store.rejected()]
-    names = {"last.ckpt": "the newest", "best.ckpt": "the best"}
-    known = {row["file"] for row in rows} | names.keys()
-    rows += [
-        _row(store.directory / name, why=[f"the name of {what}"])
-        for name, what in names.items()
-        if (store.directory / name).exists()
-    ]
-    for path in sorted(path for path in store.directory.iterdir() if path.name not in known):
+    for name, what in (("last.ckpt", "the newest"), ("best.ckpt", "the best")):
+        if (store.directory / name).exists():
+            rows.append(_row(store.directory / name, why=[f"the name of {what}"]))
+    known = {row["file"] for row in rows}
+    for path in sorted(store.directory.iterdir()):
+        if path.name in known or path.name in ("last.ckpt", "best.ckpt"):
+            continue
         if files.is_stale_temp(path, alone=True):
             rows.append(_row(path, goes=True, why=["left by a process that died"]))
         else:
-            rows.append(
-                _row(
-                    path,
-                    why=["set aside" if path.name.endswith(".corrupt") else "not a checkpoint"],
-                )
-            )
+            what = "quarantined" if path.name.endswith(".corrupt") else "not a checkpoint"
+            rows.append(_row(path, why=[what]))
     return rows
 
 
 def _row(
-    path: Path, step: int | None = None, *, goes: bool = False, why: list[str] | None = None
+    path: Path,
+    step: int | None = None,
+    *,
+    why: list[str],
+    goes: bool = False,
+    damage: str | None = None,
 ) -> dict[str, Any]:
     size = find.size(path) or 0
-    return {
-        "file": path.name,
-        "step": step,
-        "bytes": size,
-        "goes": goes,
-        "why": why or [],
-        "damage": None,
-    }
+    row = {"file": path.name, "step": step, "bytes": size}
+    return row | {"goes": goes, "why": why, "damage": damage}
 
 
 def _damage(path: Path) -> str | None:
@@ -170,11 +162,13 @@ def _text(rows: list[dict[str, Any]], retention: Retention, *, dry_run: bool) ->
     gone = [row for row in rows if row["goes"]]
     total = f"{plural(len(gone), 'file')}, {words.megabytes(sum(row['bytes'] for row in gone))}"
     if any(row["damage"] for row in rows):
-        last = "Nothing is deleted: one that would stay does not verify, and what would go may be needed."
+        last = "Nothing is deleted: a file that stays does not verify, so the others may be needed."
     else:
         last = f"Would delete {total}." if dry_run else f"Deleted {total}."
     return "\n".join([rules, words.table(("file", "size", "", "why"), lines), last])
 
 
 def _fate(row: dict[str, Any]) -> str:
-    return f"DAMAGED: {row['damage']}" if row["damage"] else "goes" if row["goes"] else "stays"
+    if row["damage"]:
+        return f"DAMAGED: {row['damage']}"
+    return "goes" if row["goes"] else "stays"

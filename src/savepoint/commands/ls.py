@@ -1,7 +1,7 @@
-"""`savepoint ls [PATH]`: of a run its checkpoints, of any other directory the runs in it.
+"""`savepoint ls [PATH]`: the checkpoints of a run, or the runs in any other directory.
 
-Exit code 1 if a run is broken or cannot be read, if a file that is named as a checkpoint is none,
-or if a run has none left.
+Exit code 1 if a run is broken or unreadable, if a file with a checkpoint's name does not verify, or
+if a run has no checkpoint left.
 """
 
 import argparse
@@ -17,12 +17,8 @@ from savepoint.run import Run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "path",
-        metavar="PATH",
-        nargs="?",
-        help="a directory of runs, a run directory, or its checkpoints/; default: outputs",
-    )
+    place = "a directory of runs, a run directory, or its checkpoints/; default: outputs"
+    parser.add_argument("path", metavar="PATH", nargs="?", help=place)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -40,7 +36,7 @@ def _directory(argument: str | None) -> Path:
     path = manifest.local_path("outputs" if argument is None else argument)
     if argument is None and not path.exists():
         hint = f"Start one: {words.python()} train.py"
-        what = f"No runs yet: {path}. A directory with runs was expected. {hint}"
+        what = f"No runs yet: {path}. The first run makes this directory. {hint}"
         raise CheckpointNotFoundError(what, path)
     if not path.is_dir():
         raise find.missing(path, "a run directory or a directory of runs")
@@ -51,38 +47,39 @@ def _directory(argument: str | None) -> Path:
 
 
 def _runs(directory: Path) -> tuple[Any, str, bool]:
-    """For JSON, as text, and whether all is well."""
+    """Data for JSON, the text, and whether all is well."""
     rows = sorted(map(_run_facts, find.runs_in(directory)), key=lambda row: str(row["last"]))
     is_well = not any(row["state"] in ("broken", "unreadable") for row in rows)
     return rows, _runs_text(rows) if rows else f"{directory}: no runs", is_well
 
 
-def _run_facts(one: Run) -> dict[str, Any]:
-    row: dict[str, Any] = {"run": one.name, "path": one.directory, "state": "unreadable"}
+def _run_facts(run: Run) -> dict[str, Any]:
+    row: dict[str, Any] = {"run": run.name, "path": run.directory, "state": "unreadable"}
     row |= {"test": {}, "last": ""}
     row |= dict.fromkeys(("config", "monitor", "best", "step", "epoch", "reason"))
     try:
-        row["config"], row["state"] = _config(one), one.state()
-        times = [start["time"] for start in one.starts()]
-        if one.latest is not None:
-            facts = one.latest.manifest
+        row["config"] = _config(run)
+        row["state"] = run.state()
+        times = [start["time"] for start in run.starts()]
+        if run.latest is not None:
+            facts = run.latest.manifest
             row |= {"monitor": facts.get("monitor"), "best": facts.get("best_score")}
-            row |= {"step": one.latest.step, "epoch": one.latest.epoch}
+            row |= {"step": run.latest.step, "epoch": run.latest.epoch}
             times.append(facts.get("created") or "")
         row["last"] = max(times, default="")
-        if one.is_summarised():
-            tested = one.summary().items()
-            row["test"] = {key: value for key, value in tested if key.startswith("test/")}
+        if run.is_summarised():
+            summary = run.summary().items()
+            row["test"] = {key: value for key, value in summary if key.startswith("test/")}
     except OSError as error:
         row["reason"] = f"{error.filename}: {error.strerror}"
     return row
 
 
-def _config(one: Run) -> str | None:
-    """The name of the config file of the first start; a fork has none, but a parent."""
+def _config(run: Run) -> str | None:
+    """The name of the first start's config file; for a fork the name of its parent."""
     from savepoint.config.compose import config_name
 
-    first = next(iter(one.starts()), None)
+    first = next(iter(run.starts()), None)
     if first is None:
         return None
     if not first.get("checkpoint"):
@@ -93,14 +90,12 @@ def _config(one: Run) -> str | None:
 
 
 def _runs_text(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        (
-            row["run"], row["config"] or "-",
-            f"{row['monitor'] or ''} {words.number(row['best'])}".strip(), _test(row["test"]),
-            words.number(row["step"]), row["state"], words.age(row["last"]),
-        )
-        for row in rows
-    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        best = f"{row['monitor'] or ''} {words.number(row['best'])}".strip()
+        line = [row["run"], row["config"] or "-", best, _test(row["test"])]
+        line += [words.number(row["step"]), row["state"], words.age(row["last"])]
+        lines.append(line)
     text = [words.table(("run", "config", "best", "test", "steps", "state", "age"), lines)]
     text += [f"{row['run']} cannot be read: {row['reason']}" for row in rows if row["reason"]]
     for row in rows:
@@ -110,7 +105,7 @@ def _runs_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _test(measured: dict[str, Any]) -> str:
-    """The accuracy where there is one; else the first that was measured."""
+    """The accuracy where there is one; else the first metric."""
     if isinstance(accuracy := measured.get("test/accuracy"), float):
         return words.metric("accuracy", accuracy)
     name, value = next(iter(measured.items()), ("", None))
@@ -121,7 +116,7 @@ def _test(measured: dict[str, Any]) -> str:
 
 
 def _checkpoints(run: Run) -> tuple[Any, str, bool]:
-    """For JSON, as text, and whether all is well."""
+    """Data for JSON, the text, and whether all is well."""
     rows = listing(run)
     is_wrong = any(not row["verifies"] and not row["set_aside"] for row in rows)
     is_well = not is_wrong and any(row["verifies"] for row in rows)
@@ -130,8 +125,9 @@ def _checkpoints(run: Run) -> tuple[Any, str, bool]:
 
 
 def listing(run: Run) -> list[dict[str, Any]]:
-    """Checkpoints by step, judged by structure and seal; then what does not verify, and why."""
-    listed, best = run.store.checkpoints(), run.store.best()
+    """Checkpoints by step, judged by structure and seal; then the files that do not verify."""
+    listed = run.store.checkpoints()
+    best = run.store.best()
     monitor = listed[-1].manifest.get("monitor") if listed else None
     rows = [
         _row(one.path, verifies=True, step=one.step, epoch=one.epoch, monitor=monitor)
@@ -153,14 +149,12 @@ def _row(path: Path, **more: Any) -> dict[str, Any]:
 
 def _checkpoints_text(rows: Sequence[dict[str, Any]]) -> str:
     monitor = next((row["monitor"] for row in rows if row["monitor"]), "score")
-    lines = [
-        (
-            row["file"], words.number(row["step"]), words.number(row["epoch"]),
-            words.number(row["score"]), words.megabytes(row["bytes"]), words.age(row["created"]),
-            " ".join(mark for mark in ("latest", "best") if row[mark]), _verdict(row),
-        )
-        for row in rows
-    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        marks = [mark for mark in ("latest", "best") if row[mark]]
+        line = [row["file"], *(words.number(row[key]) for key in ("step", "epoch", "score"))]
+        line += [words.megabytes(row["bytes"]), words.age(row["created"])]
+        lines.append([*line, " ".join(marks), _verdict(row)])
     head = ("file", "step", "epoch", monitor, "size", "age", "mark", "verified")
     return words.table(head, lines)
 
@@ -168,4 +162,4 @@ def _checkpoints_text(rows: Sequence[dict[str, Any]]) -> str:
 def _verdict(row: dict[str, Any]) -> str:
     if row["verifies"]:
         return "yes"
-    return f"{'set aside' if row['set_aside'] else 'NO'}: {row['reason']}"
+    return f"{'quarantined' if row['set_aside'] else 'NO'}: {row['reason']}"

@@ -1,6 +1,4 @@
-"""How the commands print: aligned plain text that reads the same in a pipe, and JSON. No colours,
-no terminal needed.
-"""
+"""The output of the commands: plain text that reads the same in a pipe, and JSON. No colours."""
 
 import json
 import math
@@ -17,8 +15,8 @@ def put(text: str) -> None:
 
 
 def put_json(data: Any) -> None:
-    """NaN and infinities, which JSON does not know, become the texts "nan", "inf" and "-inf", as in
-    a manifest.
+    """Prints data as JSON. NaN and infinities, which JSON lacks, become the texts "nan", "inf" and
+    "-inf", as in a manifest.
     """
     sys.stdout.write(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
 

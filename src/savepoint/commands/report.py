@@ -1,9 +1,9 @@
-"""`savepoint report [RUN_DIR] [-o FILE]`: exits with 0 once the file is there, whatever it says."""
+"""`savepoint report [RUN_DIR] [-o FILE]`: exit code 0 once the file is written."""
 
 import argparse
 from pathlib import Path
 
-from savepoint import files, find
+from savepoint import files, find, words
 from savepoint.commands import output
 from savepoint.errors import ConfigError, RunDirectoryError
 from savepoint.report import gather, page
@@ -22,34 +22,35 @@ def main(arguments: argparse.Namespace) -> int:
     path = Path(arguments.output or run.directory / "report.html")
     _refuse_other_file(path)
     report = gather.Report(run)
-    size, missing = _write(path, page.page(report)), report.missing + report.curves.missing
+    size = _write(path, page.page(report))
+    missing = report.missing + report.curves.missing
     if arguments.json:
         facts = {"run_dir": run.directory, "file": path, "bytes": size, "state": report.state}
         output.put_json(facts | {"missing": missing})
     else:
-        output.put("\n".join([*missing, f"{show(path.absolute())}: {size / 1e3:.0f} kB"]))
+        output.put("\n".join([*missing, f"{show(path.absolute())}: {words.size(size)}"]))
     return 0
 
 
 def _refuse_other_file(path: Path) -> None:
-    """A report is written anew at each call; nothing else is ever replaced by one."""
+    """A report replaces an older report, and no other file."""
     is_report = path.is_file() and page.GENERATOR.encode() in path.read_bytes()[:1000]
     if path.exists() and not is_report:
-        there = f"There already, and no report: {path}"
-        expected = "Expected a new file, or a report. Give another one: -o FILE"
-        raise ConfigError(f"{there}. {expected}")
+        raise ConfigError(
+            f"There already, and no report: {path}. A report replaces only a report. Give another "
+            "file: -o FILE"
+        )
 
 
 def _write(path: Path, text: str) -> int:
     data = text.encode("utf-8", "replace")  # a file's name may hold bytes that are no text
     try:
-        path.parent.stat()  # a directory that is not there is a slip of the pen: none is made
+        path.parent.stat()  # a missing directory is a typing mistake: none is made
         with files.rewriting(path) as file:
             file.write(data)
     except OSError as error:
-        room = f"with room for {len(data) / 1e3:.0f} kB"
         raise RunDirectoryError(
-            f"Cannot write the report: {path} ({error.strerror}). Expected a file that this user "
-            f"may write, {room}. Name another one: -o FILE"
+            f"Cannot write the report: {path} ({error.strerror}). This user writes it, and it "
+            f"needs {words.size(len(data))}. Name another file: -o FILE"
         ) from error
     return len(data)

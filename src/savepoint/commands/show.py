@@ -1,7 +1,7 @@
-"""`savepoint show [RUN_DIR|FILE]`: what a checkpoint holds, of a run its newest; and its lineage.
+"""`savepoint show [RUN_DIR|FILE]`: the content and the lineage of a checkpoint, or of a run's newest.
 
-Facts, metrics and lineage come from the manifests and run.json, without torch. A parent is looked
-for in the runs of the same output directory; retention may have deleted it.
+Facts, metrics and lineage come from the manifests and run.json, without torch. The parent is
+searched in the runs of the same output directory; retention may have deleted it.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main(arguments: argparse.Namespace) -> int:
     run, file = _target(arguments.path)
     parts = [arguments.only] if arguments.only else list(PARTS)
     found: dict[str, Any] = {"file": file}
-    if parts != ["lineage"]:  # which a run without a checkpoint has, too
+    if parts != ["lineage"]:  # a run without a checkpoint has a lineage too
         found["file"] = file or find.latest(run)
         found |= _contents(found["file"], parts)
     if "lineage" in parts:
@@ -71,7 +71,8 @@ def _text(part: str, content: Any) -> str:
 
 
 def _contents(path: Path, parts: list[str]) -> dict[str, Any]:
-    facts, state = manifest.read(path), dict[str, Any]()
+    facts = manifest.read(path)
+    state = dict[str, Any]()
     if "config" in parts or "tensors" in parts:
         from savepoint.checkpoint import store  # and with its load, torch
 
@@ -85,12 +86,13 @@ def _contents(path: Path, parts: list[str]) -> dict[str, Any]:
 
 
 def tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    """`weights`: each tensor of the model; `others`: what else holds tensors, in sums."""
+    """`weights`: each tensor of the model; `others`: the sizes of all other tensors, by key."""
     from torch import Tensor
 
     from savepoint.checkpoint.format import leaves, size_bytes
 
-    weights, others = [], []
+    weights = []
+    others = []
     for name, value in state.get("state_dict", {}).items():
         if isinstance(value, Tensor):
             kind = str(value.dtype).removeprefix("torch.")
@@ -120,13 +122,11 @@ def _fact(value: Any) -> str:
 
 
 def _tensors_text(content: Mapping[str, Any]) -> str:
-    weights = [
-        (
-            one["name"], str(tuple(one["shape"])), one["dtype"], words.number(one["norm"]),
-            str(one["bytes"]),
-        )
-        for one in content["weights"]
-    ]  # fmt: skip
+    weights = []
+    for one in content["weights"]:
+        shape = str(tuple(one["shape"]))
+        norm = words.number(one["norm"])
+        weights.append((one["name"], shape, one["dtype"], norm, str(one["bytes"])))
     text = words.table(("weights", "shape", "dtype", "norm", "bytes"), weights)
     others = [(one["name"], str(one["tensors"]), str(one["bytes"])) for one in content["others"]]
     if not others:
@@ -150,12 +150,12 @@ class Place(NamedTuple):
 
 def _lineage(run: Run, file: Path | None) -> dict[str, Any]:
     family = [place for one in _family(run) for place in _places(one)]
-    found: dict[str, Any] = {"run": run.name, "path": run.directory, "id": run.id()}
-    found |= {"ancestors": _ancestors(run, family), "starts": run.starts()}
-    found["forks"] = _forks(run, family)
+    lineage: dict[str, Any] = {"run": run.name, "path": run.directory, "id": run.id()}
+    lineage |= {"ancestors": _ancestors(run, family), "starts": run.starts()}
+    lineage["forks"] = _forks(run, family)
     if file:
-        found["file"] = {"path": file, **_origin(manifest.read(file), family)}
-    return found
+        lineage["file"] = {"path": file, **_origin(manifest.read(file), family)}
+    return lineage
 
 
 def _family(run: Run) -> list[Run]:
@@ -169,12 +169,12 @@ def _family(run: Run) -> list[Run]:
 def _places(run: Run) -> list[Place]:
     try:
         return [Place(run, one) for one in run.store.checkpoints()]
-    except PermissionError:  # another user's
+    except PermissionError:  # a run of another user
         return []
 
 
 def _origin(facts: Mapping[str, Any], family: list[Place]) -> dict[str, Any]:
-    """What the process that made a checkpoint started from."""
+    """The checkpoint from which the process that made this one started."""
     parent = facts.get("parent")
     where = next((one for one in family if one.facts.get("digest") == parent), None)
     found = {"step": facts["step"], "parent": parent, "parent_run": None, "parent_step": None}
@@ -184,19 +184,20 @@ def _origin(facts: Mapping[str, Any], family: list[Place]) -> dict[str, Any]:
 
 
 def _ancestors(run: Run, family: list[Place]) -> list[dict[str, Any]]:
-    """What this run, the run of that one and so on were forked from; nearest first."""
-    found: list[dict[str, Any]] = []
+    """The checkpoint that this run was forked from, and those before it; nearest first."""
+    lineage: list[dict[str, Any]] = []
     seen = {run.directory}
     while (place := _forked_from(run, family)) and place.run.directory not in seen:
         run, one = place
         seen.add(run.directory)
-        found.append({"run": run.name, "step": one.step, "path": one.path})
-    return found
+        lineage.append({"run": run.name, "step": one.step, "path": one.path})
+    return lineage
 
 
 def _forked_from(run: Run, family: list[Place]) -> Place | None:
     own = [one.manifest for one in run.store.checkpoints()]
-    ids, parents = {facts.get("run_id") for facts in own}, {facts.get("parent") for facts in own}
+    ids = {facts.get("run_id") for facts in own}
+    parents = {facts.get("parent") for facts in own}
     others = [one for one in family if one.facts.get("run_id") not in ids]
     return next((one for one in others if one.facts["digest"] in parents), None)
 

@@ -1,4 +1,4 @@
-"""`savepoint sweep FILE`: exit code 1 if a trial failed; the same command tries that one again."""
+"""`savepoint sweep FILE`: exit code 1 if a trial failed; the same command tries it again."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ def main(arguments: argparse.Namespace) -> int:
     preemption.install()
     progress = sys.stderr if arguments.json else sys.stdout
     try:
-        told = sweep.run(
+        results = sweep.run(
             arguments.file,
             arguments.output_dir,
             lambda line: print(line, file=progress, flush=True),
@@ -28,36 +28,26 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"Stopped by {stopped.name}. The same command goes on.", file=sys.stderr)
         raise
     if arguments.json:
-        output.put_json(told)
+        output.put_json(results)
     else:
-        output.put(_text(told))
-    return 1 if told["failed"] else 0
+        output.put(_text(results))
+    return 1 if results["failed"] else 0
 
 
-def _text(told: dict[str, Any]) -> str:
-    keys = list(told["trials"][0]["parameters"])
-    rows = [
-        (
-            one["trial"],
-            *map(sweep.short, one["parameters"].values()),
-            words.number(one["value"]),
-            one["state"],
-        )
-        for one in told["trials"]
-    ]
-    lines = [words.table(("trial", *keys, told["monitor"], "state"), rows)]
-    best = told["trials"][0]
+def _text(results: dict[str, Any]) -> str:
+    best = results["trials"][0]
+    rows = []
+    for trial in results["trials"]:
+        values = map(sweep.short, trial["parameters"].values())
+        rows.append((trial["trial"], *values, words.number(trial["value"]), trial["state"]))
+    lines = [words.table(("trial", *best["parameters"], results["monitor"], "state"), rows)]
     if best["state"] == "complete":
-        flags = " ".join(
-            f"--{key} {sweep.short(value)}" for key, value in best["parameters"].items()
-        )
-        lines.append(
-            f"best: {best['trial']}, {told['monitor']} {words.number(best['value'])}: {flags}"
-        )
-        lines.append(f"plot: {show(told['plot'])}")
-    if told["failed"]:
-        logs = f"{show(told['directory'])}/trial-*.log"
-        lines.append(
-            f"{plural(told['failed'], 'trial')} failed: see {logs}. The same command tries again."
-        )
+        flags = [f"--{key} {sweep.short(value)}" for key, value in best["parameters"].items()]
+        score = f"{results['monitor']} {words.number(best['value'])}"
+        lines.append(f"best: {best['trial']}, {score}: {' '.join(flags)}")
+        lines.append(f"plot: {show(results['plot'])}")
+    if results["failed"]:
+        logs = f"{show(results['directory'])}/trial-*.log"
+        failed = plural(results["failed"], "trial")
+        lines.append(f"{failed} failed: see {logs}. The same command tries again.")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""`savepoint verify [PATH...]`: every byte of checkpoints; of a run also what else can be wrong.
+"""`savepoint verify [PATH...]`: every byte of checkpoints, and the other files of a run.
 
 Exit code 0 if all is well, 1 if a file does not verify, something in a run is broken or a directory
 holds no checkpoint, 2 for a wrong path. Nothing is changed; each finding says what to do.
@@ -12,6 +12,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +30,10 @@ from savepoint.errors import (
 from savepoint.run import Run
 from savepoint.words import plural, python
 
-# Checkpoints without any of these beside them were copied from a run.
+# Files of a run: checkpoints without any of them were copied from one.
 _OF_A_RUN = (record.NAME, f"{record.NAME}.corrupt", "config.yaml", "lock")
 _EXPORT = "Where it was made, save its weights: torch.save(model.state_dict(), FILE). Name that."
-# What `manifest.diagnose` calls a file of another program -> what helps.
+# Words of `manifest.diagnose` about a file of another program -> the advice.
 _FOREIGN = (
     ("git-LFS", "Fetch it: git lfs pull --include {file}"),
     ("HTML page", "Look at it in a browser, and download the file again."),
@@ -50,7 +51,7 @@ _FOREIGN = (
 
 
 class Finding(NamedTuple):
-    """Something that is wrong with a run, or only worth knowing. `do`: a command, or a sentence."""
+    """A fault of a run, or a note. `do` is the advice: a command or a sentence."""
 
     wrong: bool
     what: str
@@ -73,19 +74,20 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _look(path: Path, *, deep: bool, quiet: bool) -> dict[str, Any]:
-    """What there is to say of a path; unless `quiet`, said as soon as it is known."""
+    """The results for a path; unless `quiet`, each is printed as soon as it is known."""
     if not path.exists():
         raise find.missing(path, "a checkpoint or a run directory")
     put = (lambda text: None) if quiet else output.put
-    run, results = _run_at(path), []
+    run = _run_at(path)
+    results = []
     for result in _results(path, run, deep):
         results.append(result)
         put(_line(result))
     findings = list(_findings(run, results)) if run else []
     if not run and not results:
-        what = f"No checkpoint there: {path}. Expected a directory with checkpoints/step-*.ckpt."
-        said = f"savepoint verify: {what} {find.instead(path)}"
-        print(words.printable(said), file=sys.stderr)
+        what = f"No checkpoint there: {path}. A run directory has checkpoints/step-*.ckpt in it."
+        message = f"savepoint verify: {what} {find.instead(path)}"
+        print(words.printable(message), file=sys.stderr)
     is_well = all(one["verifies"] and one["finite"] is not False for one in results)
     is_well = is_well and not any(one.wrong for one in findings) and bool(run or results)
     if run:
@@ -127,8 +129,9 @@ def _verdict(result: Mapping[str, Any]) -> str:
 
 
 def _results(path: Path, run: Run | None, deep: bool) -> Iterator[dict[str, Any]]:
-    # What a process that trains has just saved was looked at by it, and may be gone in a moment.
-    newest = run.latest.path.name if run and run.latest and not run.holder() else None
+    # A process that trains has verified its newest file, and may delete it at any moment.
+    is_idle = run is not None and not run.holder()
+    newest = run.latest.path.name if run and run.latest and is_idle else None
     for file in _files(path):
         try:
             result = _check(file, deep or file.name == newest)
@@ -140,13 +143,16 @@ def _results(path: Path, run: Run | None, deep: bool) -> Iterator[dict[str, Any]
 
 
 def _files(path: Path) -> list[Path]:
-    """The checkpoints to look at: `last` and `best` count only as files of their own."""
+    """The checkpoints to verify; `last` and `best` only where they are no links to one of these."""
     if not path.is_dir():
         return [path]
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = manifest.step_files(directory)
-    pointers = [directory / name for name in (LAST, BEST) if (directory / name).exists()]
-    return found + [one for one in pointers if not any(_is_same(one, file) for file in found)]
+    every = manifest.step_files(directory)
+    for name in (LAST, BEST):
+        pointer = directory / name
+        if pointer.exists() and not any(_is_same(pointer, file) for file in every):
+            every.append(pointer)
+    return every
 
 
 def _is_same(pointer: Path, file: Path) -> bool:
@@ -156,7 +162,7 @@ def _is_same(pointer: Path, file: Path) -> bool:
 
 
 def _check(path: Path, deep: bool) -> dict[str, Any]:
-    """What a look at every byte finds. `finite`: None where it was not looked at, or cannot be."""
+    """The result of reading every byte. `finite` is None where the tensors were not read."""
     result: dict[str, Any] = {"file": path, "verifies": False, "not_finite": []}
     result |= dict.fromkeys(("step", "epoch", "bytes", "finite", "logged_rows", "reason"))
     if path.is_dir():
@@ -178,7 +184,7 @@ def _check(path: Path, deep: bool) -> dict[str, Any]:
 
 
 def _inside(path: Path) -> dict[str, Any]:
-    """With the weights and optimizer states that hold a NaN or an infinity."""
+    """The weights and optimizer states that hold a NaN or an infinity."""
     import torch
 
     from savepoint.checkpoint import format
@@ -206,7 +212,7 @@ def _advice(result: Mapping[str, Any], run: Run | None, *, is_named: bool) -> st
 
 
 def _instead_of(path: Path, run: Run | None) -> str:
-    """What to do where a file does not verify."""
+    """The advice for a file that does not verify."""
     quoted = shlex.quote(str(path))
     try:
         manifest.read(path)
@@ -239,9 +245,9 @@ def _way_around(run: Run) -> str:
 
 def _findings(run: Run, results: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
     yield from _process(run)
-    yield from _set_aside(run)
+    yield from _quarantined(run)
     yield from _records(run)
-    if not run.holder():  # what a process that trains is just changing
+    if not run.holder():  # a process that trains changes these files
         yield from _pointers(run)
         yield from _left_over(run)
         yield from _lost_rows(run, results)
@@ -270,16 +276,18 @@ def _directories(run: Run) -> list[Path]:
     return [directory for directory in both if directory.exists()]
 
 
-def _set_aside(run: Run) -> Iterator[Finding]:
+def _quarantined(run: Run) -> Iterator[Finding]:
     for path in run.corrupt():
-        what = f"{path.name} was set aside: {manifest.diagnose(path)}."
+        what = f"{path.name} is quarantined: {manifest.diagnose(path)}."
         yield Finding(False, what, f"Nothing needs it: {shlex.join(['rm', str(path)])}")
     if run.latest is None and not run.store.rejected():
         yield Finding(True, "It has no checkpoint that verifies.", _start_again(run))
 
 
 def _start_again(run: Run) -> str:
-    """What began the run: under its name where no checkpoint was ever made, else another."""
+    """The command that began the run: under its name where it never had a checkpoint, else under
+    another.
+    """
     argv: list[str] = next((start["argv"] for start in run.starts()), [])
     begun = [python(), *map(str, argv or ["train.py"])]
     if not argv:
@@ -294,7 +302,7 @@ def _start_again(run: Run) -> str:
 def _records(run: Run) -> Iterator[Finding]:
     if not run.starts():
         what = f"{_lack(run, record.NAME)}: the record of the starts is lost."
-        do = "Nothing to do: the next resume begins a new one; the checkpoints hold all it needs."
+        do = "Nothing to do: the next resume begins a new one from the checkpoints."
         yield Finding(True, what, do)
     if run.is_summary_damaged():
         do = f"Write it again: {run.command('resume.py')}"
@@ -326,7 +334,7 @@ def _pointers(run: Run) -> Iterator[Finding]:
 
 
 def _digest(pointer: Path, target: Path) -> str | None:
-    """None where it does not verify; a link to its target was looked at whole already."""
+    """None where it does not verify. A link to `target` was verified with it."""
     with contextlib.suppress(CheckpointError, OSError):
         read = manifest.read if pointer.samefile(target) else manifest.verify
         return str(read(pointer)["digest"])
@@ -334,7 +342,7 @@ def _digest(pointer: Path, target: Path) -> str | None:
 
 
 def _left_over(run: Run) -> Iterator[Finding]:
-    temps = [path for directory in _directories(run) for path in files.stale_temps(directory)]
+    temps = list(chain.from_iterable(map(files.stale_temps, _directories(run))))
     if temps:
         size = words.megabytes(sum(path.lstat().st_size for path in temps))
         what = f"{plural(len(temps), 'file')} that a process was writing when it died, {size}."
@@ -364,9 +372,10 @@ def _rows(path: Path) -> int:
 def _room(run: Run) -> Iterator[Finding]:
     if run.latest is None:
         return
-    size, disk = run.latest.path.stat().st_size, os.statvfs(run.checkpoints)
+    size = run.latest.path.stat().st_size
+    disk = os.statvfs(run.checkpoints)
     free = disk.f_bavail * disk.f_frsize
-    if disk.f_blocks and free < 2 * size:  # no blocks: a file system that does not say
+    if disk.f_blocks and free < 2 * size:  # some file systems report no blocks
         figures = f"{words.megabytes(free)} free, a checkpoint takes {words.megabytes(size)}"
         do = f"Free some space; see {run.command('-m', 'savepoint', 'gc', '--dry-run')}"
         yield Finding(True, f"Too little room: {figures}.", do)

@@ -1,7 +1,7 @@
-"""A run's configuration as plain data: files, groups and flags laid over each other, before
-anything heavy is imported.
+"""A run's configuration as plain data: files, groups and flags laid over each other, before the
+slow imports.
 
-From weakest to strongest, whatever their order on the command line:
+From weakest to strongest, in any order on the command line:
 
     the base            a checkpoint's config; else configs/mnist.yaml where no --config file
                         chooses a model or data
@@ -9,12 +9,11 @@ From weakest to strongest, whatever their order on the command line:
     --model, --data, --checkpoint, --trainer    a group: a file, a class name, or YAML text
     --model.lr 0.01     a single value; two of the same key: the later
 
-Replace, never mix: `model` and `data` are replaced whole by whatever names them later, so no value
-of a class that was chosen before survives in the one that is chosen now. `trainer` and `checkpoint`
-belong to one class each and are merged key by key; the value of a key in them is again replaced
-whole, unless a file writes the key with a plus, as in `callbacks+`: then it is added to the list
-that is there. A single value that names a class drops what the files said about the class that
-stood there.
+Replace, never mix: a later `model` or `data` replaces the earlier one whole, so no value of one
+class survives in another. `trainer` and `checkpoint` belong to one class each and are merged key by
+key; a value in them is replaced whole, unless a file writes the key with a plus, as in
+`callbacks+`: then it is added to the list. A flag that names a class drops the values that the
+files gave to the class before it.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
 
 @dataclass
 class Composed:
-    """What the files say, the single values to put on top, and who said what (for messages)."""
+    """The content of the files, the flags on top of it, and the origin of each key."""
 
     config: dict[str, Any] = field(default_factory=dict)
     flags: list[tuple[str, str]] = field(default_factory=list)
@@ -54,7 +53,7 @@ class Composed:
     name: str = ""  # of the last config file
 
     def origin(self, key: str) -> str:
-        """Where the value of `key` comes from: a file, or the flag."""
+        """The file or flag that gives the value of `key`."""
         if any(name.rstrip("+") == key for name, _ in self.flags):
             return f"--{key}"
         parts = key.split(".")
@@ -62,7 +61,7 @@ class Composed:
         return next((self.origins[p] for p in prefixes if p in self.origins), f"--{key}")
 
     def place(self, key: str) -> str:
-        """`key` and where it comes from, as a message names it."""
+        """`key` with its origin, for a message."""
         origin = self.origin(key)
         return origin if origin == f"--{key}" else f"{key} ({origin})"
 
@@ -79,9 +78,8 @@ def compose(argv: Sequence[str], *, base: str | None = None) -> Composed:
     files = [(_read_config(Path(name)), Path(name)) for name in configs]
     composed.name = config_name(argv)
     if base is not None:
-        _lay(
-            composed, parse_yaml(base, "the checkpoint's config"), Path(), "the checkpoint's config"
-        )
+        source = "the checkpoint's config"
+        _lay(composed, parse_yaml(base, source), Path(), source)
     elif not any(key in config for config, _ in files for key in REPLACED):
         default = project().root / project().default_config
         files.insert(0, (_read_config(default), default))
@@ -106,26 +104,25 @@ def read(path: Path, what: str = "config file") -> Any:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"A {what} that cannot be read: {path} ({error}). Expected a readable YAML text."
+            f"A {what} that cannot be read: {path} ({error}). A config is YAML text in UTF-8. "
+            "Mend the file, or name another one."
         ) from error
     return parse_yaml(text, _shown(path))
 
 
 def flatten(text: str) -> dict[str, Any]:
-    """The values of a dumped config under the names their flags have: "model" (the class),
-    "model.lr", "model.net".
-
-    Lists are values.
+    """The values of a dumped config under the names of their flags: "model" (the class),
+    "model.lr", "model.net". A list is one value.
     """
     return dict(leaves(parse_yaml(text, "the config")))
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two values of configs are equal. A NaN equals a NaN, however deep in lists and dicts."""
+    """Whether two values of configs are equal, with a NaN equal to a NaN at any depth."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(
-            same(value, other[key]) for key, value in one.items()
-        )
+        if one.keys() != other.keys():
+            return False
+        return all(same(value, other[key]) for key, value in one.items())
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return bool(one == other or (one != one and other != other))  # only a NaN is not itself
@@ -206,14 +203,15 @@ def _add_flag(flags: list[tuple[str, str]], key: str, value: str) -> None:
         inner = next((k for k, _ in flags if k.startswith(key + ".")), None)
         if inner is not None:
             raise ConfigError(
-                f"--{key} would undo what stands before it: --{inner}. Put --{key} first."
+                f"--{key} would undo what stands before it: --{inner}. A flag that names a class "
+                f"resets its values. Put --{key} first."
             )
         flags[:] = [flag for flag in flags if flag[0] != key]
     flags.append((key, value))
 
 
 def _text(value: str) -> Any:
-    """YAML text of a mapping and `null` become data; anything else is a name."""
+    """The data in YAML text of a mapping, or in `null`; any other text is a name."""
     if value == "null":
         return None
     return parse_yaml(value, "the command line") if value.lstrip().startswith("{") else value
@@ -223,7 +221,7 @@ def _text(value: str) -> Any:
 
 
 def _lay(composed: Composed, layer: Any, folder: Path, source: str) -> None:
-    """Put one layer over what is there; paths of group files in it are relative to `folder`."""
+    """Puts one layer over the others; paths of group files in it are relative to `folder`."""
     for key, value in layer.items():
         if key not in GROUPS:
             composed.config[key] = value
@@ -241,7 +239,9 @@ def _lay(composed: Composed, layer: Any, folder: Path, source: str) -> None:
 
 
 def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
 
 
 def _class_group(key: str, value: Any, folder: Path, source: str) -> tuple[Any, str]:
@@ -254,15 +254,13 @@ def _class_group(key: str, value: Any, folder: Path, source: str) -> tuple[Any, 
     if key in unknown or {"trainer", "config"} & set(unknown):
         raise ConfigError(
             f"A whole configuration where a group was expected: {origin}, given as `{key}`. "
-            f"Expected `class_path` and `init_args`. Give it with --config."
+            "A group holds `class_path` and `init_args`. Give it with --config."
         )
     if unknown:
-        where = (
-            f" Did you mean init_args.{unknown[0]}?" if not nearest(unknown[0], CLASS_KEYS) else ""
-        )
+        near = nearest(unknown[0], CLASS_KEYS) or f" Did you mean init_args.{unknown[0]}?"
         raise ConfigError(
             f"Unknown key in `{key}`: {unknown[0]} ({origin}). Expected `class_path` and "
-            f"`init_args`.{nearest(unknown[0], CLASS_KEYS) or where}"
+            f"`init_args`.{near}"
         )
     if not isinstance(group.get("class_path"), str):
         raise ConfigError(
@@ -281,7 +279,7 @@ def _merged_group(key: str, value: Any, folder: Path, source: str) -> tuple[dict
     group, origin = _from_file(key, value, folder, source)
     if group is None:
         raise ConfigError(
-            f"Nothing in `{key}`: {origin}. Expected its keys, each with a value. Leave `{key}` "
+            f"Nothing in `{key}`: {origin}. A group holds keys, each with a value. Leave `{key}` "
             "out."
         )
     if key in group:
@@ -297,11 +295,12 @@ def _from_file(
 ) -> tuple[dict[str, Any] | None, str]:
     if isinstance(value, str):
         path = folder / value
-        value, source = read(path, f"{key} group file"), _shown(path)
+        value = read(path, f"{key} group file")
+        source = _shown(path)
     if value is not None and not isinstance(value, dict):
         raise ConfigError(
-            f"Not a group: `{key}` is {value!r} ({source}). Expected keys with values, or a file's "
-            "name."
+            f"Not a group: `{key}` is {value!r} ({source}). Expected keys with values, or the name "
+            "of a file."
         )
     return value, source
 
@@ -311,9 +310,7 @@ def _is_file(value: str) -> bool:
 
 
 def _drop(config: dict[str, Any], key: str) -> None:
-    """Forget what the files say about the class that stands at `key`, which a flag is about to name
-    anew.
-    """
+    """Drops the class at `key` and its values from the files' config: a flag names another one."""
     *path, last = key.split(".")
     node: Any = config
     for name in path:
@@ -333,11 +330,9 @@ def _inside(node: dict[str, Any]) -> dict[str, Any]:
 def _read_config(path: Path) -> dict[str, Any]:
     config = read(path)
     if not isinstance(config, dict) or not config:
-        what = (
-            "Empty config file"
-            if config in (None, {})
-            else "A config file that is no mapping of keys to values"
-        )
+        what = "A config file that is no mapping of keys to values"
+        if config in (None, {}):
+            what = "Empty config file"
         raise ConfigError(
             f"{what}: {_shown(path)}. Expected keys such as `model`, `data`, `trainer`."
         )
@@ -350,31 +345,25 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _shown(path: Path) -> str:
-    """Short where it can be: relative to the repository for the files in it."""
+    """The path, relative to the project for a file in it."""
     full = path.resolve()
     root = project().root
-    return (
-        str(full.relative_to(root))
-        if path.is_absolute() and full.is_relative_to(root)
-        else str(path)
-    )
+    is_inside = path.is_absolute() and full.is_relative_to(root)
+    return str(full.relative_to(root)) if is_inside else str(path)
 
 
 def _where(path: Path) -> Path:
-    """The folder that was most likely meant: for a bare name, configs/."""
-    bare = str(path.parent) == "." and not [
-        p for p in Path().glob("*.y*ml") if not p.name.startswith(".")
-    ]
-    return project().configs if bare else path.parent
+    """The folder to suggest files of: configs/ for a bare name where no YAML file is beside it."""
+    here = [other for other in Path().glob("*.y*ml") if not other.name.startswith(".")]
+    is_bare = str(path.parent) == "." and not here
+    return project().configs if is_bare else path.parent
 
 
 def _files_in(folder: Path, near: str = "") -> str:
     if not folder.is_dir():
-        return (
-            f"The folder {folder.absolute()} does not exist either."
-            if near
-            else f"There is no folder {folder}."
-        )
+        if near:
+            return f"The folder {folder.absolute()} does not exist either."
+        return f"There is no folder {folder}."
     names = sorted(p.name for p in folder.glob("*.y*ml"))
     if not names:
         return f"The folder {folder} holds no YAML file."
@@ -382,9 +371,7 @@ def _files_in(folder: Path, near: str = "") -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as jsonargparse reads it (1e-3 is a number, a date is a text), and without silent double
-    keys.
-    """
+    """YAML as jsonargparse reads it: 1e-3 is a number, a date is text. A double key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -399,12 +386,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":float"))
+_Loader.yaml_implicit_resolvers = {}
+for _first, _resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items():
+    _Loader.yaml_implicit_resolvers[_first] = [
+        (tag, regexp) for tag, regexp in _resolvers if not tag.endswith((":timestamp", ":float"))
     ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 _FLOAT = r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
     |[-+]?\.[0-9_]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"""
 _Loader.add_implicit_resolver(
@@ -421,7 +407,7 @@ _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 def to_yaml(data: Any) -> str:
     """Text that `parse_yaml` reads back to the same data, keys in their order."""
-    # escaped, as PyYAML writes some characters (U+0085) plain that it reads back as another
+    # Escaped: PyYAML writes some characters (U+0085) plain and reads them back as others.
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
 
 

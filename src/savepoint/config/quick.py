@@ -1,5 +1,5 @@
-"""What can be told before `import lightning`, which takes three to four seconds: `--help`, files,
-names, places.
+"""The checks and answers that need no `import lightning`, which takes three to four seconds:
+`--help`, files, keys, run names, places to save to.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ order: files, then groups, then single values, wherever they stand in the comman
 
 
 def check(argv: Sequence[str], *, base: str | None = None, usage: str = USAGE) -> compose.Composed:
-    """The command line, laid out; answers `--help` (SystemExit 0).
+    """Composes and checks the command line; answers `--help` (SystemExit 0).
 
     Raises:
-        ConfigError: what is wrong with `argv` and the files that it names.
+        ConfigError: a mistake in `argv` or in a file that it names.
     """
     composed = compose.compose(argv, base=base)
     if composed.wants_help:
@@ -53,15 +53,13 @@ def check(argv: Sequence[str], *, base: str | None = None, usage: str = USAGE) -
 
 
 def check_keys(composed: compose.Composed) -> None:
-    """Unknown keys of the top level; a model and data that nobody chose; a place that nothing is
-    saved to.
+    """Raises ConfigError for unknown keys of the top level, a model or data without a class, and a
+    place that nothing can be saved to.
     """
     for key in composed.config:
         if key not in compose.KEYS:
-            near = (
-                words.nearest(str(key), compose.KEYS)
-                or f" It is none of {', '.join(compose.KEYS)}."
-            )
+            known = f" It is none of {', '.join(compose.KEYS)}."
+            near = words.nearest(str(key), compose.KEYS) or known
             raise ConfigError(f"Unknown key in {composed.origin(str(key))}: {key}.{near}")
     for key, _ in composed.flags:
         _check_flag(key)
@@ -73,46 +71,37 @@ def check_keys(composed: compose.Composed) -> None:
 def _check_flag(key: str) -> None:
     group, *rest = key.rstrip("+").split(".")
     if (group in compose.GROUPS and rest) or (group in compose.SCALARS and not rest) or not rest:
-        return  # a single word may be short for a key of a class: see `typed`
+        return  # `typed` checks a single word: it may be short for a key of a class
     known = [*compose.SCALARS, *(".".join([name, *rest]) for name in compose.GROUPS)]
-    raise ConfigError(
-        f"Unknown flag: --{key}.{words.nearest(key, known, prefix='--') or ' See --help.'}"
-    )
+    near = words.nearest(key, known, prefix="--") or " See --help."
+    raise ConfigError(f"Unknown flag: --{key}.{near}")
 
 
 def _check_name(composed: compose.Composed) -> None:
-    """A run that is there already, or trains at this moment."""
-    said = composed.config | {
-        key: yaml.safe_load(value) for key, value in composed.flags if key in compose.SCALARS
-    }
-    if (
-        rank()
-        or not isinstance(name := said.get("run_name"), str)
-        or composed.wants_config
-        or composed.class_help
-    ):
+    """Refuses the name of a run that exists already, or that trains at this moment."""
+    flags = [(key, value) for key, value in composed.flags if key in compose.SCALARS]
+    values = composed.config | {key: yaml.safe_load(value) for key, value in flags}
+    name = values.get("run_name")
+    starts_training = not composed.wants_config and not composed.class_help
+    if rank() or not starts_training or not isinstance(name, str):
         return
     check_name(name)
-    directory = Path(str(said.get("output_dir") or "outputs")) / name
-    if (
-        os.path.lexists(directory)
-        and not is_empty(directory)
-        and (said.get("resume") or "never") == "never"
-        and not requeued()
-    ):
+    directory = Path(str(values.get("output_dir") or "outputs")) / name
+    is_new = (values.get("resume") or "never") == "never" and not requeued()
+    if is_new and os.path.lexists(directory) and not is_empty(directory):
         raise Run(directory).taken(directory)
     Run(directory).refuse_if_held()
 
 
 def _check_saving(composed: compose.Composed) -> None:
-    """A place that nothing can be saved to; a training that is not to be saved at all."""
-    said = dict(compose.leaves(composed.config)) | dict(composed.flags)
+    """Refuses a URL as a place to save to, and a training without checkpoints."""
+    values = dict(compose.leaves(composed.config)) | dict(composed.flags)
     for key in ("output_dir", "trainer.default_root_dir"):
-        files.refuse_url(str(said.get(key)), key)
-    if str(said.get("trainer.enable_checkpointing")).lower() == "false":
+        files.refuse_url(str(values.get(key)), key)
+    if str(values.get("trainer.enable_checkpointing")).lower() == "false":
         raise ConfigError(
-            "Saving cannot be off: trainer.enable_checkpointing is false. A run that can be "
-            "resumed was expected. To save less: --checkpoint.save_every_epochs N; "
+            "Saving cannot be off: trainer.enable_checkpointing is false. A run without a "
+            "checkpoint cannot be resumed. To save less: --checkpoint.save_every_epochs N; "
             "--trainer.fast_dev_run true saves nothing."
         )
 
@@ -120,10 +109,9 @@ def _check_saving(composed: compose.Composed) -> None:
 def _check_chosen(composed: compose.Composed) -> None:
     for group in compose.REPLACED:
         if not isinstance(composed.config.get(group), dict):
-            files = sorted(
-                {origin for origin in composed.origins.values() if not origin.startswith("--")}
-            )
+            origins = sorted(set(composed.origins.values()))
+            files = [origin for origin in origins if not origin.startswith("--")]
             raise ConfigError(
-                f"No class chosen for `{group}`: {', '.join(files) or 'no file'} names none. "
-                f"Expected `{group}:` in a config file, or --{group} FILE_OR_CLASS."
+                f"No class chosen for `{group}`: {', '.join(files) or 'no file'} names none. A run "
+                f"needs one. Give `{group}:` in a config file, or --{group} FILE_OR_CLASS."
             )

@@ -12,13 +12,15 @@ import importlib
 import inspect
 import json
 import re
+import sys
 import warnings
+from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 import docstring_parser
 import yaml
@@ -41,8 +43,8 @@ from savepoint.config import compose, quick
 from savepoint.errors import ConfigError, SavepointError
 from savepoint.workspace import project
 
-# Lightning's Timer, for one, has an Enum as the default of a text argument: jsonargparse writes it
-# with yaml and fails.
+# jsonargparse writes defaults with yaml, and fails at an Enum: Lightning's Timer has one as the
+# default of a text argument.
 yaml.SafeDumper.add_multi_representer(
     Enum, lambda dumper, member: dumper.represent_data(member.value)
 )
@@ -68,8 +70,8 @@ def parse(argv: Sequence[str], *, base: str | None = None) -> Namespace:
 
 
 def resolve(composed: compose.Composed) -> Namespace:
-    """What was laid out and checked, with the types of the classes; raises and prints as `parse`
-    does.
+    """The configuration of a composed and checked command line, with the types of the classes.
+    Raises and prints as `parse` does.
     """
     if composed.class_help is not None:
         _print_class_help(composed.class_help, composed)
@@ -131,14 +133,12 @@ def _by_last_name(key: str, composed: compose.Composed) -> str:
 
 @functools.cache
 def _members(group: str) -> frozenset[str]:
-    return frozenset(
-        inspect.signature(Trainer if group == "trainer" else CheckpointCallback).parameters
-    )
+    return frozenset(inspect.signature(_FIXED[group]).parameters)
 
 
 def dump(config: Namespace) -> str:
-    """The whole configuration as YAML text: parse([], base=text) gives the same configuration, and
-    so the same text.
+    """The whole configuration as YAML text, of which parse([], base=text) gives the same
+    configuration.
     """
     with _quiet():
         # A key that is null must be written: it may stand against a default that is not.
@@ -149,14 +149,13 @@ def dump(config: Namespace) -> str:
 
 
 def _exact(value: Any, written: Any) -> Any:
-    """`written` with every plain value as it is: jsonargparse writes the text "1e-3" as a number."""
+    """`written` with every plain value restored: jsonargparse writes "1e-3" as a number."""
     if isinstance(written, dict) and isinstance(value, Namespace | dict):
         return {key: _exact(value[key], inner) for key, inner in written.items()}
     if isinstance(written, list) and isinstance(value, list | tuple):
         return [_exact(*pair) for pair in zip(value, written, strict=True)]
-    return (
-        value if isinstance(value, str | int | float) and not isinstance(value, Enum) else written
-    )
+    is_plain = isinstance(value, str | int | float) and not isinstance(value, Enum)
+    return value if is_plain else written
 
 
 def instantiate(
@@ -169,9 +168,8 @@ def instantiate(
 ) -> tuple[LightningModule, LightningDataModule, Trainer]:
     """Seed everything, then build model, data and trainer.
 
-    `callbacks`, `plugins` and `logger` come after the configured ones (the CheckpointCallback among
-    them); any other Trainer argument that is given, such as `default_root_dir`, takes the place of
-    the configured value.
+    `callbacks`, `plugins` and `logger` come after the configured ones; any other Trainer argument,
+    such as `default_root_dir`, replaces the configured value.
 
     Raises:
         ConfigError: a Trainer argument has the right type and a value that Lightning refuses.
@@ -185,18 +183,46 @@ def instantiate(
     return cli.model, cli.datamodule, cli.trainer
 
 
+class _Scalars:
+    """The keys of a config that belong to no group.
+
+    Args:
+        seed_everything: Of every random number of the run.
+        output_dir: The folder that run directories go to.
+        run_name: Default: <config>-<date>-<time>.
+        init_from: A checkpoint whose weights to start from.
+        init_strict: Whether these must fit the model exactly.
+        resume: What a run directory that exists means: an error, a run to continue, or the only
+            thing accepted. Null: auto in a job that SLURM requeued, else never.
+    """
+
+    def __init__(
+        self,
+        seed_everything: int = 0,
+        output_dir: str = "outputs",
+        run_name: str | None = None,
+        init_from: str | None = None,
+        init_strict: bool = True,
+        resume: Literal["never", "auto", "must"] | None = None,
+    ) -> None: ...
+
+
+# The groups whose class is not chosen.
+_FIXED: dict[str, type] = {"": _Scalars, "trainer": Trainer, "checkpoint": CheckpointCallback}
+
+
 class _ParseError(Exception): ...
 
 
 class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Without the usage of 450 lines and the exit."""
+        """Raises without the usage of 450 lines, and without the exit."""
         raise _ParseError(message)
 
 
 @functools.cache
 def _parser() -> LightningArgumentParser:
-    """Made once: it reads the signatures of the Trainer and all that it takes."""
+    """The parser, made once: it reads the signatures of the Trainer and of its arguments."""
     return _Cli().parser
 
 
@@ -211,7 +237,8 @@ class _Cli(LightningCLI):
         plugins: Iterable[Any] = (),
         trainer_overrides: dict[str, Any] | None = None,
     ) -> None:
-        self._callbacks, self._plugins = list(callbacks), list(plugins)
+        self._callbacks = list(callbacks)
+        self._plugins = list(plugins)
         self._trainer_overrides = trainer_overrides or {}
         super().__init__(
             LightningModule,
@@ -228,44 +255,14 @@ class _Cli(LightningCLI):
         )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--seed_everything", type=int, default=0, help="Seed of every random number of the run."
-        )
-        parser.add_argument(
-            "--output_dir",
-            type=str,
-            default="outputs",
-            help="The folder that run directories go to.",
-        )
-        parser.add_argument(
-            "--run_name", type=str | None, default=None, help="Default: <config>-<date>-<time>."
-        )
-        parser.add_argument(
-            "--init_from",
-            type=str | None,
-            default=None,
-            help="A checkpoint whose weights to start from.",
-        )
-        parser.add_argument(
-            "--init_strict",
-            type=bool,
-            default=True,
-            help="Whether init_from must fit the model exactly.",
-        )
-        parser.add_argument(
-            "--resume",
-            type=Literal["never", "auto", "must"],
-            default=None,
-            help="What a run directory that exists means: an error, a run to continue, or the only thing accepted. "
-            "Not given: auto in a job that SLURM requeued, else never.",
-        )
+        parser.add_class_arguments(_Scalars, instantiate=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
 
-    # LightningCLI does everything in its constructor; these are its steps, made to do nothing
-    # without a config. It would also warn about sys.argv, which must stay as it is: the DDP
-    # launcher starts the other ranks with it.
+    # LightningCLI does everything in its constructor. These are its steps; without a config they do
+    # nothing. Its own parse_arguments warns about sys.argv, which must stay: the DDP launcher
+    # starts the other ranks with it.
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         self.config = Namespace() if args is None else args  # type: ignore[no-untyped-call]
@@ -282,8 +279,8 @@ class _Cli(LightningCLI):
         except SavepointError:
             raise
         except ValueError as error:
-            # jsonargparse takes what a class's own __init__ raises for a value of the wrong type,
-            # and says a page about it.
+            # jsonargparse takes an error of a class's own __init__ for a value of the wrong type,
+            # and wraps it in a page of text.
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
@@ -314,13 +311,15 @@ class _Cli(LightningCLI):
 
 
 def _as_list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """LightningCLI 2.6 still makes calls that jsonargparse 4 says version 5 will drop: nothing a
-    user can act on.
+    """Without the deprecation warnings of jsonargparse about LightningCLI 2.6: no user can act on
+    them.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -333,17 +332,15 @@ def _quiet() -> Iterator[None]:
 
 
 def _refuse_nulls(config: Namespace, composed: compose.Composed) -> None:
-    """jsonargparse lets null pass for any argument of a class; the class then meets it in the
-    middle of a run.
+    """Refuses a null that an argument does not take: jsonargparse takes null for any argument of a
+    class.
     """
     values = compose.flatten(dump(config))
-    for key in (
-        key
-        for key, value in values.items()
-        if value is None and key.split(".")[0] in compose.REPLACED
-    ):
+    for key, value in values.items():
         owner, _, name = key.rpartition(".")
         chosen = values.get(owner)
+        if value is not None or key.split(".")[0] not in compose.REPLACED:
+            continue
         arg = _arguments(_resolve(chosen, owner)).get(name) if isinstance(chosen, str) else None
         if arg and arg.default is not None and not re.search("None|Optional|Any", str(arg.type)):
             raise ConfigError(
@@ -355,9 +352,7 @@ def _refuse_nulls(config: Namespace, composed: compose.Composed) -> None:
 
 
 def _print_class_help(flag: str, composed: compose.Composed) -> None:
-    """The arguments of the class that is named in `--KEY.help NAME`, or of the one that is chosen
-    at KEY.
-    """
+    """Prints the arguments of the class in `--KEY.help NAME`, or of the class chosen at KEY."""
     name, _, named = flag.partition("=")
     key = name.removeprefix("--").removesuffix(".help")
     chosen = _resolve(named, key) if named else _class_at(key, composed)
@@ -375,8 +370,9 @@ def _print_class_help(flag: str, composed: compose.Composed) -> None:
 
 
 def _doc_params(chosen: type) -> list[docstring_parser.DocstringParam]:
-    texts = (chosen.__doc__, vars(chosen).get("__init__").__doc__)
-    return [param for text in texts if text for param in docstring_parser.parse(text).params]
+    init = vars(chosen).get("__init__")
+    texts = [text for text in (chosen.__doc__, init.__doc__) if text]
+    return [param for text in texts for param in docstring_parser.parse(text).params]
 
 
 @dataclass
@@ -391,79 +387,134 @@ def _arguments(chosen: type | None) -> dict[str, _Argument]:
     if chosen is None:
         return {}
     parser = ArgumentParser(exit_on_error=False)
-    names = parser.add_class_arguments(chosen, "x", fail_untyped=False)
+    names = [
+        name.removeprefix("x.")
+        for name in parser.add_class_arguments(chosen, "x", fail_untyped=False)
+    ]
     defaults = parser.get_defaults(skip_validation=True)
-    inits = [vars(c)["__init__"] for c in reversed(chosen.__mro__) if "__init__" in vars(c)]
-    hints = {
-        p.name: p.annotation for init in inits for p in inspect.signature(init).parameters.values()
-    }
-    required = {
-        p.name for p in inspect.signature(chosen).parameters.values() if p.default is p.empty
-    }
+    parameters = inspect.signature(chosen).parameters.values()
+    required = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+    kinds = _kinds(chosen)
     return {
-        (short := name.removeprefix("x.")): _Argument(
-            short, hints.get(short, ""), defaults.get(name), short in required
-        )
+        name: _Argument(name, kinds.get(name, ""), defaults.get(f"x.{name}"), name in required)
         for name in names
     }
+
+
+def _kinds(chosen: type) -> dict[str, Any]:
+    """The type of each argument of a class and of those that it inherits from; as text where its
+    names are not known here.
+    """
+    kinds: dict[str, Any] = {}
+    for owner in reversed(chosen.__mro__):
+        init = vars(owner).get("__init__", object.__init__)
+        try:
+            kinds |= get_type_hints(init)
+        except Exception:  # noqa: BLE001 - a name that only a type checker imports, say
+            kinds |= inspect.get_annotations(init)
+    return kinds
 
 
 # --- what went wrong, in our words ---
 
 
-def _explain(text: str, composed: compose.Composed) -> str:
-    """One to five lines out of jsonargparse's report, which tells one cause once for each type that
-    it tried.
+def _explain(report: str, composed: compose.Composed) -> str:
+    """The first mistake, in one line. Each value is tried alone, as jsonargparse reports a mistake
+    once for each type that it tried.
     """
-    key, cause = _locate(text, composed)
+    for key, value in [*_flags(composed), *compose.leaves(composed.config)]:
+        if mistake := _mistake(key, value, _owner(key, composed), composed):
+            return mistake
+    return f"Wrong configuration: {' '.join(report.split())[:400]}"
+
+
+def _flags(composed: compose.Composed) -> Iterator[tuple[str, Any]]:
+    """Each flag with its value: the text, or the list or dict that it is."""
+    for key, text in composed.flags:
+        data = compose.parse_yaml(text, f"--{key}")
+        yield key.rstrip("+"), data if isinstance(data, list | dict) else text
+
+
+def _owner(key: str, composed: compose.Composed) -> type | None:
+    return _class_at(key.rpartition(".")[0], composed)
+
+
+def _mistake(key: str, value: Any, owner: type | None, composed: compose.Composed) -> str:
+    """What is wrong with the value of an argument of the class `owner`; "" where nothing is, or
+    where that class is not known.
+    """
+    outer, _, name = key.rpartition(".")
+    if key in compose.REPLACED:
+        return _wrong_class(key, value, (_base(key),), composed)
+    if owner is None:
+        above = _arguments(_owner(outer, composed)).get(outer.rpartition(".")[2])
+        takes_keys = above is None or _components(above.type) or "dict" in str(above.type).lower()
+        return "" if takes_keys else _unknown_key(key, owner, composed)
+    arg = _arguments(owner).get(name)
+    if arg is None:
+        return "" if _takes_any_name(owner) else _unknown_key(key, owner, composed)
+    if _fits(owner, name, value):
+        return ""
+    if components := _components(arg.type):
+        return _wrong_class(key, value, components, composed)
+    return f"Wrong value of {composed.place(key)}: {value}. Expected {_readable(str(arg.type))}."
+
+
+def _fits(owner: type, name: str, value: Any) -> bool:
+    """Whether jsonargparse takes a value for one argument of a class."""
+    parser = ArgumentParser(exit_on_error=False)
+    others = _arguments(owner).keys() - {name}
+    parser.add_class_arguments(owner, "x", skip=set(others), fail_untyped=False)
+    try:
+        if isinstance(value, str):
+            parser.parse_args([f"--x.{name}={value}"])
+        else:
+            parser.parse_object({"x": {name: value}})
+    except ArgumentError:
+        return False
+    return True
+
+
+def _takes_any_name(owner: type) -> bool:
+    kinds = [parameter.kind for parameter in inspect.signature(owner).parameters.values()]
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _components(kind: Any) -> tuple[type, ...]:
+    """The classes in a type that a config names by `class_path`."""
+    if isinstance(kind, type) and not get_args(kind):
+        is_plain = kind.__module__.split(".")[0] in sys.stdlib_module_names
+        return () if is_plain or issubclass(kind, Enum) else (kind,)
+    return tuple(found for inner in get_args(kind) for found in _components(inner))
+
+
+def _wrong_class(key: str, value: Any, bases: tuple[type, ...], composed: compose.Composed) -> str:
+    """What is wrong with the class, or one of several, that is chosen at `key`."""
     where = composed.place(key)
-    if re.search(r"[Oo]ption '[\w.]+'", cause):
-        return _unknown_key(key, composed)
-    if found := re.search(r"arguments are required: (\w+)", cause):
-        name = f"{key}.{found[1]}" if key else found[1]
-        return f"No value for {composed.place(name)}. Its class has no default for it. Give --{name} VALUE."
-    if found := re.search(r"given class_path '([^']+)':\s*(.+)", cause):
-        return _unknown_class(key, found[1], where, f" ({found[2].strip()})")
-    if found := re.search(r"Expected a dot import path string: (\S+)", cause):
-        return _unknown_class(key, found[1], where)
-    if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", cause):
-        return f"Wrong class for {where}: {found[1]}. Expected a {found[2]}.{_known_classes(key)}"
-    if found := re.search(r"Expected (?:an? |one of )?(.+)\. Got value: (.+)", cause):
-        return f"Wrong value of {where}: {found[2]}. Expected {_readable(found[1])}."
-    if "NestedArg(" in text:
-        owner, _, name = key.rpartition(".")
-        arg = _arguments(_class_at(owner, composed)).get(name)
-        if arg is None:
-            return _unknown_key(key, composed)
-        return f"Wrong value of {where}: {dict(composed.flags)[key]}. Expected {_readable(str(arg.type))}."
-    if found := re.search(r"Subtypes: \[(.*)\]\n(?:.*\n)*?.*Given value: (.+)", cause):
-        kinds = re.sub(r", (?=[^,\]]*$)", " or ", _readable(found[1]))
-        return f"Wrong value of {where}: {found[2]}. Expected {kinds}."
-    return f"Wrong configuration of {where}: {' '.join(cause.split())[:300]}"
-
-
-def _locate(text: str, composed: compose.Composed) -> tuple[str, str]:
-    """The innermost key that a report blames, and what is said of it."""
-    names: list[str] = []
-    end, depth = 0, -1
-    for found in re.finditer(
-        r'^( *(?:- )?)(Parser key "config": )?Parser key "([\w.]+)":', text, re.M
-    ):
-        if len(found[1]) > depth:
-            names.append(found[3])
-            end, depth = found.end(), len(found[1])
-    cause = text[end:]
-    if nested := re.search(r"NestedArg\(key='([\w.]+)'", text):
-        return ".".join([*names[:1], nested[1]]), cause
-    if option := re.search(r"[Oo]ption '([\w.]+)'", cause):
-        names.append(option[1])
-    # The report leaves out the names between the first and the last: net in model.net.width.
-    whole = (
-        (key for key in dict(compose.leaves(composed.config)) if key.startswith(f"{names[0]}."))
-        if names
-        else ()
-    )
-    return next((key for key in whole if key.endswith(f".{names[-1]}")), ".".join(names)), cause
+    given = dict([*compose.leaves(composed.config), *_flags(composed)])
+    for item in value if isinstance(value, list) else [value]:
+        arguments = {name.removeprefix(f"{key}."): None for name in given}
+        name = item
+        if isinstance(item, dict):
+            name = item.get("class_path")
+            arguments = item.get("init_args") or {}
+        if not isinstance(name, str):
+            return f"Wrong value of {where}: {value}. Expected `class_path` and `init_args`."
+        chosen = _resolve(name, key)
+        if chosen is None:
+            return _unknown_class(key, name, where)
+        if not issubclass(chosen, bases):
+            kinds = " or ".join(base.__name__ for base in bases)
+            return f"Wrong class for {where}: {name}. Expected a {kinds}.{_known_classes(key)}"
+        for argument, inner in arguments.items() if isinstance(item, dict) else ():
+            if mistake := _mistake(f"{key}.{argument}", inner, chosen, composed):
+                return mistake
+        for arg in _arguments(chosen).values():
+            if arg.required and arg.name not in arguments:
+                lacking = f"{key}.{arg.name}"
+                what = f"No value for {composed.place(lacking)}"
+                return f"{what}. Its class has no default for it. Give --{lacking} VALUE."
+    return ""
 
 
 def _readable(kinds: str) -> str:
@@ -476,28 +527,29 @@ def _readable(kinds: str) -> str:
     )
 
 
-def _unknown_key(key: str, composed: compose.Composed) -> str:
-    owner, _, name = key.rpartition(".")
-    chosen = _class_at(owner, composed)
-    known = sorted(_arguments(chosen))
-    hint = (
-        f" {chosen.__name__} takes {', '.join(known) or 'no arguments'}."
-        if chosen
-        else " See --print_config."
-    )
-    return f"Unknown key: {composed.place(key)}.{words.nearest(name, known, prefix=f'{owner}.') or hint}"
+def _unknown_key(key: str, owner: type | None, composed: compose.Composed) -> str:
+    outer, _, name = key.rpartition(".")
+    known = sorted(_arguments(owner))
+    hint = " See --print_config."
+    if owner:
+        hint = f" {owner.__name__} takes {', '.join(known) or 'no arguments'}."
+    near = words.nearest(name, known, prefix=f"{outer}.")
+    return f"Unknown key: {composed.place(key)}.{near or hint}"
 
 
-def _unknown_class(key: str, name: str, where: str, because: str = "") -> str:
-    short, files = name.rpartition(".")[2], Path("configs", key)
+def _unknown_class(key: str, name: str, where: str) -> str:
+    module, _, short = name.rpartition(".")
+    because = ""
+    try:
+        importlib.import_module(module or "savepoint")
+    except Exception as error:  # noqa: BLE001 - a module of the user may raise anything
+        because = f" ({error})"
+    files = Path("configs", key)
+    near_files = [path.name for path in (project().root / files).glob("*.yaml")]
     everywhere = {c.__name__ for c in _below(_base(key)) if not c.__name__.startswith("_")}
     near = (
         words.nearest(short, _own_classes(key))
-        or words.nearest(
-            short,
-            [path.name for path in (project().root / files).glob("*.yaml")],
-            prefix=f"{files}/",
-        )
+        or words.nearest(short, near_files, prefix=f"{files}/")
         or words.nearest(short, everywhere)
     )
     return f"No such class for {where}: {name}{because}.{near or _known_classes(key)}"
@@ -513,7 +565,7 @@ def _own_classes(key: str) -> set[str]:
 
 
 def _base(key: str) -> type:
-    """What a class at `key` is: a guess from the name, good enough for a hint."""
+    """The base of a class at `key`: a guess from the name, good enough for a hint."""
     bases: dict[str, type] = {"model": LightningModule, "data": LightningDataModule}
     bases |= {"trainer.callbacks": Callback, "trainer.logger": Logger}
     return bases.get(key, nn.Module)
@@ -521,8 +573,8 @@ def _base(key: str) -> type:
 
 def _class_at(key: str, composed: compose.Composed) -> type | None:
     """The class that is chosen at `key`, by a flag or a file."""
-    if key in ("trainer", "checkpoint"):
-        return Trainer if key == "trainer" else CheckpointCallback
+    if key in _FIXED:
+        return _FIXED[key]
     name = dict(composed.flags).get(key) or dict(compose.leaves(composed.config)).get(key)
     return _resolve(name, key) if isinstance(name, str) else None
 
@@ -533,7 +585,7 @@ def _resolve(name: str, key: str) -> type | None:
         return next((c for c in _below(_base(key)) if c.__name__ == name), None)
     try:
         found = getattr(importlib.import_module(module), short, None)
-    except ImportError:
+    except Exception:  # noqa: BLE001 - a module of the user may raise anything
         return None
     return found if isinstance(found, type) else None
 

@@ -1,22 +1,24 @@
-"""Where curves, marks and names stand in an SVG that is as wide as its place.
+"""The positions of curves, marks and names in an SVG that is as wide as its place.
 
-Across in percent, down in pixels: so letters and dots keep their size from a telephone to a wide
-screen, without a script. The lines alone lie in a system that is stretched; their strokes are not.
+Horizontal positions are in percent, vertical ones in pixels: letters and dots keep their size on
+any screen, without a script. Only the lines lie in a stretched system; their strokes are not stretched.
 """
 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
 from math import isnan
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from savepoint.report.curves import Chart, Point, Series, means, thinned
 from savepoint.report.gather import Mark
 
-HEIGHT, WIDE = 190, 1000
+HEIGHT = 190
+WIDE = 1000
 LETTER = 14  # pixels from one label at the end of a line to the next
 LETTERS = 7  # of a name that has room beside the chart
-POINTS, MOST_POINTS = 1000, 40_000  # of a series, and of the page
+POINTS = 1000  # of a series
+MOST_POINTS = 40_000  # of the page
 
 
 class Axis(NamedTuple):
@@ -34,44 +36,51 @@ class Axis(NamedTuple):
         return f"{100 * self.share(value):.2f}%"
 
     def side(self, value: float) -> str:
-        """Where a name stands that must not leave the picture."""
+        """The anchor of a name that must stay inside the picture."""
         if self.share(value) > 0.8:
             return "end"
         return "middle" if self.share(value) > 0.1 else "start"
 
-    def said(self, value: float) -> str:
-        """A tick as text, with as many digits as tell it from its neighbours."""
+    def text(self, value: float) -> str:
+        """A tick as text, with enough digits to tell it from its neighbours."""
         spacing = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else 1.0
-        largest, finest = max(map(abs, self.ticks)), math.floor(math.log10(spacing) + 1e-9)
+        largest = max(map(abs, self.ticks))
+        finest = math.floor(math.log10(spacing) + 1e-9)
         if largest >= 1e6 or finest < -5:
             return f"{value:.{math.floor(math.log10(largest)) - finest + 1}g}"
         return f"{value:,.{max(0, -finest)}f}"
 
 
 class Drawn:
-    """A chart with its axis and what is placed on it.
+    """A chart with its axis and all that is placed on it.
 
     Attributes:
         styles: The classes of each series.
         lines: (path, classes).
         names: (label, step, height).
-        gaps: Steps of which none hides another.
-        told: What the script is given.
+        gaps: Steps without a value, of which none hides another.
+        data: For the script.
     """
 
     def __init__(self, chart: Chart, steps: Axis, most: int) -> None:
-        self.chart, self.axis, self.styles = chart, _value_axis(chart), _styles(chart)
-        self.lines, found = list[tuple[str, str]](), []
+        self.chart = chart
+        self.axis = _value_axis(chart)
+        self.styles = _styles(chart)
+        self.lines = list[tuple[str, str]]()
+        rows = []
         for series, style in zip(chart.series, self.styles, strict=True):
             points = thinned(series.points, most)
             mean = [] if _is_fine(chart, series) else means(series.points)
             pale = f"line {series.role} fine" if mean else style
             drawn = [(points, pale), (mean, style)] if len(points) > 1 else []
             self.lines += [(_path(some, steps, self.axis), of) for some, of in drawn if some]
-            x, y = ([_short(one[at]) for one in points if not isnan(one[1])] for at in (0, 1))
-            found.append({"role": series.role, "steps": x, "values": y})
+            values = [point for point in points if not isnan(point[1])]
+            row: dict[str, Any] = {"role": series.role}
+            row["steps"] = [_short(step) for step, _ in values]
+            row["values"] = [_short(value) for _, value in values]
+            rows.append(row)
         ends = {"low": self.axis.low, "high": self.axis.high}
-        self.told = {**ends, "unit": chart.unit, "series": found}
+        self.data = {**ends, "unit": chart.unit, "series": rows}
         self.names = _names(chart, self.axis)
         broken = [step for series in chart.series for step in series.gaps()]
         self.gaps = list({round(steps.share(step), 2): step for step in broken}.values())
@@ -84,13 +93,16 @@ def drawn(charts: Sequence[Chart], steps: Axis) -> list[Drawn]:
 
 
 def flags(marks: Sequence[Mark], steps: Axis) -> list[tuple[float, str, str, list[int]]]:
-    """(step, kind, label, numbers): marks that would run into each other, at the first."""
+    """(step, kind, label, numbers) of each flag; marks that would overlap share one."""
     found: list[tuple[float, str, str, list[int]]] = []
-    for number, mark in sorted(enumerate(marks, 1), key=lambda one: one[1].step):
-        step, kind, numbers = float(mark.step), mark.kind, [number]
+    for number, mark in sorted(enumerate(marks, 1), key=lambda pair: pair[1].step):
+        step = float(mark.step)
+        kind = mark.kind
+        numbers = [number]
         if found and steps.share(step) - steps.share(found[-1][0]) < 0.05:
             step, kinds, _, others = found.pop()
-            kind, numbers = min(kind, kinds), sorted([*others, number])  # a fault before a resume
+            kind = min(kind, kinds)  # "fault" before "resume"
+            numbers = sorted([*others, number])
         found.append((step, kind, _numbers(numbers), numbers))
     return found
 
@@ -102,8 +114,10 @@ def step_axis(last: float) -> Axis:
 
 
 def _value_axis(chart: Chart) -> Axis:
-    low, high = min(chart.values, default=0.0), max(chart.values, default=1.0)
-    spread, size = high - low, max(abs(low), abs(high))
+    low = min(chart.values, default=0.0)
+    high = max(chart.values, default=1.0)
+    spread = high - low
+    size = max(abs(low), abs(high))
     room = 0.06 * spread
     if spread < max(1e-9 * size, 1e-290):
         room = 0.05 * size if size > 1e-290 else 0.5
@@ -113,21 +127,22 @@ def _value_axis(chart: Chart) -> Axis:
 
 
 def _ticks(low: float, high: float, at_most: float, factors: Sequence[float]) -> list[float]:
-    """Round numbers: so many spaces or fewer, each a factor times a power of ten."""
+    """Round numbers with `at_most` spaces between them, each a factor times a power of ten."""
     rough = (high - low) / at_most
     power = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
     spacing = next(power * factor for factor in factors if power * factor >= rough * 0.99)
-    first, last = math.ceil(low / spacing - 1e-9), math.floor(high / spacing + 1e-9)
+    first = math.ceil(low / spacing - 1e-9)
+    last = math.floor(high / spacing + 1e-9)
     return [spacing * number for number in range(first, last + 1)]
 
 
 def _is_fine(chart: Chart, series: Series) -> bool:
-    """Whether it is drawn pale: single steps beside the same value of whole epochs."""
+    """Whether a series is pale: values of single steps beside those of whole epochs."""
     return series.label.endswith(" each step") and len(chart.series) > 1
 
 
 def _styles(chart: Chart) -> list[str]:
-    """A colour a role, a thin line for single steps, dashes where a colour comes again."""
+    """A colour for each role, a thin line for single steps, dashes where a colour repeats."""
     fine = {True: " fine", False: ""}
     plain = [f"line {one.role}{fine[_is_fine(chart, one)]}" for one in chart.series]
     again = [min(2, plain[:place].count(style)) for place, style in enumerate(plain)]
@@ -144,11 +159,12 @@ def _path(points: Sequence[Point], steps: Axis, axis: Axis) -> str:
 
 
 def _names(chart: Chart, axis: Axis) -> list[tuple[str, float, float]]:
-    """(label, step, height) at the end of each line; those that would run together moved apart."""
+    """(label, step, height) at the end of each line; overlapping labels are moved apart."""
     several = [one for one in chart.series if len(chart.series) > 1 and one.finite()]
     ends = [(*one.finite()[-1], one.label) for one in several if len(one.label) <= LETTERS]
     ends.sort(key=lambda end: -end[1])
-    downs, below = list[float](), float(HEIGHT)
+    downs = list[float]()
+    below = float(HEIGHT)
     for _, value, _ in ends:
         downs.append(max([axis.down(value), *(down + LETTER for down in downs[-1:])]))
     for place in reversed(range(len(downs))):
@@ -163,7 +179,7 @@ def _short(value: float) -> float:
 
 
 def _numbers(numbers: Sequence[int]) -> str:
-    """`3-5`; `2,4` where others stand elsewhere."""
+    """`3-5`; `2,4` where the numbers have gaps."""
     if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
         return f"{numbers[0]}-{numbers[-1]}"
     return ",".join(map(str, numbers[:3])) + ("…" if len(numbers) > 3 else "")

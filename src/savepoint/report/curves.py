@@ -1,4 +1,4 @@
-"""metrics.csv as charts: read row by row, as a damaged file still shows what it has."""
+"""metrics.csv as charts: read row by row, so that a damaged file shows its whole rows."""
 
 import csv
 import math
@@ -21,8 +21,8 @@ NAME = re.compile(
 NO_METRICS = ("step", "epoch", "time/secs", "", None)
 ROLES = {"train": "train", "training": "train", "test": "test"}
 ORDER = ("train", "val", "test", "other")
-LARGEST = 1e200  # a value beyond it has no place in a chart, as NaN has none
-LONG = 300  # points of which the mean is drawn too
+LARGEST = 1e200  # a larger value has no place in a chart, like NaN
+LONG = 300  # points; longer series get a line of their mean too
 
 Point = tuple[float, float]
 
@@ -38,7 +38,7 @@ class Series:
     points: list[Point] = field(default_factory=list)
 
     def add(self, step: float, text: str) -> bool:
-        """Returns False where it is no number."""
+        """Returns False for text that is no number."""
         value = _number(text)
         if value is not None:
             self.points.append((step, value))
@@ -48,7 +48,7 @@ class Series:
         return [point for point in self.points if not isnan(point[1])]
 
     def gaps(self) -> list[float]:
-        """The steps at which it was NaN or infinite."""
+        """The steps at which the value was NaN or infinite."""
         return [step for step, value in self.points if isnan(value)]
 
 
@@ -56,15 +56,18 @@ class Chart:
     """The series of one quantity: `loss` of train/loss and val/loss. Shares become percentages."""
 
     def __init__(self, quantity: str, series: Iterable[Series]) -> None:
-        self.quantity, self.unit = quantity, ""
+        self.quantity = quantity
+        self.unit = ""
         self.series = sorted(series, key=lambda one: (ORDER.index(one.role), one.label))
         self.values = [value for one in self.series for _, value in one.finite()]
         if SHARE.fullmatch(quantity) and all(0 <= value <= 1 for value in self.values):
-            self.unit, self.values = " %", [100 * value for value in self.values]
+            self.unit = " %"
+            self.values = [100 * value for value in self.values]
             for one in self.series:
                 one.points = [(step, 100 * value) for step, value in one.points]
         longest = max(len(one.points) for one in self.series)
-        self.is_curve, self.is_long = longest > 1, longest > LONG
+        self.is_curve = longest > 1
+        self.is_long = longest > LONG
         self.by_the_clock = quantity.startswith("time/")
 
     def last(self, series: Series) -> str:
@@ -73,17 +76,20 @@ class Chart:
 
 
 class Curves:
-    """What metrics.csv holds.
+    """The content of metrics.csv.
 
     Attributes:
-        charts: That of the monitored quantity first, those by the clock last.
-        missing: What is wrong with the file or not in it, one sentence each.
-        secs: Time in training, as far as the rows tell: their clock begins anew at each start.
+        charts: The monitored quantity first, values of the clock last.
+        missing: One sentence for each fault of the file.
+        secs: Time in training by the rows, whose clock begins anew at each start.
     """
 
     def __init__(self, path: Path, monitor: str | None = None) -> None:
-        self.missing, self.last_step = list[str](), 0.0
-        columns, clock, unread = dict[str, Series](), series_of("time/secs"), Counter[str]()
+        self.missing = list[str]()
+        self.last_step = 0.0
+        columns = dict[str, Series]()
+        clock = series_of("time/secs")
+        unread = Counter[str]()
         for row in _rows(path, self.missing):
             columns = columns or {name: series_of(name) for name in row if name not in NO_METRICS}
             step = _number(row["step"])
@@ -94,15 +100,15 @@ class Curves:
             clock.add(step, row.get("time/secs", ""))
             bad = [name for name, one in columns.items() if not one.add(step, row[name])]
             unread["value is no number"] += len(bad)
-        told = [plural(times, what) for what, times in unread.items() if times]
-        self.missing += [f"metrics.csv is damaged: {one}." for one in told]
+        faults = [plural(times, what) for what, times in unread.items() if times]
+        self.missing += [f"metrics.csv is damaged: {fault}." for fault in faults]
         secs = pairwise([0.0, *(secs for _, secs in clock.finite())])
         self.secs = sum(now - before if now >= before else now for before, now in secs)
         self.charts = _charts(columns.values(), series_of(monitor or "").quantity)
 
 
 def series_of(name: str) -> Series:
-    """An empty one: `train/loss_step` measures "loss" and is called "train each step"."""
+    """An empty series: `train/loss_step` measures "loss" and has the label "train each step"."""
     match = NAME.fullmatch(name)
     if match is None or match["word"] is None:
         return Series(name, name.removesuffix(match["suffix"] if match else ""), name, "other")
@@ -113,7 +119,7 @@ def series_of(name: str) -> Series:
 
 
 def thinned(points: list[Point], most: int) -> list[Point]:
-    """About so many points that look the same: of each stretch the lowest and the highest."""
+    """About `most` points that look the same: the lowest and the highest of each stretch."""
     if len(points) <= most:
         return points
     found = [points[0]]
@@ -126,9 +132,11 @@ def thinned(points: list[Point], most: int) -> list[Point]:
 
 
 def means(points: list[Point]) -> list[Point]:
-    """The mean of each hundredth of many points, which alone would be a band."""
-    found = []
-    for stretch in _stretches(points, 100) if len(points) > LONG else ():
+    """The mean of each hundredth of a long series, whose points alone look like a band."""
+    found: list[Point] = []
+    if len(points) <= LONG:
+        return found
+    for stretch in _stretches(points, 100):
         values = [value for _, value in stretch if not isnan(value)]
         found.append((fmean(step for step, _ in stretch), fmean(values) if values else nan))
     return found
@@ -140,7 +148,7 @@ def _stretches(points: list[Point], number: float) -> Iterator[list[Point]]:
 
 
 def _rows(path: Path, missing: list[str]) -> Iterator[dict[str, str]]:
-    """Its rows, as far as they can be read; `missing` says what is wrong with the file."""
+    """The readable rows. Adds the faults of the file to `missing`."""
     number = 0
     try:
         with path.open(newline="", errors="replace") as file:

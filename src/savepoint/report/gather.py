@@ -1,4 +1,4 @@
-"""What a report shows, from a run directory. What is damaged or not there is left out and told."""
+"""The facts of a report, from a run directory; the page says what is damaged or missing."""
 
 import contextlib
 import os
@@ -28,11 +28,11 @@ Start = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class File:
-    """A checkpoint, or what was one.
+    """A checkpoint, or a damaged one.
 
     Attributes:
         fate: Why retention keeps it, or what happened to it.
-        marks: Of best and latest, what it is.
+        marks: "best", "latest", both or none.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class File:
 
 
 class Mark(NamedTuple):
-    """What happened, in the order of time: a fault before the resume that it caused."""
+    """An event of the run. Sorted by time, with a fault before the resume that it caused."""
 
     when: float
     kind: str
@@ -61,20 +61,22 @@ class Mark(NamedTuple):
 
 
 class Report:
-    """All that the page says: the templates know each attribute by its name.
+    """All facts of the page: the templates use each attribute by its name.
 
     Attributes:
         latest: The manifest of the newest checkpoint.
-        summary: Of this end of the run; empty where there is none.
-        missing: What is not there or cannot be read, one sentence each.
-        rules: The retention that the run's config asks for; None where that is not known.
-        command: (what for, what to type).
-        lanes: The files that have a step, by place.
+        summary: Of the run's last end; empty where there is none.
+        missing: One sentence for each file that is missing or unreadable.
+        rules: The retention in the run's config; None where it is not known.
+        command: (purpose, command line).
+        lanes: The files with a step, by place.
         last_step: The end of every step axis.
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.state, self.holder = run, run.state(), run.holder()
+        self.run = run
+        self.state = run.state()
+        self.holder = run.holder()
         self.latest = run.latest.manifest if run.latest else {}
         self.monitor = str(self.latest.get("monitor") or "score")
         dataset = self.latest.get("dataset")
@@ -91,7 +93,7 @@ class Report:
         self.pictures = list(pictures.read(run.directory, self.missing))
         self.command = _command(run, self.state)
         known = [file for file in self.files if file.step is not None]
-        self.lanes = {key: list(found) for key, found in groupby(known, lambda one: one.place)}
+        self.lanes = {key: list(files) for key, files in groupby(known, lambda file: file.place)}
         steps = [file.step or 0 for file in known] + [mark.step for mark in self.marks]
         self.last_step = max([self.curves.last_step, *steps])
 
@@ -106,12 +108,12 @@ def _missing(run: Run, config: str | None, parsed: Any) -> list[str]:
     if run.is_summary_damaged():
         found.append("summary.json is damaged: the results are not known.")
     elif (run.directory / "summary.json").exists() and not run.is_summarised():
-        found.append("summary.json tells of an earlier end of this run: its results are left out.")
+        found.append("summary.json is of an earlier end of this run: its results are left out.")
     return found
 
 
 def _start(number: int, entry: Mapping[str, Any]) -> Start:
-    """An entry of run.json; what is of another kind than a run writes is None."""
+    """An entry of run.json; a value of another type than a run writes becomes None."""
     known = {key: entry.get(key) for key in KINDS}
     known = {key: found if isinstance(found, KINDS[key]) else None for key, found in known.items()}
     words = ["python", *map(str, entry["argv"])] if entry["argv"] else []
@@ -125,7 +127,9 @@ def _change(pair: Any) -> str:
 
 def _marks_of_starts(starts: Sequence[Start]) -> Iterator[Mark]:
     for start in starts:
-        number, step, when = start["number"], start["step"], _seconds(start["time"])
+        number = start["number"]
+        step = start["step"]
+        when = _seconds(start["time"])
         reached = (step or 0) if start["reached"] is None else start["reached"]
         if start["took_over"] and number > 1:
             killed = f"Start {number - 1} was killed at step {reached:,} or later"
@@ -143,7 +147,8 @@ def _marks_of_starts(starts: Sequence[Start]) -> Iterator[Mark]:
 def _marks_of_files(files: Sequence[File]) -> Iterator[Mark]:
     rewinds = {file.fate: file for file in files if file.place == "rewound" and file.step}
     for file in [file for file in files if file.place == "damaged"] + [*rewinds.values()]:
-        what, changed = f"{file.path.name} {file.fate}", _stat(file.path)
+        what = f"{file.path.name} {file.fate}"
+        changed = _stat(file.path)
         if file.place == "rewound":
             what = f"The run was at step {file.step:,} and was {file.fate}"
             changed = _stat(file.path.parent)  # it was moved then
@@ -160,7 +165,8 @@ def _seconds(time: str) -> float:
 
 def _in_the_run(run: Run, rules: Mapping[str, int] | None) -> Iterator[File]:
     listed = CheckpointStore(run.checkpoints, retention=Retention(**rules or {}))
-    best, why = listed.best(), listed.reasons()
+    best = listed.best()
+    why = listed.reasons()
     for one in listed.checkpoints():
         fate = "whether it is kept is not known"
         if rules is not None:
@@ -185,7 +191,7 @@ def _damaged(run: Run) -> Iterator[File]:
     for path, reason in run.store.rejected():
         yield File(path, "damaged", f"does not verify: {_wrong(path) or reason}")
     for path in run.corrupt():
-        yield File(path, "damaged", f"was set aside: {_wrong(path) or 'it verifies now'}")
+        yield File(path, "damaged", f"was quarantined: {_wrong(path) or 'it verifies now'}")
 
 
 def _wrong(path: Path) -> str:
@@ -207,7 +213,7 @@ def _stat(path: Path) -> os.stat_result | None:
 
 
 def _rules(config: Any) -> Mapping[str, int] | None:
-    """What the config says of retention; None where it is not readable."""
+    """The retention in the config; None where it is not readable."""
     with contextlib.suppress(ValueError, TypeError, AttributeError):  # edited by hand
         group = config.get("checkpoint")
         given = {rule: group[rule] for rule in RULES if group.get(rule) is not None}

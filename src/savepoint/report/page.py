@@ -15,14 +15,16 @@ from savepoint.report import chart
 from savepoint.report.gather import Report
 
 GENERATOR = "savepoint report"
-"""By which a report is known again."""
+"""Marks a file as a report."""
 AT_ONCE = 12
-"""Charts, and starts, that are shown before the rest is folded away."""
+"""Charts, and starts, that are shown before the others are folded away."""
 HERE = Path(__file__).parent
 
 
 def page(report: Report) -> str:
-    steps, style, script = chart.step_axis(report.last_step), _own("page.css"), _own("page.js")
+    steps = chart.step_axis(report.last_step)
+    style = _own("page.css")
+    script = _own("page.js")
     own = {"generator": GENERATOR, "policy": _policy(script), "style": style, "script": script}
     shown = {
         "charts": chart.drawn([one for one in report.curves.charts if one.is_curve], steps),
@@ -51,17 +53,20 @@ def _own(name: str) -> Markup:
 
 
 def _policy(script: str) -> str:
-    """The one script that may run is ours, and nothing is fetched, whatever a log says."""
+    """Only our script may run and nothing is fetched, whatever text a log holds."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     ours = f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return f"default-src 'none'; img-src data:; {ours}"
 
 
 def _numbers(report: Report) -> Iterator[tuple[str, str, str]]:
-    """(name, value, note) of what is looked for first."""
-    summary, latest, monitor = report.summary, report.latest, report.monitor
-    results = [one for one in summary.items() if one[0].startswith("test/") and _is_number(one[1])]
-    for name, value in words.metrics(sorted(results, key=lambda one: "acc" not in one[0])):
+    """(name, value, note) of the results."""
+    summary = report.summary
+    latest = report.latest
+    monitor = report.monitor
+    tests = [pair for pair in summary.items() if pair[0].startswith("test/")]
+    results = [pair for pair in tests if _is_number(pair[1])]
+    for name, value in words.metrics(sorted(results, key=lambda pair: "acc" not in pair[0])):
         yield name, value, f"of {summary.get('tested_checkpoint') or 'the last weights'}"
     if _is_number(best := latest.get("best_score")):
         same = [file for file in report.files if file.checkpoint and file.checkpoint.score == best]
@@ -85,7 +90,8 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 def _environment(report: Report) -> Iterator[tuple[str, Any]]:
     last = report.starts[-1] if report.starts else {}
-    git, versions = last.get("git") or {}, last.get("versions") or {}
+    git = last.get("git") or {}
+    versions = last.get("versions") or {}
     commit = git.get("commit") or None
     uncommitted = ", with changes that are not committed" if git.get("dirty") else ""
     yield "host", last.get("host")
@@ -95,6 +101,6 @@ def _environment(report: Report) -> Iterator[tuple[str, Any]]:
     yield "code", code or "not under git"
     yield "data", ", ".join(str(value) for value in report.dataset.values() if value)
     for name, version in versions.items():
-        found = [str((start["versions"] or {}).get(name, version)) for start in report.starts]
-        others = ", ".join(one for one in dict.fromkeys(found) if one != str(version))
+        every = [str((start["versions"] or {}).get(name, version)) for start in report.starts]
+        others = ", ".join(one for one in dict.fromkeys(every) if one != str(version))
         yield name, f"{version} ({others} before)" if others else str(version)

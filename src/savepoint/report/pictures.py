@@ -1,4 +1,4 @@
-"""The pictures of a run: the newest under each tag of its TensorBoard events."""
+"""The pictures of a run: the newest of each tag in its TensorBoard events."""
 
 import base64
 import logging
@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from savepoint import words
 
-LARGEST_BYTES, MOST = 2_000_000, 12
+LARGEST_BYTES = 2_000_000
+MOST = 12
 KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif"}
 
 
@@ -23,21 +24,21 @@ class Picture(NamedTuple):
 
 
 def read(directory: Path, missing: list[str]) -> Iterator[Picture]:
-    """What cannot be shown is told in `missing`."""
+    """Adds a sentence to `missing` for each picture that cannot be shown."""
     if not any(directory.glob("events.out.tfevents.*")):
         return
-    # it takes half a second
+    # This import takes half a second.
     from tensorboard.backend.event_processing import (  # type: ignore[import-untyped]
         event_accumulator,
     )
 
-    # It tells of each resume and each damaged file.
+    # TensorBoard warns about each resume and each damaged file.
     logging.getLogger("tensorboard").setLevel(logging.CRITICAL)
     try:
         kept = {"images": 1, "scalars": 1}
         events = event_accumulator.EventAccumulator(str(directory), kept).Reload()
         found = [(tag, events.Images(tag)[-1]) for tag in sorted(events.Tags()["images"])]
-    except Exception as error:  # noqa: BLE001 - whatever TensorBoard meets there
+    except Exception as error:  # noqa: BLE001 - TensorBoard raises anything for a damaged file
         what = f"The TensorBoard events cannot be read ({type(error).__name__})"
         missing.append(f"{what}: there are no pictures.")
         return

@@ -1,1 +1,1 @@
-"""How a run goes on: what was asked for, where it starts, what is compared, what is put back."""
+"""How a run goes on: the request, its checkpoint, the comparison, the restored training."""

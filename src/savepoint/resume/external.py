@@ -1,5 +1,5 @@
-"""`python resume.py FILE --config ...` with a file of another program: a new run that takes over
-what the file has.
+"""`python resume.py FILE --config ...` with a file of another program: a new run that begins with
+the content of the file.
 """
 
 from collections.abc import Mapping
@@ -12,81 +12,81 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from savepoint.checkpoint import foreign
 from savepoint.checkpoint.state import loops
-from savepoint.resume.overrides import check_shapes, shapes, under_names_of
+from savepoint.resume.overrides import under_names_of
 from savepoint.run import Run
 from savepoint.training import build
 from savepoint.training.execute import execute
-from savepoint.weights import fit_names, when_made
+from savepoint.weights import fit_names, load_fitting, when_made
 from savepoint.words import show
 
 
 def start(path: Path, config: Any, config_name: str) -> int:
-    """Trains on from a foreign file in a run directory of its own.
+    """Trains on from an external file, in a new run directory.
 
     Raises:
         CheckpointForeignError: the file cannot be read safely, or holds no weights.
-        ConfigMismatchError: its weights are not those of the config's model.
+        ConfigMismatchError: its weights do not fit the config's model.
     """
-    found = foreign.read(path)
+    content = foreign.read(path)
+
+    def load(model: LightningModule) -> None:
+        target = model.state_dict()
+        load_fitting(model, under_names_of(fit_names(content["state_dict"], target), target))
+
     # Lightning restores its own files: counters, optimizers, schedules, callbacks.
-    whole = found["kind"] == "lightning"
+    is_lightnings = content["kind"] == "lightning"
     run = Run.create(config.output_dir, config.run_name, config_name)
     try:
-        made = build.build(config, run, build.Start(callbacks=[] if whole else [_TakeOver(found)]))
-        when_made(made.trainer, made.model, lambda model: _load(model, found["state_dict"]))
-        print(_said(path, found), f"New run {show(run.directory)}", sep="\n", flush=True)
-        made.checkpointing.scores.best = as_share(found["best_accuracy"])
-        return execute(made, checkpoint=path if whole else None)
+        callbacks = [] if is_lightnings else [_TakeOver(content)]
+        training = build.build(config, run, build.Start(callbacks=callbacks))
+        when_made(training.trainer, training.model, load)
+        print(_summary(path, content), f"New run {show(run.directory)}", sep="\n", flush=True)
+        training.checkpointing.scores.best = as_share(content["best_accuracy"])
+        return execute(training, checkpoint=path if is_lightnings else None)
     except BaseException:
         run.discard()
         raise
 
 
-def _load(model: LightningModule, found: Mapping[str, Any]) -> None:
-    target = model.state_dict()
-    weights = under_names_of(fit_names(found, target), target)
-    check_shapes(shapes(weights), target, strict=model.strict_loading)
-    model.load_state_dict(weights, strict=model.strict_loading)
-
-
 def as_share(best: float | None) -> float | None:
-    """Old scripts keep percent; what is compared here is a share."""
+    """The best accuracy as a share: old scripts save percent."""
     return best / 100 if best is not None and 1 < best <= 100 else best
 
 
-def _said(path: Path, found: Mapping[str, Any]) -> str:
+def _summary(path: Path, content: Mapping[str, Any]) -> str:
     has = {
-        "epoch": f"epoch {found['epoch']}",
-        "best_accuracy": f"best accuracy {as_share(found['best_accuracy'])}",
+        "epoch": f"epoch {content['epoch']}",
+        "best_accuracy": f"best accuracy {as_share(content['best_accuracy'])}",
         "optimizer": "optimizer",
     }
-    taken = ["weights", *(text for key, text in has.items() if found[key] is not None)]
-    lacks = [key for key in has if found[key] is None]
+    taken = ["weights", *(text for key, text in has.items() if content[key] is not None)]
+    lacks = [key for key in has if content[key] is None]
     return (
-        f"From {path} ({found['kind']}): {', '.join(taken)}. It lacks "
+        f"From {path} ({content['kind']}): {', '.join(taken)}. It lacks "
         f"{', '.join([*lacks, 'random states', 'place in the data'])}: the resume is not exact."
     )
 
 
 class _TakeOver(Callback):
-    """Starts Lightning's counters, the optimizer and the schedule where the file says."""
+    """Sets Lightning's counters, the optimizer and the schedule to the epoch of the file."""
 
-    def __init__(self, found: Mapping[str, Any]) -> None:
-        self.found = found
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self.content = content
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         progress = trainer.fit_loop.epoch_progress
         for counts in (progress.current, progress.total):
             for name in ("ready", "started", "processed", "completed"):
-                setattr(counts, name, self.found["epoch"] or 0)
+                setattr(counts, name, self.content["epoch"] or 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        epochs = self.found["epoch"] or 0
+        epochs = self.content["epoch"] or 0
         steps = epochs * -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
         loops.set_steps(trainer, steps)
-        trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = steps
-        if self.found["optimizer"]:
-            trainer.optimizers[0].load_state_dict(self.found["optimizer"])
+        optimization = trainer.fit_loop.epoch_loop.automatic_optimization
+        optimization.optim_progress.optimizer.step.total.completed = steps
+        if self.content["optimizer"]:
+            trainer.optimizers[0].load_state_dict(self.content["optimizer"])
         for config in trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, LambdaLR):
                 config.scheduler.last_epoch = steps if config.interval == "step" else epochs
@@ -98,7 +98,7 @@ class _TakeOver(Callback):
 
 
 def _evaluate(scheduler: LambdaLR) -> None:
-    """The rate of the step it stands at, by the functions and base rates it has now."""
+    """Sets the rates of the schedule's current step, from its base rates and functions."""
     rows = zip(
         scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     )

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ def go_on(request: Request, config: Any, run: Run | None) -> int:
     source = choose(request, may_rename=run is not None and rank() == 0)
     if not source.state.get("config"):
         raise ConfigError(
-            f"No config in this checkpoint: {source.path}. Expected one. Give the run's: --config "
-            "FILE"
+            f"No config in this checkpoint: {source.path}. The run is built from it. Give the "
+            "run's: --config FILE"
         )
     was = typed.dump(typed.parse([], base=source.state["config"]))
     if config is None:
@@ -46,50 +47,57 @@ def go_on(request: Request, config: Any, run: Run | None) -> int:
         print(plan(request, source, changed, config), flush=True)
     if request.plan:
         return 0
-    rows = source.state.get("logged_rows") or 0
-    stepped = source.state["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
-    begin = build.Start(
-        checkpoint=source.path,
-        digest=source.manifest["digest"],
-        run=source.state["run"],
-        keep_rows=rows if run else 0,
-        # In a validation the rows of this very step are logged already, those of the validation are
-        # not.
-        purge_step=(stepped + (source.state["at"] == "validation")) if run else None,
-        changed=changed,
-        callbacks=[
-            ApplyOverrides(source.state, source.manifest, changed, request.allow),
-        ],
-        begun=[_Rewind(run, source.manifest["step"])] if run and request.rewind else [],
-        state=(source.path, source.state),
-    )
-    run, path = run or _new_run(request, source), source.path
+    begin = _start(request, source, changed, run)
+    run = run or _new_run(request, source)
+    path = source.path
     try:
-        made = build.build(config, run, begin)
-        begin.state = source = None  # type: ignore[assignment]  # as large as the model: the training takes it and lets it go
-        return execute(made, checkpoint=path)
+        training = build.build(config, run, begin)
+        # The state is as large as the model: only the training holds it from here on, and frees it.
+        begin.state = None
+        source = None  # type: ignore[assignment]
+        return execute(training, checkpoint=path)
     except BaseException:
         run.discard()
         raise
 
 
+def _start(
+    request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]], run: Run | None
+) -> build.Start:
+    """The start from a checkpoint: in its own run, or without `run` in a new one."""
+    begin = build.Start(
+        checkpoint=source.path,
+        digest=source.manifest["digest"],
+        run=source.state["run"],
+        changed=changed,
+        callbacks=[ApplyOverrides(source.state, source.manifest, changed, request.allow)],
+        state=(source.path, source.state),
+    )
+    if run:
+        loop = source.state["loops"]["fit_loop"]["epoch_loop.state_dict"]
+        # Inside a validation the rows of this very step are logged, those of the validation not.
+        in_validation = source.state["at"] == "validation"
+        begin.purge_step = loop["_batches_that_stepped"] + in_validation
+        begin.keep_rows = source.state.get("logged_rows") or 0
+        begin.begun = [_Rewind(run, source.manifest["step"])] if request.rewind else []
+    return begin
+
+
 def _complete(run: Run, source: Source, config: Any) -> int:
-    """A run that ended and was killed before its summary: the test is still to be made, and nothing
-    else.
-    """
+    """Tests a run that has ended, and that was killed before its summary."""
     if rank() == 0:
         store.CheckpointStore(run.directory / "checkpoints").mend()
     reached = (source.manifest["step"], source.manifest["epoch"])
     if run.summary().get("steps") == reached[0]:
         return 0
     begin = build.Start(checkpoint=source.path, keep_rows=source.state.get("logged_rows") or 0)
-    made = build.build(config, run, begin)
-    made.last = source.state
-    # The step and epoch of the test's log row.
-    made.trainer.fit_loop.load_state_dict(source.state["loops"]["fit_loop"])
-    for part in (made.checkpointing, made.meter):
+    training = build.build(config, run, begin)
+    training.last = source.state
+    # For the step and epoch in the test's log row.
+    training.trainer.fit_loop.load_state_dict(source.state["loops"]["fit_loop"])
+    for part in (training.checkpointing, training.meter):
         part.load_state_dict(source.state["callbacks"][part.state_key])
-    return execute(made, trained=reached)
+    return execute(training, trained=reached)
 
 
 def _new_run(request: Request, source: Source) -> Run:
@@ -101,8 +109,8 @@ def _new_run(request: Request, source: Source) -> Run:
 
 
 def _is_begun(fork: Path, source: Source) -> bool:
-    """Whether this very fork was begun and killed before its first save: then the same command
-    begins it again.
+    """Whether this very fork was begun, and killed before its first save: the same command begins
+    it again.
     """
     starts = Run(fork).starts()
     if step_files(fork / "checkpoints") or not starts:
@@ -112,26 +120,23 @@ def _is_begun(fork: Path, source: Source) -> bool:
 
 
 class _Rewind(Checkpoint):
-    """Once all fits and training begins, later checkpoints and the log rows go under rewound/:
-    nothing is deleted.
+    """Moves later checkpoints, and a copy of the log, to rewound/ when the training begins.
 
-    A Checkpoint by name, as Lightning calls those last: after the preflight, which may still
+    A subclass of Checkpoint, as Lightning calls those last: after the preflight, which may still
     refuse.
     """
 
     def __init__(self, run: Run, step: int) -> None:
-        self.run, self.step = run, step
+        self.run = run
+        self.step = step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checkpoints = store.CheckpointStore(self.run.directory / "checkpoints")
         later = checkpoints.latest()
         if not trainer.is_global_zero or later is None or later.step <= self.step:
             return
-        aside = (
-            self.run.directory
-            / "rewound"
-            / f"{time.strftime('%Y%m%d-%H%M%S')}-from-step-{later.step}"
-        )
+        name = f"{time.strftime('%Y%m%d-%H%M%S')}-from-step-{later.step}"
+        aside = self.run.directory / "rewound" / name
         with files.saving(aside):
             files.make_directory(aside)
             if (self.run.directory / "metrics.csv").exists():

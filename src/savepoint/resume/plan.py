@@ -1,9 +1,9 @@
-"""What a resume changes: configs compared, changes refused or allowed, the plan in words. Nothing
-is written.
+"""The changes of a resume: compares configs, refuses or allows changes, prints the plan. Nothing is
+written.
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,39 @@ from savepoint.resume.source import Source
 from savepoint.run import Run, resume_command
 from savepoint.words import megabytes, plural, show
 
-# What never decides how a run trains: not compared at all.
+# Keys without influence on the training: not compared at all.
 NOT_COMPARED = ("run_name", "output_dir", "resume", "init_from", "init_strict")
 
 
-# What changes no step of the trajectory up to where the run would have ended: applied without
-# asking.
+# Keys that change no step of the trajectory up to the run's planned end: applied at once.
 FREE = (
-    "checkpoint", "data.root", "data.num_workers", "trainer.accelerator", "trainer.barebones", "trainer.default_root_dir",
-    "trainer.devices", "trainer.enable_checkpointing", "trainer.enable_model_summary", "trainer.enable_progress_bar",
-    "trainer.log_every_n_steps", "trainer.logger", "trainer.max_epochs", "trainer.max_steps", "trainer.max_time",
-    "trainer.min_epochs", "trainer.min_steps", "trainer.num_nodes", "trainer.profiler", "trainer.strategy",
-)  # fmt: skip
+    "checkpoint",
+    "data.root",
+    "data.num_workers",
+    "trainer.accelerator",
+    "trainer.barebones",
+    "trainer.default_root_dir",
+    "trainer.devices",
+    "trainer.enable_checkpointing",
+    "trainer.enable_model_summary",
+    "trainer.enable_progress_bar",
+    "trainer.log_every_n_steps",
+    "trainer.logger",
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.max_time",
+    "trainer.min_epochs",
+    "trainer.min_steps",
+    "trainer.num_nodes",
+    "trainer.profiler",
+    "trainer.strategy",
+)
 
 
 def differences(was: str, is_: str) -> dict[str, tuple[Any, Any]]:
     """Config key -> (value in the checkpoint, value now), for the keys that are compared."""
-    old, new = compose.flatten(was), compose.flatten(is_)
+    old = compose.flatten(was)
+    new = compose.flatten(is_)
     keys = [key for key in {**old, **new} if key.split(".")[0] not in NOT_COMPARED]
     return {
         key: (old.get(key), new.get(key))
@@ -52,45 +68,35 @@ def _named(key: str, names: Sequence[str]) -> bool:
 
 def refuse(changed: Mapping[str, tuple[Any, Any]], allow: Sequence[str]) -> None:
     """Raises ConfigMismatchError for changes of the trajectory that `--allow` does not name."""
-    refused = {
-        key: pair for key, pair in changed.items() if not is_free(key) and not _named(key, allow)
-    }
-    if refused:
-        lines = [
-            f"  {key}: {was} in the checkpoint, {now} now"
-            for key, (was, now) in list(refused.items())[:3]
-        ]
-        more = f"  and {len(refused) - 3} more" if len(refused) > 3 else ""
-        raise ConfigMismatchError(
-            "\n".join(
-                [
-                    "This would train differently from the run that is continued. Expected the "
-                    "values of the checkpoint.",
-                    *lines,
-                    *([more] if more else []),
-                    f"If that is meant: --allow {','.join(refused)}",
-                ]
-            )
-        )
+    refused = [key for key in changed if not is_free(key) and not _named(key, allow)]
+    if not refused:
+        return
+    lines = ["This would train differently from the run that is continued. A resume repeats it."]
+    for key in refused[:3]:
+        was, now = changed[key]
+        lines.append(f"  {key}: {was} in the checkpoint, {now} now")
+    if len(refused) > 3:
+        lines.append(f"  and {len(refused) - 3} more")
+    lines.append(f"If that is meant: --allow {','.join(refused)}")
+    raise ConfigMismatchError("\n".join(lines))
 
 
 def check_allowed(allow: Sequence[str], keys: Sequence[str]) -> None:
     """Raises ConfigError for a word after `--allow` that names nothing."""
     for name in allow:
-        if name not in ("dataset", "world_size", "canary") and not any(
-            _named(key, [name]) for key in keys
-        ):
+        is_key = any(_named(key, [name]) for key in keys)
+        if name not in ("dataset", "world_size", "canary") and not is_key:
             near = difflib.get_close_matches(name, keys, n=1)
             hint = f"Did you mean {near[0]}?" if near else "The plan (--plan) names what differs."
             raise ConfigError(
-                f"--allow names no key of the config: {name}. Expected one such as model.lr. {hint}"
+                f"--allow names no key of the config: {name}. A key is, say, model.lr. {hint}"
             )
 
 
 def finished(
     source: Source, changed: Mapping[str, tuple[Any, Any]], request: Request
 ) -> str | None:
-    """The line for a run that has nothing left to do; None where there is something."""
+    """The line for a run that has nothing left to do; None for any other."""
     ended = source.manifest.get("ended")
     if ended is None or request.fork is not None or request.rewind:
         return None
@@ -113,18 +119,21 @@ def finished(
 def plan(
     request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]], config: Any
 ) -> str:
-    """What is restored, from where, what was overridden, what an override will not change, how much
-    is left.
+    """The plan in words: what is restored and from where, the overrides, what they do not change,
+    and how much is left.
     """
-    manifest, state = source.manifest, source.state
-    verb = "Fork" if request.fork is not None else "Rewind" if request.rewind else "Resume"
+    manifest = source.manifest
+    state = source.state
+    verb = "Rewind" if request.rewind else "Resume"
+    if request.fork is not None:
+        verb = "Fork"
     lines = [
         f"{verb} {show((request.run_dir or source.path).absolute())} from {source.path.name}: "
         f"step {manifest['step']}, epoch {manifest['epoch']}, verified{_size(source.path)}",
         f"  restored    {_restored(source, request.allow)}",
     ]
     lines += [f"  overridden  {key}: {was} -> {now}" for key, (was, now) in changed.items()]
-    lines += [f"  note        {note}" for note in _notes(request, source, changed, config)]
+    lines += [f"  note        {note}" for note in _notes(request, source, changed)]
     if request.plan:
         lines.append(
             f"  then        the data set is compared ({manifest['dataset']['name']} is expected), "
@@ -137,7 +146,7 @@ def plan(
 def _size(path: Path) -> str:
     try:
         return f", {megabytes(path.stat().st_size)}"
-    except FileNotFoundError:  # it is in memory; a run that trains on has deleted it
+    except FileNotFoundError:  # a run that trains has deleted it; its state is in memory
         return ""
 
 
@@ -147,11 +156,9 @@ def _restored(source: Source, allow: Sequence[str]) -> str:
     parts += ["optimizer"] if state["optimizer_states"] else []
     parts += ["schedule"] if state["lr_schedulers"] else []
     if source.manifest["at"]:
-        only = (
-            f" (with {source.manifest['world_size']} processes only)"
-            if "world_size" in allow
-            else ""
-        )
+        only = ""
+        if "world_size" in allow:
+            only = f" (with {source.manifest['world_size']} processes only)"
         parts.append(f"random states, metrics, place in the data{only}")
     best = source.manifest.get("best_score")
     parts += [f"best {source.manifest['monitor']} {best:.4f}"] if best is not None else []
@@ -165,52 +172,32 @@ def _inexact(manifest: Mapping[str, Any]) -> str:
     return f" (not exact: {'; '.join(unsaved[:3])})"
 
 
-def _notes(
-    request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]], config: Any
-) -> list[str]:
-    import torch
-
-    manifest, notes = source.manifest, list[str]()
-    if source.newest_step > manifest["step"] and request.fork is None and not request.rewind:
+def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    facts = source.manifest
+    notes = []
+    if source.newest_step > facts["step"] and request.fork is None and not request.rewind:
         notes.append(
             f"not the newest of its run, which is at {source.newest_step}: it goes on with --fork "
             "or --rewind only"
         )
-    now = environment(torch.device("cpu"))
-    for key in ("versions", "threads"):
-        if manifest.get(key) != now[key]:
-            notes.append(
-                f"{key} {manifest.get(key)} -> {now[key]}: not bit-equal to a run that was never "
-                "stopped"
-            )
-    loop = source.state["loops"]["fit_loop"]
-    inside = not loop["epoch_loop.batch_progress"]["is_last_batch"]
+    notes += _notes_of_environment(facts)
     if request.run_dir and request.fork is None:
-        run = Run(request.run_dir)
-        if run.record_damage():
-            notes.append(
-                "run.json is damaged: it is set aside once the training begins, and a new record "
-                "is begun"
-            )
-        if run.id() not in (None, manifest.get("run_id")):
-            notes.append("this checkpoint was made by another run: somebody put it here")
+        notes += _notes_of_record(Run(request.run_dir), facts)
     if "world_size" in request.allow:
         notes.append(
-            f"with more or fewer processes than {manifest['world_size']}, random states, metric "
+            f"with more or fewer processes than {facts['world_size']}, random states, metric "
             "sums and each rank's place in the data are not restored; which samples this epoch "
             "sees changes, and checkpoints say exact: false until the next epoch begins"
         )
-    if manifest.get("ended") in ("max_steps", "max_time") and inside:
+    batches = source.state["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    if facts.get("ended") in ("max_steps", "max_time") and not batches["is_last_batch"]:
         notes.append(
             "it ended inside an epoch, which counts as done: not what a longer run without the "
             "stop would be"
         )
     if "trainer.max_epochs" in changed or "trainer.max_steps" in changed:
-        rates = [
-            group["lr"]
-            for optimizer in source.state["optimizer_states"]
-            for group in optimizer["param_groups"]
-        ]
+        optimizers = source.state["optimizer_states"]
+        rates = [group["lr"] for optimizer in optimizers for group in optimizer["param_groups"]]
         here = f"learning rate is {rates[0]:.3g} here; " if rates else ""
         notes.append(
             f"{here}a schedule that depends on the length is stretched to the new end: the first "
@@ -222,9 +209,31 @@ def _notes(
     return notes
 
 
+def _notes_of_environment(facts: Mapping[str, Any]) -> Iterator[str]:
+    import torch
+
+    now = environment(torch.device("cpu"))
+    for key in ("versions", "threads"):
+        if facts.get(key) != now[key]:
+            yield (
+                f"{key} {facts.get(key)} -> {now[key]}: not bit-equal to a run that was never "
+                "stopped"
+            )
+
+
+def _notes_of_record(run: Run, facts: Mapping[str, Any]) -> Iterator[str]:
+    if run.record_damage():
+        yield (
+            "run.json is damaged: it is renamed once the training begins, and a new record begins"
+        )
+    if run.id() not in (None, facts.get("run_id")):
+        yield "this checkpoint was made by another run: somebody put it here"
+
+
 def refuse_past(source: Source, config: Any) -> None:
     for name in ("epoch", "step"):
-        limit, reached = getattr(config.trainer, f"max_{name}s"), source.manifest[name]
+        limit = getattr(config.trainer, f"max_{name}s")
+        reached = source.manifest[name]
         if limit is not None and 0 <= limit < reached:
             raise ConfigError(
                 f"Past that already: {show(source.path)} is of {name} {reached}, and "

@@ -1,6 +1,4 @@
-"""What `python resume.py ...` was asked to do, as far as it can be told without torch: which run,
-which file, what flags.
-"""
+"""The command line of resume.py: its run or file, and its flags. All that needs no torch."""
 
 import difflib
 import os
@@ -8,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from savepoint import files, words
+from savepoint import files, record
 from savepoint.checkpoint import manifest
 from savepoint.config import compose, quick
 from savepoint.errors import CheckpointForeignError, CheckpointNotFoundError, ConfigError
-from savepoint.find import newest_run
+from savepoint.find import newest_run, run_directory, two_checkpoints
 from savepoint.job import requeued
 from savepoint.run import Run, check_name
-from savepoint.words import show
+from savepoint.words import nearest, show
 
 USAGE = """\
 usage: python resume.py [CKPT | RUN_DIR] [--KEY VALUE]...
@@ -23,13 +21,15 @@ usage: python resume.py [CKPT | RUN_DIR] [--KEY VALUE]...
   python resume.py                                      the newest run under outputs/
   python resume.py outputs/first                        its latest checkpoint that verifies
   python resume.py outputs/first --trainer.max_epochs 20
-  python resume.py FILE --config configs/mnist.yaml     a file of another program: its weights, and what else it has
+  python resume.py FILE --config configs/mnist.yaml     a file of another program: its weights,
+                                                        and what else it has
 
   --best            the best checkpoint of the run, not the latest
-  --plan            say what would be restored and changed, and stop
-  --allow KEY       let an override change the trajectory (model.lr, data.batch_size, world_size, dataset ...)
+  --plan            print what would be restored and changed, and stop
+  --allow KEY       let an override change the trajectory (model.lr, data.batch_size, world_size,
+                    dataset ...)
   --fork [NAME]     a new run from the checkpoint; the old one stays as it is
-  --rewind          go on from an older checkpoint; later ones and their log rows are set aside under rewound/
+  --rewind          go on from an older checkpoint; later ones and their log rows go to rewound/
   --output_dir DIR  where runs are looked for (outputs)
 
 Every key of the config can be given, as for train.py.
@@ -40,138 +40,152 @@ FLAGS = ("--best", "--plan", "--allow", "--fork", "--rewind")
 
 @dataclass
 class Request:
-    """The command line of resume.py, its target found and, if it is a file, verified."""
+    """The command line of resume.py, with an existing run directory or a verified file."""
 
     run_dir: Path | None = None
-    file: Path | None = None  # named by the user, or the best one: no fallback to another
+    file: Path | None = None  # the one that the user named, or the best: no fallback to another
     foreign: bool = False
     best: bool = False
     plan: bool = False
     rewind: bool = False
-    fork: str | None = None  # "" for a name of our own
+    fork: str | None = None  # its name; "" for the default one
     allow: list[str] = field(default_factory=list)
     output_dir: str = "outputs"
     overrides: list[str] = field(default_factory=list)
 
 
 def requested(argv: Sequence[str]) -> Request | None:
-    """The request in `argv`; None where `--help` was all of it.
+    """The request in `argv`; None after `--help`.
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, CheckpointVersionError: about the target.
         ConfigError: about the flags.
     """
-    asked, target = _parse(list(argv))
-    if asked is None:
+    request, target = _parse(argv)
+    if request is None:
         print(USAGE, end="")
         return None
-    files.refuse_url(asked.output_dir, "output_dir")
-    if requeued() and not asked.plan:
-        target = _once(asked, target)
+    files.refuse_url(request.output_dir, "output_dir")
+    if requeued() and not request.plan:
+        target = _once(request, target)
     if target is None:
-        asked.run_dir = newest_run(Path(asked.output_dir))
+        request.run_dir = newest_run(Path(request.output_dir))
     else:
-        _find(asked, target)
-    if asked.foreign and not any(
-        flag.split("=")[0] in ("--config", "-c") for flag in asked.overrides
-    ):
+        _find(request, target)
+    flags = [word.split("=")[0] for word in request.overrides]
+    if request.foreign and "--config" not in flags and "-c" not in flags:
         raise CheckpointForeignError(
-            f"Not written by Savepoint: {asked.file}. It holds no config. Say which run it is for: "
-            f"python resume.py {asked.file} --config configs/mnist.yaml",
-            asked.file or "",
+            f"Not written by Savepoint: {request.file}. The file holds no config. Name one: "
+            f"python resume.py {request.file} --config configs/mnist.yaml",
+            request.file or "",
         )
-    _check_overrides(asked)
-    if asked.run_dir is not None and asked.fork is None and not asked.plan:
-        Run(asked.run_dir).refuse_if_held()
-    return asked
+    _check_overrides(request)
+    if request.run_dir is not None and request.fork is None and not request.plan:
+        Run(request.run_dir).refuse_if_held()
+    return request
 
 
-def _once(asked: Request, target: str | None) -> str | None:
-    """A requeued job gives the same command again: a fork that was begun goes on, and nothing is
-    set aside twice.
+def _once(request: Request, target: str | None) -> str | None:
+    """The target of a requeued job, which runs the same command again: a fork that was begun goes
+    on, and a rewind is refused.
     """
-    fork = Path(asked.output_dir) / (asked.fork or "")
-    if asked.fork and manifest.step_files(fork / "checkpoints"):
-        asked.fork, asked.best = None, False
+    fork = Path(request.output_dir) / (request.fork or "")
+    if request.fork and manifest.step_files(fork / "checkpoints"):
+        request.fork = None
+        request.best = False
         return str(fork)
-    if asked.rewind or asked.fork == "":
-        flag = "--rewind" if asked.rewind else "--fork"
+    if request.rewind or request.fork == "":
+        flag = "--rewind" if request.rewind else "--fork"
         raise ConfigError(
-            f"{flag} in a job that SLURM requeued: what it began would be begun again. Expected a "
-            "command that goes on. Requeue: python resume.py RUN_DIR, or --fork NAME"
+            f"{flag} in a job that SLURM requeued: each start of the job would begin anew. A job "
+            "that is requeued must go on. Submit: python resume.py RUN_DIR, or --fork NAME"
         )
     return target
 
 
-def _check_overrides(asked: Request) -> None:
-    """What is wrong with the flags is said now where the run's config lies beside its checkpoints,
-    else after the imports.
+def _check_overrides(request: Request) -> None:
+    """Raises ConfigError for the flags where the run has its config.yaml; without it they are
+    checked after the imports.
     """
-    if asked.foreign:
-        quick.check(asked.overrides)
-    elif asked.run_dir is not None and (config := asked.run_dir / "config.yaml").is_file():
+    if request.foreign:
+        quick.check(request.overrides)
+    elif request.run_dir is not None and (config := request.run_dir / "config.yaml").is_file():
         try:
             base = config.read_text()
             compose.compose([], base=base)
         except (OSError, ValueError, AttributeError):
-            return  # damaged: what counts is the config in the checkpoint
-        quick.check(asked.overrides, base=base)
+            return  # damaged: the config in the checkpoint counts
+        quick.check(request.overrides, base=base)
 
 
-def _parse(argv: list[str]) -> tuple[Request | None, str | None]:
-    asked, target = Request(), None
-    while argv:
-        word = argv.pop(0)
+class _Words:
+    """The words of a command line, taken one after the other."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.left = list(words)
+
+    def has_value(self) -> bool:
+        return bool(self.left) and not self.left[0].startswith("--")
+
+    def value(self, word: str) -> str:
+        """The value of the flag `word`: after its `=`, or the next word."""
         flag, equals, value = word.partition("=")
+        if equals:
+            return value
+        if not self.has_value():
+            raise ConfigError(
+                f"No value after {flag}. Expected: {flag} VALUE. See: python resume.py --help"
+            )
+        return self.left.pop(0)
 
-        def take(flag: str = flag, equals: str = equals, value: str = value) -> str:
-            if equals:
-                return value
-            if not argv or argv[0].startswith("--"):
-                raise ConfigError(
-                    f"No value after {flag}. Expected: {flag} VALUE. See: python resume.py --help"
-                )
-            return argv.pop(0)
 
+def _parse(argv: Sequence[str]) -> tuple[Request | None, str | None]:
+    request = Request()
+    target = None
+    words = _Words(argv)
+    while words.left:
+        word = words.left.pop(0)
+        flag, equals, _ = word.partition("=")
         if word in ("-h", "--help"):
             return None, None
         if word in ("--best", "--plan", "--rewind"):
-            setattr(asked, word[2:], True)
+            setattr(request, word[2:], True)
         elif flag == "--allow":
-            asked.allow += take().split(",")
+            request.allow += words.value(word).split(",")
         elif flag == "--output_dir":
-            asked.output_dir = take()
-            asked.overrides += ["--output_dir", asked.output_dir]
+            request.output_dir = words.value(word)
+            request.overrides += ["--output_dir", request.output_dir]
         elif flag == "--fork":
-            named = equals or (
-                argv and not argv[0].startswith("--") and not os.path.exists(argv[0])
-            )
-            asked.fork = take() if named else ""
+            has_name = equals or (words.has_value() and not os.path.exists(words.left[0]))
+            request.fork = words.value(word) if has_name else ""
         elif word.startswith("-"):
-            if flag.removeprefix("--").split(".")[0] not in compose.KEYS and (
-                near := words.nearest(flag, FLAGS)
-            ):
-                raise ConfigError(f"Unknown flag: {flag}.{near}")
-            asked.overrides.append(word)
-            if not equals and argv and not argv[0].startswith("--"):
-                asked.overrides.append(argv.pop(0))
+            _refuse_unknown(flag)
+            request.overrides.append(word)
+            if not equals and words.has_value():
+                request.overrides.append(words.left.pop(0))
         elif target is not None:
-            raise ConfigError(
-                f"Two checkpoints: {target} and {word}. Expected one. Name one of them."
-            )
+            raise two_checkpoints(target, word)
         else:
             target = word
-    if asked.fork:
-        check_name(asked.fork)
-    if asked.rewind and asked.fork is not None:
+    if request.fork:
+        check_name(request.fork)
+    if request.rewind and request.fork is not None:
         raise ConfigError(
-            "Both --fork and --rewind. Expected one: a new run, or the same run from an earlier "
-            "step."
+            "Both --fork and --rewind. The first makes a new run, the second goes on with the same "
+            "run from an earlier step. Give one of them."
         )
-    return asked, target
+    return request, target
 
 
-def _find(asked: Request, target: str) -> None:
+def _refuse_unknown(flag: str) -> None:
+    """Raises ConfigError for a flag that is no key of a config, and near to one of resume.py's."""
+    near = nearest(flag, FLAGS)
+    if near and flag.removeprefix("--").split(".")[0] not in compose.KEYS:
+        raise ConfigError(f"Unknown flag: {flag}.{near}")
+
+
+def _find(request: Request, target: str) -> None:
+    """Sets the run directory, or the file that is verified here."""
     path = Path(target)
     try:
         is_directory = path.is_dir()
@@ -182,36 +196,30 @@ def _find(asked: Request, target: str) -> None:
             path,
         ) from None
     if is_directory:
-        path = path.absolute()
-        # A run may be called so.
-        is_run = path.name != "checkpoints" or (path / "checkpoints").is_dir()
-        asked.run_dir = path if is_run else path.parent
-        if not manifest.step_files(asked.run_dir / "checkpoints"):
+        request.run_dir = run_directory(path)
+        if not manifest.step_files(request.run_dir / "checkpoints"):
             raise CheckpointNotFoundError(
-                f"No checkpoint in this directory: {show(path)}. Expected a run directory with "
-                f"checkpoints/step-*.ckpt in it. {_nearest(target, asked)}",
+                f"No checkpoint in this directory: {show(path.absolute())}. A run directory has "
+                f"checkpoints/step-*.ckpt in it. {_nearest(target, request)}",
                 path,
             )
         return
     try:
         manifest.verify(path)
     except CheckpointForeignError:
-        asked.foreign = True
+        request.foreign = True
     except CheckpointNotFoundError as error:
-        raise CheckpointNotFoundError(f"{error} {_nearest(target, asked)}", path) from None
-    asked.file = path
+        raise CheckpointNotFoundError(f"{error} {_nearest(target, request)}", path) from None
+    request.file = path
     parent = path.absolute().parent
-    if parent.name == "checkpoints" and (parent.parent / "run.json").exists():
-        asked.run_dir = parent.parent
+    if parent.name == "checkpoints" and (parent.parent / record.NAME).exists():
+        request.run_dir = parent.parent
 
 
-def _nearest(target: str, asked: Request) -> str:
-    known = {
-        show(path.absolute()): path for path in Path(asked.output_dir).glob("*/checkpoints/*.ckpt")
-    }
-    runs = Path(asked.output_dir).glob("*")
-    known |= {
-        show(path.absolute()): path for path in runs if manifest.step_files(path / "checkpoints")
-    }
+def _nearest(target: str, request: Request) -> str:
+    runs = list(Path(request.output_dir).glob("*"))
+    paths = [path for run in runs for path in (run / "checkpoints").glob("*.ckpt")]
+    paths += [run for run in runs if manifest.step_files(run / "checkpoints")]
+    known = [show(path.absolute()) for path in paths]
     near = difflib.get_close_matches(target, known, n=3, cutoff=0.4)
     return f"Nearest: {', '.join(near)}." if near else "Runs are found by: ls outputs"

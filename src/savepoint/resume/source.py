@@ -13,7 +13,7 @@ from savepoint.resume.request import Request
 from savepoint.run import resume_command
 from savepoint.words import show
 
-# Where the checkpoint of this start is said to ranks that the launcher starts later.
+# The checkpoint of this start, for the ranks that the launcher starts later.
 ENVIRONMENT_KEY = "SAVEPOINT_CHECKPOINT"
 
 
@@ -28,7 +28,7 @@ class Source:
 
 
 def choose(request: Request, *, may_rename: bool) -> Source:
-    """The checkpoint of a request, verified whole and loaded to the CPU."""
+    """Verifies the checkpoint of a request whole, and loads it to the CPU."""
     if rank() and (inherited := os.environ.get(ENVIRONMENT_KEY)):
         request = Request(run_dir=request.run_dir, file=Path(inherited), rewind=True)
     if request.run_dir is None:
@@ -40,8 +40,8 @@ def choose(request: Request, *, may_rename: bool) -> Source:
         if best is None:
             raise CheckpointNotFoundError(
                 f"No best checkpoint in {show(request.run_dir)}: none has a value of the "
-                "monitored metric at its own step. Expected one. Leave --best away to take the "
-                "latest.",
+                "monitored metric at its own step. Only such values are ranked. Leave --best away "
+                "to take the latest.",
                 request.run_dir,
             )
         request.file = best.path
@@ -51,14 +51,15 @@ def choose(request: Request, *, may_rename: bool) -> Source:
         source = Source(chosen.path, state, chosen.manifest)
     else:
         source = Source(request.file, *store.load(request.file))
-        source.newest_step = latest.step if (latest := checkpoints.latest()) else 0
-        meant = request.fork is not None or request.rewind or request.plan
-        if source.newest_step > source.manifest["step"] and not meant:
+        latest = checkpoints.latest()
+        source.newest_step = latest.step if latest else 0
+        may_be_older = request.fork is not None or request.rewind or request.plan
+        if source.newest_step > source.manifest["step"] and not may_be_older:
             here = show(request.file.absolute())
             raise ConfigMismatchError(
                 f"Not the newest checkpoint of its run: {here} is of step "
-                f"{source.manifest['step']}, the run is at {source.newest_step}. Expected one of "
-                "two ways.\n"
+                f"{source.manifest['step']}, the run is at {source.newest_step}. Its later steps "
+                "would be trained twice.\n"
                 f"  a new run from there:                 {resume_command(request.file)} --fork "
                 "NAME\n"
                 f"  the same run, later files set aside:  {resume_command(request.file)} --rewind"
@@ -68,7 +69,9 @@ def choose(request: Request, *, may_rename: bool) -> Source:
 
 
 def require_facts(source: Source) -> None:
-    """Of a file that some other program has sealed: what a resume compares may be missing."""
+    """Raises ConfigError where the manifest lacks a fact that a resume compares: some other program
+    may have sealed the file.
+    """
     needed = ("epoch", "at", "exact", "dataset", "world_size", "device")
     if lacking := [key for key in needed if source.manifest.get(key) is None]:
         raise ConfigError(

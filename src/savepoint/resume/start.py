@@ -1,4 +1,4 @@
-"""What train.py and resume.py do: begin a run, or go on with one."""
+"""The starts of train.py and resume.py: a new run, or one that goes on."""
 
 from pathlib import Path
 from typing import Any
@@ -28,34 +28,32 @@ def start(composed: compose.Composed) -> int:
     if step_files(run_dir / "checkpoints"):
         return _continue(Request(run_dir=run_dir), config)
     if damaged := sorted((run_dir / "checkpoints").glob("*.corrupt")):
-        # Starting over would throw the log away, in a requeue loop without anybody noticing.
+        # To start over would throw the log away, and in a requeue loop nobody would notice.
         raise CheckpointNotFoundError(
             f"Nothing to continue: every checkpoint of {run_dir} is damaged "
-            f"({', '.join(path.name for path in damaged)}). Expected one that verifies. Put a "
+            f"({', '.join(path.name for path in damaged)}). A damaged file is never loaded. Put a "
             "copy back, or start under another --run_name.",
             run_dir,
         )
     if mode == "must":
         raise CheckpointNotFoundError(
-            f"Nothing to continue: {run_dir} has no checkpoint, and --resume must was given. "
-            "Expected one. Start the run with --resume auto.",
+            f"Nothing to continue: {run_dir} has no checkpoint, and --resume must starts no new "
+            "run. Start it with --resume auto.",
             run_dir,
         )
     return train(config, composed.name, reuse=run_dir)
 
 
 def _name_of_job(config_name: str, config: Any, mode: str) -> str:
-    """The default name is a promise to find the run again only where a scheduler gives every start
-    the same one.
-    """
+    """The default name, where a scheduler makes it the same at every start of a job."""
     name = default_name(config_name)
     why = None if scheduled() else "no run_name"
     if (Path(config.output_dir) / f"{name}-2").exists():
         why = f"this job has more than one, {name} and {name}-2"
     if why:
         raise ConfigError(
-            f"--resume {mode} cannot tell which run is meant: {why}. Expected one. Give --run_name "
-            "NAME."
+            f"--resume {mode} cannot tell which run is meant: {why}. Every start must find the "
+            "same run. Give --run_name NAME."
         )
     return name
 

@@ -16,7 +16,7 @@ from savepoint.template.upgrade import upgrade
 def main(argv: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(argv)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # It leaves as after an error: what is unfinished is removed.
+        # Exits as after an error: unfinished files are removed.
         signal.signal(signum, lambda number, _: sys.exit(128 + number))
     try:
         if asked.command == "upgrade":
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = error.filename2 or error.filename
         refusal = ConfigError(
-            f"Cannot write: {where} ({error.strerror}). Expected room that this user may write to, "
-            "for files and a git repository. Make some, or choose another place."
+            f"Cannot write: {where} ({error.strerror}). The copy is files and a git repository of "
+            "this user. Make room and permission, or choose another place."
         )
         print(refusal, file=sys.stderr)
         return refusal.exit_code
@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         "--library", choices=("wheel", "source"), default="wheel",
         help="whether the library goes along as one file or as the folder src/savepoint, to edit",
     )  # fmt: skip
-    arguments.add_argument("--wheel", type=Path, help=argparse.SUPPRESS)  # one that is built
+    arguments.add_argument("--wheel", type=Path, help=argparse.SUPPRESS)  # skips the build
     arguments = commands.add_parser("upgrade", help="in a copy: another version of the library")
     arguments.add_argument("wheel")
     return parser

@@ -1,4 +1,4 @@
-"""Git, called for a project: without its hooks, and in words of our own where it fails."""
+"""Git for a project: called without its hooks; its failures are ConfigErrors."""
 
 import os
 import shlex
@@ -11,21 +11,21 @@ from savepoint.errors import ConfigError
 HOOK = (
     "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_PREFIX",
 )  # fmt: skip
-"""What git sets for its hooks: called from one, we would commit into the hook's repository."""
+"""Variables that git sets for a hook: with them we would commit into the hook's repository."""
 
 
 def git(*arguments: str, at: Path) -> str:
-    """What git says on stdout.
+    """The output of git.
 
     Raises:
-        ConfigError: it failed; with its last words.
+        ConfigError: git failed; with the last line of its errors.
     """
     done = ask(*arguments, at=at)
     if done.returncode:
         command = shlex.join(["git", *arguments])
         raise ConfigError(
-            f"git failed: {last_line(done)} ({command}). Expected git 2.28 or newer, and room for "
-            "a repository. Call the command by hand to see more."
+            f"git failed: {last_line(done)} ({command}). A copy needs git 2.28 or newer, and room "
+            "for a repository. Call the command by hand to see more."
         )
     return done.stdout.strip()
 
@@ -41,8 +41,8 @@ def ask(*arguments: str, at: Path) -> subprocess.CompletedProcess[str]:
         )  # fmt: skip
     except FileNotFoundError:
         raise ConfigError(
-            "No git on this machine. Expected git 2.28 or newer, since a copy is a repository. "
-            "Install it with the system's packages."
+            "No git on this machine. A copy is a repository of git 2.28 or newer. Install it with "
+            "the system's packages."
         ) from None
 
 
@@ -51,7 +51,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def identity(name: str, *, at: Path) -> Sequence[str]:
-    """Options for a commit by the user, or by the project where git does not know who that is."""
+    """Options for a commit by the user, or by the project where git has no name of the user."""
     asked = ask("-c", "user.useConfigOnly=true", "var", "GIT_COMMITTER_IDENT", at=at)
     if asked.returncode == 0:
         return ()
@@ -59,22 +59,22 @@ def identity(name: str, *, at: Path) -> Sequence[str]:
 
 
 def check_repository(root: Path) -> None:
-    """The root has to be that of a repository: a folder in another one would be taken for that."""
+    """Raises ConfigError where `root` is not the root of a repository with a commit."""
     top = ask("rev-parse", "--show-toplevel", at=root)
     if "safe.directory" in top.stderr:
         trust = ["git", "config", "--global", "--add", "safe.directory", str(root)]
         raise ConfigError(
-            f"Another user's repository: {root}. Expected one that git trusts, since its hooks and "
+            f"Another user's repository: {root}. Git does not trust it, since its hooks and "
             f"settings are programs. If you trust it: {shlex.join(trust)}"
         )
     if top.returncode or Path(top.stdout.strip()).resolve() != root.resolve():
         reason = last_line(top) if top.returncode else f"it lies in that of {top.stdout.strip()}"
         raise ConfigError(
-            f"Not a git repository: {root} ({reason}). Expected one, since what is committed is "
-            "copied. Clone it with git."
+            f"Not a git repository: {root} ({reason}). A copy is made of the last commit. Clone "
+            "the template with git."
         )
     if ask("rev-parse", "--verify", "HEAD", at=root).returncode:
         raise ConfigError(
-            f"Nothing is committed: {root}. Expected a commit, since that is what is copied. "
+            f"Nothing is committed: {root}. A copy is made of the last commit. "
             "Commit first: git add --all && git commit"
         )

@@ -1,5 +1,5 @@
-"""`make new`: the start of a project. A copy of what is committed: the example, and the library as
-a wheel (or, to change it, as its sources) in a git repository with one commit.
+"""`make new`: the start of a project. A copy of the last commit: the example, and the library as a
+wheel (or, to change it, as its sources) in a git repository with one commit.
 """
 
 import os
@@ -23,7 +23,7 @@ COPIED = (
 )  # fmt: skip
 LIBRARY = "src/savepoint"
 SOURCE_LINE = f"-e ./{LIBRARY}"
-"""What names the sources in requirements.txt."""
+"""The line of the sources in requirements.txt."""
 
 
 def new(name: str, destination: str, *, library: str = "wheel", wheel: Path | None = None) -> int:
@@ -31,7 +31,7 @@ def new(name: str, destination: str, *, library: str = "wheel", wheel: Path | No
 
     Args:
         library: `wheel` or `source`.
-        wheel: A built one to take; else it is built from what is committed.
+        wheel: A built one; without it the wheel is built from the commit.
     """
     root = workspace.project().root.resolve()
     check_name(name, root)
@@ -81,8 +81,8 @@ def write_library(root: Path, commit: str, copy: Path, library: str, wheel: Path
     text = requirements.read_text()
     if text.splitlines().count(SOURCE_LINE) != 1:
         raise ConfigError(
-            f"No line for the library in {root / 'requirements.txt'} at {commit[:7]}. Expected "
-            f"{SOURCE_LINE!r}, since the wheel takes its place. Put it back and commit."
+            f"No line for the library in {root / 'requirements.txt'} at {commit[:7]}. The line of "
+            f"the wheel replaces {SOURCE_LINE!r}. Put it back and commit."
         )
     requirements.write_text(text.replace(SOURCE_LINE, wheels.line(wheel)))
     return f"{wheels.FOLDER}/{wheel.name}"
@@ -94,7 +94,7 @@ def extract(root: Path, commit: str, names: tuple[str, ...], into: Path) -> None
     archive = into.with_name(f"{into.name}.tar")
     git("archive", "--output", str(archive), commit, "--", *names, at=root)
     with tarfile.open(archive) as tar:
-        # Python 3.11.0 has no filter yet; what git writes is no stranger's archive.
+        # Python 3.11.0 has no filter yet; git has just written this archive.
         tar.extraction_filter = getattr(tarfile, "data_filter", lambda member, _: member)
         tar.extractall(into)
 
@@ -131,18 +131,18 @@ def check_name(name: str, root: Path) -> None:
     taken = [workspace.TEMPLATE, wheels.DISTRIBUTION, "savepoint", *needed]
     if plain(name) in map(plain, taken):
         raise ConfigError(
-            f"The name of a package that the project needs: {name}. Expected another, since one "
-            "environment holds both. Choose a new NAME."
+            f"The name of a package that the project needs: {name}. One environment holds both. "
+            "Choose another NAME."
         )
 
 
 def plain(name: str) -> str:
-    """Two names that are the same for an installer become the same."""
+    """The name as an installer compares it."""
     return re.sub("[-_.]+", "-", name).lower()
 
 
 def check_template(root: Path) -> None:
-    """A copy lacks what another copy is made of."""
+    """Raises ConfigError in a copy, which lacks files that another copy is made of."""
     path = root / "pyproject.toml"
     try:
         name = tomllib.loads(path.read_text())["project"]["name"]
@@ -150,9 +150,8 @@ def check_template(root: Path) -> None:
         name = "nothing"
     if name != workspace.TEMPLATE:
         raise ConfigError(
-            f"Not the template: {root}, where pyproject.toml names {name}. Expected "
-            f"{workspace.TEMPLATE}, since a copy lacks what another is made of. "
-            "Call make new there: it is where benchmarks/ is."
+            f"Not the template: {root}, where pyproject.toml names {name}. A copy lacks files that "
+            f"another is made of. Call make new in {workspace.TEMPLATE}: it has benchmarks/."
         )
 
 
@@ -160,23 +159,21 @@ def check_destination(given: str, root: Path) -> Path:
     dest = Path(given).expanduser().resolve()
     if not given:
         raise ConfigError(
-            "No place for the copy. Expected a new directory, which gets a repository of its own. "
+            "No place for the copy, which is a repository in a new directory. "
             "For example: make new NAME=cats DEST=../cats"
         )
     if dest.is_relative_to(root):
         raise ConfigError(
-            f"Inside the template: {given}. Expected a place outside {root}, since a copy is a "
-            "repository of its own. Choose another DEST."
+            f"Inside the template: {given}. A copy is a repository of its own. Choose a DEST "
+            f"outside {root}."
         )
     if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
         raise ConfigError(
-            f"Taken: {given}. Expected a new or an empty directory, since a copy overwrites "
-            "nothing that is there. Choose another DEST."
+            f"Taken: {given}. A copy overwrites no file. Choose a new or an empty directory."
         )
     if not dest.parent.is_dir():
         raise ConfigError(
-            f"No such directory: {dest.parent}. Expected it, as the place for {dest.name}: a "
-            f"mistyped path makes no folders. "
-            f"Make it first: mkdir -p {shlex.quote(str(dest.parent))}"
+            f"No such directory: {dest.parent}. It is the place for {dest.name}, and a mistyped "
+            f"path makes no folders. Make it first: mkdir -p {shlex.quote(str(dest.parent))}"
         )
     return dest

@@ -16,17 +16,16 @@ def upgrade(given: str) -> int:
     requirements = root / "requirements.txt"
     if not given:
         raise ConfigError(
-            "No wheel was named. Expected a file of the library, since that takes the place of the "
-            "one in vendor/. For example: make upgrade WHEEL=path/to/"
-            "savepoint_lightning-1.0-py3-none-any.whl"
+            "No wheel was named. It replaces the one in vendor/. For example: "
+            "make upgrade WHEEL=path/to/savepoint_lightning-1.0-py3-none-any.whl"
         )
     text = requirements.read_text() if requirements.is_file() else ""
     old = wheels.LINE.findall(text)
     if len(old) != 1:
         raise ConfigError(
-            f"Not upgraded: {requirements} names no wheel in vendor/. Expected a copy that make "
-            "new made; in the template, and in a copy with LIBRARY=source, the library is "
-            "src/savepoint. Change it there."
+            f"Not upgraded: {requirements} names no wheel in vendor/, as a copy of make new does. "
+            "In the template, and in a copy with LIBRARY=source, the library is src/savepoint. "
+            "Change it there."
         )
     wheel = Path(given).expanduser().resolve()
     version = wheels.version(wheel)

@@ -1,4 +1,4 @@
-"""The library as one file: built from sources, recognised, named by a project's requirements."""
+"""The library as a wheel: its build, its version, its line in requirements.txt."""
 
 import os
 import re
@@ -14,7 +14,7 @@ DISTRIBUTION = "savepoint-lightning"
 FOLDER = "vendor"
 METADATA = re.compile(r"[^/]+\.dist-info/METADATA")
 LINE = re.compile(r"^\./vendor/savepoint_lightning-[^/\s]+\.whl$", re.MULTILINE)
-"""What names the wheel in requirements.txt."""
+"""The line of the wheel in requirements.txt."""
 
 
 def line(wheel: Path) -> str:
@@ -25,17 +25,17 @@ def build(source: Path, folder: Path) -> Path:
     """The wheel of the sources, in a new folder.
 
     Raises:
-        ConfigError: pip cannot build it; with its last words.
+        ConfigError: pip cannot build it; with the last line of its errors.
     """
-    code, said = _call(
+    code, errors = _call(
         sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps",
         "--no-build-isolation", "--wheel-dir", str(folder), str(source),
     )  # fmt: skip
     built = sorted(folder.glob("*.whl"))
     if code or len(built) != 1:
-        last = (said.strip().splitlines() or [f"exit code {code}"])[-1]
+        last = (errors.strip().splitlines() or [f"exit code {code}"])[-1]
         raise ConfigError(
-            f"The library's wheel was not built: {last}. Expected pip and setuptools 77 or newer "
+            f"The library's wheel was not built: {last}. It needs pip and setuptools 77 or newer "
             f"in the environment of {sys.executable}, as requirements.txt has them. "
             "Call: make setup"
         )
@@ -44,7 +44,7 @@ def build(source: Path, folder: Path) -> Path:
 
 
 def _call(*command: str) -> tuple[int, str]:
-    """Exit code and stderr. An interrupt first ends what the command has started, too."""
+    """Exit code and stderr. An interrupt also ends the processes that the command has started."""
     process = subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
@@ -53,16 +53,16 @@ def _call(*command: str) -> tuple[int, str]:
         start_new_session=True,
     )
     try:
-        said = process.communicate()[1]
+        errors = process.communicate()[1]
     except BaseException:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
         raise
-    return process.returncode, said
+    return process.returncode, errors
 
 
 def version(path: Path) -> str:
-    """Of the library in a wheel.
+    """The version of the library in a wheel.
 
     Raises:
         ConfigError: the file is no wheel of the library.
@@ -73,15 +73,15 @@ def version(path: Path) -> str:
         raise _no_wheel(path, str(error) or type(error).__name__) from None
     if facts.get("Name") != DISTRIBUTION:
         raise _no_wheel(path, f"it is one of {facts.get('Name')}")
-    found = facts.get("Version", "")
-    if path.name != f"savepoint_lightning-{found}-py3-none-any.whl":
-        raise _no_wheel(path, f"it holds version {found}, and its name says otherwise")
-    return found
+    held = facts.get("Version", "")
+    if path.name != f"savepoint_lightning-{held}-py3-none-any.whl":
+        raise _no_wheel(path, f"it holds version {held}, and its name says otherwise")
+    return held
 
 
 def _metadata(path: Path) -> dict[str, str]:
     with zipfile.ZipFile(path) as wheel:
-        name = next(one for one in wheel.namelist() if METADATA.fullmatch(one))
+        name = next(filter(METADATA.fullmatch, wheel.namelist()))
         head = wheel.read(name).decode().partition("\n\n")[0]
     pairs = (row.partition(": ") for row in head.splitlines())
     return {key: value for key, _, value in pairs}
@@ -89,7 +89,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 def _no_wheel(path: Path, why: str) -> ConfigError:
     return ConfigError(
-        f"No wheel of {DISTRIBUTION}: {path} ({why}). Expected what `pip wheel` makes of the "
-        "library, under its own name, since pip reads that. For example: "
+        f"No wheel of {DISTRIBUTION}: {path} ({why}). `pip wheel` makes one of the library, under "
+        "the name that pip reads. For example: "
         "WHEEL=path/to/savepoint_lightning-1.0-py3-none-any.whl"
     )

@@ -34,13 +34,13 @@ class Start:
     purge_step: int | None = None
     changed: Mapping[str, tuple[Any, Any]] | None = None  # config key -> (was, is)
     callbacks: Sequence[Callback] = ()
-    begun: Sequence[Callback] = ()  # called last, once it is sure that the training begins
-    state: tuple[Path, Any] | None = None  # the checkpoint as it was read and verified
+    begun: Sequence[Callback] = ()  # called last, when nothing can refuse the training any more
+    state: tuple[Path, Any] | None = None  # path and content of the verified checkpoint
 
 
 @dataclass
 class Training:
-    """What `build` makes."""
+    """All parts of a training, wired to its run directory."""
 
     run: Run
     model: LightningModule
@@ -52,13 +52,14 @@ class Training:
 
 
 class RepeatedSetup:
-    """Each call of a data module's `setup` finds the random generators as the first did: where it
-    splits at random, the parts of the test are those of the fit, and an evaluation's those of the
-    training.
+    """Gives each call of a data module's `setup` the same random states: a random split is the same
+    in the fit, the test and an evaluation.
     """
 
     def __init__(self, data: LightningDataModule) -> None:
-        self.data, self.rng, self.called = data, capture_rng(_CPU), False
+        self.data = data
+        self.rng = capture_rng(_CPU)
+        self.called = False
 
     def __call__(self, *arguments: Any, **named: Any) -> None:
         setup = type(self.data).setup
@@ -73,18 +74,20 @@ class RepeatedSetup:
 
 
 class _Recorder(Checkpoint):
-    """Writes run.json and config.yaml once training begins: a start that fails before leaves the
-    directory as it was.
+    """Writes run.json and config.yaml when the training begins: a start that fails earlier leaves
+    the directory as it was.
 
-    A Checkpoint by name, as Lightning calls those last, in their order: after the preflight of the
-    one that saves.
+    A subclass of Checkpoint, as Lightning calls those last and in their order: after the preflight
+    of the CheckpointCallback.
     """
 
     def __init__(self, run: Run, record: Mapping[str, Any], config: str, start: Start) -> None:
-        self.run, self.record, self.config, self.start = run, record, config, start
-        self.reached = last_step(
-            run.directory / "metrics.csv"
-        )  # as the log stood: what comes after the checkpoint is cut
+        self.run = run
+        self.record = record
+        self.config = config
+        self.start = start
+        # Read now: rows after the checkpoint are cut when the training begins.
+        self.reached = last_step(run.directory / "metrics.csv")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -109,7 +112,9 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
     """
     start = start or Start()
     quieten()
-    text, record, meter = typed.dump(config), run.record, Meter()
+    text = typed.dump(config)
+    record = run.record
+    meter = Meter()
     loggers: list[Logger] = [
         RunCSVLogger(run.directory / "metrics.csv", start.keep_rows),
         RunTensorBoardLogger(run.directory, start.purge_step),
@@ -120,17 +125,16 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
         config, callbacks=callbacks, logger=loggers, default_root_dir=str(run.directory), **shown
     )
     data.setup = RepeatedSetup(data)  # type: ignore[method-assign]
-    trainer.callbacks += [*start.begun, _Recorder(run, record, text, start)]  # type: ignore[attr-defined]
+    every: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    every += [*start.begun, _Recorder(run, record, text, start)]
     for logger in trainer.loggers:
         if hasattr(logger, "join"):
             logger.join(record["id"], run.directory)
-    checkpointing = next(c for c in trainer.callbacks if isinstance(c, CheckpointCallback))  # type: ignore[attr-defined]
+    checkpointing = next(one for one in every if isinstance(one, CheckpointCallback))
     checkpointing.use(run.directory / "checkpoints")
-    checkpointing.alone, checkpointing.before_save, checkpointing.preloaded = (
-        True,
-        run.check,
-        start.state,
-    )
+    checkpointing.alone = True
+    checkpointing.before_save = run.check
+    checkpointing.preloaded = start.state
     checkpointing.provenance = Provenance(
         config=typed.dump(portable(config)),
         parent=start.digest,
@@ -140,17 +144,19 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
 
 
 def portable(config: Any) -> Any:
-    """The config without what says where and how this start was made: the same in every checkpoint
-    of equal runs.
+    """The config without the keys of this start, so that the checkpoints of equal runs have equal
+    configs.
     """
     config = config.clone()
-    config.run_name, config.output_dir, config.resume = None, "outputs", None
+    config.run_name = None
+    config.output_dir = "outputs"
+    config.resume = None
     return config
 
 
 def quieten() -> None:
-    """Lightning's chatter about devices and other products; warnings that a user of this project
-    cannot act on.
+    """Switches off Lightning's lines about devices and other products, and a warning that no user
+    can act on.
     """
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)

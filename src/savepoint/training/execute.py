@@ -1,4 +1,4 @@
-"""A training that was built: fitted, tested, summed up; its end is an exit code."""
+"""Fits, tests and sums up a training that was built; returns the exit code."""
 
 import sys
 from pathlib import Path
@@ -15,19 +15,16 @@ from savepoint.words import plural, show
 
 
 def train(config: Any, config_name: str, *, reuse: Path | None = None) -> int:
-    """A new run. `reuse` is a directory that may be there already, without a checkpoint: it was
-    killed before its first.
+    """Trains a new run. `reuse` is a directory that may exist already, of a run that was killed
+    before its first checkpoint.
     """
-    exists = reuse is not None and reuse.is_dir()
-    run = (
-        Run.open(reuse)
-        if reuse and exists
-        else Run.create(config.output_dir, config.run_name, config_name)
-    )
+    run = Run.open(reuse) if reuse and reuse.is_dir() else None
+    run = run or Run.create(config.output_dir, config.run_name, config_name)
     try:
         training = build(config, run)
         if config.init_from:
-            path, strict = config.init_from, config.init_strict
+            path = config.init_from
+            strict = config.init_strict
             weights.when_made(
                 training.trainer,
                 training.model,
@@ -47,8 +44,8 @@ def execute(
     """Fit, test, summarise. Returns the exit code: 1 where the newest state could not be saved.
 
     Args:
-        trained: Step and epoch of a run whose training has ended and that was killed in its test:
-            there is nothing to fit.
+        trained: Step and epoch of a run that has ended and was killed in its test: there is
+            nothing to fit.
     """
     trainer = training.trainer
     try:
@@ -60,7 +57,7 @@ def execute(
             command = resume_command(training.run.directory)
             try:
                 training.run.write_resume_command(command)
-            # The code that says who stopped the run matters more.
+            # The exit code, which names the signal, matters more.
             except RunDirectoryError as error:
                 print(error, file=sys.stderr)
             lost = max(0, trainer.global_step - latest.step)
@@ -75,10 +72,10 @@ def execute(
 def _finish(training: Training, step: int, epoch: int) -> int:
     """Test the best weights, write summary.json, print the table."""
     failure = training.checkpointing.saver.failure
-    if failure is not None:  # said before the test, which a full disk may end
+    if failure is not None:  # printed before the test, which a full disk may end
         print(f"The newest state of this run is not saved. {failure}", file=sys.stderr, flush=True)
     try:
-        training.run.check()  # or the test would look at, and write to, whatever lies there now
+        training.run.check()  # or the test would read and write whatever lies there now
         summary = summarise(training, step, epoch)
         if training.trainer.is_global_zero:
             print(table(training, summary), flush=True)
@@ -88,9 +85,9 @@ def _finish(training: Training, step: int, epoch: int) -> int:
         if failure is None:
             raise
         print(f"Not tested: {error}", file=sys.stderr)
-    if waiting := [
-        logger for logger in training.trainer.loggers if getattr(logger, "failure", None)
-    ]:
+    loggers: list[Any] = training.trainer.loggers
+    waiting = [logger for logger in loggers if getattr(logger, "failure", None)]
+    if waiting:
         names = ", ".join(type(logger).__name__ for logger in waiting)
-        print(f"The log of this run is not whole: {names} ({waiting[0].failure}).", file=sys.stderr)  # type: ignore[attr-defined]
+        print(f"The log of this run is not whole: {names} ({waiting[0].failure}).", file=sys.stderr)
     return 1 if failure or waiting else 0

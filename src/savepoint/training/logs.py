@@ -1,9 +1,8 @@
 """Loggers that continue: after a resume, metrics.csv and TensorBoard show one curve, without a gap
 or a doubled row.
 
-A disk that is full ends no training: what is logged waits in memory and is written when there is
-room. A checkpoint never counts a row that is not on disk: `sync` raises, so the save fails, and
-that is told.
+A full disk ends no training: rows wait in memory until there is room. A checkpoint never counts a
+row that is not on disk: `sync` raises, and the save fails with a message.
 """
 
 import csv
@@ -14,6 +13,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,14 @@ from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 from savepoint import files
 
 TAIL = 1 << 16
-"""Bytes at the end of metrics.csv in which its last row surely begins."""
+"""Bytes at the end of metrics.csv that hold its last row."""
 
 
 class Appender:
-    """A file that only grows, through the times when it cannot be written.
+    """A file that only grows; bytes wait in memory while it cannot be written.
 
     Attributes:
-        failure: what the file system said; None while all that was written is in the file.
+        failure: The last error; None while no bytes wait.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,11 +53,11 @@ class Appender:
                 self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666
             )
         while self.waiting:
-            written = os.write(self._descriptor, self.waiting)  # on a disk that fills, a part of it
+            written = os.write(self._descriptor, self.waiting)  # on a full disk, a part of it
             del self.waiting[:written]
 
     def sync(self) -> None:
-        """All is on disk when this returns. Raises OSError."""
+        """All bytes are on disk when this returns. Raises OSError."""
         self.flush()
         assert self._descriptor is not None
         os.fsync(self._descriptor)
@@ -69,14 +69,14 @@ class Appender:
             self._descriptor = None
 
     def attempt(self, job: Callable[[], None]) -> None:
-        """`job`, which writes; where that fails it is told, once, and training goes on."""
+        """Calls `job`, which writes. Prints its first failure, and lets the training go on."""
         try:
             job()
         except OSError as error:
             if self.failure is None:
                 print(
-                    f"Cannot be written: {self.path} ({error.strerror}). Expected room, and leave "
-                    "to write. What is logged waits in memory until it can be: look at that disk.",
+                    f"Cannot be written: {self.path} ({error.strerror}). Rows wait in memory until "
+                    "there is room and permission to write. Look at that disk.",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -92,13 +92,14 @@ class RunCSVLogger(Logger):
 
     Args:
         path: Continued if it is there.
-        keep_rows: Rows to keep of it: those that the checkpoint counts. What a run logged after its
-            last checkpoint is logged again by the resume.
+        keep_rows: The number of rows that the checkpoint counts. Later rows are cut, as the resume
+            logs them again.
     """
 
     def __init__(self, path: Path, keep_rows: int = 0) -> None:
         super().__init__()
-        self.path, self._keep = path, keep_rows
+        self.path = path
+        self._keep = keep_rows
         self.rows = keep_rows
         self._file: Appender = Appender(path)
         self._columns: list[str] = []  # of the file
@@ -140,9 +141,7 @@ class RunCSVLogger(Logger):
             self._file.attempt(self._write)
 
     def sync(self) -> None:
-        """Everything logged so far is on disk when this returns. Raises OSError where it could not
-        be written.
-        """
+        """All rows so far are on disk when this returns. Raises OSError."""
         if not self._waiting and not self._columns:
             return
         self._file.attempt(self._write_and_sync)
@@ -160,9 +159,8 @@ class RunCSVLogger(Logger):
         self._file.sync()
 
     def _write(self) -> None:
-        columns = list(
-            dict.fromkeys([*self._columns, *(name for row in self._waiting for name in row)])
-        )
+        names = chain(self._columns, *self._waiting)
+        columns = list(dict.fromkeys(names))
         if not self._columns or columns != self._columns:
             self._rewrite(columns)
         text = io.StringIO()
@@ -172,18 +170,14 @@ class RunCSVLogger(Logger):
         self._file.flush()
 
     def _rewrite(self, columns: list[str]) -> None:
-        """The file with another header: where rows are cut, or a column appears."""
+        """Writes the file anew: to cut rows, or to add a column."""
         self._file.flush()
         self._file.close()
-        first, kept = not self._columns, list[dict[str, str]]()
+        first = not self._columns
+        kept: list[dict[str, str]] = []
         if self.path.exists():
-            with self.path.open(newline="", errors="replace") as file:
-                names = next(csv.reader([file.readline()]), [])
-                # A row holds numbers alone: where a quote stands, a byte is damaged. It ends no
-                # more than its own row.
-                reader = csv.DictReader(file, names, quoting=csv.QUOTE_NONE)
-                kept = [{k: v for k, v in row.items() if k is not None} for row in reader]
-                columns = list(dict.fromkeys([*names, *columns]))
+            names, kept = _read(self.path)
+            columns = list(dict.fromkeys([*names, *columns]))
         if first:
             kept = kept[: self._keep]
             if lost := self._keep - len(kept):
@@ -203,8 +197,20 @@ class RunCSVLogger(Logger):
         self._columns = columns
 
 
+def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """The columns and the rows of a metrics.csv."""
+    with path.open(newline="", errors="replace") as file:
+        names = next(csv.reader([file.readline()]), [])
+        # A row holds only numbers, so a quote is a damaged byte. It damages no more than its row.
+        reader = csv.DictReader(file, names, quoting=csv.QUOTE_NONE)
+        rows = list(reader)
+    for row in rows:
+        row.pop(None, None)  # surplus cells of a damaged row
+    return names, rows
+
+
 def last_step(path: Path) -> int | None:
-    """The step of the last row of a metrics.csv; None where there is none that can be read."""
+    """The step in the last row of a metrics.csv; None where no step can be read."""
     try:
         with path.open("rb") as file:
             column = file.readline().decode(errors="replace").rstrip("\n").split(",").index("step")
@@ -217,11 +223,14 @@ def last_step(path: Path) -> int | None:
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
-    """TensorBoard events beside the run's other files; `purge_step` hides what a resume logs again."""
+    """TensorBoard events beside the run's other files; `purge_step` hides the rows from there on,
+    which a resume logs again.
+    """
 
     def __init__(self, directory: Path, purge_step: int | None = None) -> None:
         super().__init__(directory.parent, name=directory.name, version="", default_hp_metric=False)
-        self._directory, self._purge_step = directory, purge_step
+        self._directory = directory
+        self._purge_step = purge_step
 
     @property
     @rank_zero_experiment
@@ -233,26 +242,23 @@ class RunTensorBoardLogger(TensorBoardLogger):
     @property
     def failure(self) -> OSError | None:
         """Why events are waiting."""
-        return (
-            self._experiment.events.file.failure
-            if isinstance(self._experiment, _SummaryWriter)
-            else None
-        )
+        writer = self._experiment
+        return writer.events.file.failure if isinstance(writer, _SummaryWriter) else None
 
     @rank_zero_only
     def save(self) -> None:
-        """Nothing but the events: the config stands in config.yaml."""
+        """Writes only the events: config.yaml has the config."""
         if self._experiment is not None:
             self._experiment.flush()
 
     def sync(self) -> None:
-        """No promise: where it can be written it is. What counts stands in metrics.csv."""
+        """Writes what it can, and raises nothing: metrics.csv is the record."""
         self.save()
 
 
 class _Events:
-    """An event file, written at once: the writer that comes with TensorBoard ends its thread on a
-    full disk, for good.
+    """An event file that is written at once. TensorBoard's own writer stops for ever at a full
+    disk.
     """
 
     def __init__(self, directory: Path, purge_step: int | None) -> None:
@@ -260,8 +266,8 @@ class _Events:
         self.file = Appender(directory / name)
         self._records = RecordWriter(self.file)
         self.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        # TensorBoard takes the first START it meets for the run's beginning and hides nothing for
-        # it: a new run has one too.
+        # TensorBoard takes the first START for the beginning of the run, and hides nothing: a new
+        # run has one too.
         begin = SessionLog(status=SessionLog.START)
         self.add_event(Event(wall_time=time.time(), step=purge_step or 0, session_log=begin))
 
@@ -291,5 +297,6 @@ class _SummaryWriter(SummaryWriter):
 
     def _get_file_writer(self) -> FileWriter:
         writer = self.file_writer or _FileWriter(self.events)
-        self.file_writer, self.all_writers = writer, {self.log_dir: writer}  # type: ignore[assignment]
+        self.file_writer = writer  # type: ignore[assignment]
+        self.all_writers = {self.log_dir: writer}  # type: ignore[assignment]
         return writer

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar on a terminal, one line an epoch in a log file."""
+"""The display while a run trains: a bar on a terminal, one line for each epoch in a log file."""
 
 import sys
 import time
@@ -9,23 +9,31 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from torch import Tensor
 
-QUIET_SECS = 30.0  # after so long without a line, one says that the training lives
+from savepoint.words import plural
+
+QUIET_SECS = 30.0  # after this time without a line, a line shows that the training is alive
 
 
 class Meter(Callback):
-    """Counts samples and seconds of training, over all starts of the run. Everything here depends
-    on the clock.
+    """Counts samples and seconds of training, over all starts of the run. All values depend on the
+    clock.
     """
 
     def __init__(self) -> None:
-        self._samples, self._secs = 0, 0.0  # of earlier starts
-        self._samples_now, self._began, self._ended = 0, 0.0, 0.0
+        # Of earlier starts.
+        self._samples = 0
+        self._secs = 0.0
+        # Of this start.
+        self._samples_now = 0
+        self._began = 0.0
+        self._ended = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"samples": self._samples + self._samples_now, "secs": self.fit_secs}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._samples, self._secs = state_dict["samples"], state_dict["secs"]
+        self._samples = state_dict["samples"]
+        self._secs = state_dict["secs"]
 
     @property
     def fit_secs(self) -> float:
@@ -41,6 +49,10 @@ class Meter(Callback):
     def samples_per_sec(self) -> float:
         """Of this start, validation included."""
         return self._samples_now / self._passed if self._passed else 0.0
+
+    @property
+    def speed(self) -> str:
+        return f"{self.samples_per_sec:.0f} images/s"
 
     @property
     def overall_samples_per_sec(self) -> float:
@@ -76,35 +88,33 @@ class Bar(RichProgressBar):
         self.meter = meter
 
     def _get_train_description(self, current_epoch: int) -> str:
-        # As the lines beside the bar count.
+        # From 1, as the lines beside the bar count.
         return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return metrics | {"images/s": f"{self.meter.samples_per_sec:.0f}"}
+        number, unit = self.meter.speed.split()
+        return metrics | {unit: number}
 
 
 class Lines(Callback):
-    """One line an epoch, where the output is no terminal."""
+    """Prints one line for each epoch, where the output is no terminal."""
 
     def __init__(self, meter: Meter) -> None:
-        self.meter, self._epoch, self._spoke = meter, -1, 0.0
+        self.meter = meter
+        self._epoch = -1
+        self._spoke = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._epoch, self._first, self._started = (
-            trainer.current_epoch,
-            trainer.current_epoch,
-            time.monotonic(),
-        )
+        self._epoch = trainer.current_epoch
+        self._first = trainer.current_epoch
+        self._started = time.monotonic()
         self._spoke = self._started
         if trainer.is_global_zero:
-            batches = trainer.num_training_batches
-            steps = f"{batches} batch{'' if batches == 1 else 'es'} an epoch"
-            print(
-                f"training from step {trainer.global_step}, epoch {trainer.current_epoch}: {steps}",
-                flush=True,
-            )
+            place = f"step {trainer.global_step}, epoch {trainer.current_epoch}"
+            batches = plural(int(trainer.num_training_batches), "batch", "es")
+            print(f"training from {place}: {batches} an epoch", flush=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._say(trainer)
@@ -114,11 +124,9 @@ class Lines(Callback):
     ) -> None:
         if trainer.is_global_zero and time.monotonic() - self._spoke > QUIET_SECS:
             self._spoke = time.monotonic()
-            place = f"batch {batch_idx + 1} of {trainer.num_training_batches} in epoch {trainer.current_epoch + 1}"
-            print(
-                f"step {trainer.global_step}: {place}, {self.meter.samples_per_sec:.0f} images/s",
-                flush=True,
-            )
+            batch = f"batch {batch_idx + 1} of {trainer.num_training_batches}"
+            place = f"{batch} in epoch {trainer.current_epoch + 1}"
+            print(f"step {trainer.global_step}: {place}, {self.meter.speed}", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._say(trainer)
@@ -127,24 +135,21 @@ class Lines(Callback):
         done = trainer.current_epoch
         if done == self._epoch or not trainer.is_global_zero:
             return
-        self._epoch, self._spoke = done, time.monotonic()
+        self._epoch = done
+        self._spoke = time.monotonic()
         left = ""
         if trainer.max_epochs is not None and trainer.max_epochs > 0:
             per_epoch = (time.monotonic() - self._started) / (done - self._first)
             minutes, seconds = divmod(round(per_epoch * (trainer.max_epochs - done)), 60)
             left = f"/{trainer.max_epochs} ({minutes}:{seconds:02d} left)"
-        metrics = {
-            name: float(value)
-            for name, value in trainer.callback_metrics.items()
-            if "_step" not in name
-        }
-        values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
-        speed = f"{self.meter.samples_per_sec:.0f} images/s"
-        print(f"epoch {done}{left}: step {trainer.global_step}, {values}, {speed}", flush=True)
+        metrics = sorted(trainer.callback_metrics.items())
+        shown = [f"{name} {float(value):.4f}" for name, value in metrics if "_step" not in name]
+        values = ", ".join([*shown, self.meter.speed])
+        print(f"epoch {done}{left}: step {trainer.global_step}, {values}", flush=True)
 
 
 def display(meter: Meter) -> dict[str, Any]:
-    """Arguments of a Trainer that shows progress as the output allows."""
+    """Arguments of a Trainer: a bar where the output is a terminal, else lines."""
     if sys.stdout is not None and sys.stdout.isatty():
         return {"callbacks": [meter, Bar(meter)]}
     return {

@@ -1,10 +1,11 @@
-"""What a run came to: summary.json, and the table at its end."""
+"""The results of a run: summary.json, and the table at its end."""
 
 import shlex
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 import savepoint
@@ -17,15 +18,17 @@ from savepoint.words import metrics, plural, python, show
 
 
 def summarise(training: Training, steps: int, epochs: int) -> dict[str, Any]:
-    trainer, checkpointing = training.trainer, training.checkpointing
-    best_score, best_step = checkpointing.scores.best, checkpointing.scores.best_step
+    trainer = training.trainer
+    checkpointing = training.checkpointing
+    best_score = checkpointing.scores.best
+    best_step = checkpointing.scores.best_step
     tested, state = _best(training)
     results: dict[str, Any] = {}
-    if is_overridden("test_step", training.model) and is_overridden(
-        "test_dataloader", training.data
-    ):
+    has_step = is_overridden("test_step", training.model)
+    if has_step and is_overridden("test_dataloader", training.data):
         if state is not None:
-            trainer.callbacks.append(weights.Once(lambda model: weights.restore(model, state)))  # type: ignore[attr-defined]
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            callbacks.append(weights.Once(lambda model: weights.restore(model, state)))
         results = dict(trainer.test(training.model, datamodule=training.data, verbose=False)[0])
         limit = trainer.limit_test_batches
         if isinstance(limit, int) or limit != 1.0:  # 1 is a single batch, 1.0 all of them
@@ -49,10 +52,9 @@ def summarise(training: Training, steps: int, epochs: int) -> dict[str, Any]:
 
 
 def _best(training: Training) -> tuple[str | None, Mapping[str, Any] | None]:
-    """Name and state of the best checkpoint, which is tested; where nothing was ranked, the last
-    weights are.
-    """
-    best = None if training.trainer.fast_dev_run else training.checkpointing.store.best()  # type: ignore[attr-defined]
+    """Name and state of the best checkpoint, for the test; the last weights where none is ranked."""
+    trainer: Any = training.trainer
+    best = None if trainer.fast_dev_run else training.checkpointing.store.best()
     if best is None:
         return None, training.last
     return best.path.name, store.load(best.path)[0]
@@ -62,30 +64,25 @@ def table(training: Training, summary: Mapping[str, Any]) -> str:
     directory = show(training.run.directory)
     rows = metrics((name, value) for name, value in summary.items() if name.startswith("test/"))
     if "limit_test_batches" in summary:
-        rows.append(
-            (
-                "tested on",
-                "a part of the test data: trainer.limit_test_batches "
-                f"{summary['limit_test_batches']}",
-            )
-        )
+        limit = f"trainer.limit_test_batches {summary['limit_test_batches']}"
+        rows.append(("tested on", f"a part of the test data: {limit}"))
     scores = training.checkpointing.scores
-    starts = " over all starts" if training.meter.goes_on else ""
     tested = summary["tested_checkpoint"]
-    if (
-        tested and scores.best_step is not None and step_in_name(tested) != scores.best_step
-    ):  # in a fork, its parent has it
+    # In a fork the best may be a checkpoint of its parent.
+    if tested and scores.best_step is not None and step_in_name(tested) != scores.best_step:
         rows.append(("tested", f"{tested}: the best that is in this run"))
     if scores.best is not None:
         rows.append((f"best {scores.monitor}", f"{scores.best:.4f} at step {scores.best_step}"))
+    starts = " over all starts" if training.meter.goes_on else ""
+    length = f"{plural(summary['epochs'], 'epoch')}, {plural(summary['steps'], 'step')}"
+    time = f"{summary['fit_secs']:.1f} s{starts} ({summary['images_per_sec']} images/s)"
+    longer = f"--trainer.max_epochs {2 * max(summary['epochs'], 1)}"
     rows += [
         ("data", str(summary["dataset"])),
-        ("trained", f"{plural(summary['epochs'], 'epoch')}, {plural(summary['steps'], 'step')} "
-                    f"in {summary['fit_secs']:.1f} s{starts} ({summary['images_per_sec']} "
-                    f"images/s), this process {summary['wall_secs']:.1f} s"),
+        ("trained", f"{length} in {time}, this process {summary['wall_secs']:.1f} s"),
         ("run directory", directory),
-        ("train longer", f"{resume_command(training.run.directory)} --trainer.max_epochs {2 * max(summary['epochs'], 1)}"),
+        ("train longer", f"{resume_command(training.run.directory)} {longer}"),
         ("look at it", f"{python()} -m tensorboard.main --logdir {shlex.quote(directory)}"),
-    ]  # fmt: skip
+    ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(["", *(f"{name:<{width}}  {value}" for name, value in rows)])
