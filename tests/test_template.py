@@ -424,6 +424,7 @@ def stop_after_a_save(process: subprocess.Popen[str], run: Path, signum: signal.
     [
         pytest.param("waves", "best_accuracy", marks=pytest.mark.slow),
         pytest.param("gan", "best_loss", marks=pytest.mark.slow),
+        pytest.param("letters", "best_loss", marks=pytest.mark.slow),
         ("sums", "best_loss"),
     ],
 )
@@ -462,6 +463,7 @@ def test_another_model_and_other_data_train_are_killed_and_resume_exactly_in_a_c
         "sums",
         pytest.param("waves", marks=pytest.mark.slow),
         pytest.param("gan", marks=pytest.mark.slow),
+        pytest.param("letters", marks=pytest.mark.slow),
     ],
 )
 def test_the_tests_of_a_copy_pass_with_another_model_and_other_data(

@@ -158,6 +158,107 @@ checkpoint: {monitor: val/loss, mode: min}
 }
 
 
+# A character language model: an embedding, a causal transformer, random crops of a text.
+LETTERS = {
+    "model.py": """
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import nn
+
+
+class Writer(LightningModule):
+    def __init__(self, letters: int = 128, width: int = 16, context: int = 24, lr: float = 0.003) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.letter = nn.Embedding(letters, width)
+        self.place = nn.Parameter(torch.zeros(context, width))
+        layer = nn.TransformerEncoderLayer(width, 2, 4 * width, dropout=0.1, batch_first=True)
+        self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(width, letters)
+        self.example_input_array = torch.zeros(2, context, dtype=torch.long)
+
+    def forward(self, text):
+        length = text.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=text.device)
+        hidden = self.letter(text) + self.place[:length]
+        return self.head(self.blocks(hidden, mask=mask, is_causal=True))
+
+    def loss(self, batch):
+        text, following = batch
+        return F.cross_entropy(self(text).flatten(0, 1), following.flatten())
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.loss(batch))
+
+    def configure_optimizers(self):
+        decayed = [p for p in self.parameters() if p.dim() > 1]
+        others = [p for p in self.parameters() if p.dim() <= 1]
+        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, self.hparams.lr)
+        steps = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.hparams.lr, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+""",
+    "data.py": """
+import string
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Dataset
+
+from savepoint import resumable
+
+
+class Crops(Dataset):
+    def __init__(self, text, context, number):
+        self.text, self.context, self.number = text, context, number
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, index):
+        begin = int(torch.randint(len(self.text) - self.context - 1, ()))
+        crop = self.text[begin : begin + self.context + 1]
+        return crop[:-1], crop[1:]
+
+
+class Source(LightningDataModule):
+    def __init__(self, context: int = 24, batch_size: int = 16) -> None:
+        super().__init__()
+        self.context, self.batch_size = context, batch_size
+
+    def setup(self, stage):
+        text = Path(string.__file__).read_text(encoding="utf-8")
+        letters = torch.tensor([ord(letter) % 128 for letter in text])
+        self.parts = letters[: len(letters) * 9 // 10], letters[len(letters) * 9 // 10 :]
+
+    def loader(self, part, number, shuffle=False):
+        crops = Crops(self.parts[part], self.context, number)
+        return resumable(DataLoader(crops, batch_size=self.batch_size, shuffle=shuffle))
+
+    def train_dataloader(self):
+        return self.loader(0, 320, shuffle=True)
+
+    def val_dataloader(self):
+        return self.loader(1, 64)
+""",
+    "__init__.py": "from project.data import Source\nfrom project.model import Writer\n",
+    "mine.yaml": """
+model: {class_path: Writer}
+data: {class_path: Source}
+trainer: {max_epochs: 4, log_every_n_steps: 5, gradient_clip_val: 1.0}
+checkpoint: {monitor: val/loss, mode: min}
+""",
+}
+
+
 def sums() -> dict[str, str]:
     """The regression of CONTRIBUTING.md: its four edits."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
@@ -182,7 +283,7 @@ def sums() -> dict[str, str]:
     }
 
 
-PROJECTS = {"waves": WAVES, "gan": GAN, "sums": sums()}
+PROJECTS = {"waves": WAVES, "gan": GAN, "letters": LETTERS, "sums": sums()}
 
 
 def make_it_yours(copy: Path, project: dict[str, str]) -> None:
