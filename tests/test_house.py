@@ -157,6 +157,48 @@ def test_each_module_has_a_floor_and_imports_point_down(module: str) -> None:
     assert above == set()
 
 
+# -- how dense a line may be ----------------------------------------------------------------------
+
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def own_expressions(node: ast.stmt) -> Iterator[ast.AST]:
+    """Everything in a statement but the statements that stand in its block."""
+    waiting = list(ast.iter_child_nodes(node))
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, ast.stmt | ast.ExceptHandler):
+            yield part
+            waiting += ast.iter_child_nodes(part)
+
+
+def is_crowded(node: ast.stmt) -> str:
+    parts = list(own_expressions(node))
+    inner = [x for part in parts if isinstance(part, COMPREHENSIONS) for x in ast.walk(part)]
+    if sum(isinstance(part, ast.IfExp) for part in parts) > 1:
+        return "two conditional expressions"
+    if any(isinstance(part, ast.NamedExpr) for part in inner):
+        return "a walrus in a comprehension"
+    if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
+        return ""
+    [target, *_] = node.targets
+    if not isinstance(target, ast.Tuple):
+        return ""
+    read = {ast.unparse(part) for part in ast.walk(node.value)}
+    swaps = any(ast.unparse(name) in read for name in target.elts)
+    return "" if swaps else "a parallel assignment"
+
+
+@pytest.mark.parametrize("module", SAVEPOINT)
+def test_a_statement_says_one_thing(module: str) -> None:
+    crowded = {
+        f"line {node.lineno}: {is_crowded(node)}"
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.stmt) and is_crowded(node)
+    }
+    assert crowded == set()
+
+
 # -- what is private -----------------------------------------------------------------------------
 
 # The one package that knows Lightning from inside, the two files that read objects of any kind, and

@@ -73,6 +73,7 @@ def _logged(result: Any) -> dict[str, Any]:
     """Of one logged value: how it was logged, and its running sum."""
     meta = result.meta
     is_mean = result.is_tensor and meta.is_mean_reduction
+    value = result.value if result.is_tensor else None
     arguments = {name: getattr(meta, name) for name in _LOG_ARGUMENTS}
     arguments["reduce_fx"] = meta.reduce_fx.__name__
     arguments["sync_dist"] = meta.sync.should
@@ -82,7 +83,7 @@ def _logged(result: Any) -> dict[str, Any]:
         "dataloader_idx": meta.dataloader_idx,
         "builtin": meta.reduce_fx in (min, max, sum),
         "last": result._forward_cache,
-        "value": result.value if result.is_tensor else None,
+        "value": value,
         "size": result.cumulated_batch_size if is_mean else None,
     }
 
