@@ -189,6 +189,12 @@ def is_crowded(node: ast.stmt) -> str:
     return "" if swaps else "a parallel assignment"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_no_line_is_longer_than_100_columns(module: str) -> None:
+    lines = MODULES[module].read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line.partition("  # ")[0]) > 100] == []
+
+
 @pytest.mark.parametrize("module", SAVEPOINT)
 def test_a_statement_says_one_thing(module: str) -> None:
     crowded = {

@@ -1,1 +1,1 @@
-"""Checkpoints on disk. Nothing is imported here: `manifest` and the commands start without torch."""
+"""Checkpoints on disk. Nothing is imported here: commands that only list start without torch."""

@@ -201,7 +201,7 @@ class CheckpointCallback(Checkpoint):
             self._training.load(checkpoint)
 
     def keep_rates(self) -> None:
-        """The user has overridden rates or schedules on this resume: those of the file stay away."""
+        """The user has overridden rates on this resume: those of the file are not put back."""
         if self._training:
             self._training.rates_are_overridden = True
 

@@ -1,4 +1,4 @@
-"""What a file is that is no checkpoint, in words. Standard library only; nothing is ever unpickled."""
+"""Says in words what a file is that is no checkpoint. Nothing is ever unpickled."""
 
 import codecs
 import pickle
@@ -93,7 +93,8 @@ def _broken_end(file: BinaryIO, size: int) -> str:
     file.seek(max(0, size - 4096))
     if not file.read().strip(b"\0"):
         return "its end is zero bytes, as after a write that never reached the disk"
-    return f"truncated or damaged at its end: {words.size(size)} of about {words.size(whole)} are there"
+    there = f"{words.size(size)} of about {words.size(whole)} are there"
+    return f"truncated or damaged at its end: {there}"
 
 
 def _estimated_size(file: BinaryIO) -> float | None:

@@ -130,6 +130,6 @@ def _message(what: str, store: CheckpointStore) -> str:
         )
     where = f"The last checkpoint is from before it: {latest.path}"
     return (
-        f"{what} No training recovers from it. {where}. Go on from there with a lower learning rate "
-        "(--allow model.lr)."
+        f"{what} No training recovers from it. {where}. Go on from there with a lower learning "
+        "rate (--allow model.lr)."
     )

@@ -183,7 +183,8 @@ def _cause(error: pickle.UnpicklingError, path: Path) -> str:
     text = str(error)
     for mark in ("Unsupported global: GLOBAL ", "Unsupported class "):
         if mark in text:
-            return f"it holds a {text.split(mark)[1].split()[0]}, which is neither a tensor nor a plain value"
+            kind = text.split(mark)[1].split()[0]
+            return f"it holds a {kind}, which is neither a tensor nor a plain value"
     return f"it is {manifest.diagnose(path)}"
 
 

@@ -275,7 +275,7 @@ def _reads_back(value: Any) -> bool:
             torch.save(value, file)
             file.seek(0)
             torch.load(file, weights_only=True)
-    except Exception:  # noqa: BLE001 - whatever a user's __reduce__ raises: such a value cannot be stored
+    except Exception:  # noqa: BLE001 - whatever a user's __reduce__ raises
         return False
     return True
 
@@ -350,5 +350,7 @@ def _quantization(tensor: Tensor) -> list[Any]:
     if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
         return [tensor.q_scale(), tensor.q_zero_point()]
     return [
-        tensor.q_per_channel_scales().tolist(), tensor.q_per_channel_zero_points().tolist(), tensor.q_per_channel_axis(),
-    ]  # fmt: skip
+        tensor.q_per_channel_scales().tolist(),
+        tensor.q_per_channel_zero_points().tolist(),
+        tensor.q_per_channel_axis(),
+    ]

@@ -210,8 +210,8 @@ def _open(path: Path) -> BinaryIO:
         if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG):
             raise
         message = (
-            f"Not a path to a checkpoint: {str(path)[:200]} ({error.strerror}). A checkpoint is one "
-            "file. Check the path."
+            f"Not a path to a checkpoint: {str(path)[:200]} ({error.strerror}). A checkpoint is "
+            "one file. Check the path."
         )
         raise CheckpointNotFoundError(message, path) from None
 

@@ -302,7 +302,7 @@ class CheckpointStore:
         return self._delete(self._superfluous(listed))
 
     def reasons(self) -> dict[int, list[str]]:
-        """Why retention keeps each checkpoint, by step: what is absent goes with the next commit."""
+        """Why retention keeps each checkpoint, by step; one without a reason is pruned next."""
         listed = self.checkpoints()
         monitor, mode = self._ranking(listed, None, None)
         return retention.reasons(_facts(listed, monitor), self.retention, mode)

@@ -1,4 +1,4 @@
-"""`savepoint show [RUN_DIR|FILE]`: the content and the lineage of a checkpoint, or of a run's newest.
+"""`savepoint show [RUN_DIR|FILE]`: content and lineage of a checkpoint, or of a run's newest.
 
 Facts, metrics and lineage come from the manifests and run.json, without torch. The parent is
 searched in the runs of the same output directory; retention may have deleted it.

@@ -25,7 +25,9 @@ _CALLBACK = "lightning.pytorch.callbacks.callback"
 # `_cache` is state.
 NO_STATE = frozenset({"__orig_class__", "savepoint_skip"})
 _NO_STATE_OF: tuple[tuple[Any, frozenset[str]], ...] = (
-    (nn.Module, frozenset({"_orig_mod", "training", "_compiled_call_impl", "_flat_weight_refs", "_flat_weights"})),
+    (nn.Module, frozenset({
+        "_orig_mod", "training", "_compiled_call_impl", "_flat_weight_refs", "_flat_weights",
+    })),
     (Metric, frozenset({"_update_called", "_computed", "_update_signature", "update", "compute"})),
     (MetricCollection, frozenset({
         "_groups", "_groups_checked", "_state_is_copy", "_compute_groups_create_state_ref",

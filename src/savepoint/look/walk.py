@@ -47,8 +47,9 @@ _THIRD_PARTY_VALUES = 500  # how far an object of a library is entered
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _IGNORED = (
-    weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType, logging.Logger, threading.Thread,
-    type(threading.Lock()), type(threading.RLock()), threading.local, threading.Event, threading.Condition,
+    weakref.ReferenceType, weakref.ProxyType, weakref.CallableProxyType, logging.Logger,
+    threading.Thread, threading.local, threading.Event, threading.Condition,
+    type(threading.Lock()), type(threading.RLock()),
 )  # fmt: skip
 _ITSELF = (type, types.ModuleType, types.BuiltinFunctionType, types.MethodWrapperType)
 _SEQUENCES = (list, tuple, collections.deque)

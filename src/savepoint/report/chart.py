@@ -1,7 +1,8 @@
 """The positions of curves, marks and names in an SVG that is as wide as its place.
 
 Horizontal positions are in percent, vertical ones in pixels: letters and dots keep their size on
-any screen, without a script. Only the lines lie in a stretched system; their strokes are not stretched.
+any screen, without a script. Only the lines lie in a stretched system; their strokes are not
+stretched.
 """
 
 import math

@@ -26,11 +26,13 @@ from savepoint.look.walk import Look
 
 # Hooks that run once the gradients of their own step are there.
 _AFTER_BACKWARD = (
-    "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "on_train_batch_end",
+    "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping",
+    "on_train_batch_end",
 )  # fmt: skip
 # What `self.log(...)` was called with, apart from the value: enough to make the same entry again.
 _LOG_ARGUMENTS = (
-    "fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "metric_attribute",
+    "fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx",
+    "metric_attribute",
 )  # fmt: skip
 _MOST_BUFFER_BYTES = 64 * 2**20  # of what is copied at each validation, and saved for each rank
 
@@ -51,9 +53,7 @@ def capture(
     state = {
         "rng": capture_rng(module.device),
         "metric_states": {
-            name: {"updates": metric._update_count} | {key: getattr(metric, key) for key in metric._defaults}
-            for name, metric in modules.items()
-            if isinstance(metric, Metric)
+            name: _metric_state(part) for name, part in modules.items() if isinstance(part, Metric)
         },
         "trackers": {
             name: len(part) for name, part in modules.items() if isinstance(part, MetricTracker)
@@ -67,6 +67,11 @@ def capture(
     }  # fmt: skip
     detached: dict[str, Any] = recursive_detach(state)
     return detached
+
+
+def _metric_state(metric: Metric) -> dict[str, Any]:
+    states = {name: getattr(metric, name) for name in metric._defaults}
+    return {"updates": metric._update_count} | states
 
 
 def _logged(result: Any) -> dict[str, Any]:
@@ -105,7 +110,7 @@ def _fetching(trainer: Trainer) -> dict[str, Any]:
 
 
 def _reloaded(trainer: Trainer) -> list[int | None]:
-    """The epochs in which the loaders were made anew, where they are; None for one that never was."""
+    """The epochs in which loaders that are made anew were made; None for one that never was."""
     if not trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
         return []
     loop = trainer.fit_loop
@@ -138,7 +143,8 @@ def _pending_gradients(trainer: Trainer, module: LightningModule, read: bool) ->
 
 def kinds(trainer: Trainer) -> dict[str, Any]:
     """What another process sets up by itself: once it is another one, no file makes it so."""
-    found: dict[str, Any] = {"other callbacks": [type(one).__name__ for one in trainer.callbacks]}  # type: ignore[attr-defined]
+    callbacks = [type(one).__name__ for one in trainer.callbacks]  # type: ignore[attr-defined]
+    found: dict[str, Any] = {"other callbacks": callbacks}
     for i, optimizer in enumerate(trainer.optimizers):
         groups = optimizer.param_groups
         found[f"another optimizer {i}"] = type(optimizer).__name__

@@ -14,8 +14,8 @@ from torch import Tensor
 # Of the Trainer, what callbacks change in mid-training.
 _SETTINGS = (
     "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "limit_val_batches",
-    "check_val_every_n_epoch", "val_check_interval", "val_check_batch", "log_every_n_steps", "limit_train_batches",
-    "reload_dataloaders_every_n_epochs", "max_batches",
+    "check_val_every_n_epoch", "val_check_interval", "val_check_batch", "log_every_n_steps",
+    "limit_train_batches", "reload_dataloaders_every_n_epochs", "max_batches",
 )  # fmt: skip
 # Of its loops, and needed before these run.
 BOUNDS = ("max_epochs", "min_epochs", "max_steps")
@@ -87,7 +87,7 @@ def run_in_order(trainer: Trainer) -> None:
 
 
 def set_up_validation(trainer: Trainer) -> None:
-    """The validation's loaders, for a resume to put their state back before the first validation."""
+    """Makes the validation's loaders, for a resume to put their state back before the first one."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     if loop._combined_loader is not None or not trainer.enable_validation:
         return

@@ -55,7 +55,7 @@ class Points:
         def called_through_ours(fetcher: Any) -> None:
             self._advance(advance, fetcher)
 
-        setattr(self._epoch_loop, "advance", called_through_ours)  # noqa: B010 - an instance's own, as above
+        setattr(self._epoch_loop, "advance", called_through_ours)  # noqa: B010 - as above
 
     def _before(self, loop: Any, name: str, call: Callable[[], None]) -> None:
         original = getattr(loop, name)

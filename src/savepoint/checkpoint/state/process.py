@@ -52,7 +52,7 @@ def restore_rng(rng: Mapping[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def isolated_rng(device: torch.device) -> Iterator[None]:
-    """Nothing that draws inside is noticed outside: a save must not disturb the training it saves."""
+    """Keeps what draws inside from being noticed outside: a save disturbs no training."""
     accelerator = None if device.type == "cpu" else torch.get_device_module(device)
     before = random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state()
     on_device = accelerator and accelerator.get_rng_state()

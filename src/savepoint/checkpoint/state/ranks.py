@@ -14,7 +14,7 @@ from savepoint.errors import CheckpointForeignError, ConfigError, ConfigMismatch
 
 
 class _WalkReducer(torch.autograd.Function):
-    """Tells a reducer in its backward, as it would hear in a model's, that each gradient is ready."""
+    """Tells a reducer in its backward, as a model's would, that each gradient is ready."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, reducer: Any, parameters: int) -> Tensor:

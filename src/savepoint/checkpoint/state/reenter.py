@@ -39,7 +39,7 @@ def shared_groups(trainer: Trainer) -> list[tuple[Any, Any, str]]:
 
 
 def share_again(shared: Sequence[tuple[Any, Any, str]]) -> None:
-    """`load_state_dict` gives each of the two an own one, and a schedule would then reach only one."""
+    """`load_state_dict` gives each of the two one of its own; a schedule would reach only one."""
     for outer, inner, name in shared:
         setattr(inner, name, getattr(outer, name))
 
@@ -122,7 +122,7 @@ def _load_again(trainer: Trainer, saved: Mapping[str, Any]) -> None:
 
 
 def _restore_counters(trainer: Trainer, saved: Mapping[str, Any]) -> None:
-    """Lightning has counted on from the file; here its loops stand as if they had never been left."""
+    """Lightning has counted on from the file: its loops stand here as if never left."""
     fit = trainer.fit_loop
     epoch = fit.epoch_loop
     fit.load_state_dict(saved["loops"]["fit_loop"])

@@ -26,8 +26,8 @@ from savepoint.look.classes import is_library
 from savepoint.look.walk import Look
 
 _NOT_LOOKED_AT = (
-    ProgressBar, ModelSummary, Checkpoint, LearningRateMonitor, DeviceStatsMonitor, Timer, ThroughputMonitor,
-    LearningRateFinder, BatchSizeFinder,
+    ProgressBar, ModelSummary, Checkpoint, LearningRateMonitor, DeviceStatsMonitor, Timer,
+    ThroughputMonitor, LearningRateFinder, BatchSizeFinder,
 )  # fmt: skip
 _LOADER_PARTS = ("dataset", "sampler", "batch_sampler", "collate_fn", "generator")
 
