@@ -47,6 +47,7 @@ FLOORS = [
     ["checkpoint.callback", "resume.reschedule"],
     [
         "checkpoint.saver",
+        "checkpoint.ckpt_path",
         "checkpoint.io",
         "checkpoint.finite",
         "checkpoint.scores",

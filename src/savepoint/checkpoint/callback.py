@@ -4,7 +4,6 @@ What is saved and put back is `state.training`'s, when it is due and what a fail
 `saver`'s: here stand Lightning's hooks.
 """
 
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 from savepoint import files, preemption
 from savepoint.checkpoint import facts, format
 from savepoint.checkpoint.canary import canary
+from savepoint.checkpoint.ckpt_path import load_last, running_call
 from savepoint.checkpoint.facts import Provenance
 from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.retention import Retention
@@ -149,7 +149,7 @@ class CheckpointCallback(Checkpoint):
         """Where `Trainer.fit(ckpt_path="best")` looks, and `test`, `validate` and `predict`: before
         any `setup`.
         """
-        call = _call_of_trainer()
+        call = running_call()
         if not self._has_directory and call is not None:
             self.use(Path(call[0].default_root_dir) / "checkpoints")
         best = self.store.best() if self._has_directory else None
@@ -523,55 +523,3 @@ class CheckpointCallback(Checkpoint):
 
 def _smallest(trainer: Trainer) -> Callable[[Tensor], Tensor]:
     return lambda number: cast(Tensor, trainer.strategy.reduce(number, reduce_op="min"))
-
-
-def load_last(trainer: Trainer, store: CheckpointStore) -> None:
-    """Makes `ckpt_path="last"` the newest checkpoint that verifies: Lightning looks at its own
-    ModelCheckpoint only.
-
-    Finding none, it would go on with untrained weights. What lies ready where it puts a file that
-    it has read, it restores.
-
-    Raises:
-        CheckpointNotFoundError: to test, validate or predict there must be one; a fit may begin
-            without.
-    """
-    call = _call_of_trainer()
-    if call is None or call[0] is not trainer or call[2] != "last" or call[3]:
-        return
-    if call[1] == "fit" and not any(store.directory.glob("step-*")):
-        if trainer.is_global_zero:
-            print(
-                f'No checkpoint yet in {store.directory}: ckpt_path="last" begins a new training.',
-                flush=True,
-            )
-        return
-    chosen, checkpoint, lines = store.load_latest(lock_holder=False)
-    if trainer.is_global_zero:
-        print("\n".join([*lines, f"From {chosen.path}: step {chosen.step}"]), flush=True)
-    loops.give_loaded(trainer, checkpoint)
-
-
-def _call_of_trainer() -> tuple[Trainer, str, Any, Any] | None:
-    """The running call of `fit`, `validate`, `test` or `predict`: of which trainer, which, its
-    ckpt_path, the path found.
-
-    By the time a callback is asked, Lightning has forgotten the word: it stands only in the frame
-    of the call.
-    """
-    frame = sys._getframe()
-    found = None
-    while frame.f_back is not None:
-        frame = frame.f_back
-        own = frame.f_locals.get("self")
-        values = frame.f_locals
-        if isinstance(own, Trainer) and frame.f_code.co_name == "_run":
-            found = values.get("ckpt_path")
-        if isinstance(own, Trainer) and frame.f_code.co_name in (
-            "fit",
-            "validate",
-            "test",
-            "predict",
-        ):
-            return own, frame.f_code.co_name, values.get("ckpt_path"), found
-    return None
