@@ -108,7 +108,7 @@ def _missing(run: Run, config: str | None, parsed: Any) -> list[str]:
     if run.is_summary_damaged():
         found.append("summary.json is damaged: the results are not known.")
     elif (run.directory / "summary.json").exists() and not run.is_summarised():
-        found.append("summary.json is of an earlier end of this run: its results are left out.")
+        found.append("summary.json tells of an earlier end of this run: its results are left out.")
     return found
 
 
