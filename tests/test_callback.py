@@ -26,10 +26,11 @@ from support.small import (
 )
 from torch.utils.data import DataLoader, TensorDataset
 
-from savepoint.checkpoint import state, store
+from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.checkpoint.facts import why_ended
 from savepoint.checkpoint.scores import Scores
+from savepoint.checkpoint.state import ranks
 from savepoint.errors import (
     CheckpointContentError,
     CheckpointNotFoundError,
@@ -495,7 +496,7 @@ def test_a_strategy_that_spreads_the_state_over_ranks_is_refused_in_words(
     with pytest.raises(
         ConfigError, match=f"Sharded training is not supported yet: .* is {strategy.__name__}"
     ):
-        state.refuse_shards(SimpleNamespace(strategy=object.__new__(strategy)))
+        ranks.refuse_shards(SimpleNamespace(strategy=object.__new__(strategy)))
 
 
 def test_ranks_that_chose_different_checkpoints_are_refused_in_words(
@@ -510,8 +511,8 @@ def test_ranks_that_chose_different_checkpoints_are_refused_in_words(
     with pytest.raises(
         ConfigMismatchError, match=r"rank 0 from step 30 \(digest .*\), rank 2 from the beginning"
     ):
-        state.refuse_different_starts(SimpleNamespace(world_size=3, ckpt_path=path))
-    state.refuse_different_starts(SimpleNamespace(world_size=1, ckpt_path=path))
+        ranks.refuse_different_starts(SimpleNamespace(world_size=3, ckpt_path=path))
+    ranks.refuse_different_starts(SimpleNamespace(world_size=1, ckpt_path=path))
 
 
 def test_a_save_to_a_url_by_hand_is_refused_in_words(tmp_path: Path) -> None:
@@ -539,7 +540,7 @@ class TestFailure:
         said = capsys.readouterr().err
         assert "step-00000012.ckpt" in said
         assert "No space left" in said
-        assert callback.failure is None  # a later save succeeded
+        assert callback.saver.failure is None  # a later save succeeded
 
     @pytest.mark.parametrize("async_save", [False, True])
     def test_the_last_save_that_fails_is_remembered_for_the_exit_code(
@@ -555,7 +556,7 @@ class TestFailure:
         callback = saving(save_every_epochs=None, keep_best=0, async_save=async_save)
         monkeypatch.setattr(os, "replace", full)
         fit(tmp_path, checkpointing=callback)
-        assert isinstance(callback.failure, CheckpointSaveError)
+        assert isinstance(callback.saver.failure, CheckpointSaveError)
 
     def test_a_log_that_cannot_be_written_fails_the_save_that_would_count_its_rows(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -572,7 +573,7 @@ class TestFailure:
         monkeypatch.setattr(os, "write", full)
         assert fit(tmp_path, checkpointing=callback).global_step == 18
         assert steps(tmp_path) == [6]
-        assert isinstance(callback.failure, CheckpointSaveError)
+        assert isinstance(callback.saver.failure, CheckpointSaveError)
         said = capsys.readouterr().err
         assert said.count("Cannot be written") == 1
         assert "The log could not be written before the save" in said
@@ -587,7 +588,7 @@ class TestFailure:
         callback = saving()
         assert fit(tmp_path, model=Turning, checkpointing=callback).global_step == 18
         assert steps(tmp_path) == [6, 18]
-        assert callback.failure is None  # a later save succeeded
+        assert callback.saver.failure is None  # a later save succeeded
 
     def test_a_save_that_failed_is_tried_again_long_before_the_interval_is_over(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -601,12 +602,12 @@ class TestFailure:
             replace(source, target)
 
         monkeypatch.setattr(os, "replace", twice)
-        monkeypatch.setattr("savepoint.checkpoint.callback.RETRY_SECS", 0.0)
+        monkeypatch.setattr("savepoint.checkpoint.saver.RETRY_SECS", 0.0)
         callback = saving()
         fit(tmp_path, checkpointing=callback)
         assert len(failed) == 2
         assert steps(tmp_path) == [6, 14, 18]
-        assert callback.failure is None
+        assert callback.saver.failure is None
 
 
 class Exploding(SmallModel):
@@ -652,7 +653,7 @@ class TestNonFinite:
             "once, at the next log"
         )
         assert "The weights are not finite at step 12 (the training loss: first at step 9)." in said
-        assert callback.failure is not None
+        assert callback.saver.failure is not None
 
     def test_a_running_mean_that_is_not_a_number_is_not_saved_although_the_weights_are_finite(
         self, tmp_path: Path

@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from savepoint.checkpoint.look import Baseline, Look, changed_since, is_library, put_back_into_model
-from savepoint.checkpoint.pack import mark, pack, unpack
+from savepoint.look.baseline import Baseline, changed_since, put_back_into_model
+from savepoint.look.classes import is_library
+from savepoint.look.pack import mark, pack, unpack
+from savepoint.look.walk import Look
 
 CPU = torch.device("cpu")
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from savepoint.checkpoint.callback import CheckpointCallback
     from savepoint.checkpoint.io import CheckpointIO
     from savepoint.checkpoint.retention import Retention
+    from savepoint.checkpoint.saver import Saver
     from savepoint.checkpoint.store import Checkpoint, CheckpointStore, load
     from savepoint.commands import Parser
     from savepoint.files import replacing
@@ -39,6 +40,7 @@ _HOMES = {
     "ResumableLoader": "loader",
     "Retention": "checkpoint.retention",
     "Run": "run",
+    "Saver": "checkpoint.saver",
     "file_or_best": "find",
     "load": "checkpoint.store",
     "plural": "words",
@@ -51,7 +53,7 @@ _HOMES = {
 
 __all__ = [
     "Batches", "Checkpoint", "CheckpointCallback", "CheckpointIO", "CheckpointStore", "Parser",
-    "Preempted", "Rebuilt", "ResumableLoader", "Retention", "Run", "entry", "errors",
+    "Preempted", "Rebuilt", "ResumableLoader", "Retention", "Run", "Saver", "entry", "errors",
     "file_or_best", "load", "plural", "rebuild", "replacing", "resumable", "schedules",
     "stoppable", "table", "testing",
 ]  # fmt: skip

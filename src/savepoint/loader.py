@@ -43,13 +43,13 @@ from torch.utils.data import (
     default_convert,
 )
 
-from savepoint.checkpoint.pack import (
+from savepoint.errors import ConfigError
+from savepoint.look.pack import (
     generator_state,
     is_generator,
     restore_generator,
     seed_generator,
 )
-from savepoint.errors import ConfigError
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 _PLAIN_COLLATE = (default_collate, default_convert)

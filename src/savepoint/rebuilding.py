@@ -15,9 +15,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from savepoint import weights
 from savepoint.checkpoint import store
-from savepoint.checkpoint.look import put_back_into_model
 from savepoint.config import typed
 from savepoint.errors import ConfigError, ConfigMismatchError
+from savepoint.look.baseline import put_back_into_model
 from savepoint.resume.overrides import check_canary, mismatches, shapes, under_names_of
 from savepoint.training import build
 

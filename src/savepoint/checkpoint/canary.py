@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from savepoint.checkpoint.state import isolated_rng
+from savepoint.checkpoint.state.process import isolated_rng
 
 SEED = 0
 
@@ -82,7 +82,8 @@ def distance(one: Any, other: Any) -> float:
     """The largest difference of two outputs, infinite where they have other parts. Equal infinities
     and NaNs are equal.
     """
-    first, second = dict(tensors(one)), dict(tensors(other))
+    first = dict(tensors(one))
+    second = dict(tensors(other))
     if first.keys() != second.keys() or any(first[key].shape != second[key].shape for key in first):
         return float("inf")
     return max(
@@ -130,13 +131,9 @@ def _kind(module: LightningModule, state_dict: Mapping[str, Any], example: Any) 
 
 def _forward(module: LightningModule, state_dict: Mapping[str, Any], example: Any) -> Any:
     example = _moved(example, module.device)
-    positional = (
-        example
-        if isinstance(example, tuple)
-        else ()
-        if isinstance(example, Mapping)
-        else (example,)
-    )
+    positional = example if isinstance(example, tuple) else (example,)
+    if isinstance(example, Mapping):
+        positional = ()
     named = dict(example) if isinstance(example, Mapping) else {}
     buffers = dict(module.named_buffers())
     wanted = {name for name, _ in module.named_parameters()} | buffers.keys()
@@ -193,7 +190,8 @@ def _moved(example: Any, device: torch.device) -> Any:
 
 
 def _apart(one: Tensor, other: Tensor) -> float:
-    one, other = _wide(one), _wide(other)
+    one = _wide(one)
+    other = _wide(other)
     equal = (one == other) | (one.isnan() & other.isnan())
     far = float(torch.where(equal, 0.0, (one - other).abs()).max())
     return far if far == far else float("inf")

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
-from savepoint.checkpoint import state
+from savepoint.checkpoint.state.process import environment
 
 
 @dataclass
@@ -39,7 +39,7 @@ def gather(trainer: Trainer, provenance: Provenance) -> dict[str, Any]:
         "dataset": {key: getattr(data, key, None) for key in ("name", "fingerprint")},
         "world_size": trainer.world_size,
         "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
-    } | state.environment(trainer.strategy.root_device)
+    } | environment(trainer.strategy.root_device)
 
 
 def why_ended(trainer: Trainer) -> str:

@@ -4,10 +4,10 @@ never saved.
 
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 from savepoint.checkpoint import format
@@ -28,6 +28,7 @@ class FiniteWatch:
     def __init__(self, on_nan: Literal["stop", "warn"]) -> None:
         self.on_nan = on_nan
         self._told: int | None = None
+        self._first_bad = torch.tensor(NEVER)
 
     def begin(self, device: torch.device) -> None:
         # Kept on the device: asking for the value at every step would make the device wait at every
@@ -39,55 +40,67 @@ class FiniteWatch:
             torch.isfinite(loss).all(), self._first_bad, self._first_bad.clamp(max=step)
         )
 
-    def check_loss(self, trainer: Trainer, store: CheckpointStore) -> int | None:
-        """The first step with a loss that is not finite, told once; None if there is none. All
-        ranks ask at the same steps.
+    def check_loss(
+        self,
+        store: CheckpointStore,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        speaks: bool = True,
+    ) -> int | None:
+        """The first step with a loss that is not finite, said once; None if there is none.
+
+        Args:
+            reduce: The smallest of all ranks' numbers; all of them ask at the same steps.
+            speaks: Whether this is the rank that prints.
 
         Raises:
             NonFiniteLossError: with `on_nan: stop`.
         """
-        first = int(trainer.strategy.reduce(self._first_bad, reduce_op="min"))
+        first = int(reduce(self._first_bad) if reduce else self._first_bad)
         if first == NEVER:
             return None
         message = _message(f"The training loss is not finite: first at step {first}.", store)
         if self.on_nan == "stop":
             raise NonFiniteLossError(message)
-        if self._told != first and trainer.is_global_zero:
+        if self._told != first and speaks:
             print(message, file=sys.stderr, flush=True)
         self._told = first
         return first
 
-    def check_weights(self, trainer: Trainer, store: CheckpointStore) -> CheckpointSaveError | None:
+    def check_weights(
+        self,
+        parameters: Iterable[Tensor],
+        buffers: Iterable[Tensor],
+        step: int,
+        store: CheckpointStore,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        speaks: bool = True,
+    ) -> CheckpointSaveError | None:
         """Why the state must not be saved; None where it may. NaN weights never become the latest
         checkpoint, or retention would delete the good ones.
+
+        Args:
+            parameters: Must be finite.
+            buffers: Must hold no NaN: a mask may well be infinite.
 
         Raises:
             NonFiniteLossError: with `on_nan: stop`.
         """
-        first = self.check_loss(trainer, store)
-        if _all_finite(trainer.lightning_module):
+        first = self.check_loss(store, reduce, speaks)
+        if _all_finite(list(parameters), list(buffers)):
             self._first_bad.fill_(NEVER)  # at most a bad batch, left out by a gradient scaler
             return None
         began = f" (the training loss: first at step {first})" if first is not None else ""
-        message = _message(
-            f"The weights are not finite at step {trainer.global_step}{began}.", store
-        )
+        message = _message(f"The weights are not finite at step {step}{began}.", store)
         if self.on_nan == "stop":
             raise NonFiniteLossError(message)
         return CheckpointSaveError(message, store.directory)
 
 
-def _all_finite(module: torch.nn.Module) -> bool:
-    """Whether all weights are finite and no buffer holds a NaN: a mask may well be infinite.
-
-    A sum is finite only if all that is summed is. It takes no memory, and a device is waited for
+def _all_finite(parameters: list[Tensor], buffers: list[Tensor]) -> bool:
+    """A sum is finite only if all that is summed is. It takes no memory, and a device is waited for
     once, for all of them.
     """
-    tensors = [
-        format.numbers(tensor)
-        for tensor in (*module.parameters(), *module.buffers())
-        if tensor.numel()
-    ]
+    tensors = [format.numbers(tensor) for tensor in (*parameters, *buffers) if tensor.numel()]
     sums = [
         tensor.sum(dtype=torch.float32 if tensor.dtype in _SMALL else None) for tensor in tensors
     ]
@@ -97,8 +110,8 @@ def _all_finite(module: torch.nn.Module) -> bool:
     if all(bool(torch.stack(some).isfinite().all()) for some in on_each.values()):
         return True
     # A sum may also overflow, and that of a buffer is infinite where a value is.
-    return all(map(_finite, module.parameters())) and not any(
-        bool(torch.isnan(format.numbers(buffer)).any()) for buffer in module.buffers()
+    return all(map(_finite, parameters)) and not any(
+        bool(torch.isnan(format.numbers(buffer)).any()) for buffer in buffers
     )
 
 

@@ -114,6 +114,8 @@ def check_readable(state: Any) -> bool:
         CheckpointContentError: names the key and the type of the first value that cannot be read
             back.
     """
+    if _is_plain(state, set()):
+        return False
     holds_numbers = False
     for key, value in leaves(state):
         if isinstance(value, _NUMBERS):
@@ -132,6 +134,30 @@ def check_readable(state: Any) -> bool:
                 key,
             )
     return holds_numbers
+
+
+def _is_plain(value: Any, seen: set[int]) -> bool:
+    """Whether all of a tree surely reads back: what nearly every state answers, in a third of the
+    time that `leaves` takes to name each value.
+    """
+    kind = type(value)
+    if kind is str or kind is float or kind is bool or value is None:
+        return True
+    if kind is int:
+        return bool(value.bit_length() < 64)
+    if kind in _TENSORS:
+        return value.layout is torch.strided and not value.is_quantized and not vars(value)
+    if kind not in _CONTAINERS:
+        return kind in _PLAIN and value != b""
+    if id(value) in seen:
+        return True
+    seen.add(id(value))
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if not (type(name) is str or _is_plain(name, seen)) or not _is_plain(item, seen):
+                return False
+        return kind is dict or _is_plain(vars(value), seen)
+    return all(_is_plain(item, seen) for item in value)
 
 
 def _with_plain_numbers(tree: Any) -> Any:

@@ -62,7 +62,8 @@ class CheckpointIO(LightningCheckpointIO):
                 f"{type(self).__name__}: {storage_options}. None was expected. Save to a local "
                 "path."
             )
-        finish, self.finish = self.finish, None
+        finish = self.finish
+        self.finish = None
         if finish and "manifest" in checkpoint:
             finish(checkpoint)
         facts = checkpoint.get("manifest") or _facts(checkpoint)
@@ -93,7 +94,8 @@ class CheckpointIO(LightningCheckpointIO):
         if self._queued:
             wait(self._queued)
         location = "cpu" if map_location is None else map_location
-        preloaded, self.preloaded = self.preloaded, None
+        preloaded = self.preloaded
+        self.preloaded = None
         if preloaded and preloaded[0] == Path(path) and location == "cpu":
             return preloaded[1]
         try:

@@ -55,7 +55,8 @@ _END_RECORD = struct.Struct("<4s4H2IH")
 _FIRST_READ_BYTES = 8192  # holds the end of a checkpoint with some fifty tensors
 _MAX_TAIL_BYTES = 1 << 28
 _CHUNK_BYTES = 1 << 20
-_THREADS, _LARGE_BYTES = 4, 1 << 24  # that look at one file together, if it is large
+_THREADS = 4  # that look at one file together, if it is large
+_LARGE_BYTES = 1 << 24
 
 
 def step_entries(directory: Path) -> list[os.DirEntry[str]]:
@@ -117,7 +118,8 @@ def append(file: BinaryIO, facts: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: a fact that is not JSON; NaN is none, pass it as a string.
     """
     with zipfile.ZipFile(file, "a") as archive:
-        records, end = list(archive.infolist()), archive.start_dir
+        records = list(archive.infolist())
+        end = archive.start_dir
         found = {"digest": _digest(records), "body": _body(file, records, end)}
         text = json.dumps(
             {"format_version": FORMAT_VERSION, **facts, **found}, allow_nan=False
@@ -331,7 +333,9 @@ def _sealed_tail(file: BinaryIO) -> _Tail:
 
 def _parse(data: bytes) -> dict[str, Any]:
     fields = _LOCAL_HEADER.unpack_from(data)
-    size, name_bytes, extra_bytes = fields[7], fields[9], fields[10]
+    size = fields[7]
+    name_bytes = fields[9]
+    extra_bytes = fields[10]
     begin = _LOCAL_HEADER.size + name_bytes + extra_bytes
     facts = json.loads(data[begin : begin + size], parse_constant=_no_constant)
     if not isinstance(facts, dict) or not _is_count(facts.get("format_version")):
@@ -404,7 +408,8 @@ def _crcs(file: BinaryIO, records: Sequence[zipfile.ZipInfo]) -> list[int]:
 
 
 def _crc(descriptor: int, start: int, size: int, stop: list[bool]) -> int:
-    value, end = 0, start + size
+    value = 0
+    end = start + size
     while (
         not stop
         and start < end
@@ -417,7 +422,8 @@ def _crc(descriptor: int, start: int, size: int, stop: list[bool]) -> int:
 
 def _body(file: BinaryIO, records: Iterable[zipfile.ZipInfo], end: int) -> str:
     """sha256 of the bytes before `end` that are no record's data."""
-    total, position = hashlib.sha256(), 0
+    total = hashlib.sha256()
+    position = 0
     for record in sorted(records, key=lambda record: record.header_offset):
         start = _data_start(file, record)
         for chunk in _chunks(file, position, start):

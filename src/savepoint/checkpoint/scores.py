@@ -16,7 +16,8 @@ class Scores:
     """
 
     def __init__(self, monitor: str | None, mode: Literal["min", "max"]) -> None:
-        self.monitor, self.mode = monitor, mode
+        self.monitor = monitor
+        self.mode = mode
         self.best: float | None = None
         self.best_step: int | None = None
         self._previous_best: float | None = None
@@ -48,7 +49,9 @@ class Scores:
             return
         # A tie keeps the earlier one.
         if self.best is None or (score > self.best if self.mode == "max" else score < self.best):
-            self._previous_best, self.best, self.best_step = self.best, score, step
+            self._previous_best = self.best
+            self.best = score
+            self.best_step = step
 
     def score(self, step: int) -> float | None:
         """The monitored metric, if it was measured at this very step and is finite."""
@@ -102,9 +105,11 @@ class Scores:
         self._by_validation = set(state["by_validation"])
         same = (self.monitor, self.mode) == (state["monitor"], state["mode"])
         if same:
-            self.best, self.best_step = state["best"], state["best_step"]
+            self.best = state["best"]
+            self.best_step = state["best_step"]
         return same
 
     def begin_with(self, best: Checkpoint | None) -> None:
         if best is not None:
-            self.best, self.best_step = best.score_of(self.monitor), best.step
+            self.best = best.score_of(self.monitor)
+            self.best_step = best.step

@@ -32,7 +32,8 @@ from savepoint.errors import (
     RunDirectoryError,
 )
 
-LAST, BEST = "last.ckpt", "best.ckpt"
+LAST = "last.ckpt"
+BEST = "best.ckpt"
 _UNREADABLE = (CheckpointCorruptError, CheckpointForeignError, CheckpointVersionError, OSError)
 
 
@@ -207,7 +208,8 @@ class CheckpointStore:
         try:
             self.sweep(alone=alone)
             files.try_out(self.directory)
-            disk, listed = os.statvfs(self.directory), self.checkpoints()
+            disk = os.statvfs(self.directory)
+            listed = self.checkpoints()
             superfluous = self._superfluous(listed)
             freed = sum(one.path.stat().st_size for one in superfluous)
         except OSError as error:
@@ -226,18 +228,17 @@ class CheckpointStore:
         # No blocks: a file system that does not say.
         if not disk.f_blocks or free >= number * likely_bytes:
             return ""
-        certain = free < number * least_bytes
-        size = least_bytes if certain else likely_bytes
-        message = (
-            f"{'Too little' if certain else 'Perhaps too little'} room for checkpoints: "
-            f"{self.directory} has {free / 1e6:.1f} MB free. Expected {number * size / 1e6:.1f} "
-            f"MB: {number} more of {'at least' if certain else 'about'} {size / 1e6:.1f} MB, the "
-            "one being written included. Free some space, keep fewer, or give another "
-            "--output_dir."
+        if free < number * least_bytes:
+            few = self._too_little("Too little", free, number, least_bytes, "at least")
+            raise RunDirectoryError(few)
+        return self._too_little("Perhaps too little", free, number, likely_bytes, "about")
+
+    def _too_little(self, room: str, free: int, number: int, size: int, about: str) -> str:
+        return (
+            f"{room} room for checkpoints: {self.directory} has {free / 1e6:.1f} MB free. Expected "
+            f"{number * size / 1e6:.1f} MB: {number} more of {about} {size / 1e6:.1f} MB, the one "
+            "being written included. Free some space, keep fewer, or give another --output_dir."
         )
-        if certain:
-            raise RunDirectoryError(message)
-        return message
 
     def save(
         self,

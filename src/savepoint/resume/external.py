@@ -10,7 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.optim.lr_scheduler import LambdaLR
 
-from savepoint.checkpoint import foreign, state
+from savepoint.checkpoint import foreign
+from savepoint.checkpoint.state import loops
 from savepoint.resume.overrides import under_names_of
 from savepoint.run import Run
 from savepoint.training import build
@@ -81,7 +82,7 @@ class _TakeOver(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epochs = self.content["epoch"] or 0
         steps = epochs * -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
-        state.set_steps(trainer, steps)
+        loops.set_steps(trainer, steps)
         optimization = trainer.fit_loop.epoch_loop.automatic_optimization
         optimization.optim_progress.optimizer.step.total.completed = steps
         if self.content["optimizer"]:

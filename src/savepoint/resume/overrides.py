@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from savepoint.checkpoint import canary
 from savepoint.checkpoint.callback import CheckpointCallback
-from savepoint.checkpoint.state import environment
+from savepoint.checkpoint.state.process import environment
 from savepoint.errors import ConfigMismatchError
 from savepoint.resume import reschedule
 
@@ -116,7 +116,7 @@ class ApplyOverrides(Callback):
             self._fresh = None
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, CheckpointCallback):
-                    callback.rates_are_overridden = True
+                    callback.keep_rates()
 
 
 def _reaches_the_rates(key: str) -> bool:

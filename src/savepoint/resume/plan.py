@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Timer
 
-from savepoint.checkpoint.state import environment
+from savepoint.checkpoint.state.process import environment
 from savepoint.config import compose
 from savepoint.errors import ConfigError, ConfigMismatchError
 from savepoint.resume.request import Request

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.checkpoint.facts import Provenance
-from savepoint.checkpoint.state import capture_rng, isolated_rng, restore_rng
+from savepoint.checkpoint.state.process import capture_rng, isolated_rng, restore_rng
 from savepoint.config import typed
 from savepoint.run import Run
 from savepoint.training.logs import RunCSVLogger, RunTensorBoardLogger, last_step

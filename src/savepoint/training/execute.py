@@ -71,7 +71,7 @@ def execute(
 
 def _finish(training: Training, step: int, epoch: int) -> int:
     """Test the best weights, write summary.json, print the table."""
-    failure = training.checkpointing.failure
+    failure = training.checkpointing.saver.failure
     if failure is not None:  # printed before the test, which a full disk may end
         print(f"The newest state of this run is not saved. {failure}", file=sys.stderr, flush=True)
     try:

@@ -173,7 +173,8 @@ class Packer:
         packed = self._stacked(items)
         if packed is None:
             packed = [self.pack(item) for item in items]
-        own = {} if kind in _SEQUENCES else _kind(value, tuple if name == "tuple" else list)
+        base = tuple if name == "tuple" else list
+        own = {} if kind in _SEQUENCES else _kind(value, base)
         if name == "list" and isinstance(packed, list) and not own:
             return packed
         more = {"maxlen": value.maxlen} if kind is collections.deque else {}
@@ -254,6 +255,8 @@ def _new(kind: type) -> Any:
 
 def pack(value: Any) -> Any:
     """A packed copy of a small value."""
+    if type(value) is int and value.bit_length() < 64:
+        return value
     return Packer().pack(value)
 
 
@@ -540,6 +543,9 @@ def set_generator(generator: Any, packed: Any) -> None:
 
 def mark(packed: Any) -> Any:
     """What is equal for two packed values if, and but for huge ones only if, they are equal."""
+    kind = type(packed)
+    if kind is int or kind is str or packed is None:
+        return (kind.__name__, packed)
     if isinstance(packed, Tensor):
         return _tensor_mark(packed)
     if isinstance(packed, list):
@@ -554,7 +560,7 @@ def mark(packed: Any) -> Any:
         return tuple([(key, mark(item)) for key, item in packed.items()])
     if isinstance(packed, float):
         return repr(packed)  # one NaN is like another, and 0.0 unlike -0.0
-    return (type(packed).__name__, packed)
+    return (kind.__name__, packed)
 
 
 _COPIED = ("array", "number", "stack", "numbers", "bytes")

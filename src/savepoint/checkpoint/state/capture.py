@@ -1,0 +1,225 @@
+"""The state of this process that Lightning does not save."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    LearningRateFinder,
+)
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.utilities.memory import recursive_detach
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.parsing import (
+    lightning_getattr,
+    lightning_hasattr,
+)
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.wrappers import MetricTracker
+
+from savepoint.checkpoint.state.process import capture_rng
+from savepoint.look.walk import Look
+
+# Hooks that run once the gradients of their own step are there.
+_AFTER_BACKWARD = (
+    "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "on_train_batch_end",
+)  # fmt: skip
+# What `self.log(...)` was called with, apart from the value: enough to make the same entry again.
+_LOG_ARGUMENTS = (
+    "fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx", "metric_attribute",
+)  # fmt: skip
+_MOST_BUFFER_BYTES = 64 * 2**20  # of what is copied at each validation, and saved for each rank
+
+
+def capture(
+    trainer: Trainer, module: LightningModule, reads_gradients: bool = True
+) -> dict[str, Any]:
+    """The state of this process that Lightning leaves out: with the tensors themselves, for use
+    before training goes on.
+    """
+    connector = trainer._logger_connector
+    fit = trainer.fit_loop
+    modules = dict(module.named_modules())
+    for part in modules.values():
+        if isinstance(part, MetricCollection) and part._groups_checked:
+            # Of a group, one metric alone is kept up to date.
+            part._compute_groups_create_state_ref()
+    state = {
+        "rng": capture_rng(module.device),
+        "metric_states": {
+            name: {"updates": metric._update_count} | {key: getattr(metric, key) for key in metric._defaults}
+            for name, metric in modules.items()
+            if isinstance(metric, Metric)
+        },
+        "trackers": {
+            name: len(part) for name, part in modules.items() if isinstance(part, MetricTracker)
+        },
+        "logged": [_logged(r) for r in fit.epoch_loop._results.values() if not r.has_reset],
+        "callback_metrics": dict(connector._callback_metrics),
+        "logged_metrics": dict(connector._logged_metrics),
+        "progress_bar_metrics": dict(connector._progress_bar_metrics),
+        "gradients": _pending_gradients(trainer, module, reads_gradients),
+        "fetching": _fetching(trainer),
+    }  # fmt: skip
+    detached: dict[str, Any] = recursive_detach(state)
+    return detached
+
+
+def _logged(result: Any) -> dict[str, Any]:
+    """Of one logged value: how it was logged, and its running sum."""
+    meta = result.meta
+    is_mean = result.is_tensor and meta.is_mean_reduction
+    arguments = {name: getattr(meta, name) for name in _LOG_ARGUMENTS}
+    arguments["reduce_fx"] = meta.reduce_fx.__name__
+    arguments["sync_dist"] = meta.sync.should
+    arguments["rank_zero_only"] = meta.sync.rank_zero_only
+    return {
+        "log": arguments,
+        "dataloader_idx": meta.dataloader_idx,
+        "builtin": meta.reduce_fx in (min, max, sum),
+        "last": result._forward_cache,
+        "value": result.value if result.is_tensor else None,
+        "size": result.cumulated_batch_size if is_mean else None,
+    }
+
+
+def _fetching(trainer: Trainer) -> dict[str, Any]:
+    """How far the loaders of the running epoch have come, by Lightning's own count."""
+    loop = trainer.fit_loop
+    fetcher = loop._data_fetcher
+    iterator = getattr(loop._combined_loader, "_iterator", None)
+    return {
+        "first": trainer._logger_connector._first_loop_iter,
+        "fetched": getattr(fetcher, "fetched", 0),
+        "index": getattr(iterator, "_idx", 0),
+        "consumed": list(getattr(iterator, "_consumed", [])),
+        "batch": getattr(fetcher, "_batch_idx", 0),
+        "seen": dict(loop.epoch_loop.val_loop._seen_batches_per_dataloader),
+        "reloaded": _reloaded(trainer),
+    }
+
+
+def _reloaded(trainer: Trainer) -> list[int | None]:
+    """The epochs in which the loaders were made anew, where they are; None for one that never was."""
+    if not trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
+        return []
+    loop = trainer.fit_loop
+    last = (loop._last_train_dl_reload_epoch, loop.epoch_loop.val_loop._last_val_dl_reload_epoch)
+    return [None if epoch == float("-inf") else int(epoch) for epoch in last]
+
+
+def reads_gradients(now: Look) -> bool:
+    """Whether the user's code may look at the gradients of the step before, which stand until they
+    are set to zero.
+    """
+    return now.mentions(("grad", "grad_norm"), but_in=_AFTER_BACKWARD)
+
+
+def _pending_gradients(trainer: Trainer, module: LightningModule, read: bool) -> dict[str, Tensor]:
+    """Gradients that the next step may add to: elsewhere Lightning's own zero_grad comes before any
+    it computes.
+
+    A step that takes the iterator is counted before its batch is known, and zeroes by the number of
+    the batch before.
+    """
+    own = ("optimizer_zero_grad", "optimizer_step", "backward", "on_before_zero_grad")
+    overridden = any(is_overridden(name, module) for name in own)
+    takes_iterator = isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
+    late = takes_iterator and trainer.accumulate_grad_batches > 1
+    if module.automatic_optimization and not overridden and not late and not read:
+        return {}
+    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def kinds(trainer: Trainer) -> dict[str, Any]:
+    """What another process sets up by itself: once it is another one, no file makes it so."""
+    found: dict[str, Any] = {"other callbacks": [type(one).__name__ for one in trainer.callbacks]}  # type: ignore[attr-defined]
+    for i, optimizer in enumerate(trainer.optimizers):
+        groups = optimizer.param_groups
+        found[f"another optimizer {i}"] = type(optimizer).__name__
+        found[f"other parameters in optimizer {i}"] = [[id(p) for p in g["params"]] for g in groups]
+    for i, config in enumerate(trainer.lr_scheduler_configs):
+        found[f"another schedule {i}"] = type(config.scheduler).__name__
+        found[f"other settings of schedule {i}"] = [
+            config.interval,
+            config.frequency,
+            config.monitor,
+        ]
+    return found
+
+
+def other_kinds(trainer: Trainer, before: Mapping[str, Any]) -> list[str]:
+    now = kinds(trainer)
+    for name in now:
+        # Groups that have joined are in the file.
+        if name.startswith("other parameters") and name in before:
+            now[name] = now[name][: len(before[name])]
+    return [
+        f"{name} than at the start"
+        for name in {**before, **now}
+        if now.get(name) != before.get(name)
+    ]
+
+
+def group_counts(trainer: Trainer) -> list[int]:
+    return [len(optimizer.param_groups) for optimizer in trainer.optimizers]
+
+
+def grown_groups(trainer: Trainer, before: Sequence[int]) -> dict[int, list[list[str]]]:
+    """Names of the parameters in each group that an optimizer was given in mid-training, by the
+    optimizer's number.
+    """
+    if [len(optimizer.param_groups) for optimizer in trainer.optimizers] == before:
+        return {}
+    names = {id(parameter): name for name, parameter in trainer.lightning_module.named_parameters()}
+    grown = {}
+    for number, (optimizer, count) in enumerate(zip(trainer.optimizers, before, strict=False)):
+        groups = optimizer.param_groups[count:]
+        if groups:
+            grown[number] = [[names.get(id(p), "") for p in group["params"]] for group in groups]
+    return grown
+
+
+def found(trainer: Trainer) -> dict[str, Any]:
+    """What Lightning's finders have set before the training: a resume does not search again."""
+    module = trainer.lightning_module
+    values: dict[str, Any] = {}
+    for name in finders(trainer):
+        if name and lightning_hasattr(module, name):
+            values[name] = lightning_getattr(module, name)
+    return values
+
+
+def finders(trainer: Trainer) -> dict[str, Callback]:
+    """The finders by the attribute that each sets."""
+    by_attribute: dict[str, Callback] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if type(callback).__module__.startswith("savepoint."):
+            continue
+        if isinstance(callback, BatchSizeFinder):
+            by_attribute[callback._batch_arg_name] = callback
+        if isinstance(callback, LearningRateFinder):
+            has_lr = lightning_hasattr(trainer.lightning_module, "lr")
+            default = "lr" if has_lr else "learning_rate"
+            by_attribute[callback._attr_name or default] = callback
+    return by_attribute
+
+
+def own_rank(trainer: Trainer) -> dict[str, Any]:
+    """What each rank has of its own: in manual optimization DDP leaves it its running statistics
+    after the first step.
+    """
+    ddp = trainer.strategy.model
+    syncs = not isinstance(ddp, DistributedDataParallel) or ddp.require_forward_param_sync
+    return {"buffers": own_buffers(trainer.lightning_module), "syncs_buffers": bool(syncs)}
+
+
+def own_buffers(module: LightningModule) -> dict[str, Tensor]:
+    buffers = {name: buffer for name, buffer in module.named_buffers() if not buffer.is_sparse}
+    return (
+        buffers if sum(buffer.nbytes for buffer in buffers.values()) <= _MOST_BUFFER_BYTES else {}
+    )

@@ -1,0 +1,85 @@
+"""What cannot be exact, in words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    StochasticWeightAveraging,
+)
+from torch.utils.data import DataLoader
+
+from savepoint.checkpoint.state.loops import (
+    by_the_clock,
+    length,
+    train_loaders,
+    validation_loaders,
+)
+from savepoint.look.pack import fingerprint
+
+
+def versions(module: LightningModule) -> dict[str, Any]:
+    """Of each weight and buffer what changes when it is written to, without a look at all its
+    values.
+    """
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {
+        name: (id(tensor), fingerprint(tensor))
+        for name, tensor in tensors
+        if not tensor.is_inference()
+    }
+
+
+def left_out(
+    module: LightningModule, weights: Mapping[str, Any], at_start: Mapping[str, Any]
+) -> list[str]:
+    """Words for weights that have changed and that the user's own code has taken out of the file,
+    and for new ones.
+    """
+    names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    if names == at_start.keys() and names == weights.keys():
+        return []
+    gone = names.intersection(module.state_dict()).difference(weights)
+    now = versions(module) if gone else {}
+    words = [
+        f"model.{name} (left out of the file)"
+        for name in sorted(gone)
+        if now.get(name) != at_start.get(name)
+    ]
+    made = sorted(names.intersection(weights).difference(at_start))
+    return words + [f"model.{name} (made in mid-training)" for name in made]
+
+
+def inexact(trainer: Trainer, at: str | None) -> list[str]:
+    """Why a resume from this point would not equal the straight run, as far as no look is needed to
+    know.
+    """
+    if at is None:
+        return ["saved elsewhere than at a safe point"]
+    reasons = [_without_position(loader, at, trainer) for loader in train_loaders(trainer)]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging):
+            reasons.append(f"{type(callback).__name__} does not save all it changes")
+    if by_the_clock(trainer):
+        reasons.append("validations go by the clock (val_check_interval)")
+    for loader in validation_loaders(trainer):
+        if isinstance(loader, DataLoader) and loader.num_workers and loader.persistent_workers:
+            reasons.append(
+                "the validation loader keeps its workers, and what they have drawn with them; "
+                "wrap it: savepoint.loader.resumable(loader)"
+            )
+    return [reason for reason in dict.fromkeys(reasons) if reason]
+
+
+def _without_position(loader: Any, at: str, trainer: Trainer) -> str:
+    if isinstance(loader, _Stateful):
+        limited = trainer.num_training_batches < (length(loader) or 0)
+        if at == "epoch" and limited and not hasattr(loader, "user_parts"):
+            return "the training loader is left in the middle of its own epoch"
+        return ""
+    if at != "epoch":
+        return "the training loader keeps no position; wrap it: savepoint.loader.resumable(loader)"
+    if isinstance(loader, DataLoader) and loader.num_workers and loader.persistent_workers:
+        return "the training loader keeps its workers, and what they have drawn with them"
+    return ""

@@ -1,0 +1,106 @@
+"""Many processes: DDP's buckets, and what all ranks must agree on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from savepoint.checkpoint import manifest
+from savepoint.errors import CheckpointForeignError, ConfigError, ConfigMismatchError
+
+
+class _WalkReducer(torch.autograd.Function):
+    """Tells a reducer in its backward, as it would hear in a model's, that each gradient is ready."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, reducer: Any, parameters: int) -> Tensor:
+        ctx.reducer = reducer
+        ctx.parameters = parameters
+        return anchor.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        # The order in which most models' backward comes to them.
+        for index in reversed(range(ctx.parameters)):
+            ctx.reducer._autograd_hook(index)
+        return None, None, None
+
+
+def lay_buckets(trainer: Trainer) -> None:
+    """Lays DDP's gradient buckets for good: before the first step of every start, on all ranks.
+
+    DDP lays them anew after its first backward, which in a resume is another step than in the
+    straight run. From three ranks on a sum depends on the place of a gradient in its bucket. No
+    parameter is used, so that no hook of one runs.
+    """
+    ddp = trainer.strategy.model
+    if not isinstance(ddp, DistributedDataParallel) or ddp._use_python_reducer:
+        return
+    if ddp.find_unused_parameters and not ddp.static_graph:
+        return  # such buckets stay as they are
+    parameters, sparse = ddp._build_params_for_reducer()  # type: ignore[no-untyped-call]
+    if ddp.static_graph or ddp._comm_hooks or any(sparse):
+        # These look into the gradients of a backward: none is made, and the buckets are in the
+        # order of the parameters.
+        ddp.reducer._push_all_rebuilt_params()
+    else:
+        pending = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        ddp.reducer.prepare_for_backward([])
+        anchor = torch.zeros((), device=parameters[0].device, requires_grad=True)
+        _WalkReducer.apply(anchor, ddp.reducer, len(parameters)).backward()
+        for parameter, gradient in zip(parameters, pending, strict=True):
+            parameter.grad = gradient
+    ddp.reducer._rebuild_buckets()
+
+
+def ranks_changed(was: int, now: int) -> str:
+    """What a resume with another number of processes costs."""
+    return (
+        f"processes {was} -> {now}: random states, metric sums and each rank's place in the data "
+        "are not restored; which samples this epoch sees changes. Checkpoints say exact: false "
+        "until the next epoch begins."
+    )
+
+
+def refuse_shards(trainer: Trainer) -> None:
+    """Raises ConfigError for a strategy that spreads the state over the ranks."""
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise ConfigError(
+            "Sharded training is not supported yet: trainer.strategy is "
+            f"{type(trainer.strategy).__name__}. A strategy that keeps the whole model on each "
+            "rank was expected, as a checkpoint is one file. Use ddp."
+        )
+
+
+def refuse_different_starts(trainer: Trainer) -> None:
+    """Raises ConfigMismatchError, on all ranks, where they do not go on from one and the same
+    checkpoint.
+    """
+    if trainer.world_size == 1:
+        return
+    starts: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(starts, _start_of(trainer.ckpt_path))
+    rank, other = next(
+        ((rank, one) for rank, one in enumerate(starts) if one != starts[0]), (0, None)
+    )
+    if rank:
+        raise ConfigMismatchError(
+            f"The ranks begin differently: rank 0 from {starts[0]}, rank {rank} from {other}. One "
+            "checkpoint for all was expected. Give a run directory that all hosts share."
+        )
+
+
+def _start_of(path: Any) -> str:
+    if path is None:
+        return "the beginning"
+    try:
+        facts = manifest.read(path)
+    except CheckpointForeignError:
+        return f"{Path(path).name} of another program, {Path(path).stat().st_size} bytes"
+    return f"step {facts['step']} (digest {facts['digest'][:12]})"

@@ -1,0 +1,135 @@
+"""Where the look at a training begins: everything that its state_dicts may leave out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Checkpoint,
+    DeviceStatsMonitor,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelSummary,
+    ProgressBar,
+    StochasticWeightAveraging,
+    ThroughputMonitor,
+    Timer,
+    WeightAveraging,
+)
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from savepoint.checkpoint.state.loops import train_loaders, validation_loaders
+from savepoint.look.classes import is_library
+from savepoint.look.walk import Look
+
+_NOT_LOOKED_AT = (
+    ProgressBar, ModelSummary, Checkpoint, LearningRateMonitor, DeviceStatsMonitor, Timer, ThroughputMonitor,
+    LearningRateFinder, BatchSizeFinder,
+)  # fmt: skip
+_LOADER_PARTS = ("dataset", "sampler", "batch_sampler", "collate_fn", "generator")
+
+
+def _parts(name: str, loader: Any) -> dict[str, Any]:
+    """Of a loader, what the user made. A loader with a state_dict answers for itself."""
+    if hasattr(loader, "user_parts"):
+        return {f"{name}.{part}": value for part, value in loader.user_parts().items()}
+    if isinstance(loader, _Stateful):
+        return {}
+    if not isinstance(loader, DataLoader):
+        return {name: loader}
+    own = getattr(loader, "_savepoint_generator", None)
+    parts = {part: getattr(loader, part, None) for part in _LOADER_PARTS}
+    return {f"{name}.{part}": value for part, value in parts.items() if value is not own}
+
+
+def look(trainer: Trainer) -> Look:
+    """At everything of this training that its state_dicts may leave out."""
+    module = trainer.lightning_module
+    roots: dict[str, Any] = own_optimizers(trainer)
+    roots["model"] = module
+    if trainer.datamodule is not None:  # type: ignore[attr-defined]
+        roots["data"] = trainer.datamodule  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, _NOT_LOOKED_AT):
+            continue
+        name = type(callback).__name__
+        number = sum(one.startswith(name) for one in roots)
+        roots[f"{name}{number + 1 if number else ''}"] = callback
+    for number, loader in enumerate(train_loaders(trainer)):
+        roots |= _parts(f"training loader {number}", loader)
+    for number, loader in enumerate(validation_loaders(trainer)):
+        roots |= _parts(f"validation loader {number}", loader)
+    roots |= _functions(trainer)
+    known: dict[int, str] = {id(trainer): "the trainer", id(trainer.strategy): "the strategy"}
+    known |= {id(logger): "a logger" for logger in trainer.loggers}
+    optimizers = [*trainer.optimizers, *trainer.strategy._lightning_optimizers]
+    known |= {id(optimizer): f"optimizer {i}" for i, optimizer in enumerate(optimizers)}
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    known |= {id(scheduler): f"schedule {i}" for i, scheduler in enumerate(schedulers)}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, _NOT_LOOKED_AT):
+            known[id(callback)] = type(callback).__name__
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            known[id(callback._average_model)] = "the averaged weights"
+    if trainer.model is not module:
+        known[id(trainer.model)] = "the wrapped model"
+    for root in roots.values():
+        known.pop(id(root), None)
+    return Look(roots, known, module.state_dict().keys())
+
+
+def own_optimizers(trainer: Trainer) -> dict[str, Any]:
+    """Optimizers and schedules of the user's own classes: their state_dict may leave out what they
+    count.
+    """
+    own: dict[str, Any] = {f"optimizer {i}": one for i, one in enumerate(trainer.optimizers)}
+    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+    # The state_dict of torch's own base class of schedules holds every attribute.
+    own |= {
+        f"schedule {i}": one for i, one in enumerate(schedules) if not isinstance(one, LRScheduler)
+    }
+    return {name: one for name, one in own.items() if not is_library(type(one).__module__)}
+
+
+def _functions(trainer: Trainer) -> dict[str, Any]:
+    """What optimizers and schedules call: a function may count, and no state_dict holds what it
+    does.
+    """
+    found: dict[str, Any] = {}
+    for i, optimizer in enumerate(trainer.optimizers):
+        hooks = [
+            getattr(optimizer, f"_optimizer_step_{when}_hooks", {}) for when in ("pre", "post")
+        ]
+        found[f"hooks of optimizer {i}"] = [hook for one in hooks for hook in one.values()]
+    for i, config in enumerate(trainer.lr_scheduler_configs):
+        parts = [config.scheduler, *getattr(config.scheduler, "_schedulers", [])]
+        found[f"functions of schedule {i}"] = [
+            one for part in parts for one in getattr(part, "lr_lambdas", [])
+        ]
+    return found
+
+
+def held(trainer: Trainer, before: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Marks of what the running epoch goes by: its sampler, and data sets of which workers hold a
+    copy.
+
+    Args:
+        before: The marks of the epoch before: workers that persist hold the copy that they began
+            with.
+    """
+    marks: dict[Any, Any] = {}
+    now: Look | None = None
+    for loader in train_loaders(trainer):
+        parts = loader.user_parts() if hasattr(loader, "user_parts") else {}
+        if not parts.get("sampler"):
+            continue
+        now = now or look(trainer)
+        marks |= now.marks_below(parts["sampler"])
+        if loader.num_workers:
+            copies = now.marks_below(parts["dataset"])
+            kept = {path: before[path] for path in copies if path in before}
+            marks |= copies | (kept if loader.persistent_workers else {})
+    return marks

@@ -1,0 +1,288 @@
+"""One training from its start to its end: what it changes beside Lightning's own checkpoint goes
+into its files, and is put back at the very point where it was.
+"""
+
+import copy
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from savepoint.checkpoint.state import capture, exactness, loops, ranks, reenter, start, validation
+from savepoint.checkpoint.state.points import Point
+from savepoint.checkpoint.state.roots import held, look
+from savepoint.look.baseline import Baseline, changed_since
+from savepoint.look.walk import Look
+
+
+class TrainingState:
+    """The state of one `Trainer.fit`, made in the callback's `setup`; `release` ends it.
+
+    Attributes:
+        rates_are_overridden: By the user, on this resume: the optimizers keep their new rates.
+        ranks_changed: The epoch that now runs was begun by another number of processes.
+        captured: The state at the start of the running validation, or at the end of the training.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.rates_are_overridden = self.ranks_changed = False
+        self.captured: dict[str, Any] | None = None
+        self._baseline: Baseline | None = Baseline(look(trainer))
+        self._pending: dict[str, Any] | None = None  # until the point of the checkpoint is reached
+        self._versions: dict[str, Any] = {}
+        # At the start, to be compared with: these may change, and Lightning does not save them.
+        self._bounds: dict[str, Any] = {}
+        self._settings: dict[str, Any] = {}
+        self._kinds: dict[str, Any] = {}
+        self._groups: list[int] = []
+        self._shared: list[tuple[Any, Any, str]] = []
+        self._accepted = False
+        self._reads_gradients = False
+        # What the running epoch goes by, and by what its loaders were made.
+        self._held: dict[Any, Any] = {}
+        self._made_by: list[Any] = []
+        self._loader_states: list[Any] | None = None  # before the batch that was fetched in advance
+        self._before_validation: dict[str, Any] = {}
+        self._last_weights: dict[str, Tensor] | None = None
+
+    @property
+    def is_resuming(self) -> bool:
+        """Whether the point of the checkpoint is still ahead."""
+        return self._pending is not None
+
+    # -- the start --------------------------------------------------------------------------------
+
+    def load(self, checkpoint: dict[str, Any]) -> None:
+        """Takes what the callback's `on_load_checkpoint` is given."""
+        trainer = self.trainer
+        rank = trainer.global_rank
+        others = checkpoint.get("other_ranks", [])
+        if len(others) + 1 != trainer.world_size:
+            # Until an epoch begins anew by (seed, epoch) alone, nobody can make this training
+            # again, from no file of it.
+            self.ranks_changed = True
+            if trainer.is_global_zero:
+                print(ranks.ranks_changed(len(others) + 1, trainer.world_size), flush=True)
+            return
+        self._pending = checkpoint | (others[rank - 1] if rank else {})
+        self._pending["versions"] = exactness.versions(trainer.lightning_module)
+        own_loaders = self._pending.get("loaders")
+        if own_loaders is not None:
+            checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = own_loaders
+        start.skip_finders(trainer, self._pending.get("found", {}))
+        # Up to the point of the checkpoint, whatever is logged stands in the log of the start
+        # before.
+        self._mute()
+
+    def prepare(self) -> None:
+        """In `on_fit_start`: what the hooks before have made belongs to the start."""
+        trainer = self.trainer
+        pending = self._pending
+        self._bounds = loops.bounds(trainer)
+        self._groups = capture.group_counts(trainer)
+        self._shared = reenter.shared_groups(trainer)
+        if pending:
+            start.prepare(trainer, pending)
+            start.add_groups(trainer, pending.get("groups", {}))
+        start.wake_finders(trainer)
+        self._looked_at.begin(look(trainer))
+        if pending:
+            start.put_data_back(trainer, pending, self._looked_at)
+
+    def begin(self) -> None:
+        """In `on_train_start`."""
+        self._versions = exactness.versions(self.trainer.lightning_module)
+        ranks.lay_buckets(self.trainer)
+        if self._pending:
+            reenter.load_waiting_states(self.trainer)
+        loops.run_in_order(self.trainer)
+        self._accepted = False
+
+    def release(self) -> None:
+        self._baseline = None
+        self._unmute()
+
+    # -- the points -------------------------------------------------------------------------------
+
+    def begin_epoch(self) -> bool:
+        """Whether this is the point of the checkpoint; then everything was put back."""
+        if not self.trainer.fit_loop.restarted_mid_epoch:
+            self.ranks_changed = False
+        self._accept()
+        arrived = self.arrive("epoch")
+        if not self._pending and self._baseline is not None:
+            self._made_by = start.data_as_loaders_are_made(self.trainer, self._baseline)
+        return arrived
+
+    def arrive(self, at: Point) -> bool:
+        """Puts everything back, if this is the very point of the checkpoint."""
+        if not self._pending or self._pending["at"] != at:
+            return False
+        saved = self._pending
+        self._pending = None
+        loops.set_up_validation(self.trainer)
+        failed = reenter.reenter(self.trainer, saved, self._looked_at, self.see())
+        if not self.rates_are_overridden:
+            reenter.put_groups_back(self.trainer, saved)
+        reenter.share_again(self._shared)
+        self._made_by = saved.get("made_by", [])
+        self._unmute()
+        if failed and self.trainer.is_global_zero:
+            print(
+                f"Not restored: {', '.join(failed)}. The code that made the checkpoint kept "
+                "another kind of value there.",
+                file=sys.stderr,
+                flush=True,
+            )
+        return True
+
+    def begin_pass(self) -> None:
+        """Before the first batch of an epoch, or of what a resume has left of it."""
+        self._held = held(self.trainer, self._held)
+
+    def fetch_next(self) -> None:
+        self._loader_states = loops.states_before_prefetching(self.trainer)
+
+    def begin_validation(self) -> None:
+        self.set_up_validation()
+        # A copy: the validation that begins here changes it.
+        self.captured = copy.deepcopy(self.capture("validation"))
+        self._before_validation = validation.before_validation(self.trainer)
+        if self._loader_states is not None:
+            of_loop = self._before_validation["fit_loop"]["state_dict"]
+            of_loop["combined_loader"] = self._loader_states
+
+    def set_up_validation(self) -> None:
+        self.trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        validation.seed_validation(self.trainer)
+
+    def keep_end(self) -> None:
+        """Before the hooks of others at the end of the training: one that goes on longer never had
+        them here.
+        """
+        self.captured = copy.deepcopy(self.capture("epoch"))
+        if loops.averaging(self.trainer):  # which overwrites them for good
+            self._last_weights = validation.copied_weights(self.trainer.lightning_module)
+
+    # -- the file ---------------------------------------------------------------------------------
+
+    def fill(self, checkpoint: dict[str, Any], at: Point | None, ended: str | None) -> list[str]:
+        """Puts into Lightning's checkpoint what it leaves out.
+
+        Args:
+            at: The point; None where there is none.
+            ended: Which limit ended the training.
+
+        Returns:
+            Words for what makes a resume inexact.
+        """
+        trainer = self.trainer
+        fit_loop = checkpoint["loops"]["fit_loop"]
+        if self.captured is not None and (at == "validation" or ended):
+            own = {**self.captured, "unsaved": list(self.captured["unsaved"])}
+        else:
+            own = self.capture(at)
+        if at == "validation":
+            own["unsaved"] += validation.as_before_validation(
+                trainer, checkpoint, self._before_validation
+            )
+        elif at == "batch" and self._loader_states is not None:
+            fit_loop["state_dict"]["combined_loader"] = self._loader_states
+        if ended and not loops.at_end_of_epoch(trainer):
+            own["unsaved"].append(f"ended by {ended} inside an epoch, which counts as done")
+        if ended and self._last_weights is not None:
+            checkpoint["current_model_state"] = self._last_weights
+        of_ranks = [own]
+        if trainer.world_size > 1:
+            of_ranks = [{} for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(of_ranks, own)
+            checkpoint["other_ranks"] = of_ranks[1:]
+            del of_ranks[0]["buffers"]  # they stand in its state_dict
+        unsaved = dict.fromkeys(reason for rank in of_ranks for reason in rank.pop("unsaved"))
+        checkpoint.update(of_ranks[0])
+        checkpoint["at"] = at
+        # Lightning logs every step while it is set. Of a run that has ended it is no state: it may
+        # be asked to go on.
+        checkpoint["should_stop"] = trainer.should_stop and not ended
+        return list(unsaved)
+
+    def left_out(self, weights: Mapping[str, Any]) -> list[str]:
+        """Words for changed weights that are not in the file's `weights`."""
+        return exactness.left_out(self.trainer.lightning_module, weights, self._versions)
+
+    def capture(self, at: Point | None) -> dict[str, Any]:
+        trainer = self.trainer
+        rows = [logger.rows for logger in trainer.loggers if hasattr(logger, "rows")]
+        own = capture.capture(trainer, trainer.lightning_module, self._reads_gradients)
+        own["logged_rows"] = rows[0] if rows and trainer.is_global_zero else None
+        own["unsaved"] = exactness.inexact(trainer, at)
+        if self.ranks_changed:
+            own["unsaved"].append("this epoch was begun by another number of processes")
+        own["attributes"] = []
+        own["settings"] = {}
+        if self._baseline is not None:
+            now = self.see()
+            own["attributes"], named = self._baseline.changes(now)
+            own["unsaved"] += [*named, *changed_since(self._held, now)]
+            if self._accepted:
+                own["unsaved"] += capture.other_kinds(trainer, self._kinds)
+            own["settings"] = self._changed_settings()
+        if trainer.world_size > 1:
+            ahead = at != "epoch" and self._loader_states is not None
+            own["loaders"] = self._loader_states if ahead else loops.loader_states(trainer)
+            own |= capture.own_rank(trainer)
+        own["found"] = capture.found(trainer)
+        own["made_by"] = self._made_by
+        own["groups"] = capture.grown_groups(trainer, self._groups)
+        return own
+
+    def _changed_settings(self) -> dict[str, Any]:
+        return {
+            name: value
+            for name, value in loops.settings(self.trainer).items()
+            if value != self._settings.get(name, value)
+        }
+
+    # -- the look ---------------------------------------------------------------------------------
+
+    @property
+    def _looked_at(self) -> Baseline:
+        assert self._baseline is not None  # until `release`
+        return self._baseline
+
+    def see(self) -> Look:
+        """Looks; what is seen for the first time is as it was at the start."""
+        now = look(self.trainer)
+        self._looked_at.meet(now)
+        return now
+
+    def _accept(self) -> None:
+        """All hooks that run before the first batch have run: what they have made, a resumed
+        process makes too.
+        """
+        if self._accepted:
+            return
+        self._accepted = True
+        self._settings = loops.settings(self.trainer) | self._bounds
+        self._kinds = capture.kinds(self.trainer)
+        now = self.see()
+        self._reads_gradients = capture.reads_gradients(now)
+        self._looked_at.accept(now)
+
+    # -- the log ----------------------------------------------------------------------------------
+
+    def _mute(self) -> None:
+        for logger in self.trainer.loggers:
+            vars(logger)["log_metrics"] = _log_nothing
+
+    def _unmute(self) -> None:
+        for logger in self.trainer.loggers:
+            vars(logger).pop("log_metrics", None)
+
+
+def _log_nothing(*args: Any, **kwargs: Any) -> None:
+    """In a logger's place until a resume has reached the point of its checkpoint."""

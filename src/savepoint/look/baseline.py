@@ -1,0 +1,211 @@
+"""How everything looked at the start, what has changed since, and how that is put back."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from savepoint.look.pack import Unpackable, mark
+from savepoint.look.places import (
+    Path,
+    Place,
+    in_words,
+    packed_path,
+    path_of,
+    put_back,
+    resolve,
+)
+from savepoint.look.walk import Look
+
+
+class Baseline:
+    """How everything looked before the first step of this process, and what has changed since.
+
+    Only what a fresh start of the same code would not come to by itself is saved.
+    """
+
+    def __init__(self, first: Look) -> None:
+        self.places: dict[Path, Place] = {}
+        self.objects: dict[Path, type] = {}
+        self._roots: set[str] = set()
+        self._alive: list[Any] = []
+        self.meet(first)
+
+    def begin(self, look: Look) -> None:
+        """After the hooks that set up: what they have made is as it was at the start.
+
+        What they have changed counts as changed, if it is small: a resume may set up other values
+        (a finder, say). So do copies of the weights: a resume makes them of the weights that it has
+        loaded.
+        """
+        weights = look.weight_marks()
+        for path, place in look.places.items():
+            before = self.places.get(path)
+            if before is None or not (before.small and place.small):
+                self.places[path] = _without_large(place)
+            if before is None and any(mark(tensor) in weights for tensor in _tensors(place.packed)):
+                self.places[path].mark = object()
+        for path in [path for path in self.places if path not in look.places]:
+            del self.places[path]
+        self.objects = dict(look.objects)
+        self._roots = set(look.roots)
+        self._alive += look._alive
+
+    def meet(self, look: Look) -> None:
+        """Roots that were not there before, such as a loader that has just been made, are as they
+        were at the start.
+        """
+        new = set(look.roots) - self._roots
+        if not new:
+            return
+        self._roots |= new
+        for path, place in look.places.items():
+            if path[0][1] in new or path[0][0] != "root":
+                self.places.setdefault(path, _without_large(place))
+        self.objects |= {path: kind for path, kind in look.objects.items() if path[0][1] in new}
+        self._alive += look._alive
+
+    def accept(self, look: Look) -> None:
+        """Objects that the hooks before the first batch have made: a resumed process makes them
+        too.
+        """
+        self.objects |= look.objects
+        self._alive += look._alive
+        for path, place in look.places.items():
+            if place.what and path not in self.places:
+                self.places[path] = _without_large(place)
+
+    def changes(self, look: Look) -> tuple[list[Any], list[str]]:
+        """What has changed: [packed path, packed value] of each place, and words for what is no
+        value.
+        """
+        saved = []
+        named = []
+        for path, place in look.places.items():
+            before = self.places.get(path)
+            if before is not None and before.mark == place.mark:
+                continue
+            if not place.what:
+                saved.append([packed_path(path), place.packed])
+                if place.shares and (before is None or before.shares != place.shares):
+                    named.append(
+                        f"{in_words(path)} (shares its memory with {in_words(place.shares)})"
+                    )
+            elif before is not None or (path[0][0] == "root" and path[-1][0] != "hooks"):
+                named.append(f"{in_words(path)} ({place.what})")
+        for path in self.places:
+            gone = path[-1][0] == "attr" and path not in look.visited and path[:-1] in look.objects
+            if gone and path not in look.places:
+                saved.append([packed_path(path), {"!": "gone"}])
+        for path, kind in look.objects.items():
+            if self.objects.get(path) is not kind and path[-1][0] != "root":
+                named.append(f"{in_words(path)} (a new {kind.__name__})")
+        return saved, named
+
+    def restore(
+        self,
+        look: Look,
+        saved: Iterable[Any],
+        device: torch.device,
+        loaded: Iterable[str] = (),
+        alone: bool = False,
+    ) -> list[str]:
+        """Puts every place where it was when `saved` was made; returns words for what has no place
+        here.
+
+        Args:
+            look: At the objects as they are now: what the hooks of this start have changed is taken
+                back too.
+            loaded: Roots that have loaded a state of their own since the first look: what that
+                changed stays.
+            alone: Put back what was saved, and nothing else.
+        """
+        loaded = set(loaded)
+        meant = {path_of(packed): value for packed, value in saved}
+        for path, place in look.places.items() if not alone else ():
+            before = self.places.get(path)
+            if path in meant or before is None or before.mark == place.mark or place.what:
+                continue
+            if before.small and path[0][1] not in loaded:
+                meant[path] = before.packed
+        # What was the same object as at another place, and no more is, is not written into that
+        # one.
+        aliases = {path for path in meant if path in self.places and self.places[path].is_alias}
+        return _put_all_back(look, meant, device, aliases)
+
+
+def _put_all_back(
+    look: Look, meant: Mapping[Path, Any], device: torch.device, aliases: Collection[Path] = ()
+) -> list[str]:
+    """Returns words for the places that are no more, or hold another kind of value now."""
+    failed = []
+    for path, packed in meant.items():
+        try:
+            put_back(look.roots, path, packed, device, look.weights, path not in aliases)
+        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, Unpackable):
+            failed.append(in_words(path))
+    return failed
+
+
+def changed_since(marks: Mapping[Path, Any], look: Look) -> list[str]:
+    """Words for what is another one than when `marks` were taken: the running epoch goes by what
+    they were.
+    """
+    now = {path: look.places[path].mark for path in marks if path in look.places}
+    changed = [path for path, mark in marks.items() if now.get(path) != mark]
+    return [f"{in_words(path)} (changed while the epoch goes by what it was)" for path in changed]
+
+
+def put_back_into_model(module: nn.Module, saved: Iterable[Any], device: torch.device) -> list[str]:
+    """Of what a training has changed, that of the model: for a model that is used and not trained
+    on.
+
+    What belongs to an object that only a training makes, such as a teacher of `on_fit_start`, is
+    left out.
+
+    Returns:
+        Words for what is of another kind in this model.
+    """
+    look = Look({"model": module}, {}, module.state_dict().keys())
+    meant = {}
+    for place, value in saved:
+        path = path_of(place)
+        of_training = path[-1] == ("attr", "training") or path[-1][0] == "requires_grad"
+        if path[0] == ("root", "model") and not of_training and _can_be_had(look, path[:-1]):
+            same_as = isinstance(value, dict) and value["!"] == "same" and path_of(value["of"])
+            if not same_as or _can_be_had(look, same_as):
+                meant[path] = value
+    return _put_all_back(look, meant, device)
+
+
+def _can_be_had(look: Look, path: Path) -> bool:
+    try:
+        resolve(look.roots, path)
+    except (LookupError, AttributeError, TypeError):
+        return False
+    return True
+
+
+def _without_large(place: Place) -> Place:
+    if place.small:
+        return Place(place.mark, _copied(place.packed), place.what, small=True, shares=place.shares)
+    return Place(place.mark, None, place.what, shares=place.shares)
+
+
+def _tensors(packed: Any) -> Iterator[Tensor]:
+    if isinstance(packed, Tensor):
+        yield packed
+    elif isinstance(packed, list | dict):
+        for item in packed.values() if isinstance(packed, dict) else packed:
+            yield from _tensors(item)
+
+
+def _copied(packed: Any) -> Any:
+    if isinstance(packed, Tensor):
+        return packed.detach().clone()
+    if isinstance(packed, list):
+        return [_copied(item) for item in packed]
+    if isinstance(packed, dict):
+        return {key: _copied(item) for key, item in packed.items()}
+    return packed

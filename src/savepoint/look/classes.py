@@ -1,0 +1,134 @@
+"""What a class is: which attributes a framework assigns, whose code it is."""
+
+import dis
+import functools
+import inspect
+import itertools
+import os
+import sys
+import sysconfig
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+from torchmetrics import Metric, MetricCollection
+
+# What these assign is saved by other means, or is no state.
+_FRAMEWORK = ("lightning.", "lightning_fabric.", "pytorch_lightning.", "savepoint.")
+_FRAMEWORK_CLASSES = (nn.Module, Metric, Optimizer, DataLoader, object)
+_OPEN = "lightning.pytorch.callbacks."  # its concrete classes keep state that no state_dict has
+_CALLBACK = "lightning.pytorch.callbacks.callback"
+# Caches, and what metric states bring along by themselves. Of these classes only: a user's own
+# `_cache` is state.
+NO_STATE = frozenset({"__orig_class__", "savepoint_skip"})
+_NO_STATE_OF: tuple[tuple[Any, frozenset[str]], ...] = (
+    (nn.Module, frozenset({"_orig_mod", "training", "_compiled_call_impl", "_flat_weight_refs", "_flat_weights"})),
+    (Metric, frozenset({"_update_called", "_computed", "_update_signature", "update", "compute"})),
+    (MetricCollection, frozenset({
+        "_groups", "_groups_checked", "_state_is_copy", "_compute_groups_create_state_ref",
+    })),
+)  # fmt: skip
+
+
+@functools.cache
+def left_out_of(kind: type) -> frozenset[str]:
+    skipped = getattr(kind, "savepoint_skip", ())
+    no_state = [names for base, names in _NO_STATE_OF if issubclass(kind, base)]
+    return assigned_by_frameworks(kind).union(skipped, NO_STATE, {"_hparams"}, *no_state)
+
+
+@functools.cache
+def assigned_by_frameworks(kind: type) -> frozenset[str]:
+    """The names of attributes that the frameworks' classes among its bases assign to `self`
+    anywhere in their code.
+    """
+    names: set[str] = set()
+    for base in kind.__mro__:
+        framework = base.__module__.startswith(_FRAMEWORK) or base in _FRAMEWORK_CLASSES
+        if framework and (not base.__module__.startswith(_OPEN) or base.__module__ == _CALLBACK):
+            names |= set(inspect.get_annotations(base))
+            for function in functions_of(base):
+                names |= set(_assigned(function.__code__))
+    return frozenset(names)
+
+
+def functions_of(kind: type) -> list[types.FunctionType]:
+    found = []
+    for member in vars(kind).values():
+        for part in (
+            member,
+            *(getattr(member, name, None) for name in ("fget", "fset", "__func__")),
+        ):
+            while hasattr(part, "__wrapped__"):
+                part = part.__wrapped__
+            if isinstance(part, types.FunctionType):
+                found.append(part)
+    return found
+
+
+def _assigned(
+    code: types.CodeType, loads: tuple[str, ...] = ("LOAD_FAST", "LOAD_DEREF")
+) -> Iterator[str]:
+    """Of `self` alone: `parameter.data = ...` in a framework's code is no reason to leave out a
+    user's `self.data`.
+    """
+    for before, instruction in itertools.pairwise(dis.get_instructions(code)):
+        of_self = before.opname.startswith(loads) and _last(before.argval) == "self"
+        if instruction.opname == "STORE_ATTR" and of_self:
+            yield instruction.argval
+    for constant in code.co_consts:
+        # An inner class has another `self`, an inner function this one.
+        if isinstance(constant, types.CodeType):
+            yield from _assigned(constant, ("LOAD_DEREF",))
+
+
+def _last(loaded: Any) -> Any:
+    # Newer Pythons load two with one instruction.
+    return loaded[-1] if isinstance(loaded, tuple) else loaded
+
+
+@functools.cache
+def names_in(code: types.CodeType) -> frozenset[str]:
+    """The global names that a function's code mentions, inner functions included."""
+    inner = [
+        names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)
+    ]
+    return frozenset(code.co_names).union(*inner)
+
+
+@functools.cache
+def slots_of(kind: type) -> tuple[str, ...]:
+    return tuple(name for base in kind.__mro__ for name in _own_slots(base))
+
+
+def _own_slots(kind: type) -> tuple[str, ...]:
+    slots = vars(kind).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    private = kind.__name__.lstrip("_")
+    mangled = [
+        f"_{private}{name}" if name[:2] == "__" and name[-2:] != "__" else name for name in names
+    ]
+    return tuple(name for name in mangled if name not in ("__dict__", "__weakref__"))
+
+
+@functools.cache
+def is_library(module: str | None) -> bool:
+    """Installed code, as against the user's own."""
+    if module is None or module == "builtins":
+        return True
+    if module == "savepoint" or module.startswith("savepoint."):
+        return True
+    found = sys.modules.get(module)
+    file = getattr(found, "__file__", None)
+    if module == "__main__":
+        return False
+    if file is None:
+        return found is not None
+    paths = sysconfig.get_paths()
+    installed = (paths["stdlib"], paths["purelib"], paths["platlib"])
+    # An environment may see the packages of another one, whose paths are not its own.
+    shared = {"site-packages", "dist-packages"}.intersection(str(file).split(os.sep))
+    return str(file).startswith(installed) or bool(shared)
