@@ -634,7 +634,7 @@ def test_a_browser_shows_it_whole_and_readable(
 ) -> None:
     browser.open(made.parent / "seen.html", width, dark=dark)
     text = browser.ask("document.body.innerText")
-    for words in (
+    for shown in (
         "first",
         "98.76 %",
         "Curves",
@@ -643,7 +643,7 @@ def test_a_browser_shows_it_whole_and_readable(
         "Checkpoints",
         "kept: the best",
     ):
-        assert words in text
+        assert shown in text
     assert browser.ask("document.documentElement.scrollWidth") == width
     *charts, time_line = browser.ask(SIZES)
     assert len(charts) == 3
