@@ -1,5 +1,5 @@
-"""The example, to be replaced by yours: the network in `model.py`, its pictures in `figures.py`, its
-data in `data.py`.
+"""The example, to be replaced by yours: the network in `model.py`, its pictures in `figures.py`,
+its data in `data.py`.
 
 Configs and flags may give the names below without a package path (`--model.net ClassicNet`).
 """

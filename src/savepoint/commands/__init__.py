@@ -2,7 +2,8 @@
 starts fast.
 
 A module has `add_arguments(parser)` and `main(arguments) -> exit code`; COMMANDS describes it.
-Every command takes `--json`. Exit codes: 0 all is well, 1 something is wrong (or differs), 2 bad input.
+Every command takes `--json`. Exit codes: 0 all is well, 1 something is wrong (or differs), 2 bad
+input.
 """
 
 import argparse
