@@ -53,7 +53,7 @@ no resume   automatic restarts that stopped with an error
 silent      restarts that trained on from damaged bytes without a word
 temps       temp files that outlived a restart
 exit        code of the process that met the fault
-restart     seconds from a restart to its first step done, median, without the imports ({imports:.1f} s)
+restart     seconds from a restart to its first step, median, without the imports ({imports:.1f} s)
 same end    runs that ended equal, bit for bit, to one that nothing disturbed"""
 
 

@@ -434,10 +434,9 @@ def summary(events: list[Event]) -> str:
         mine = [event for event in events if event.fault == fault]
         lost = [event.lost for event in mine if event.lost is not None]
         secs = [event.restart_secs for event in mine if event.restart_secs is not None]
-        body.append((
-            fault, str(len(mine)), f"{statistics.median(lost):.0f} / {max(lost)}" if lost else "-",
-            f"{statistics.median(secs):.1f} / {max(secs):.1f}" if secs else "-",
-        ))  # fmt: skip
+        steps = f"{statistics.median(lost):.0f} / {max(lost)}" if lost else "-"
+        restart = f"{statistics.median(secs):.1f} / {max(secs):.1f}" if secs else "-"
+        body.append((fault, str(len(mine)), steps, restart))
     return table(
         [
             "fault",

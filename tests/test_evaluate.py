@@ -229,7 +229,7 @@ def test_a_place_that_cannot_be_written_is_named(run_dir: Path, capsys: Capture)
     code, out, err = say(capsys, "eval", str(run_dir), "-o", f"{run_dir}/run.json/x")
     assert (code, out) == (2, "")
     assert err.startswith(
-        f"savepoint eval: Cannot write there: {run_dir}/run.json/x (Not a directory). Expected"
+        f"savepoint eval: Cannot write there: {run_dir}/run.json/x (Not a directory). The metrics"
     )
 
 

@@ -287,7 +287,7 @@ def test_where_onnx_is_not_installed_the_extra_is_named(
     code, _, err = say(capsys, "export", str(run_dir), "--format", "onnx")
     assert code == 2
     assert "Not installed: " in err
-    assert "onnxruntime. Expected" in err or "onnxruntime, " in err
+    assert "onnxruntime. The format onnx needs it" in err or "onnxruntime, " in err
     assert "pip install 'savepoint-lightning[onnx]'" in err
 
 

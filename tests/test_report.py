@@ -26,6 +26,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 
 from savepoint import report as report_package
+from savepoint import words
 from savepoint.checkpoint import store
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import CheckpointStore
@@ -543,7 +544,7 @@ def test_the_command_names_the_file_and_its_size(
     report(run_dir)
     size = (run_dir / "report.html").stat().st_size
     assert capsys.readouterr().out.splitlines() == [
-        "config.yaml is missing.", f"{run_dir}/report.html: {size / 1e3:.0f} kB",
+        "config.yaml is missing.", f"{run_dir}/report.html: {words.size(size)}",
     ]  # fmt: skip
 
 
@@ -633,7 +634,7 @@ def test_a_browser_shows_it_whole_and_readable(
 ) -> None:
     browser.open(made.parent / "seen.html", width, dark=dark)
     text = browser.ask("document.body.innerText")
-    for words in (
+    for shown in (
         "first",
         "98.76 %",
         "Curves",
@@ -642,7 +643,7 @@ def test_a_browser_shows_it_whole_and_readable(
         "Checkpoints",
         "kept: the best",
     ):
-        assert words in text
+        assert shown in text
     assert browser.ask("document.documentElement.scrollWidth") == width
     *charts, time_line = browser.ask(SIZES)
     assert len(charts) == 3

@@ -188,7 +188,10 @@ def test_a_requeued_job_that_had_several_runs_is_asked_for_their_names(
         (tmp_path / name).mkdir()
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert call("train.py", *SMALL, "--output_dir", str(tmp_path)) == 2
-    assert f"{NAME} and {NAME}-2. Expected one. Give --run_name NAME." in capfd.readouterr().err
+    assert (
+        f"{NAME} and {NAME}-2. Every start must find the same run. Give --run_name NAME."
+        in capfd.readouterr().err
+    )
 
 
 def test_a_fork_with_a_name_that_a_requeued_job_began_goes_on(

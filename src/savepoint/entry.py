@@ -225,10 +225,10 @@ def refuse_foreign_install(root: Path) -> None:
     for package, own in places.items():
         if package == "savepoint" and not own.is_dir():
             continue  # installed, as in a copy that has it as a wheel
-        found = importlib.util.find_spec(package)
-        if found is None or found.origin is None:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
             continue
-        code = Path(found.origin).resolve().parent
+        code = Path(spec.origin).resolve().parent
         if code != own.resolve():
             raise ConfigError(
                 f"This environment runs another copy's code: {code}. Expected it under {root}. "

@@ -120,13 +120,13 @@ def prove(arguments: list[str], kills: list[int], seed: int) -> bool:
         finally:
             straight.kill()
             straight.wait()
-        found = {
+        digests = {
             "straight": digest(work / "straight"),
             "killed and resumed": digest(work / "killed"),
         }
-    for name, (state, log_rows) in found.items():
+    for name, (state, log_rows) in digests.items():
         print(f"  {name:<18}  state {state[:32]}  log {log_rows[:32]}")
-    return len(set(found.values())) == 1
+    return len(set(digests.values())) == 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     path = _directory(arguments.path)
     run = find.run_at(path)
-    found, text, is_well = _checkpoints(run) if run else _runs(path)
+    data, text, is_well = _checkpoints(run) if run else _runs(path)
     if arguments.json:
-        output.put_json(found)
+        output.put_json(data)
     else:
         output.put(text)
     return 0 if is_well else 1

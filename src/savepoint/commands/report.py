@@ -51,6 +51,6 @@ def _write(path: Path, text: str) -> int:
     except OSError as error:
         raise RunDirectoryError(
             f"Cannot write the report: {path} ({error.strerror}). This user writes it, and it "
-            f"needs {words.size(len(data))}. Name another file: -o FILE"
+            f"needs {words.size(len(data))}. Name another one: -o FILE"
         ) from error
     return len(data)

@@ -33,19 +33,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     run, file = _target(arguments.path)
     parts = [arguments.only] if arguments.only else list(PARTS)
-    found: dict[str, Any] = {"file": file}
+    content: dict[str, Any] = {"file": file}
     if parts != ["lineage"]:  # a run without a checkpoint has a lineage too
-        found["file"] = file or find.latest(run)
-        found |= _contents(found["file"], parts)
+        content["file"] = file or find.latest(run)
+        content |= _contents(content["file"], parts)
     if "lineage" in parts:
-        found["lineage"] = _lineage(run, file)
+        content["lineage"] = _lineage(run, file)
     if arguments.json:
-        output.put_json(found)
+        output.put_json(content)
     elif arguments.only:
-        output.put(_text(arguments.only, found[arguments.only]))
+        output.put(_text(arguments.only, content[arguments.only]))
     else:
-        shown = [_text(part, found[part]) for part in parts]
-        output.put("\n\n".join([str(found["file"]), *shown]))
+        shown = [_text(part, content[part]) for part in parts]
+        output.put("\n\n".join([str(content["file"]), *shown]))
     return 0
 
 
@@ -78,11 +78,11 @@ def _contents(path: Path, parts: list[str]) -> dict[str, Any]:
 
         state, facts = store.load(path)
     plain = {key: value for key, value in facts.items() if key != "metrics"}
-    found = {"facts": {"bytes": path.stat().st_size} | plain, "metrics": facts.get("metrics", {})}
-    found["config"] = state.get("config", "")
+    content = {"facts": {"bytes": path.stat().st_size} | plain, "metrics": facts.get("metrics", {})}
+    content["config"] = state.get("config", "")
     if "tensors" in parts:
-        found["tensors"] = tensors(state)
-    return {part: found[part] for part in parts if part in found}
+        content["tensors"] = tensors(state)
+    return {part: content[part] for part in parts if part in content}
 
 
 def tensors(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,21 +177,21 @@ def _origin(facts: Mapping[str, Any], family: list[Place]) -> dict[str, Any]:
     """The checkpoint from which the process that made this one started."""
     parent = facts.get("parent")
     where = next((one for one in family if one.facts.get("digest") == parent), None)
-    found = {"step": facts["step"], "parent": parent, "parent_run": None, "parent_step": None}
+    origin = {"step": facts["step"], "parent": parent, "parent_run": None, "parent_step": None}
     if where:
-        found |= {"parent_run": where.run.name, "parent_step": where.checkpoint.step}
-    return found
+        origin |= {"parent_run": where.run.name, "parent_step": where.checkpoint.step}
+    return origin
 
 
 def _ancestors(run: Run, family: list[Place]) -> list[dict[str, Any]]:
     """The checkpoint that this run was forked from, and those before it; nearest first."""
-    lineage: list[dict[str, Any]] = []
+    ancestors: list[dict[str, Any]] = []
     seen = {run.directory}
     while (place := _forked_from(run, family)) and place.run.directory not in seen:
         run, one = place
         seen.add(run.directory)
-        lineage.append({"run": run.name, "step": one.step, "path": one.path})
-    return lineage
+        ancestors.append({"run": run.name, "step": one.step, "path": one.path})
+    return ancestors
 
 
 def _forked_from(run: Run, family: list[Place]) -> Place | None:
@@ -212,26 +212,28 @@ def _forks(run: Run, family: list[Place]) -> list[dict[str, Any]]:
     ]
 
 
-def _lineage_text(found: Mapping[str, Any]) -> str:
-    lines = [("run", f"{found['run']}, id {found['id'] or 'unknown'}")]
-    lines += [("forked from", text) for text in _forked_text(found)]
-    for one in found["forks"]:
+def _lineage_text(lineage: Mapping[str, Any]) -> str:
+    lines = [("run", f"{lineage['run']}, id {lineage['id'] or 'unknown'}")]
+    lines += [("forked from", text) for text in _forked_text(lineage)]
+    for one in lineage["forks"]:
         lines.append(("forked into", f"{one['run']}, at step {one['step']} ({one['path']})"))
-    if file := found.get("file"):
+    if file := lineage.get("file"):
         began = _began(file)
         lines.append(("file", f"step {file['step']}, by a process that began from {began}"))
     text = words.table((), lines)
-    starts = [_start(start) for start in found["starts"]]
+    starts = [_start(start) for start in lineage["starts"]]
     if not starts:
         return f"{text}\n\nNo record of its starts: run.json is missing or damaged."
     head = ("start", "host", "commit", "from", "changed", "command")
     return f"{text}\n\n{words.table(head, starts)}"
 
 
-def _forked_text(found: Mapping[str, Any]) -> list[str]:
-    if found["ancestors"]:
-        return [f"step {one['step']} of {one['run']} ({one['path']})" for one in found["ancestors"]]
-    first: dict[str, Any] = next(iter(found["starts"]), {})
+def _forked_text(lineage: Mapping[str, Any]) -> list[str]:
+    if lineage["ancestors"]:
+        return [
+            f"step {one['step']} of {one['run']} ({one['path']})" for one in lineage["ancestors"]
+        ]
+    first: dict[str, Any] = next(iter(lineage["starts"]), {})
     if not first.get("checkpoint"):
         return []
     parent = first.get("parent") or {}

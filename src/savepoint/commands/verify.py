@@ -67,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     named = list(map(manifest.local_path, arguments.paths)) or [Path(find.run(None).shown)]
-    found = [_look(path, deep=arguments.deep, quiet=arguments.json) for path in named]
+    reports = [_look(path, deep=arguments.deep, quiet=arguments.json) for path in named]
     if arguments.json:
-        output.put_json(found)
-    return 0 if all(one["well"] for one in found) else 1
+        output.put_json(reports)
+    return 0 if all(one["well"] for one in reports) else 1
 
 
 def _look(path: Path, *, deep: bool, quiet: bool) -> dict[str, Any]:
@@ -94,8 +94,8 @@ def _look(path: Path, *, deep: bool, quiet: bool) -> dict[str, Any]:
         where = f" at step {run.latest.step}, epoch {run.latest.epoch}" if run.latest else ""
         put("\n".join([f"{run.shown}: {run.state()}{where}", *map(_item, findings)]))
         put("  Nothing is wrong." if is_well else "  Something is wrong: see above.")
-    found = {"path": path, "state": run.state() if run else None, "well": is_well}
-    return found | {"files": results, "findings": [one._asdict() for one in findings]}
+    report = {"path": path, "state": run.state() if run else None, "well": is_well}
+    return report | {"files": results, "findings": [one._asdict() for one in findings]}
 
 
 def _run_at(path: Path) -> Run | None:

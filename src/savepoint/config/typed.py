@@ -125,9 +125,9 @@ def _by_last_name(key: str, composed: compose.Composed) -> str:
         for name in _arguments(_class_at(group, composed))
     ]
     for ending in (f".{key}", f".max_{key}", f"_{key}"):
-        found = [name for name in known if name.endswith(ending)][:3]
-        if found:
-            return f" Did you mean {' or '.join(f'--{name}' for name in found)}?"
+        matches = [name for name in known if name.endswith(ending)][:3]
+        if matches:
+            return f" Did you mean {' or '.join(f'--{name}' for name in matches)}?"
     return " See --help."
 
 
@@ -485,7 +485,7 @@ def _components(kind: Any) -> tuple[type, ...]:
     if isinstance(kind, type) and not get_args(kind):
         is_plain = kind.__module__.split(".")[0] in sys.stdlib_module_names
         return () if is_plain or issubclass(kind, Enum) else (kind,)
-    return tuple(found for inner in get_args(kind) for found in _components(inner))
+    return tuple(component for inner in get_args(kind) for component in _components(inner))
 
 
 def _wrong_class(key: str, value: Any, bases: tuple[type, ...], composed: compose.Composed) -> str:
@@ -584,10 +584,10 @@ def _resolve(name: str, key: str) -> type | None:
     if not module:
         return next((c for c in _below(_base(key)) if c.__name__ == name), None)
     try:
-        found = getattr(importlib.import_module(module), short, None)
+        chosen = getattr(importlib.import_module(module), short, None)
     except Exception:  # noqa: BLE001 - a module of the user may raise anything
         return None
-    return found if isinstance(found, type) else None
+    return chosen if isinstance(chosen, type) else None
 
 
 def _below(base: type) -> set[type]:

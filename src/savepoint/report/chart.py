@@ -95,17 +95,17 @@ def drawn(charts: Sequence[Chart], steps: Axis) -> list[Drawn]:
 
 def flags(marks: Sequence[Mark], steps: Axis) -> list[tuple[float, str, str, list[int]]]:
     """(step, kind, label, numbers) of each flag; marks that would overlap share one."""
-    found: list[tuple[float, str, str, list[int]]] = []
+    placed: list[tuple[float, str, str, list[int]]] = []
     for number, mark in sorted(enumerate(marks, 1), key=lambda pair: pair[1].step):
         step = float(mark.step)
         kind = mark.kind
         numbers = [number]
-        if found and steps.share(step) - steps.share(found[-1][0]) < 0.05:
-            step, kinds, _, others = found.pop()
+        if placed and steps.share(step) - steps.share(placed[-1][0]) < 0.05:
+            step, kinds, _, others = placed.pop()
             kind = min(kind, kinds)  # "fault" before "resume"
             numbers = sorted([*others, number])
-        found.append((step, kind, _numbers(numbers), numbers))
-    return found
+        placed.append((step, kind, _numbers(numbers), numbers))
+    return placed
 
 
 def step_axis(last: float) -> Axis:

@@ -71,8 +71,8 @@ class Chart:
         self.by_the_clock = quantity.startswith("time/")
 
     def last(self, series: Series) -> str:
-        found = series.finite()
-        return measured(found[-1][1], self.unit) if found else "none"
+        points = series.finite()
+        return measured(points[-1][1], self.unit) if points else "none"
 
 
 class Curves:
@@ -122,24 +122,24 @@ def thinned(points: list[Point], most: int) -> list[Point]:
     """About `most` points that look the same: the lowest and the highest of each stretch."""
     if len(points) <= most:
         return points
-    found = [points[0]]
+    kept = [points[0]]
     for stretch in _stretches(points, most / 2):
         numbers = [point for point in stretch if not isnan(point[1])]
         gap = [point for point in stretch if isnan(point[1])][:1]
         ends = [pick(numbers, key=itemgetter(1)) for pick in (min, max) if numbers]
-        found += sorted({*ends, *gap}, key=stretch.index)
-    return [*found, points[-1]]
+        kept += sorted({*ends, *gap}, key=stretch.index)
+    return [*kept, points[-1]]
 
 
 def means(points: list[Point]) -> list[Point]:
     """The mean of each hundredth of a long series, whose points alone look like a band."""
-    found: list[Point] = []
+    kept: list[Point] = []
     if len(points) <= LONG:
-        return found
+        return kept
     for stretch in _stretches(points, 100):
         values = [value for _, value in stretch if not isnan(value)]
-        found.append((fmean(step for step, _ in stretch), fmean(values) if values else nan))
-    return found
+        kept.append((fmean(step for step, _ in stretch), fmean(values) if values else nan))
+    return kept
 
 
 def _stretches(points: list[Point], number: float) -> Iterator[list[Point]]:

@@ -47,8 +47,8 @@ class File:
 
     @property
     def size_bytes(self) -> int | None:
-        found = _stat(self.path)
-        return found.st_size if found else None
+        stat = _stat(self.path)
+        return stat.st_size if stat else None
 
 
 class Mark(NamedTuple):
@@ -99,23 +99,25 @@ class Report:
 
 
 def _missing(run: Run, config: str | None, parsed: Any) -> list[str]:
-    found = []
+    sentences = []
     if not run.starts():
         unknown = "how and where the run was started is not known"
-        found.append(f"run.json is missing or damaged: {unknown}.")
+        sentences.append(f"run.json is missing or damaged: {unknown}.")
     if not isinstance(parsed, dict):
-        found.append(f"config.yaml is {'missing' if config is None else 'damaged'}.")
+        sentences.append(f"config.yaml is {'missing' if config is None else 'damaged'}.")
     if run.is_summary_damaged():
-        found.append("summary.json is damaged: the results are not known.")
+        sentences.append("summary.json is damaged: the results are not known.")
     elif (run.directory / "summary.json").exists() and not run.is_summarised():
-        found.append("summary.json is of an earlier end of this run: its results are left out.")
-    return found
+        sentences.append(
+            "summary.json tells of an earlier end of this run: its results are left out."
+        )
+    return sentences
 
 
 def _start(number: int, entry: Mapping[str, Any]) -> Start:
     """An entry of run.json; a value of another type than a run writes becomes None."""
     known = {key: entry.get(key) for key in KINDS}
-    known = {key: found if isinstance(found, KINDS[key]) else None for key, found in known.items()}
+    known = {key: value if isinstance(value, KINDS[key]) else None for key, value in known.items()}
     words = ["python", *map(str, entry["argv"])] if entry["argv"] else []
     changes = ", ".join(f"{key}: {_change(pair)}" for key, pair in entry["changed"].items())
     return {**entry, **known, "number": number, "command": shlex.join(words), "changes": changes}

@@ -38,14 +38,19 @@ def page(report: Report) -> str:
 
 
 def _templates() -> Environment:
-    found = Environment(
+    environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    found.filters["thousands"] = "{:,.0f}".format
-    found.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    found.globals |= {"words": words, "high": chart.HEIGHT, "wide": chart.WIDE, "at_once": AT_ONCE}
-    return found
+    environment.filters["thousands"] = "{:,.0f}".format
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    environment.globals |= {
+        "words": words,
+        "high": chart.HEIGHT,
+        "wide": chart.WIDE,
+        "at_once": AT_ONCE,
+    }
+    return environment
 
 
 def _own(name: str) -> Markup:

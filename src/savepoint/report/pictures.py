@@ -37,12 +37,12 @@ def read(directory: Path, missing: list[str]) -> Iterator[Picture]:
     try:
         kept = {"images": 1, "scalars": 1}
         events = event_accumulator.EventAccumulator(str(directory), kept).Reload()
-        found = [(tag, events.Images(tag)[-1]) for tag in sorted(events.Tags()["images"])]
+        newest = [(tag, events.Images(tag)[-1]) for tag in sorted(events.Tags()["images"])]
     except Exception as error:  # noqa: BLE001 - TensorBoard raises anything for a damaged file
         what = f"The TensorBoard events cannot be read ({type(error).__name__})"
         missing.append(f"{what}: there are no pictures.")
         return
-    for tag, image in found[:MOST]:
+    for tag, image in newest[:MOST]:
         data = image.encoded_image_string
         kind = next((kind for magic, kind in KINDS.items() if data.startswith(magic)), None)
         if kind is None or len(data) > LARGEST_BYTES:
@@ -51,5 +51,5 @@ def read(directory: Path, missing: list[str]) -> Iterator[Picture]:
             continue
         url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
         yield Picture(tag, int(image.step), url, int(image.width), int(image.height))
-    if len(found) > MOST:
-        missing.append(f"{len(found) - MOST} more pictures are in the TensorBoard events only.")
+    if len(newest) > MOST:
+        missing.append(f"{len(newest) - MOST} more pictures are in the TensorBoard events only.")

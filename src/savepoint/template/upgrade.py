@@ -23,8 +23,8 @@ def upgrade(given: str) -> int:
     old = wheels.LINE.findall(text)
     if len(old) != 1:
         raise ConfigError(
-            f"Not upgraded: {requirements} names no wheel in vendor/, as a copy of make new does. "
-            "In the template, and in a copy with LIBRARY=source, the library is src/savepoint. "
+            f"Not upgraded: {requirements} names no wheel in vendor/, as a copy of make new does; "
+            "in the template, and in a copy with LIBRARY=source, the library is src/savepoint. "
             "Change it there."
         )
     wheel = Path(given).expanduser().resolve()

@@ -52,7 +52,7 @@ def summarise(training: Training, steps: int, epochs: int) -> dict[str, Any]:
 
 
 def _best(training: Training) -> tuple[str | None, Mapping[str, Any] | None]:
-    """Name and state of the best checkpoint, for the test; the last weights where none ranks."""
+    """Name and state of the best checkpoint, for the test; the last weights without one."""
     trainer: Any = training.trainer
     best = None if trainer.fast_dev_run else training.checkpointing.store.best()
     if best is None:
