@@ -38,6 +38,9 @@ from savepoint.checkpoint import store
 
 NEXT = "  cd {}\n  make train\n  make test\n"
 MOST_FILES, MOST_LINES = 45, 2500
+TRAINING = [
+    "train.py", "--config", "configs/mine.yaml", "--checkpoint.save_every_steps", "5", "--run_name",
+]  # fmt: skip
 VENDORED = f"vendor/savepoint_lightning-{savepoint.__version__}-py3-none-any.whl"
 
 
@@ -431,16 +434,8 @@ def test_another_model_and_other_data_train_are_killed_and_resume_exactly_in_a_c
     copy: Path, library: Path, name: str, score: str
 ) -> None:
     make_it_yours(copy, PROJECTS[name])
-    command = [
-        "train.py",
-        "--config",
-        "configs/mine.yaml",
-        "--checkpoint.save_every_steps",
-        "5",
-        "--run_name",
-    ]
-    end(start(copy, library, *command, "straight"))
-    killed = start(copy, library, *command, "killed")
+    end(start(copy, library, *TRAINING, "straight"))
+    killed = start(copy, library, *TRAINING, "killed")
     stop_after_a_save(killed, copy / "outputs/killed", signal.SIGKILL)
     end(start(copy, library, "resume.py", "outputs/killed"))
     straight, resumed = (final_state(copy / "outputs" / one) for one in ("straight", "killed"))
@@ -488,16 +483,8 @@ def test_a_checkpoint_of_the_old_library_resumes_with_the_new_one(
     copy: Path, library: Path, newer: Path, tmp_path: Path
 ) -> None:
     make_it_yours(copy, PROJECTS["sums"])
-    command = [
-        "train.py",
-        "--config",
-        "configs/mine.yaml",
-        "--checkpoint.save_every_steps",
-        "5",
-        "--run_name",
-    ]
-    end(start(copy, library, *command, "straight"))
-    stopped = start(copy, library, *command, "stopped")
+    end(start(copy, library, *TRAINING, "straight"))
+    stopped = start(copy, library, *TRAINING, "stopped")
     stop_after_a_save(stopped, copy / "outputs/stopped", signal.SIGTERM)
     assert call(copy, "upgrade", str(newer)).returncode == 0
     upgraded = unpacked(copy / "vendor" / newer.name, tmp_path / "upgraded")
