@@ -538,15 +538,8 @@ class TestFailure:
     def test_the_last_save_that_fails_is_remembered_for_the_exit_code(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool
     ) -> None:
-        replace = os.replace
-
-        def full(source: Any, target: Any) -> None:
-            if "step-" in str(target):
-                raise OSError(28, "No space left on device")
-            replace(source, target)
-
         callback = saving(save_every_epochs=None, keep_best=0, async_save=async_save)
-        monkeypatch.setattr(os, "replace", full)
+        no_room_for("step-", monkeypatch)
         fit(tmp_path, checkpointing=callback)
         assert isinstance(callback.failure, CheckpointSaveError)
 
