@@ -249,7 +249,9 @@ def test_no_program_in_a_file_runs_in_a_process_of_its_own(outputs: Path) -> Non
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outputs = tmp_path_factory.mktemp("outputs")
-    assert train("--output_dir", str(outputs), "--run_name", "run") == 0
+    with pytest.MonkeyPatch.context() as patch:  # made before what is patched for each test
+        patch.setattr(preemption, "install", lambda: None)
+        assert train("--output_dir", str(outputs), "--run_name", "run") == 0
     return outputs
 
 
