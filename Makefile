@@ -54,7 +54,7 @@ sweep: setup ## try values of config keys: CONFIG=configs/sweep/lr.yaml
 	$(VENV)/bin/python -m savepoint sweep $(call quoted,$(CONFIG)) $(ARGS)
 
 test: setup ## the tests; ARGS="-k name", ARGS="-n 0 -m slow -s"
-	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(VENV)/bin/python -m ruff check . && $(VENV)/bin/python -m ruff format --check . && $(VENV)/bin/python -m mypy

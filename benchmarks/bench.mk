@@ -8,7 +8,7 @@ new: setup ## the start of your own project, a copy of this: NAME=cats DEST=../c
 	@$(VENV)/bin/python -m savepoint.template new --library $(call quoted,$(LIBRARY)) $(ARGS) -- $(or $(call quoted,$(NAME)),'') $(or $(call quoted,$(DEST)),'')
 
 drill: setup ## kills, rot, a full disk, signals: this and Lightning's ModelCheckpoint side by side
-	$(VENV)/bin/python benchmarks/drill.py $(ARGS)
+	PYTHONPATH=benchmarks:$$PYTHONPATH $(VENV)/bin/python -m faults.drill $(ARGS)
 
 bench: setup ## speed against what people use today, one table; FULL=1 adds what is slow; needs DATA_ROOT
 	$(VENV)/bin/python benchmarks/bench.py $(ARGS)

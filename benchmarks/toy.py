@@ -1,5 +1,5 @@
-"""What the faults hit: a training of any size in which nothing that a resume could lose goes
-unnoticed.
+"""What the faults hit and what is saved for the clock: a training of any size in which nothing that
+a resume could lose goes unnoticed.
 """
 
 import os

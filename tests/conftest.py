@@ -4,6 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Read when torch is imported, by the processes that a test starts too: several workers with as
+    # many threads as there are cores wait for each other most of the time.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 from savepoint import workspace

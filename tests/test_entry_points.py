@@ -1,4 +1,7 @@
-"""The real programs, as processes: what they print, how they end, what they leave behind."""
+"""The real programs, as processes: what they print, how they end, what they leave behind.
+
+Where the start itself is not what is asked, a process is forked from one that has imported all.
+"""
 
 import json
 import shutil
@@ -10,7 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from support.programs import ROOT, run, start, wait_for_a_checkpoint
+from support import forked
+from support.forked import Program
+from support.programs import ROOT, into, run
 from support.programs import TWELVE_AN_EPOCH as SMALL
 from support.small import difference, final_state, rows
 
@@ -19,7 +24,7 @@ from support.small import difference, final_state, rows
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed."""
     outputs = tmp_path_factory.mktemp("outputs")
-    done = run("train.py", *SMALL, "--output_dir", str(outputs), "--run_name", "straight")
+    done = run("train.py", *SMALL, *into(outputs, "straight"))
     assert done.returncode == 0, done.stderr
     return outputs / "straight"
 
@@ -52,68 +57,55 @@ def test_a_run_leaves_what_the_readme_names(straight: Path) -> None:
 def test_a_stopped_run_that_is_resumed_equals_the_straight_one(
     straight: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
-    process = start(
-        "train.py",
-        *SMALL,
-        "--output_dir",
-        str(tmp_path),
-        "--run_name",
-        "stopped",
-        "--checkpoint.save_every_steps",
-        "2",
-    )
-    wait_for_a_checkpoint(tmp_path / "stopped", process)
-    process.send_signal(signum)
-    said = process.communicate()[0]
-    assert process.returncode == (-9 if signum == signal.SIGKILL else 128 + signum), said
+    run_dir, log = tmp_path / "stopped", tmp_path / "said.txt"
+    command = ["train.py", *SMALL, *into(tmp_path, "stopped"), "--checkpoint.save_every_steps", "2"]
+    with Program(command, log) as process:
+        process.wait_for(lambda: list((run_dir / "checkpoints").glob("step-*.ckpt")))
+        process.signal(signum)
+        code = process.wait()
+    assert code == (-9 if signum == signal.SIGKILL else 128 + signum), process.said
     if signum != signal.SIGKILL:
-        assert f"python resume.py {tmp_path / 'stopped'}" in said
-        assert (tmp_path / "stopped" / "RESUME.txt").exists()
-    done = run("resume.py", str(tmp_path / "stopped"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (
-        list(
-            difference(
-                final_state(straight) | {"config": ""},
-                final_state(tmp_path / "stopped") | {"config": ""},
-            )
-        )
-        == []
-    )
-    assert rows(straight) == rows(tmp_path / "stopped")
-    resumed = json.loads((tmp_path / "stopped" / "run.json").read_text())["starts"][-1]
+        assert f"python resume.py {run_dir}" in process.said
+        assert (run_dir / "RESUME.txt").exists()
+    assert forked.run(["resume.py", str(run_dir)], log)[0] == 0, log.read_text()
+    one, other = (final_state(run) | {"config": ""} for run in (straight, run_dir))
+    assert list(difference(one, other)) == []
+    assert rows(straight) == rows(run_dir)
+    resumed = json.loads((run_dir / "run.json").read_text())["starts"][-1]
     assert resumed["took_over"] == (
         f"pid {process.pid} on {socket.gethostname()}" if signum == signal.SIGKILL else None
     )
 
 
 def test_a_signal_to_save_saves_and_the_run_goes_on(straight: Path, tmp_path: Path) -> None:
-    process = start("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "asked",
-                    "--checkpoint.save_every_steps", "1000", "--checkpoint.keep_last", "9")  # fmt: skip
-    until = time.monotonic() + 120
-    # Training begins.
-    while not (tmp_path / "asked" / "config.yaml").exists() and time.monotonic() < until:
-        time.sleep(0.02)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGUSR1)
-    (tmp_path / "asked" / "save-now").touch()
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
-    assert not (tmp_path / "asked" / "save-now").exists()
-    steps = [int(path.name[5:13]) for path in (tmp_path / "asked" / "checkpoints").glob("step-*")]
-    assert any(step % 10 for step in steps), said
-    assert rows(straight) == rows(tmp_path / "asked")
+    run_dir = tmp_path / "asked"
+    saving = ["--checkpoint.save_every_steps", "1000", "--checkpoint.keep_last", "9"]
+    command = ["train.py", *SMALL, *into(tmp_path, "asked"), *saving]
+    with Program(command, tmp_path / "said.txt") as process:
+        process.wait_for(lambda: (run_dir / "config.yaml").exists())  # training begins
+        time.sleep(0.2)
+        process.signal(signal.SIGUSR1)
+        (run_dir / "save-now").touch()
+        assert process.wait() == 0, process.said
+    assert not (run_dir / "save-now").exists()
+    steps = [int(path.name[5:13]) for path in (run_dir / "checkpoints").glob("step-*")]
+    assert any(step % 10 for step in steps), process.said
+    assert rows(straight) == rows(run_dir)
 
 
-def test_a_finished_run_says_so_and_trains_longer_when_asked(straight: Path) -> None:
-    done = run("resume.py", str(straight))
-    assert done.returncode == 0
-    assert "ended by max_epochs" in done.stdout
-    assert "--trainer.max_epochs" in done.stdout
+def test_a_finished_run_says_so_and_trains_longer_when_asked(
+    straight: Path, tmp_path: Path
+) -> None:
+    code, said = forked.run(["resume.py", str(straight)], tmp_path / "said.txt")
+    assert code == 0
+    assert "ended by max_epochs" in said
+    assert "--trainer.max_epochs" in said
     before = len(rows(straight))
-    longer = run("resume.py", str(straight), "--trainer.max_epochs", "4")
-    assert longer.returncode == 0, longer.stderr
-    assert "learning rate at step" in longer.stdout
+    code, said = forked.run(
+        ["resume.py", str(straight), "--trainer.max_epochs", "4"], tmp_path / "said.txt"
+    )
+    assert code == 0, said
+    assert "learning rate at step" in said
     assert json.loads((straight / "summary.json").read_text())["epochs"] == 4
     steps = [int(row["step"]) for row in rows(straight) if "train/loss_step" in row]
     assert steps == sorted(set(steps))
@@ -148,9 +140,9 @@ def test_bad_input_is_one_to_five_lines_that_name_it_and_leaves_nothing(
     script: str, arguments: list[str], said: str, tmp_path: Path
 ) -> None:
     out = [] if "--output_dir" in arguments else ["--output_dir", str(tmp_path / "out")]
-    done = run(script, *arguments, *out)
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr
-    assert 1 <= len(done.stderr.splitlines()) <= 5
-    assert "Traceback" not in done.stderr
+    code, stderr = forked.run([script, *arguments, *out], tmp_path / "said.txt")
+    assert code == 2, stderr
+    assert said in stderr
+    assert 1 <= len(stderr.splitlines()) <= 5
+    assert "Traceback" not in stderr
     assert not list((tmp_path / "out").glob("*"))

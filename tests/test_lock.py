@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 from support.forked import Program
 from support.programs import SIX_AN_EPOCH as SMALL
-from support.programs import call, latest, run, start, wait_for_a_checkpoint
+from support.programs import call, into, run, start, wait_for_a_checkpoint
+from support.run_dirs import latest
 from support.small import rows
 from support.stopping import handlers, send_in  # noqa: F401  (handlers is a fixture)
 
@@ -135,7 +136,7 @@ def test_of_whole_programs_that_start_together_one_trains_and_nothing_is_mixed(
     tmp_path: Path,
 ) -> None:
     for number in range(16):
-        command = ["train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", f"run-{number}"]
+        command = ["train.py", *SMALL, *into(tmp_path, f"run-{number}")]
         pair = [Program(command, tmp_path / f"said-{number}-{side}.txt") for side in "ab"]
         codes = sorted(one.wait() for one in pair)
         assert codes == [0, 2], [one.said for one in pair]
@@ -207,7 +208,7 @@ def test_a_killed_training_restarts_at_once_though_its_data_workers_live_on(tmp_
         "--trainer.max_epochs",
         "3",
     ]
-    process = start("train.py", *command, "--output_dir", str(tmp_path), "--run_name", "run",
+    process = start("train.py", *command, *into(tmp_path),
                     "--checkpoint.save_every_steps", "1")  # fmt: skip
     wait_for_a_checkpoint(tmp_path / "run", process)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -228,19 +229,7 @@ def test_who_holds_the_lock_keeps_it_whatever_it_reads_and_asks_in_the_directory
     tmp_path: Path,
 ) -> None:
     """Closing any descriptor of the file would drop a POSIX lock, without a word."""
-    assert (
-        call(
-            "train.py",
-            *SMALL,
-            "--output_dir",
-            str(tmp_path),
-            "--run_name",
-            "run",
-            "--trainer.max_epochs",
-            "1",
-        )
-        == 0
-    )
+    assert call("train.py", *SMALL, *into(tmp_path), "--trainer.max_epochs", "1") == 0
     asks = """
 from savepoint.resume.request import requested
 from savepoint.commands import main
@@ -275,7 +264,7 @@ def test_a_training_holds_its_lock_to_the_end_of_its_test(
                 before=lambda _: refused(run_dir),
             )
         )
-    assert call("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "run") == 0
+    assert call("train.py", *SMALL, *into(tmp_path)) == 0
     assert seen == [[True]] * 3
     assert not refused(run_dir)
 
@@ -286,19 +275,7 @@ def test_a_training_holds_its_lock_to_the_end_of_its_test(
 def test_a_run_that_trains_is_neither_resumed_nor_rewound_but_read_and_forked(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        call(
-            "train.py",
-            *SMALL,
-            "--output_dir",
-            str(tmp_path),
-            "--run_name",
-            "run",
-            "--checkpoint.keep_last",
-            "2",
-        )
-        == 0
-    )
+    assert call("train.py", *SMALL, *into(tmp_path), "--checkpoint.keep_last", "2") == 0
     run_dir, first = tmp_path / "run", str(tmp_path / "run" / "checkpoints" / "step-00000006.ckpt")
     before = sorted(path.name for path in run_dir.rglob("*"))
     with held(run_dir) as holder:
@@ -310,19 +287,7 @@ def test_a_run_that_trains_is_neither_resumed_nor_rewound_but_read_and_forked(
         ):
             assert call("resume.py", *argv) == 2
             assert f"held by pid {holder.pid} on {socket.gethostname()}" in capfd.readouterr().err
-        assert (
-            call(
-                "train.py",
-                *SMALL,
-                "--output_dir",
-                str(tmp_path),
-                "--run_name",
-                "run",
-                "--resume",
-                "auto",
-            )
-            == 2
-        )
+        assert call("train.py", *SMALL, *into(tmp_path), "--resume", "auto") == 2
         assert call("resume.py", first, "--plan") == 0
         assert call("resume.py", first, "--fork", "other", "--output_dir", str(tmp_path)) == 0
         assert refused(run_dir)
@@ -346,7 +311,7 @@ def test_of_a_run_that_is_moved_while_it_trains_nothing_is_lost_and_nothing_is_m
         signum=signum,
         before=lambda _: run_dir.rename(moved),
     )
-    code = call("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "run")
+    code = call("train.py", *SMALL, *into(tmp_path))
     assert code == (143 if signum else 1)
     assert (
         f"Not the run directory that this process began in any more: {run_dir}"
@@ -373,7 +338,7 @@ def test_a_run_in_whose_place_another_lies_writes_nothing_there(
         there.update({file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()})
 
     send_in(monkeypatch, ImageClassifier, "training_step", nth=8, signum=0, before=replace)
-    assert call("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "run") == 1
+    assert call("train.py", *SMALL, *into(tmp_path)) == 1
     assert "Not tested: Not the run directory" in capfd.readouterr().err
     assert {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()} == there
 
@@ -390,7 +355,7 @@ def test_a_run_whose_record_is_deleted_keeps_its_checkpoints_when_it_is_stopped(
         signum=signal.SIGTERM,
         before=lambda _: record.unlink(),
     )
-    assert call("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "run") == 143
+    assert call("train.py", *SMALL, *into(tmp_path)) == 143
     assert latest(tmp_path / "run").step == 8
 
 
@@ -407,9 +372,7 @@ def test_a_lock_file_that_is_deleted_is_made_anew_unless_another_process_was_fas
             run_dir = tmp_path / name
             send_in(patch, ImageClassifier, "training_step", nth=8, signum=0,
                     before=lambda _, run_dir=run_dir, other=other: delete(run_dir, other))  # fmt: skip
-            assert call("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", name) == (
-                1 if other else 0
-            )
+            assert call("train.py", *SMALL, *into(tmp_path, name)) == (1 if other else 0)
             assert latest(run_dir).step == (6 if other else 12)
             assert ("taken over" in capfd.readouterr().err) is other
             assert refused(run_dir) is other

@@ -2,7 +2,6 @@
 run as they stand.
 """
 
-import os
 import re
 import signal
 import subprocess
@@ -10,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import forked
 from support.programs import ROOT
 
 import savepoint
 
 PAGE = ROOT / "src" / "savepoint" / "README.md"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
 
 
 def examples() -> dict[str, str]:
@@ -56,11 +55,8 @@ def test_each_example_of_the_page_runs_twice_and_goes_on_where_it_was(
     program = tmp_path / "program.py"
     program.write_text(examples()[heading])
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", program], cwd=tmp_path, capture_output=True, text=True,
-            env=ENVIRONMENT, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        code, said = forked.run([str(program)], tmp_path / "said.txt", at=tmp_path)
+        assert code == 0, said
     checkpoints = list(tmp_path.rglob("step-*.ckpt"))
     assert checkpoints
 
@@ -74,14 +70,9 @@ def test_a_loop_of_ones_own_that_is_stopped_saves_and_goes_on(tmp_path: Path) ->
         "        open('stopped', 'w').close()\n        os.kill(os.getpid(), "
         "signal.SIGTERM)\n\n\nwith stoppable()",
     ))  # fmt: skip
-    command = [sys.executable, "-W", "ignore", program]
-    stopped = subprocess.run(
-        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
-    assert stopped.returncode == 128 + signal.SIGTERM, stopped.stderr
+    code, said = forked.run([str(program)], tmp_path / "said.txt", at=tmp_path)
+    assert code == 128 + signal.SIGTERM, said
     assert (tmp_path / "checkpoints" / "step-00000024.ckpt").exists()
-    went_on = subprocess.run(
-        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
-    assert went_on.returncode == 0, went_on.stderr
-    assert "going on from step 24" in went_on.stdout
+    code, said = forked.run([str(program)], tmp_path / "said.txt", at=tmp_path)
+    assert code == 0, said
+    assert "going on from step 24" in said

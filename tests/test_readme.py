@@ -1,6 +1,4 @@
-"""What the README, its pages and the configs say works: every command is run, every config trains,
-every link leads on.
-"""
+"""What the README and its pages say works: every command is run, every link leads on."""
 
 import re
 import shlex
@@ -130,7 +128,7 @@ def test_every_file_of_the_table_of_questions_is_there() -> None:
 
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.split("**")[1])
 def test_every_promise_names_a_test_that_holds_it(promise: str) -> None:
-    assert re.findall(r"tests/test_\w+\.py", promise)  # and it is there: the test above
+    assert re.findall(r"tests/(?:\w+/)?test_\w+\.py", promise)  # and it is there: the test above
 
 
 def test_every_figure_has_a_command_that_is_there() -> None:
@@ -184,37 +182,3 @@ def test_the_edits_that_make_it_yours_train_and_resume(
     assert latest.epoch == 3
     assert latest.manifest["exact"] is True
     assert latest.manifest["monitor"] == "val/loss"
-
-
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-RUNS = [path for path in CONFIGS if path.parent.name != "sweep"]  # those have test_sweep.py
-
-
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_config_trains(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if path.parent.name == "logger":
-        pytest.importorskip(path.stem, reason="needs: make extras")
-    monkeypatch.chdir(tmp_path)
-    group = path.parent.name if path.parent.name in ("model", "data", "checkpoint") else "config"
-    command = [
-        f"--{group}",
-        str(path),
-        "--output_dir",
-        str(tmp_path),
-        "--run_name",
-        "x",
-        "--trainer.max_epochs",
-        "1",
-    ]
-    # Too few to find one.
-    more = ["--trainer.limit_train_batches", "40"] if path.stem == "lr_finder" else []
-    with as_a_new_process():
-        assert start.start(quick.check([*command, *LITTLE, *more])) == 0
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_config_says_what_to_expect_of_it(path: Path) -> None:
-    head = path.read_text()
-    assert "TODO" not in head
-    for word in ("command:", "hardware:", "time:", "expect:"):
-        assert word in head

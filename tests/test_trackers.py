@@ -4,11 +4,10 @@ need the extras.
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import forked
 from support.programs import LITTLE, ROOT
 
 from savepoint.errors import ConfigError
@@ -62,26 +61,19 @@ def test_in_wandb_each_start_of_a_run_is_the_same_run(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
 def test_a_resume_by_the_config_goes_on_with_the_run_of_the_tracker(
-    name: str, tmp_path: Path
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = pytest.importorskip(name, reason="needs: make extras")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     configs = ["--config", "configs/fast.yaml", "--config", f"configs/logger/{name}.yaml"]
-    quiet = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {
-        "OMP_NUM_THREADS": "1"
-    }
+    for key in [key for key in os.environ if key.startswith("WANDB")]:
+        monkeypatch.delenv(key)
     for script, *words in (
         ("train.py", *configs, "--run_name", "run", *LITTLE),
         ("resume.py", "outputs/run", "--trainer.max_epochs", "2"),
     ):
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), *words],
-            cwd=tmp_path,
-            env=quiet,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+        code, said = forked.run([script, *words], tmp_path / "said.txt", at=tmp_path)
+        assert code == 0, said
     run_id = json.loads((tmp_path / "outputs/run/run.json").read_text())["id"]
     if name == "wandb":
         started = list((tmp_path / "outputs/run/wandb").glob("offline-run-*"))

@@ -1,9 +1,12 @@
 """Small checkpoints for the tests of storage."""
 
+import errno
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from savepoint.checkpoint.store import Checkpoint, write
@@ -47,6 +50,18 @@ def small_checkpoint(path: Path, step: int = 30) -> Checkpoint:
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
+
+
+def no_room_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full whenever a file of that name is to be put in its place."""
+    replace = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if name in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
 
 
 def bytes_of_tensors(path: Path) -> set[int]:

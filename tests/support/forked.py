@@ -28,6 +28,7 @@ class Program:
         command: As it would follow `python`.
         log: Where its output goes, after what is there.
         before: Called in the process before the script runs; a function of a module.
+        at: The working directory.
         environment: More variables.
     """
 
@@ -36,11 +37,12 @@ class Program:
         command: list[str],
         log: Path,
         before: Callable[[], None] | None = None,
+        at: Path = ROOT,
         **environment: str,
     ) -> None:
         self.log, self._begins = log, log.stat().st_size if log.exists() else 0
         self._process = CONTEXT.Process(
-            target=_main, args=(command, log, before, environment), daemon=True
+            target=_main, args=(command, log, before, at, environment), daemon=True
         )
         self._process.start()
 
@@ -49,6 +51,11 @@ class Program:
 
     def __exit__(self, *_: object) -> None:
         self.kill()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
 
     @property
     def said(self) -> str:
@@ -71,8 +78,7 @@ class Program:
             time.sleep(0.003)
 
     def signal(self, signum: signal.Signals) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, signum)
+        os.kill(self.pid, signum)
 
     def kill(self) -> None:
         self._process.kill()
@@ -88,9 +94,11 @@ class Program:
         return self._process.exitcode
 
 
-def run(command: list[str], log: Path, before: Callable[[], None] | None = None) -> tuple[int, str]:
+def run(
+    command: list[str], log: Path, before: Callable[[], None] | None = None, at: Path = ROOT
+) -> tuple[int, str]:
     """Exit code and output."""
-    with Program(command, log, before) as program:
+    with Program(command, log, before, at) as program:
         return program.wait(), program.said
 
 
@@ -107,12 +115,16 @@ def without_fsync() -> None:
 
 
 def _main(
-    command: list[str], log: Path, before: Callable[[], None] | None, environment: dict[str, str]
+    command: list[str],
+    log: Path,
+    before: Callable[[], None] | None,
+    at: Path,
+    environment: dict[str, str],
 ) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.chdir(ROOT)
+    os.chdir(at)
     os.environ.update(environment)
     tempfile.tempdir = None  # read TMPDIR again
     import torch

@@ -54,6 +54,11 @@ TWO_RANKS = [
 ]  # fmt: skip
 
 
+def into(outputs: Path, name: str = "run") -> list[str]:
+    """The arguments that give a run its place."""
+    return ["--output_dir", str(outputs), "--run_name", name]
+
+
 def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / script), *arguments],
@@ -116,9 +121,3 @@ def as_a_new_process() -> Iterator[None]:
 
 def steps(run_dir: Path) -> list[int]:
     return [one.step for one in store.CheckpointStore(run_dir / "checkpoints").checkpoints()]
-
-
-def latest(run_dir: Path) -> store.Checkpoint:
-    found = store.CheckpointStore(run_dir / "checkpoints").latest()
-    assert found is not None
-    return found

@@ -48,8 +48,8 @@ def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now:
     """Puts everything where it was when the checkpoint was made, at the very same point. Random
     states come last.
 
-    Without any one of these lines some resume goes wrong: tests/test_exact_resume.py takes each
-    away.
+    Without any one of these lines some resume goes wrong: tests/resume/test_exact_resume.py takes
+    each away.
 
     Returns:
         Words for what has changed in the training that made the checkpoint, and has no place in

@@ -6,7 +6,7 @@ side, one table at the end.
 
 Real processes are killed while they save, their newest checkpoint is damaged, their disk is filled
 by another program, they are sent the signals of schedulers and terminals; then the same command is
-given again. The moments come from the seed. runs.py says how the two systems are set up, faults.py
+given again. The moments come from the seed. runs.py says how the two systems are set up, strikes.py
 what each fault does. The full disk is a small tmpfs in a mount namespace of its own; where that is
 not permitted, its rows say so. Ends with 1 if anything of savepoint was damaged, did not resume,
 was loaded although damaged, or ended other than the run that nothing disturbed.
@@ -27,11 +27,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import damage
-import faults
-from faults import Tally
 from report import machine, table
-from runs import SYSTEMS, HarnessError, Task
+
+from faults import damage, strikes
+from faults.runs import SYSTEMS, HarnessError, Task
+from faults.strikes import Tally
 
 HEADER = (
     "fault",
@@ -91,7 +91,7 @@ class Drill:
             "compare with)",
             flush=True,
         )
-        return self._both(faults.undisturbed, task=task)
+        return self._both(strikes.undisturbed, task=task)
 
     def strike(self, label: str, text: str, fault: Callable[..., Tally], **arguments: Any) -> None:
         print(f"\n{text}", flush=True)
@@ -107,7 +107,7 @@ class Drill:
 
     def _both(self, fault: Callable[..., Any], **arguments: Any) -> dict[str, Any]:
         self.number += 1
-        return faults.side_by_side(self.pool, fault, self.work / str(self.number), **arguments)
+        return strikes.side_by_side(self.pool, fault, self.work / str(self.number), **arguments)
 
 
 def cells(tally: Tally) -> list[str]:
@@ -129,7 +129,7 @@ def run_all(drill: Drill, rounds: Rounds, elsewhere: Path | None, may_mount: boo
 def kill(drill: Drill, times: int, elsewhere: Path | None) -> None:
     task = Task(megabytes=24, epochs=3, batches=8)
     asked = {
-        "fault": faults.kills,
+        "fault": strikes.kills,
         "task": task,
         "times": times,
         "expected": drill.undisturbed(task),
@@ -151,7 +151,7 @@ def rot(drill: Drill, times: int) -> None:
     for kind in damage.KINDS:
         text = f"Rot: {kind} in the checkpoint that the next start will take"
         drill.strike(
-            f"rot: {kind}", text, faults.rot, task=task, kind=kind, times=times, expected=expected
+            f"rot: {kind}", text, strikes.rot, task=task, kind=kind, times=times, expected=expected
         )
 
 
@@ -162,7 +162,7 @@ def fill(drill: Drill, times: int, may_mount: bool) -> None:
         drill.skip("full disk", text, "unshare and mount: root, or user namespaces")
         return
     asked = {
-        "fault": faults.full_disk,
+        "fault": strikes.full_disk,
         "task": task,
         "times": times,
         "expected": drill.undisturbed(task),
@@ -179,12 +179,12 @@ def fill(drill: Drill, times: int, may_mount: bool) -> None:
 def send_signals(drill: Drill, times: int) -> None:
     task = Task(megabytes=1, epochs=3, batches=60, save_every_steps=None)
     expected = drill.undisturbed(task)
-    for signum in faults.EXIT_CODES:
+    for signum in strikes.EXIT_CODES:
         text = f"{signum.name} in the middle of an epoch; saved once an epoch"
         drill.strike(
             signum.name,
             text,
-            faults.signals,
+            strikes.signals,
             task=task,
             signum=signum,
             times=times,
@@ -238,7 +238,7 @@ def enter_namespace() -> bool:
         except (OSError, subprocess.CalledProcessError):
             return False
     os.environ["DRILL_MAY_MOUNT"] = "1"
-    os.execvp(unshare[0], [*unshare, sys.executable, *sys.argv])
+    os.execvp(unshare[0], [*unshare, sys.executable, *sys.orig_argv[1:]])
     return False  # not reached
 
 
@@ -272,7 +272,7 @@ def main() -> int:
     work = Path(tempfile.mkdtemp(prefix="drill-"))
     elsewhere = second_file_system(work, 100)
     try:
-        with faults.workers() as pool:
+        with strikes.workers() as pool:
             imports = time.monotonic() - began
             drill = Drill(pool, work, seed)
             run_all(drill, FULL if asked.full else SHORT, elsewhere, may_mount)

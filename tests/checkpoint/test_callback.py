@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
-from support.checkpoint_files import small_checkpoint
+from support.checkpoint_files import no_room_for, small_checkpoint
 from support.small import (
     SmallData,
     SmallModel,
@@ -525,14 +525,7 @@ class TestFailure:
     def test_a_save_that_fails_is_said_and_the_training_goes_on(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        replace = os.replace
-
-        def full(source: Any, target: Any) -> None:
-            if "step-00000012" in str(target):
-                raise OSError(28, "No space left on device")
-            replace(source, target)
-
-        monkeypatch.setattr(os, "replace", full)
+        no_room_for("step-00000012", monkeypatch)
         callback = saving()
         trainer = fit(tmp_path, checkpointing=callback)
         assert trainer.global_step == 18
@@ -546,15 +539,8 @@ class TestFailure:
     def test_the_last_save_that_fails_is_remembered_for_the_exit_code(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool
     ) -> None:
-        replace = os.replace
-
-        def full(source: Any, target: Any) -> None:
-            if "step-" in str(target):
-                raise OSError(28, "No space left on device")
-            replace(source, target)
-
         callback = saving(save_every_epochs=None, keep_best=0, async_save=async_save)
-        monkeypatch.setattr(os, "replace", full)
+        no_room_for("step-", monkeypatch)
         fit(tmp_path, checkpointing=callback)
         assert isinstance(callback.saver.failure, CheckpointSaveError)
 

@@ -1,4 +1,4 @@
-"""make test ARGS=tests/test_precheck.py"""
+"""make test ARGS=tests/config/test_precheck.py"""
 
 import subprocess
 import sys

@@ -25,6 +25,7 @@ MORE = [
 ]
 
 
+@pytest.mark.slow  # a quick one of each config is in test_project.py
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_a_callback_that_a_config_switches_on_resumes_exactly(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

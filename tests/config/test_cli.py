@@ -1,4 +1,4 @@
-"""make test ARGS=tests/test_cli.py"""
+"""make test ARGS=tests/config/test_cli.py"""
 
 import sys
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Disks that fill up or cannot be written, under a real training of 14 MB of state.
 
-    python -m pytest -n 0 -m root -s tests/test_full_disk.py
+    python -m pytest -n 0 -m root -s tests/faults/test_full_disk.py
 
 Whatever happens: no damaged file under a final name, the checkpoints before it load, each save that
 failed is said, the process ends with 1 unless a later save succeeded, and the same command goes on

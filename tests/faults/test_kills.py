@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.programs import ROOT
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import faults
-from runs import Task
+sys.path.append(str(ROOT / "benchmarks"))
+from faults import strikes
+from faults.runs import Task
 
 pytestmark = pytest.mark.slow
 
@@ -25,14 +26,14 @@ def elsewhere(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def killed_sixty_times(work: Path, tmp: Path, seed: int) -> faults.Tally:
+def killed_sixty_times(work: Path, tmp: Path, seed: int) -> strikes.Tally:
     task = Task(megabytes=50, epochs=4, batches=10)
-    with faults.workers() as pool:
-        expected = pool.submit(faults.undisturbed, "savepoint", work, task).result()
-        return pool.submit(faults.kills, "savepoint", work, task, tmp, 60, seed, expected).result()
+    with strikes.workers() as pool:
+        expected = pool.submit(strikes.undisturbed, "savepoint", work, task).result()
+        return pool.submit(strikes.kills, "savepoint", work, task, tmp, 60, seed, expected).result()
 
 
-def check(tally: faults.Tally) -> None:
+def check(tally: strikes.Tally) -> None:
     assert tally.times == 60
     assert (tally.damaged, tally.nothing_left, tally.failed, tally.temps) == (0, 0, 0, 0)
     assert max(tally.lost) <= 1, "a save after every step"

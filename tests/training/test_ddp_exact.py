@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from support.ddp_ranks import KINDS
+from support.programs import ROOT
 
-TESTS = {"PYTHONPATH": str(Path(__file__).parents[0])}
+TESTS = {"PYTHONPATH": str(ROOT / "tests")}
 
 
 def differences(directory: Path, ranks: int, kind: str, every: int = 1) -> dict[str, list[str]]:

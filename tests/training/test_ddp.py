@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.programs import ROOT, run, start, wait_for_a_checkpoint
 from support.programs import TWO_RANKS as TWO
-from support.programs import run, start, wait_for_a_checkpoint
 from support.small import difference, final_state, rows
 
 from savepoint.checkpoint import store
@@ -139,7 +139,7 @@ def test_a_signal_to_rank_1_before_and_after_the_training_ends_both(
     """Lightning's handlers would wait for the other rank, which waits for this one."""
     monkeypatch.setenv(
         "PYTHONPATH",
-        os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
     )
     waiting = f"{{class_path: support.waiting.Waiting, init_args: {{where: {where}, mark: {tmp_path / 'there'}}}}}"
     command = [

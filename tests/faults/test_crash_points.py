@@ -465,7 +465,8 @@ def undisturbed(scenario: Scenario, directory: Path, said: Path, seen: Path) -> 
 
 def results(program: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", __file__, program, folder]
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     for name, result in found.items():

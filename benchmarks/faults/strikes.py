@@ -1,5 +1,5 @@
 """Real trainings through real faults, two systems by the same program: what drill.py and
-tests/test_kills.py share.
+tests/faults/test_kills.py share.
 
 runs.py says what the two systems are. Each fault strikes a run so many times at moments from a
 seed, starts it again by the same command and counts what that cost. A failed automatic resume is
@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import damage
-from runs import SYSTEMS, HarnessError, Run, Start, Task
+from faults import damage
+from faults.runs import SYSTEMS, HarnessError, Run, Start, Task
 
 # What the process that a signal met is to end with; 0: it saves and goes on.
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129, signal.SIGUSR1: 0}

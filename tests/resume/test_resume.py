@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.checkpoint_files import no_room_for
 from support.programs import FOUR_AN_EPOCH as SMALL
 from support.programs import begin, go, steps
 from support.small import rows
@@ -277,14 +278,7 @@ class TestAfterAnAccident:
     def test_a_run_whose_newest_state_could_not_be_saved_ends_with_1(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        replace = os.replace
-
-        def full(source: Any, target: Any) -> None:
-            if "step-00000012" in str(target):
-                raise OSError(28, "No space left on device")
-            replace(source, target)
-
-        monkeypatch.setattr(os, "replace", full)
+        no_room_for("step-00000012", monkeypatch)
         assert begin(*SMALL, "--output_dir", str(tmp_path), "--run_name", "full") == 1
         assert "newest state of this run is not saved" in capsys.readouterr().err
         assert steps(tmp_path / "full") == [4, 8]

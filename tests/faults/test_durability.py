@@ -2,7 +2,7 @@
 after that.
 
 No power is cut here: these tests look at the order of the calls, in this process and, under strace,
-as the kernel saw them. tests/test_power_cut.py cuts it.
+as the kernel saw them. tests/faults/test_power_cut.py cuts it.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from support.checkpoint_files import facts, names, small_state
 from support.file_calls import Call, watched
+from support.programs import ROOT
 from support.small import fit
 
 from savepoint.checkpoint import manifest, store
@@ -317,7 +318,7 @@ def traced(directory: Path, program: str) -> Events:
         "-o",
         log,
     ]
-    command += [sys.executable, "-W", "ignore", "-c", program, Path(__file__).parent, directory]
+    command += [sys.executable, "-W", "ignore", "-c", program, ROOT / "tests", directory]
     subprocess.run(
         command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

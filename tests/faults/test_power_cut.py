@@ -1,7 +1,7 @@
 """The power is cut under a real training, on real file systems: what was reported as saved is there
 afterwards.
 
-    python -m pytest -n 0 -m root -s tests/test_power_cut.py
+    python -m pytest -n 0 -m root -s tests/faults/test_power_cut.py
 
 The kernel's shutdown call stands for the power cut: from then on nothing reaches the device,
 whatever the page cache holds. After 12 s ext4 has put the names of new files on the device and not

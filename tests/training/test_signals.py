@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 from support.forked import Program
-from support.programs import ROOT, call, latest, wait_for_a_checkpoint
+from support.programs import ROOT, call, wait_for_a_checkpoint
 from support.programs import SIX_AN_EPOCH as SMALL
+from support.run_dirs import latest
 from support.small import SmallModel, difference, final_state, fit, one_thread, rows
 from support.stopping import STOPPING, handlers, send_in  # noqa: F401  (handlers is a fixture)
 

@@ -118,7 +118,7 @@ def test_what_other_programs_and_older_ones_say_verifies(run_dir: Path) -> None:
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(key=st.sampled_from([*KEYS, "mine"]), value=JSON)
 def test_no_command_ends_in_a_traceback_whatever_a_manifest_says(

@@ -1,7 +1,8 @@
 """Files that changed on disk: none loads, whichever way it is asked for, and the one before it is
 taken.
 
-tests/test_manifest.py has what is seen in a file; these tests go through every door of the project.
+tests/checkpoint/test_manifest.py has what is seen in a file; these tests go through every door
+of the project.
 """
 
 import random
@@ -209,8 +210,8 @@ def test_a_damaged_file_in_the_middle_is_said_and_set_aside_once_it_is_needed(
 def test_a_run_with_a_flipped_bit_goes_on_from_the_file_before_and_ends_as_if_nothing_had_been(
     tmp_path: Path,
 ) -> None:
-    """A process of its own; tests/test_resume.py has the best file that is damaged before the final
-    test.
+    """A process of its own; tests/resume/test_resume.py has the best file that is damaged before
+    the final test.
     """
     run_dir, log = tmp_path / "first", tmp_path / "log"
     training = [*TRAINING, "--output_dir", str(tmp_path), "--run_name", "first"]

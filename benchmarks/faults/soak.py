@@ -1,8 +1,8 @@
 """Soak: one training under random faults, started again and again by the same command; is its end
 that of a calm run?
 
-    python benchmarks/soak.py --minutes 15
-    python benchmarks/soak.py --minutes 3 --seed 7
+    PYTHONPATH=benchmarks python -m faults.soak --minutes 15
+    PYTHONPATH=benchmarks python -m faults.soak --minutes 3 --seed 7
 
 Faults: SIGKILL, SIGTERM, SIGINT, SIGHUP at random moments; SIGKILL during start-up; a full disk,
 freed after a while, under a training or before a start; a flipped bit, a zeroed page or a
@@ -514,7 +514,7 @@ def main() -> int:
             )
             return 2
         user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-        again = [sys.executable, *sys.argv, "--mounted"]
+        again = [sys.executable, *sys.orig_argv[1:], "--mounted"]
         os.execvp("unshare", ["unshare", "--mount", "--propagation", "private", *user, *again])
     seed = asked.seed if asked.seed is not None else random.SystemRandom().randrange(10**6)
     print(machine(), flush=True)

@@ -1,5 +1,5 @@
 """One run directory, started again and again by the same command: the trainings that the faults of
-faults.py hit.
+strikes.py hit.
 
     savepoint    `train.py --resume auto`, the whole of it: callback, store, run directory, resume
     lightning    Trainer and ModelCheckpoint(dirpath, monitor, filename="best", save_last=True),
@@ -26,8 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import damage
 from report import ROOT
+
+from faults import damage
 
 SYSTEMS = ("savepoint", "lightning")
 FORK = multiprocessing.get_context("fork")

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from support.programs import ROOT, call, latest, start, wait_for_a_checkpoint
+from support.programs import ROOT, call, into, start, wait_for_a_checkpoint
 from support.programs import SIX_AN_EPOCH as SMALL
 from support.programs import TWO_RANKS as TWO
+from support.run_dirs import latest
 from support.small import difference, final_state, rows
 from support.stopping import handlers, send_in  # noqa: F401  (handlers is a fixture)
 
 from project.model import ImageClassifier
 from savepoint.config import typed
 from savepoint.errors import ConfigError
-from savepoint.resume import plan, request, start
+from savepoint.resume import plan, request
 from savepoint.run import default_name
 from savepoint.training import build
 
@@ -55,7 +56,7 @@ def test_a_requeued_job_goes_on_by_the_same_command_and_ends_as_if_nothing_had_h
 ) -> None:
     """SIGUSR1 is what Lightning takes for "save within the handler and call scontrol"."""
     out, run_dir = ["--output_dir", str(tmp_path / "outputs")], tmp_path / "outputs" / NAME
-    assert call("train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "straight") == 0
+    assert call("train.py", *SMALL, *into(tmp_path, "straight")) == 0
     with monkeypatch.context() as patch:
         environment = send_in(
             patch, ImageClassifier, "training_step", nth=3, signum=signal.SIGUSR1,
@@ -197,19 +198,7 @@ def test_a_requeued_job_that_had_several_runs_is_asked_for_their_names(
 def test_a_fork_with_a_name_that_a_requeued_job_began_goes_on(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert (
-        call(
-            "train.py",
-            *SMALL,
-            "--output_dir",
-            str(tmp_path),
-            "--run_name",
-            "run",
-            "--trainer.max_epochs",
-            "1",
-        )
-        == 0
-    )
+    assert call("train.py", *SMALL, *into(tmp_path), "--trainer.max_epochs", "1") == 0
     command = [
         str(tmp_path / "run"),
         "--fork",

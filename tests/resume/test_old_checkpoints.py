@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from support.programs import ROOT, go, latest
+from support.programs import ROOT, go
+from support.run_dirs import latest
 from support.small import difference
 
 import project  # noqa: F401

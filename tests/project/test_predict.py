@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import forked
 from support.trained import Capture, altered, best, say, trained
 
 from project import predict
@@ -224,12 +222,11 @@ def test_neither_data_nor_a_run_directory_is_needed(
 def test_the_program_ends_with_2_and_a_line_for_what_is_not_there(
     run_dir: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "project.predict", str(run_dir), "none.png"]
-    quiet = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=quiet)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "Cannot be read: none.png (No such file or directory)" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    command = [predict.__file__, str(run_dir), "none.png"]
+    code, said = forked.run(command, tmp_path / "said.txt", at=tmp_path)
+    assert code == 2
+    assert "Cannot be read: none.png (No such file or directory)" in said
+    assert len(said.splitlines()) == 1
 
 
 def an_array(array: Any) -> Callable[[Path], Path]:

@@ -22,6 +22,8 @@ CLASSIC = [
     for word in pair
 ]
 
+BRIEF = ["--trainer.max_epochs", "1"]
+
 
 def floyd(path: Path, **more: Any) -> project.ClassicNet:
     """As the classic tutorial saves it: the bare network, under the names it has there."""
@@ -75,7 +77,7 @@ def test_weights_under_other_prefixes_are_taken(prefix: str, tmp_path: Path) -> 
         "--output_dir",
         str(tmp_path / "out"),
     ]
-    assert begin(*command, "--run_name", "on", "--model.lr", "0") == 0
+    assert begin(*command, *BRIEF, "--run_name", "on", "--model.lr", "0") == 0
     state, _ = store.load(tmp_path / "out" / "on" / "checkpoints" / "last.ckpt")
     assert torch.equal(state["state_dict"]["net.fc1.weight"], net.fc1.weight)
 
@@ -88,7 +90,7 @@ def test_safetensors_and_old_files_are_read(tmp_path: Path) -> None:
     )
     for name in ("weights.safetensors", "old.pth"):
         out = ["--output_dir", str(tmp_path / "out"), "--run_name", name]
-        assert go(str(tmp_path / name), *CLASSIC, *out, "--model.lr", "0") == 0
+        assert go(str(tmp_path / name), *CLASSIC, *out, *BRIEF, "--model.lr", "0") == 0
         state, _ = store.load(tmp_path / "out" / name / "checkpoints" / "last.ckpt")
         assert torch.equal(state["state_dict"]["net.conv1.weight"], net.conv1.weight)
 
@@ -144,7 +146,7 @@ class TestInitFrom:
         with pytest.raises(ConfigMismatchError, match="--init_strict false"):
             begin(*command, "--run_name", "strict")
         assert not (tmp_path / "out" / "strict").exists()
-        assert begin(*command, "--run_name", "loose", "--init_strict", "false") == 0
+        assert begin(*command, *BRIEF, "--run_name", "loose", "--init_strict", "false") == 0
         said = capsys.readouterr().out
         assert "net.fc1.weight [128, 9216]: not in the file (nearest: net.fc1.wieght)" in said
         assert "net.fc2.weight: [3, 128] in the file, [10, 128] in the model" in said

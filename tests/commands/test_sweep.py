@@ -10,11 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 
 import pytest
 import yaml
+from support import forked
+from support.forked import Program
 from support.programs import ROOT
+from support.run_dirs import say
+from support.stopping import handlers  # noqa: F401  (handlers is a fixture)
 
 from savepoint import sweep, sweep_file
 from savepoint.errors import ConfigError
@@ -75,6 +80,7 @@ def test_what_is_wrong_with_a_sweep_file_is_said_before_anything_runs(
     assert "wrong.yaml" in str(raised.value)
 
 
+@pytest.mark.usefixtures("quick_starts")
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -136,6 +142,34 @@ def swept(file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(asked, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
 
+class Trial(Program):
+    """What a sweep asks of a process, of one that is forked: its start takes no seconds."""
+
+    def __init__(self, command: list[str], *, stdout: BinaryIO, **_: Any) -> None:
+        super().__init__(command[1:], Path(stdout.name), DATA_ROOT="/nowhere")
+
+    def poll(self) -> int | None:
+        return None if self.runs else self.wait()
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def terminate(self) -> None:
+        self.signal(signal.SIGTERM)
+
+
+@pytest.fixture
+def quick_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command runs in this process, and what it starts is forked."""
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        code, said = forked.run(command[1:], tmp_path / "checks.txt")
+        return subprocess.CompletedProcess(command, code, said, said)
+
+    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run, Popen=Trial))
+
+
 def states(file: Path) -> list[str]:
     with (file.parent / file.stem / "trials.csv").open(newline="") as table:
         return [row["state"] for row in csv.DictReader(table)]
@@ -147,16 +181,18 @@ def file(tmp_path: Path) -> Path:
     return written(tmp_path / "tiny.yaml", sampler="grid", overrides=SMALL)
 
 
-def test_a_sweep_tells_a_script_each_trial_and_the_best_of_them(file: Path) -> None:
+@pytest.mark.usefixtures("quick_starts")
+def test_a_sweep_tells_a_script_each_trial_and_the_best_of_them(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spaces = {
         "model.lr": {"low": 0.005, "high": 0.05, "log": True},
         "data.batch_size": {"choices": [32, 64]},
     }
-    done = swept(
-        written(file, sampler="tpe", trials=2, overrides=SMALL, parameters=spaces), "--json"
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    written(file, sampler="tpe", trials=2, overrides=SMALL, parameters=spaces)
+    code, out, err = say(capsys, "sweep", file, "--output_dir", file.parent, "--json")
+    assert code == 0, err
+    told = json.loads(out)
     assert [one["state"] for one in told["trials"]] == ["complete", "complete"]
     best, other = told["trials"]
     assert best["value"] >= other["value"] > 0
@@ -166,26 +202,22 @@ def test_a_sweep_tells_a_script_each_trial_and_the_best_of_them(file: Path) -> N
     assert Path(told["plot"]).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_a_trial_that_is_refused_or_measures_another_metric_stops_the_sweep_and_stays_open(
-    file: Path,
+    file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = SMALL | {"trainer.max_epochs": 1}
-    done = swept(
-        written(
-            file,
-            sampler="grid",
-            overrides=small,
-            parameters={"model.lr": {"choices": [0.02, "much", 0.01]}},
-        )
-    )
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert "trial-001 was refused: " in done.stderr
-    assert "much" in done.stderr
+    choices = {"model.lr": {"choices": [0.02, "much", 0.01]}}
+    written(file, sampler="grid", overrides=small, parameters=choices)
+    code, _, err = say(capsys, "sweep", file, "--output_dir", file.parent)
+    assert (code, len(err.splitlines())) == (2, 1), err
+    assert "trial-001 was refused: " in err
+    assert "much" in err
     other = written(file.with_name("other.yaml"), monitor="val/acuracy", overrides=small)
-    done = swept(other)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert "trial-000 measured no `val/acuracy`" in done.stderr
-    assert "val/accuracy" in done.stderr
+    code, _, err = say(capsys, "sweep", other, "--output_dir", file.parent)
+    assert (code, len(err.splitlines())) == (2, 1), err
+    assert "trial-000 measured no `val/acuracy`" in err
+    assert "val/accuracy" in err
 
 
 def test_a_record_that_is_damaged_and_a_sweep_that_runs_are_refused(file: Path) -> None:

@@ -1,0 +1,1 @@
+"""Programs that break runs on purpose, and count what that costs."""
