@@ -1,5 +1,5 @@
 # The front door: `make help`. The first call of any target but help and clean sets everything up in .venv.
-CONFIG ?= configs/mnist.yaml
+CONFIG ?=
 CKPT   ?=
 RUN    ?=
 INPUT  ?=
@@ -8,6 +8,8 @@ WHEEL  ?=
 VENV   := .venv
 # a value as one word of the shell, whatever is in it; nothing where it is empty
 quoted = $(if $(1),'$(subst ','\'',$(1))')
+# the default one, which train.py names, where none is given
+config = $(if $(CONFIG),--config $(call quoted,$(CONFIG)))
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 # the first Python that is recent enough; the newest wheels of torch may be missing for a Python that is younger still
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
@@ -30,7 +32,7 @@ extras: setup ## what is optional, too: Optuna, ONNX, Weights & Biases, MLflow
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'savepoint-lightning[sweep,onnx,wandb,mlflow]'
 
 train: setup ## train and test: CONFIG, ARGS
-	$(VENV)/bin/python train.py --config $(call quoted,$(CONFIG)) $(ARGS)
+	$(VENV)/bin/python train.py $(config) $(ARGS)
 
 resume: setup ## continue a run: CKPT (the newest run if not given), ARGS
 	$(VENV)/bin/python resume.py $(call quoted,$(CKPT)) $(ARGS)
@@ -63,7 +65,7 @@ tensorboard: setup ## the curves of all runs in outputs/
 	$(VENV)/bin/tensorboard --logdir outputs $(ARGS)
 
 prove: setup ## a straight run against one that is killed and resumed, both digests: CONFIG, ARGS
-	$(VENV)/bin/python -m savepoint.prove --config $(call quoted,$(CONFIG)) $(ARGS)
+	$(VENV)/bin/python -m savepoint.prove $(config) $(ARGS)
 
 upgrade: setup ## in a copy: another version of the library, WHEEL=savepoint_lightning-X-py3-none-any.whl
 	$(VENV)/bin/python -m savepoint.template upgrade -- $(or $(call quoted,$(WHEEL)),'')

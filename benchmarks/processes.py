@@ -46,7 +46,7 @@ def rate(output_dir: Path, name: str, flags: list[str]) -> float:
     )
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return float(json.loads((output_dir / name / "summary.json").read_text())["images_per_sec"])
+    return float(json.loads((output_dir / name / "summary.json").read_text())["samples_per_sec"])
 
 
 def measure(rounds: int) -> dict[str, float]:

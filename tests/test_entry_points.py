@@ -32,7 +32,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_what_the_readme_names(straight: Path) -> None:
     summary = json.loads((straight / "summary.json").read_text())
     for key in ("test/accuracy", "best_accuracy", "best_step", "epochs", "steps", "fit_secs", "wall_secs",
-                "images_per_sec", "dataset", "parameters"):  # fmt: skip
+                "samples_per_sec", "dataset", "parameters"):  # fmt: skip
         assert summary[key] is not None, key
     assert summary["epochs"] == 3
     assert summary["dataset"] == "embedded digits"

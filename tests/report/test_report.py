@@ -147,7 +147,7 @@ def make_run(directory: Path, pictures: bool = False) -> Path:
         "parameters": 1234,
     }
     (directory / "summary.json").write_text(
-        json.dumps(summary | {"dataset": "MNIST", "images_per_sec": 100})
+        json.dumps(summary | {"dataset": "MNIST", "samples_per_sec": 100})
     )
     (directory / "config.yaml").write_text(CONFIG)
     rows = ["step,time/secs,epoch,train/loss,val/loss,val/accuracy,lr"]

@@ -44,7 +44,7 @@ _FOREIGN = (
     (
         "torch.save",
         "Start from its weights: {python} train.py --init_from {file}\n"
-        "or with its epoch and best as well: {python} resume.py {file} --config configs/mnist.yaml",
+        "or with its epoch and best as well: {python} resume.py {file} --config CONFIG.yaml",
     ),
     ("pickled", _EXPORT),
 )

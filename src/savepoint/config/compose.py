@@ -3,7 +3,7 @@ slow imports.
 
 From weakest to strongest, in any order on the command line:
 
-    the base            a checkpoint's config; else configs/mnist.yaml where no --config file
+    the base            a checkpoint's config; else the project's default where no --config file
                         chooses a model or data
     --config FILE       any number of them, the later over the earlier
     --model, --data, --checkpoint, --trainer    a group: a file, a class name, or YAML text
@@ -35,7 +35,15 @@ from savepoint.workspace import project
 REPLACED = ("model", "data")
 MERGED = ("trainer", "checkpoint")
 GROUPS = REPLACED + MERGED
-SCALARS = ("seed_everything", "output_dir", "run_name", "init_from", "init_strict", "resume")
+SCALARS = (
+    "seed_everything",
+    "output_dir",
+    "run_name",
+    "init_from",
+    "init_strict",
+    "resume",
+    "threads",
+)
 KEYS = SCALARS + GROUPS
 CLASS_KEYS = {"class_path", "init_args", "dict_kwargs"}
 

@@ -19,15 +19,16 @@ from savepoint.run import Run, check_name, is_empty
 USAGE = """\
 usage: python train.py [--config FILE]... [--KEY VALUE]...
 
-  python train.py                                             configs/mnist.yaml
+  python train.py                                             the default config
   python train.py --config configs/fast.yaml --run_name first
   python train.py --model.lr 0.01 --trainer.max_epochs 3      single values, over all files
   python train.py --model configs/model/classic.yaml          a group by file: replaced whole
   python train.py --model.net ClassicNet                      a class by name
   python train.py --config configs/fast.yaml --config configs/debug/one_batch.yaml
 
-keys: seed_everything, output_dir, run_name, init_from, init_strict, resume (never, auto, must),
-      model.*, data.*, trainer.* (Lightning's Trainer), checkpoint.* (when to save, which to keep)
+keys: seed_everything, output_dir, run_name, init_from, init_strict, threads,
+      resume (never, auto, must), model.*, data.*, trainer.* (Lightning's Trainer),
+      checkpoint.* (when to save, which to keep)
 
   --print_config                 every key with the value it has now
   --model.help ImageClassifier   what a class takes; likewise --data.help, --trainer.logger.help ...

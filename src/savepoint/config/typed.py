@@ -194,6 +194,8 @@ class _Scalars:
         init_strict: Whether these must fit the model exactly.
         resume: What a run directory that exists means: an error, a run to continue, or the only
             thing accepted. Null: auto in a job that SLURM requeued, else never.
+        threads: That PyTorch computes with. Null: its own choice, at most the cores that this
+            process may use; on a resume the checkpoint's, where there are so many.
     """
 
     def __init__(
@@ -204,6 +206,7 @@ class _Scalars:
         init_from: str | None = None,
         init_strict: bool = True,
         resume: Literal["never", "auto", "must"] | None = None,
+        threads: int | None = None,
     ) -> None: ...
 
 

@@ -81,7 +81,8 @@ def _numbers(report: Report) -> Iterator[tuple[str, str, str]]:
         epochs = words.plural(int(latest.get("epoch") or 0), "epoch")
         yield "steps", f"{latest['step']:,}", epochs
     if _is_number(secs := summary.get("fit_secs")):
-        rate = summary.get("images_per_sec")
+        # Runs before version 0.3 say images.
+        rate = summary.get("samples_per_sec", summary.get("images_per_sec"))
         note = f"{rate:,.0f} samples/s" if _is_number(rate) else ""
         yield "time in training", words.duration(secs), note
     elif report.curves.secs:

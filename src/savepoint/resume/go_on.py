@@ -70,6 +70,7 @@ def _start(
         digest=source.manifest["digest"],
         run=source.state["run"],
         changed=changed,
+        threads=source.manifest.get("threads"),
         callbacks=[ApplyOverrides(source.state, source.manifest, changed, request.allow)],
         state=(source.path, source.state),
     )

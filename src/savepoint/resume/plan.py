@@ -9,16 +9,19 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Timer
 
+from savepoint import job
 from savepoint.checkpoint.state.process import environment
 from savepoint.config import compose
 from savepoint.errors import ConfigError, ConfigMismatchError
 from savepoint.resume.request import Request
 from savepoint.resume.source import Source
 from savepoint.run import Run, resume_command
+from savepoint.training import threads
 from savepoint.words import megabytes, plural, show
 
 # Keys without influence on the training: not compared at all.
-NOT_COMPARED = ("run_name", "output_dir", "resume", "init_from", "init_strict")
+_LENGTH = {"trainer.max_epochs", "trainer.max_steps"}
+NOT_COMPARED = ("run_name", "output_dir", "resume", "init_from", "init_strict", "threads")
 
 
 # Keys that change no step of the trajectory up to the run's planned end: applied at once.
@@ -133,12 +136,13 @@ def plan(
         f"  restored    {_restored(source, request.allow)}",
     ]
     lines += [f"  overridden  {key}: {was} -> {now}" for key, (was, now) in changed.items()]
-    lines += [f"  note        {note}" for note in _notes(request, source, changed)]
+    lines += [f"  note        {note}" for note in _notes(request, source, changed, config.threads)]
     if request.plan:
-        lines.append(
-            f"  then        the data set is compared ({manifest['dataset']['name']} is expected), "
-            "and the model's outputs"
+        name = manifest["dataset"]["name"]
+        compared = (
+            f"the data set ({name}) and the model's outputs" if name else "the model's outputs"
         )
+        lines.append(f"  then        {compared} are compared")
     lines.append(f"  left        {_left(state, manifest, config)}")
     return "\n".join(lines)
 
@@ -172,7 +176,9 @@ def _inexact(manifest: Mapping[str, Any]) -> str:
     return f" (not exact: {'; '.join(unsaved[:3])})"
 
 
-def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
+def _notes(
+    request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]], asked: int | None
+) -> list[str]:
     facts = source.manifest
     notes = []
     if source.newest_step > facts["step"] and request.fork is None and not request.rewind:
@@ -180,7 +186,7 @@ def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, An
             f"not the newest of its run, which is at {source.newest_step}: it goes on with --fork "
             "or --rewind only"
         )
-    notes += _notes_of_environment(facts)
+    notes += _notes_of_environment(facts, asked)
     if request.run_dir and request.fork is None:
         notes += _notes_of_record(Run(request.run_dir), facts)
     if "world_size" in request.allow:
@@ -195,7 +201,7 @@ def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, An
             "it ended inside an epoch, which counts as done: not what a longer run without the "
             "stop would be"
         )
-    if "trainer.max_epochs" in changed or "trainer.max_steps" in changed:
+    if source.state["lr_schedulers"] and _LENGTH & set(changed):
         optimizers = source.state["optimizer_states"]
         rates = [group["lr"] for optimizer in optimizers for group in optimizer["param_groups"]]
         here = f"learning rate is {rates[0]:.3g} here; " if rates else ""
@@ -209,10 +215,11 @@ def _notes(request: Request, source: Source, changed: Mapping[str, tuple[Any, An
     return notes
 
 
-def _notes_of_environment(facts: Mapping[str, Any]) -> Iterator[str]:
+def _notes_of_environment(facts: Mapping[str, Any], asked: int | None) -> Iterator[str]:
     import torch
 
     now = environment(torch.device("cpu"))
+    now["threads"] = threads.chosen(asked, facts.get("threads"), job.local_processes())
     for key in ("versions", "threads"):
         if facts.get(key) != now[key]:
             yield (

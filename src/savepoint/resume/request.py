@@ -21,7 +21,7 @@ usage: python resume.py [CKPT | RUN_DIR] [--KEY VALUE]...
   python resume.py                                      the newest run under outputs/
   python resume.py outputs/first                        its latest checkpoint that verifies
   python resume.py outputs/first --trainer.max_epochs 20
-  python resume.py FILE --config configs/mnist.yaml     a file of another program: its weights,
+  python resume.py FILE --config CONFIG.yaml            a file of another program: its weights,
                                                         and what else it has
 
   --best            the best checkpoint of the run, not the latest
@@ -76,7 +76,7 @@ def requested(argv: Sequence[str]) -> Request | None:
     if request.foreign and "--config" not in flags and "-c" not in flags:
         raise CheckpointForeignError(
             f"Not written by Savepoint: {request.file}. The file holds no config. Name one: "
-            f"python resume.py {request.file} --config configs/mnist.yaml",
+            f"python resume.py {request.file} --config CONFIG.yaml",
             request.file or "",
         )
     _check_overrides(request)

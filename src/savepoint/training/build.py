@@ -17,6 +17,7 @@ from savepoint.checkpoint.facts import Provenance
 from savepoint.checkpoint.state.process import capture_rng, isolated_rng, restore_rng
 from savepoint.config import typed
 from savepoint.run import Run
+from savepoint.training import threads
 from savepoint.training.logs import RunCSVLogger, RunTensorBoardLogger, last_step
 from savepoint.training.progress import Meter, display
 
@@ -31,6 +32,7 @@ class Start:
     digest: str | None = None
     run: Mapping[str, Any] | None = None  # id and name of the run that made it
     keep_rows: int = 0
+    threads: int | None = None  # of the checkpoint
     purge_step: int | None = None
     changed: Mapping[str, tuple[Any, Any]] | None = None  # config key -> (was, is)
     callbacks: Sequence[Callback] = ()
@@ -120,10 +122,12 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
         RunTensorBoardLogger(run.directory, start.purge_step),
     ]
     shown = display(meter)
-    callbacks = [*shown.pop("callbacks"), *start.callbacks]
+    callbacks = [*shown.pop("callbacks"), threads.WaitWatch(), *start.callbacks]
     model, data, trainer = typed.instantiate(
         config, callbacks=callbacks, logger=loggers, default_root_dir=str(run.directory), **shown
     )
+    processes = trainer.num_devices
+    threads.use(threads.chosen(config.threads, start.threads, processes), processes)
     data.setup = RepeatedSetup(data)  # type: ignore[method-assign]
     every: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     every += [*start.begun, _Recorder(run, record, text, start)]
@@ -151,6 +155,7 @@ def portable(config: Any) -> Any:
     config.run_name = None
     config.output_dir = "outputs"
     config.resume = None
+    config.threads = None
     return config
 
 

@@ -1,5 +1,6 @@
 """The display while a run trains: a bar on a terminal, one line for each epoch in a log file."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class Meter(Callback):
 
     @property
     def speed(self) -> str:
-        return f"{self.samples_per_sec:.0f} images/s"
+        return f"{self.samples_per_sec:.0f} samples/s"
 
     @property
     def overall_samples_per_sec(self) -> float:
@@ -81,7 +82,7 @@ class Meter(Callback):
 
 
 class Bar(RichProgressBar):
-    """Lightning's rich bar with images/s."""
+    """Lightning's rich bar with samples/s."""
 
     def __init__(self, meter: Meter) -> None:
         super().__init__(leave=False)
@@ -89,7 +90,7 @@ class Bar(RichProgressBar):
 
     def _get_train_description(self, current_epoch: int) -> str:
         # From 1, as the lines beside the bar count.
-        return f"Epoch {current_epoch + 1}/{self.trainer.max_epochs}"
+        return f"Epoch {current_epoch + 1}{_of(self.trainer.max_epochs)}"
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
@@ -113,7 +114,8 @@ class Lines(Callback):
         self._spoke = self._started
         if trainer.is_global_zero:
             place = f"step {trainer.global_step}, epoch {trainer.current_epoch}"
-            batches = plural(int(trainer.num_training_batches), "batch", "es")
+            number = trainer.num_training_batches
+            batches = "a stream" if number == math.inf else plural(int(number), "batch", "es")
             print(f"training from {place}: {batches} an epoch", flush=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,7 +126,10 @@ class Lines(Callback):
     ) -> None:
         if trainer.is_global_zero and time.monotonic() - self._spoke > QUIET_SECS:
             self._spoke = time.monotonic()
-            batch = f"batch {batch_idx + 1} of {trainer.num_training_batches}"
+            number = trainer.num_training_batches
+            batch = f"batch {batch_idx + 1}"
+            if number != math.inf:
+                batch += f" of {number}"
             place = f"{batch} in epoch {trainer.current_epoch + 1}"
             print(f"step {trainer.global_step}: {place}, {self.meter.speed}", flush=True)
 
@@ -146,6 +151,11 @@ class Lines(Callback):
         shown = [f"{name} {float(value):.4f}" for name, value in metrics if "_step" not in name]
         values = ", ".join([*shown, self.meter.speed])
         print(f"epoch {done}{left}: step {trainer.global_step}, {values}", flush=True)
+
+
+def _of(limit: int | None) -> str:
+    """`/20`; nothing where epochs have no limit."""
+    return f"/{limit}" if limit is not None and limit >= 0 else ""
 
 
 def display(meter: Meter) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 import savepoint
 from savepoint import weights
 from savepoint.checkpoint import store
+from savepoint.checkpoint.facts import why_ended
 from savepoint.checkpoint.manifest import step_in_name
 from savepoint.run import resume_command
 from savepoint.training.build import Training
@@ -41,7 +42,7 @@ def summarise(training: Training, steps: int, epochs: int) -> dict[str, Any]:
         "steps": steps,
         "fit_secs": round(training.meter.fit_secs, 2),
         "wall_secs": round(time.monotonic() - savepoint.STARTED, 2),
-        "images_per_sec": round(training.meter.overall_samples_per_sec),
+        "samples_per_sec": round(training.meter.overall_samples_per_sec),
         "dataset": getattr(training.data, "name", None) or type(training.data).__name__,
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         "tested_checkpoint": tested,
@@ -75,8 +76,11 @@ def table(training: Training, summary: Mapping[str, Any]) -> str:
         rows.append((f"best {scores.monitor}", f"{scores.best:.4f} at step {scores.best_step}"))
     starts = " over all starts" if training.meter.goes_on else ""
     length = f"{plural(summary['epochs'], 'epoch')}, {plural(summary['steps'], 'step')}"
-    time = f"{summary['fit_secs']:.1f} s{starts} ({summary['images_per_sec']} images/s)"
-    longer = f"--trainer.max_epochs {2 * max(summary['epochs'], 1)}"
+    time = f"{summary['fit_secs']:.1f} s{starts} ({summary['samples_per_sec']} samples/s)"
+    limit = "epochs"
+    if why_ended(training.trainer) == "max_steps":
+        limit = "steps"
+    longer = f"--trainer.max_{limit} {2 * max(summary[limit], 1)}"
     rows += [
         ("data", str(summary["dataset"])),
         ("trained", f"{length} in {time}, this process {summary['wall_secs']:.1f} s"),
