@@ -269,7 +269,10 @@ def test_a_repository_that_git_does_not_trust_is_refused_with_the_command_that_t
 ) -> None:
     for path in (template, *template.rglob("*")):
         os.chown(path, 65534, 65534, follow_symlinks=False)
-    said = f"Another user's repository: {template}. Git does not trust it, since its hooks and settings are programs. If you trust it: git config --global"
+    said = (
+        f"Another user's repository: {template}. Git does not trust it, since its hooks and "
+        "settings are programs. If you trust it: git config --global"
+    )
     refused(call(template, "new", "cats", "../cats"), said)
 
 
