@@ -286,8 +286,8 @@ def train(
     )
     short = {"max_epochs": 2, "limit_train_batches": 3}
     fit(directory, checkpointing=saving, ckpt_path=ckpt_path, keep_rows=keep_rows, **short)
-    if saving.failure:
-        raise saving.failure
+    if saving.saver.failure:
+        raise saving.saver.failure
 
 
 def train_behind(directory: Path) -> None:
