@@ -643,8 +643,8 @@ class Lion(torch.optim.Optimizer):
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
-                    state["mean"], state["seen"] = torch.zeros_like(p), deque(maxlen=3)
-                state["seen"].append(float(p.grad.norm()))
+                    state["mean"], state["seen"] = torch.zeros_like(p), []
+                state["seen"] = [*state["seen"][-2:], float(p.grad.norm())]
                 state["mean"].lerp_(p.grad, 0.1)
                 noise = torch.randn(p.shape, generator=self.rng) * 0.001
                 rate = group["lr"] / self.steps**0.5 * (1 + 0.01 * sum(state["seen"]))
@@ -1181,7 +1181,7 @@ for where in ("init", "setup", "loader"):
         )
 SHAPES |= {
     "unseeded_moco": Shape(model=Moco, seeded=False),
-    "unseeded_dqn": Shape(model=Dqn, data=lambda: {}, trainer={"limit_val_batches": 0}, seeded=False),
+    "unseeded_dqn": Shape(model=Dqn, data=dict, trainer={"limit_val_batches": 0}, seeded=False),
 }  # fmt: skip
 # Without a seed, another start draws other data, and nothing says so yet: no test.
 OPEN = {
