@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ from torch.utils.data import (
 )
 
 from savepoint.errors import ConfigError
+from savepoint.look.classes import is_library, names_in, slots_of, wrapped_functions_of
 from savepoint.look.pack import (
     generator_state,
     is_generator,
@@ -99,9 +100,31 @@ def generators_of(value: Any) -> list[Any]:
             for cell in getattr(part, "__closure__", None) or ():
                 with suppress(ValueError):  # an empty cell
                     waiting.append(cell.cell_contents)
-            names = [name for name in ("__self__", "func", "args") if hasattr(part, name)]
-            waiting += [getattr(part, name) for name in names]
+            kind: Any = type(part)
+            names = ("__self__", "func", "args", "keywords", *slots_of(kind))
+            waiting += [getattr(part, name) for name in names if hasattr(part, name)]
+            waiting += _shared_generators(part)
     return generators
+
+
+def _shared_generators(value: Any) -> list[Any]:
+    """Those of its class, of its functions' defaults and of their modules: a worker has a copy of
+    them too.
+    """
+    if isinstance(value, FunctionType):
+        functions: Sequence[FunctionType] = (value,)
+        found = []
+    elif not is_library(type(value).__module__):
+        bases: list[Any] = [kind for kind in type(value).__mro__ if not is_library(kind.__module__)]
+        functions = [function for kind in bases for function in wrapped_functions_of(kind)]
+        found = [member for kind in bases for member in vars(kind).values()]
+    else:
+        return []
+    for function in functions:
+        found += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        names = names_in(function.__code__)
+        found += [function.__globals__[name] for name in names if name in function.__globals__]
+    return [member for member in found if is_generator(member)]
 
 
 class _Randomness:
@@ -347,6 +370,7 @@ class _SeededCollate:
         self.collate = collate
         self.seed = seed
         self.batched = batched
+        self._randomness: _Randomness | None = None  # as in _SeededByIndex
 
     def __call__(self, keyed: Any) -> Any:
         if not self.batched:
@@ -355,8 +379,13 @@ class _SeededCollate:
             (epoch, index), _ = keyed[0]
             samples = [sample for _, sample in keyed]
         seed = derive(self.seed, epoch, _number(index), len(samples) if self.batched else 0, 1)
-        with _Randomness(generators_of(self.collate)).seeded(seed):
+        if self._randomness is None:
+            self._randomness = _Randomness(generators_of(self.collate))
+        with self._randomness.seeded(seed):
             return self.collate(samples)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_randomness": None}
 
 
 def _number(index: Any) -> int:
@@ -470,6 +499,22 @@ class ResumableLoader(_Resumable):
         if epoch != self.epoch:
             self._order = None
         super().set_epoch(epoch)
+        if hasattr(self._source, "set_epoch"):
+            self._source.set_epoch(epoch)
+
+    @property
+    def goes_by_its_sampler(self) -> bool:
+        """Whether the rest of an epoch is what the sampler says, and not an order that is saved."""
+        return self._is_derived()
+
+    def keep_workers(self) -> None:
+        """Starts those that persist, if this training had them already: they hold the data set as
+        it is now, and not as the hooks of an epoch to come make it.
+        """
+        if self.persistent_workers and self.position and self._inner is None:
+            self._keys.batches = ()
+            self._inner = self._make_inner()
+            iter(self._inner)
 
     def _is_derived(self) -> bool:
         return type(self._source) in _DERIVED or _length(self._source) is None

@@ -1,5 +1,6 @@
 """How everything looked at the start, what has changed since, and how that is put back."""
 
+import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -28,7 +29,9 @@ class Baseline:
     def __init__(self, first: Look) -> None:
         self.places: dict[Path, Place] = {}
         self.objects: dict[Path, type] = {}
+        self._made: dict[Path, int] = {}  # what hooks of a start make, to be put something into
         self._roots: set[str] = set()
+        self._owners: set[Path] = set(first.owners)
         self._alive: list[Any] = []
         self.meet(first)
 
@@ -50,6 +53,7 @@ class Baseline:
             del self.places[path]
         self.objects = dict(look.objects)
         self._roots = set(look.roots)
+        self._owners |= look.owners
         self._alive += look._alive
 
     def meet(self, look: Look) -> None:
@@ -71,10 +75,13 @@ class Baseline:
         too.
         """
         self.objects |= look.objects
+        self._owners |= look.owners
         self._alive += look._alive
         for path, place in look.places.items():
             if place.what and path not in self.places:
                 self.places[path] = _without_large(place)
+            elif place.needs_live:
+                self._made[path] = place.needs_live
 
     def changes(self, look: Look) -> tuple[list[Any], list[str]]:
         """What has changed: [packed path, packed value] of each place, and words for what is no
@@ -88,20 +95,36 @@ class Baseline:
                 continue
             if not place.what:
                 saved.append([packed_path(path), place.packed])
-                if place.shares and (before is None or before.shares != place.shares):
+                there = before.needs_live if before else self._made.get(path, 0)
+                if place.needs_live != there:
+                    named.append(
+                        f"{in_words(path)} (a generator or the like, made in mid-training)"
+                    )
+                shared = before.shares if before else None
+                if place.shares and place.shares != shared:
                     named.append(
                         f"{in_words(path)} (shares its memory with {in_words(place.shares)})"
                     )
-            elif before is not None or (path[0][0] == "root" and path[-1][0] != "hooks"):
+                elif shared and not place.shares:
+                    # What is put back is written into the memory of both.
+                    named.append(f"{in_words(path)} (shared its memory with {in_words(shared)})")
+            elif before is not None or path[:-1] in self._owners or self._is_new(path):
                 named.append(f"{in_words(path)} ({place.what})")
         for path in self.places:
             gone = path[-1][0] == "attr" and path not in look.visited and path[:-1] in look.objects
+            # Of a dict with objects in it, which is put back key by key.
+            gone |= path[-1][0] == "item" and path not in look.visited and path[:-1] in look.dicts
             if gone and path not in look.places:
                 saved.append([packed_path(path), {"!": "gone"}])
         for path, kind in look.objects.items():
             if self.objects.get(path) is not kind and path[-1][0] != "root":
                 named.append(f"{in_words(path)} (a new {kind.__name__})")
         return saved, named
+
+    @staticmethod
+    def _is_new(path: Path) -> bool:
+        """Of a class or function that was not there before, everything is new to this look."""
+        return path[0][0] == "root" and path[-1][0] != "hooks"
 
     def restore(
         self,
@@ -189,8 +212,8 @@ def _can_be_had(look: Look, path: Path) -> bool:
 
 def _without_large(place: Place) -> Place:
     if place.small:
-        return Place(place.mark, _copied(place.packed), place.what, small=True, shares=place.shares)
-    return Place(place.mark, None, place.what, shares=place.shares)
+        return dataclasses.replace(place, packed=_copied(place.packed))
+    return dataclasses.replace(place, packed=None)
 
 
 def _tensors(packed: Any) -> Iterator[Tensor]:

@@ -21,6 +21,7 @@ _FRAMEWORK = ("lightning.", "lightning_fabric.", "pytorch_lightning.", "savepoin
 _FRAMEWORK_CLASSES = (nn.Module, Metric, Optimizer, DataLoader, object)
 _OPEN = "lightning.pytorch.callbacks."  # its concrete classes keep state that no state_dict has
 _CALLBACK = "lightning.pytorch.callbacks.callback"
+_PARTS = ("fget", "fset", "__func__", "func")  # of properties, methods, cached properties
 # Caches, and what metric states bring along by themselves. Of these classes only: a user's own
 # `_cache` is state.
 NO_STATE = frozenset({"__orig_class__", "savepoint_skip"})
@@ -60,15 +61,25 @@ def assigned_by_frameworks(kind: type) -> frozenset[str]:
 def functions_of(kind: type) -> list[types.FunctionType]:
     found = []
     for member in vars(kind).values():
-        for part in (
-            member,
-            *(getattr(member, name, None) for name in ("fget", "fset", "__func__")),
-        ):
+        for part in (member, *(getattr(member, name, None) for name in _PARTS)):
             while hasattr(part, "__wrapped__"):
                 part = part.__wrapped__
             if isinstance(part, types.FunctionType):
                 found.append(part)
     return found
+
+
+@functools.cache
+def wrapped_functions_of(kind: type) -> tuple[types.FunctionType, ...]:
+    """With what decorators have put around them."""
+    found = list(functions_of(kind))
+    for member in vars(kind).values():
+        for part in (member, *(getattr(member, name, None) for name in _PARTS)):
+            while hasattr(part, "__wrapped__"):
+                if isinstance(part, types.FunctionType):
+                    found.append(part)
+                part = part.__wrapped__
+    return tuple(found)
 
 
 def _assigned(
@@ -98,7 +109,18 @@ def names_in(code: types.CodeType) -> frozenset[str]:
     inner = [
         names_in(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)
     ]
-    return frozenset(code.co_names).union(*inner)
+    texts = code.co_consts if "globals" in code.co_names else ()
+    named = {text for text in texts if type(text) is str}  # globals()["name"]
+    return frozenset(named).union(code.co_names, *inner)
+
+
+@functools.cache
+def stored_by(code: types.CodeType) -> frozenset[str]:
+    """The attributes that a function writes, of whatever object."""
+    inner = [stored_by(part) for part in code.co_consts if isinstance(part, types.CodeType)]
+    own = [one.argval for one in dis.get_instructions(code) if one.opname == "STORE_ATTR"]
+    texts = code.co_consts if "setattr" in code.co_names else ()
+    return frozenset(own).union([text for text in texts if type(text) is str], *inner)
 
 
 @functools.cache

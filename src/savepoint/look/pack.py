@@ -16,6 +16,7 @@ as a whole: the look at a data set's list of files must not hold up a save.
 import array
 import ast
 import collections
+import ctypes
 import datetime
 import decimal
 import enum
@@ -32,6 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from savepoint.look.classes import is_library
 
 MOST_VALUES = 100_000  # in one attribute: above it, packing would hold up the training
 MOST_BYTES = 256 * 2**20
@@ -42,6 +46,12 @@ _WHOLE_BYTES = 2**20
 SCALARS = (type(None), bool, int, float, complex, str, bytes)
 _AS_IT_IS = (type(None), bool, float, complex, str)
 _SEQUENCES = (list, tuple, set, frozenset, collections.deque)
+# What is written to where it is.
+_SHARED = frozenset((
+    list, dict, set, bytearray, collections.deque, collections.OrderedDict,
+    collections.defaultdict, collections.Counter,
+))  # fmt: skip
+_PLAIN = frozenset((list, tuple, dict, set, frozenset, collections.deque, np.ndarray))
 
 
 # Values without attributes: what they are made of, as plain values, and back.
@@ -78,11 +88,47 @@ class Unpackable(Exception):
     """Carries the value that no checkpoint can hold, or why there are too many."""
 
 
+def base_of(value: Any) -> Any:
+    """The class whose methods read and write a dict or a list, whatever a user's own does there."""
+    kinds = (collections.OrderedDict, dict, list)
+    return next(kind for kind in kinds if isinstance(value, kind))
+
+
+def keys_of(value: dict[Any, Any]) -> list[Any]:
+    return list(value) if type(value) is dict else list(base_of(value).keys(value))
+
+
+def values_of(value: dict[Any, Any]) -> list[Any]:
+    return list(value.values()) if type(value) is dict else list(base_of(value).values(value))
+
+
+def is_raw(value: Any) -> bool:
+    """Numbers of C, which other processes may share: no pointers, which are addresses."""
+    kind: Any = type(value)
+    if isinstance(value, ctypes.Array):
+        kind = kind._type_
+    return ctypes._SimpleCData in kind.__mro__ and kind._type_ in "?bBhHiIlLqQfdgcu"
+
+
+def has_notes(value: Any) -> bool:
+    """Attributes beside what it is a value of: a list of a class of the user's, a tensor with
+    something written on it.
+    """
+    notes = getattr(value, "__dict__", None)
+    return bool(notes) and (isinstance(value, Tensor) or not is_library(type(value).__module__))
+
+
 class Packer:
-    """Packs one attribute; counts what it has met."""
+    """Packs one attribute; counts what it has met.
+
+    Attributes:
+        inner: The addresses of the containers inside: others may hold them too.
+        needs_live: How many of its values can only be put into one that is there.
+    """
 
     def __init__(self) -> None:
-        self.values = self.bytes = 0
+        self.values = self.bytes = self.needs_live = 0
+        self.inner: list[int] = []
 
     def pack(self, value: Any) -> Any:
         """`value` with its tensors themselves: a copy is the caller's business.
@@ -98,6 +144,8 @@ class Packer:
             return {"!": "int", "text": str(value)}
         if kind is bytes:
             return {"!": "bytes", "of": _bytes(value)}
+        if kind not in _PLAIN and self.values > 1 and has_notes(value):
+            raise Unpackable(value)
         if isinstance(value, Tensor):
             return self._tensor(value)
         if isinstance(value, np.ndarray | np.generic):
@@ -105,12 +153,7 @@ class Packer:
         if kind in _SEQUENCES or isinstance(value, tuple | list):
             return self._sequence(value)
         if isinstance(value, dict):
-            packed = {
-                "!": "dict",
-                "keys": self.pack(list(value)),
-                "values": self.pack(list(value.values())),
-            }
-            return packed | _kind(value, dict)
+            return self._dict(value)
         if kind in (torch.device, torch.dtype, torch.Size):
             return value
         if isinstance(value, enum.Enum):
@@ -120,8 +163,24 @@ class Packer:
         if isinstance(value, PurePath):
             return {"!": "path", "text": str(value)}
         if is_generator(value):
+            self.needs_live += 1
             return _packed_generator(value)
+        if is_raw(value):
+            self.needs_live += 1
+            return {"!": "raw", "of": _bytes(bytes(value))}
         raise Unpackable(value)
+
+    def _dict(self, value: dict[Any, Any]) -> Any:
+        keys = keys_of(value)
+        # Tensors, which are keys by what they are, not by their values.
+        kinds = set(map(type, keys)).difference(_AS_IT_IS)
+        if kinds and any(issubclass(kind, Tensor) for kind in kinds):
+            raise Unpackable(value)
+        if isinstance(value, collections.defaultdict):
+            factory: Any = value.default_factory
+            self.needs_live += factory is not None and factory not in _FACTORIES.values()
+        packed = {"!": "dict", "keys": self.pack(keys), "values": self.pack(values_of(value))}
+        return packed | _kind(value, dict)
 
     def _count(self, values: int, size: int) -> None:
         self.values += values
@@ -130,11 +189,20 @@ class Packer:
             raise Unpackable(f"more than {MOST_VALUES} values or {MOST_BYTES >> 20} MB")
 
     def _tensor(self, value: Tensor) -> Any:
+        if value.is_nested:
+            raise Unpackable("a nested tensor")
         if value.grad_fn is not None:
             raise Unpackable("a tensor with a gradient's history")
         self._count(0, value.nbytes if value.layout is torch.strided else 0)
         plain = value.detach()
+        own = type(value) not in (Tensor, nn.Parameter, nn.Buffer)
+        if own and is_traceable_wrapper_subclass(value):
+            raise Unpackable(value)
+        if own:
+            plain = plain.as_subclass(Tensor)
         packed = plain if plain.device.type == "cpu" else {"!": "on the device", "of": plain}
+        if own:
+            packed = {"!": "of a class", "of": packed} | _kind(value, Tensor)
         if not value.requires_grad:
             return packed
         return {
@@ -158,13 +226,16 @@ class Packer:
         self._count(0, value.nbytes)
         array = np.ascontiguousarray(value)
         kind = "array" if isinstance(value, np.ndarray) else "number"
+        order = {}
+        if value.ndim > 1 and value.flags.f_contiguous and not value.flags.c_contiguous:
+            order = {"order": "F"}  # sums go by it
         data = _bytes(array.tobytes())
         dtype = array.dtype.str if array.dtype.names is None else repr(array.dtype.descr)
-        return {"!": kind, "dtype": dtype, "shape": list(value.shape), "bytes": data}
+        return {"!": kind, "dtype": dtype, "shape": list(value.shape), "bytes": data} | order
 
     def _sequence(self, value: Any) -> Any:
         kind = type(value)
-        items = list(value)
+        items = list.__getitem__(value, slice(None)) if isinstance(value, list) else list(value)
         if issubclass(kind, tuple) and kind is not tuple and not hasattr(kind, "_fields"):
             raise Unpackable(value)
         name = kind.__name__ if kind in _SEQUENCES else "list"
@@ -172,6 +243,7 @@ class Packer:
             name = "tuple"
         packed = self._stacked(items)
         if packed is None:
+            self.inner += [id(item) for item in items if type(item) in _SHARED]
             packed = [self.pack(item) for item in items]
         base = tuple if name == "tuple" else list
         own = {} if kind in _SEQUENCES else _kind(value, base)
@@ -212,7 +284,7 @@ class Packer:
                 stacked = torch.stack([item.detach() for item in items])
                 return {"!": "stack", "of": self._tensor(stacked)}
         kind = type(first)
-        if not first or not (kind is tuple or hasattr(kind, "_fields")):
+        if not (kind is tuple or hasattr(kind, "_fields")) or not first:
             return None
         if any(type(item) is not kind or len(item) != len(first) for item in items):
             return None
@@ -293,7 +365,7 @@ def _items(packed: Any, live: Any, device: Any) -> list[Any]:
 
 def _into_list(items: list[Any], live: Any) -> Any:
     if isinstance(live, list):
-        live[:] = items
+        list.__setitem__(live, slice(None), items)
         return live
     return items
 
@@ -318,6 +390,11 @@ def _on_device(packed: Any, live: Any, device: Any) -> Any:
     if isinstance(live, Tensor) and live.shape == packed["of"].shape:
         return _into_tensor(packed["of"].to(live.device), live)
     return packed["of"].to(device)
+
+
+def _into_tensor_of_a_class(packed: Any, live: Any, device: Any) -> Any:
+    value = unpack(packed["of"], live, device)
+    return value if value is live else value.as_subclass(_kind_of(packed, Tensor, live))
 
 
 def _into_leaf(packed: Any, live: Any, device: Any) -> Any:
@@ -351,9 +428,12 @@ def _into_array(packed: Any, live: Any, device: Any) -> Any:
     text = packed["dtype"]
     dtype = np.dtype(ast.literal_eval(text) if text.startswith("[") else text)
     array = np.frombuffer(packed["bytes"].numpy().tobytes(), dtype).reshape(packed["shape"])
+    if "order" in packed:
+        array = np.asfortranarray(array)
     same = isinstance(live, np.ndarray) and (live.dtype, live.shape) == (dtype, array.shape)
-    if not same or not live.flags.writeable:
-        return array.copy()
+    other_order = same and live.base is None and live.strides != array.strides
+    if not same or not live.flags.writeable or other_order:
+        return array.copy("K")
     live[...] = array
     return live
 
@@ -391,9 +471,10 @@ def _into_dict(packed: Any, live: Any, device: Any) -> Any:
             raise Unpackable("a defaultdict with a function of its own, and none is there")
     keys = unpack(packed["keys"], None, device)
     values = _items(_inside(packed["values"]), [_value_for(there, key) for key in keys], device)
-    there.clear()
+    base = base_of(there)
+    base.clear(there)
     for key, value in zip(keys, values, strict=True):
-        there[key] = value  # not by update(), with which a Counter counts
+        base.__setitem__(there, key, value)  # not by update(), with which a Counter counts
     return there
 
 
@@ -402,8 +483,8 @@ def _value_for(there: dict[Any, Any], key: Any) -> Any:
     kind they are.
     """
     factory = getattr(there, "default_factory", None)
-    if key in there or factory is None or factory in _FACTORIES.values():
-        return there.get(key)
+    if dict.__contains__(there, key) or factory is None or factory in _FACTORIES.values():
+        return dict.get(there, key)
     return factory()
 
 
@@ -430,10 +511,18 @@ def _into_generator(packed: Any, live: Any, device: Any) -> Any:
     return live
 
 
+def _into_raw(packed: Any, live: Any, device: Any) -> Any:
+    if not is_raw(live):
+        raise Unpackable("numbers of C, and none are there")
+    memoryview(live).cast("B")[:] = packed["of"].numpy().tobytes()
+    return live
+
+
 _UNPACK: dict[str, Callable[[Any, Any, Any], Any]] = {
     "int": lambda packed, live, device: int(packed["text"]),
     "bytes": lambda packed, live, device: packed["of"].numpy().tobytes(),
     "on the device": _on_device,
+    "of a class": _into_tensor_of_a_class,
     "array": _into_array,
     "number": lambda packed, live, device: _into_array(packed, None, device)[()],
     "tuple": _into_tuple,
@@ -449,6 +538,7 @@ _UNPACK: dict[str, Callable[[Any, Any, Any], Any]] = {
     "enum": _into_enum,
     "path": _into_path,
     "generator": _into_generator,
+    "raw": _into_raw,
 }
 
 
@@ -563,7 +653,7 @@ def mark(packed: Any) -> Any:
     return (kind.__name__, packed)
 
 
-_COPIED = ("array", "number", "stack", "numbers", "bytes")
+_COPIED = ("array", "number", "stack", "numbers", "bytes", "raw")
 
 
 def _copy_mark(packed: Any) -> Any:
@@ -604,7 +694,9 @@ def fingerprint(tensor: Tensor) -> Any:
 def _sum(flat: Tensor) -> int:
     if not flat.numel():
         return 0
-    return zlib.crc32(flat.contiguous().view(torch.uint8).numpy().data)
+    whole = flat.contiguous()
+    # Not by `numpy()`, which lets nobody resize the tensor any more.
+    return zlib.crc32((ctypes.c_char * whole.nbytes).from_address(whole.data_ptr()))
 
 
 def _version(tensor: Tensor) -> int:

@@ -2,6 +2,9 @@
 
 import collections
 import contextlib
+import functools
+import inspect
+import types
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from savepoint.look.pack import unpack
+from savepoint.look.pack import base_of, keys_of, unpack, values_of
 
 # How to go on from an object: ("attr", name), ("item", key), ("nth", place), ("cell", place),
 # ("module", name), ("buffer", name), ("parameter", name), ("requires_grad", name), ("state", "").
@@ -28,7 +31,8 @@ class Place:
         what: Words for a value that no checkpoint can hold, else "".
         small: Whether the first look keeps a copy.
         shares: The place that was seen first of those that hold this very memory, as a view and its
-            base do.
+            base do, or a container inside.
+        needs_live: How many of its values can only be put into one that is there.
     """
 
     mark: Any
@@ -36,6 +40,7 @@ class Place:
     what: str = ""
     small: bool = False
     shares: Path | None = None
+    needs_live: int = 0
 
     @property
     def is_alias(self) -> bool:
@@ -71,11 +76,11 @@ def path_below(path: Path, name: str) -> Path:
 def value_at(owner: Any, step: Step) -> Any:
     kind, key = step
     if kind == "attr":
-        return getattr(owner, key)
+        return _raw_attribute(owner, key)
     if kind == "item":
-        return owner[key]
+        return dict.__getitem__(owner, key) if isinstance(owner, dict) else owner[key]
     if kind == "nth":
-        return list(owner.values())[key]
+        return values_of(owner)[key]
     if kind == "cell":
         return owner.__closure__[key].cell_contents
     if kind == "state":
@@ -86,6 +91,21 @@ def value_at(owner: Any, step: Step) -> Any:
     while key not in getattr(owner, members) and "_orig_mod" in owner._modules:
         owner = owner._modules["_orig_mod"]
     return getattr(owner, members)[key]
+
+
+def _raw_attribute(owner: Any, name: str) -> Any:
+    """As it lies there: a descriptor of the user's own may give another value."""
+    if isinstance(owner, types.MethodType | types.FunctionType | functools.partial):
+        return getattr(owner, name)
+    own = getattr(owner, "__dict__", {})
+    return own[name] if name in own else getattr(owner, name)
+
+
+def _is_described(owner: Any, name: str) -> bool:
+    """Whether a descriptor of its class would write something else than the value."""
+    descriptor = inspect.getattr_static(type(owner), name, None)
+    own = getattr(owner, "__dict__", {})
+    return name in own and hasattr(type(descriptor), "__set__")
 
 
 def resolve(roots: Mapping[str, Any], path: Path) -> Any:
@@ -173,7 +193,9 @@ def _remove(owner: Any, step: Step) -> None:
 
 def set_value(roots: Mapping[str, Any], path: Path, owner: Any, value: Any) -> None:
     kind, key = path[-1]
-    if kind == "attr":
+    if kind == "attr" and _is_described(owner, key):
+        owner.__dict__[key] = value
+    elif kind == "attr":
         try:
             setattr(owner, key, value)
         # A frozen dataclass, say, that its own code has changed.
@@ -183,10 +205,10 @@ def set_value(roots: Mapping[str, Any], path: Path, owner: Any, value: Any) -> N
         items = [value if place == key else item for place, item in enumerate(owner)]
         whole = type(owner)(*items) if hasattr(owner, "_fields") else tuple(items)
         set_value(roots, path[:-1], resolve(roots, path[:-2]), whole)
+    elif kind in ("item", "nth") and isinstance(owner, dict):
+        base_of(owner).__setitem__(owner, keys_of(owner)[key] if kind == "nth" else key, value)
     elif kind == "item":
         owner[key] = value
-    elif kind == "nth":
-        owner[list(owner)[key]] = value
     elif kind == "cell":
         owner.__closure__[key].cell_contents = value
     elif kind == "buffer":

@@ -34,11 +34,12 @@ _LOG_ARGUMENTS = (
     "fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx",
     "metric_attribute",
 )  # fmt: skip
+_OF_GRADIENTS = ("grad", "grad_norm", "clip_grad_norm_", "clip_grad_value_", "get_total_norm")
 _MOST_BUFFER_BYTES = 64 * 2**20  # of what is copied at each validation, and saved for each rank
 
 
 def capture(
-    trainer: Trainer, module: LightningModule, reads_gradients: bool = True
+    trainer: Trainer, module: LightningModule, reads: tuple[bool, bool] = (True, True)
 ) -> dict[str, Any]:
     """The state of this process that Lightning leaves out: with the tensors themselves, for use
     before training goes on.
@@ -62,7 +63,8 @@ def capture(
         "callback_metrics": dict(connector._callback_metrics),
         "logged_metrics": dict(connector._logged_metrics),
         "progress_bar_metrics": dict(connector._progress_bar_metrics),
-        "gradients": _pending_gradients(trainer, module, reads_gradients),
+        "gradients": _pending_gradients(trainer, module, *reads),
+        "toggled": _toggled(module),
         "fetching": _fetching(trainer),
     }  # fmt: skip
     detached: dict[str, Any] = recursive_detach(state)
@@ -118,14 +120,23 @@ def _reloaded(trainer: Trainer) -> list[int | None]:
     return [None if epoch == float("-inf") else int(epoch) for epoch in last]
 
 
-def reads_gradients(now: Look) -> bool:
+def reads_gradients(now: Look) -> tuple[bool, bool]:
     """Whether the user's code may look at the gradients of the step before, which stand until they
-    are set to zero.
+    are set to zero; and whether it looks at gradients at all.
     """
-    return now.mentions(("grad", "grad_norm"), but_in=_AFTER_BACKWARD)
+    before = now.mentions(("grad", "grad_norm"), but_in=_AFTER_BACKWARD)
+    return before, before or now.mentions(_OF_GRADIENTS, but_in=())
 
 
-def _pending_gradients(trainer: Trainer, module: LightningModule, read: bool) -> dict[str, Tensor]:
+def _toggled(module: LightningModule) -> dict[str, bool]:
+    """What `toggle_optimizer` keeps until `untoggle_optimizer`, by the names of the weights."""
+    kept = module._param_requires_grad_state
+    return {name: kept[p] for name, p in module.named_parameters() if kept and p in kept}  # type: ignore[index]
+
+
+def _pending_gradients(
+    trainer: Trainer, module: LightningModule, read: bool, all_read: bool
+) -> dict[str, Tensor]:
     """Gradients that the next step may add to: elsewhere Lightning's own zero_grad comes before any
     it computes.
 
@@ -136,19 +147,31 @@ def _pending_gradients(trainer: Trainer, module: LightningModule, read: bool) ->
     overridden = any(is_overridden(name, module) for name in own)
     takes_iterator = isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
     late = takes_iterator and trainer.accumulate_grad_batches > 1
+    pending = {name: p for name, p in module.named_parameters() if p.grad is not None}
     if module.automatic_optimization and not overridden and not late and not read:
-        return {}
-    return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        trained = {
+            id(p)
+            for one in trainer.optimizers
+            for group in one.param_groups
+            for p in group["params"]
+        }
+        # Those of weights that nobody trains are summed up for ever.
+        pending = {name: p for name, p in pending.items() if all_read and id(p) not in trained}
+    return {name: p.grad for name, p in pending.items() if p.grad is not None}
 
 
-def kinds(trainer: Trainer) -> dict[str, Any]:
+def kinds(trainer: Trainer, now: Look) -> dict[str, Any]:
     """What another process sets up by itself: once it is another one, no file makes it so."""
     callbacks = [type(one).__name__ for one in trainer.callbacks]  # type: ignore[attr-defined]
     found: dict[str, Any] = {"other callbacks": callbacks}
     for i, optimizer in enumerate(trainer.optimizers):
         groups = optimizer.param_groups
         found[f"another optimizer {i}"] = type(optimizer).__name__
-        found[f"other parameters in optimizer {i}"] = [[id(p) for p in g["params"]] for g in groups]
+        found[f"other parameters in optimizer {i}"] = [
+            # A weight that has another place now is given, by the file, to another one.
+            [(id(p), now.path_to(p)) for p in group["params"]]
+            for group in groups
+        ]
     for i, config in enumerate(trainer.lr_scheduler_configs):
         found[f"another schedule {i}"] = type(config.scheduler).__name__
         found[f"other settings of schedule {i}"] = [
@@ -159,16 +182,16 @@ def kinds(trainer: Trainer) -> dict[str, Any]:
     return found
 
 
-def other_kinds(trainer: Trainer, before: Mapping[str, Any]) -> list[str]:
-    now = kinds(trainer)
-    for name in now:
+def other_kinds(trainer: Trainer, now: Look, before: Mapping[str, Any]) -> list[str]:
+    after = kinds(trainer, now)
+    for name in after:
         # Groups that have joined are in the file.
         if name.startswith("other parameters") and name in before:
-            now[name] = now[name][: len(before[name])]
+            after[name] = after[name][: len(before[name])]
     return [
         f"{name} than at the start"
-        for name in {**before, **now}
-        if now.get(name) != before.get(name)
+        for name in {**before, **after}
+        if after.get(name) != before.get(name)
     ]
 
 

@@ -8,6 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
+from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 
 from savepoint.checkpoint.state.loops import (
@@ -25,7 +27,7 @@ def versions(module: LightningModule) -> dict[str, Any]:
     """
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {
-        name: (id(tensor), fingerprint(tensor))
+        name: (id(tensor), None if is_lazy(tensor) else tensor.shape, fingerprint(tensor))
         for name, tensor in tensors
         if not tensor.is_inference()
     }
@@ -37,18 +39,35 @@ def left_out(
     """Words for weights that have changed and that the user's own code has taken out of the file,
     and for new ones.
     """
-    names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    tensors = dict((*module.named_parameters(), *module.named_buffers()))
+    names = set(tensors)
+    shapes = {name: then[1] for name, then in at_start.items() if then[1] is not None}
+    words = [
+        f"model.{name} (of another shape than at the start)"
+        for name, tensor in tensors.items()
+        if name in weights
+        and not is_lazy(tensor)
+        and tensor.shape != shapes.get(name, tensor.shape)
+        and not _loads_by_itself(module, name)
+    ]
     if names == at_start.keys() and names == weights.keys():
-        return []
+        return words
     gone = names.intersection(module.state_dict()).difference(weights)
     now = versions(module) if gone else {}
-    words = [
+    words += [
         f"model.{name} (left out of the file)"
         for name in sorted(gone)
         if now.get(name) != at_start.get(name)
     ]
     made = sorted(names.intersection(weights).difference(at_start))
     return words + [f"model.{name} (made in mid-training)" for name in made]
+
+
+def _loads_by_itself(module: LightningModule, name: str) -> bool:
+    """Whether the owner of a tensor has code of its own to load it, as observers have."""
+    owner = module.get_submodule(name.rpartition(".")[0])
+    loads = type(owner)._load_from_state_dict
+    return loads is not nn.Module._load_from_state_dict
 
 
 def inexact(trainer: Trainer, at: str | None) -> list[str]:

@@ -122,6 +122,12 @@ def at_end_of_epoch(trainer: Trainer) -> bool:
     return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
+def keep_workers(trainer: Trainer) -> None:
+    for loader in train_loaders(trainer):
+        if hasattr(loader, "keep_workers"):
+            loader.keep_workers()
+
+
 def by_the_clock(trainer: Trainer) -> bool:
     return getattr(trainer, "_val_check_time_interval", None) is not None
 

@@ -83,6 +83,9 @@ def reenter(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline, now:
         _restore_fetching(trainer, fetching)
     restore_metrics(trainer, saved)
     _restore_gradients(module, saved.get("gradients", {}))
+    toggled = saved.get("toggled", {})
+    kept: Any = {p: toggled[name] for name, p in module.named_parameters() if name in toggled}
+    module._param_requires_grad_state = kept
     if trainer.global_rank:
         _restore_buffers(module, saved.get("buffers", {}))
     if "syncs_buffers" in saved and isinstance(trainer.strategy.model, DistributedDataParallel):

@@ -1,5 +1,6 @@
 """Where the look at a training begins: everything that its state_dicts may leave out."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
@@ -42,7 +44,10 @@ def _parts(name: str, loader: Any) -> dict[str, Any]:
         return {name: loader}
     own = getattr(loader, "_savepoint_generator", None)
     parts = {part: getattr(loader, part, None) for part in _LOADER_PARTS}
-    return {f"{name}.{part}": value for part, value in parts.items() if value is not own}
+    found = {f"{name}.{part}": value for part, value in parts.items() if value is not own}
+    if not is_library(type(loader).__module__):  # a class of the user's may count, too
+        found[name] = loader
+    return found
 
 
 def look(trainer: Trainer) -> Look:
@@ -55,9 +60,7 @@ def look(trainer: Trainer) -> Look:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, _NOT_LOOKED_AT):
             continue
-        name = type(callback).__name__
-        number = sum(one.startswith(name) for one in roots)
-        roots[f"{name}{number + 1 if number else ''}"] = callback
+        roots[_new_name(type(callback).__name__, roots)] = callback
     for number, loader in enumerate(train_loaders(trainer)):
         roots |= _parts(f"training loader {number}", loader)
     for number, loader in enumerate(validation_loaders(trainer)):
@@ -78,12 +81,26 @@ def look(trainer: Trainer) -> Look:
         known[id(trainer.model)] = "the wrapped model"
     for root in roots.values():
         known.pop(id(root), None)
-    return Look(roots, known, module.state_dict().keys())
+    return Look(roots, known, module.state_dict().keys(), _noted_on(trainer))
+
+
+def _noted_on(trainer: Trainer) -> dict[str, Any]:
+    """What is Lightning's own, and written on by those who find no better place."""
+    noted: dict[str, Any] = {"trainer": trainer, "strategy": trainer.strategy}
+    noted |= {"loop": trainer.fit_loop, "epoch loop": trainer.fit_loop.epoch_loop}
+    noted |= {f"logger {i}": logger for i, logger in enumerate(trainer.loggers)}
+    wrapped = trainer.strategy._lightning_optimizers
+    return noted | {f"Lightning's optimizer {i}": one for i, one in enumerate(wrapped)}
+
+
+def _new_name(name: str, roots: Mapping[str, Any]) -> str:
+    numbered = (f"{name}{number}" for number in itertools.count(2))
+    return next(one for one in itertools.chain([name], numbered) if one not in roots)
 
 
 def own_optimizers(trainer: Trainer) -> dict[str, Any]:
-    """Optimizers and schedules of the user's own classes: their state_dict may leave out what they
-    count.
+    """Optimizers, and schedules of the user's own classes: their state_dict may leave out what they
+    count, or what is written on them.
     """
     own: dict[str, Any] = {f"optimizer {i}": one for i, one in enumerate(trainer.optimizers)}
     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -91,7 +108,11 @@ def own_optimizers(trainer: Trainer) -> dict[str, Any]:
     own |= {
         f"schedule {i}": one for i, one in enumerate(schedules) if not isinstance(one, LRScheduler)
     }
-    return {name: one for name, one in own.items() if not is_library(type(one).__module__)}
+    return {
+        name: one
+        for name, one in own.items()
+        if isinstance(one, Optimizer) or not is_library(type(one).__module__)
+    }
 
 
 def _functions(trainer: Trainer) -> dict[str, Any]:
@@ -127,9 +148,30 @@ def held(trainer: Trainer, before: Mapping[Any, Any]) -> dict[Any, Any]:
         if not parts.get("sampler"):
             continue
         now = now or look(trainer)
-        marks |= now.marks_below(parts["sampler"])
+        if loader.goes_by_its_sampler:
+            marks |= now.marks_below(parts["sampler"])
         if loader.num_workers:
             copies = now.marks_below(parts["dataset"])
             kept = {path: before[path] for path in copies if path in before}
             marks |= copies | (kept if loader.persistent_workers else {})
     return marks
+
+
+def kept(trainer: Trainer, now: Look, marks: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Of these marks, those that the epochs to come go by too: persistent workers hold copies."""
+    below: set[Any] = set()
+    for loader in train_loaders(trainer):
+        if hasattr(loader, "user_parts") and loader.num_workers and loader.persistent_workers:
+            below |= set(now.marks_below(loader.user_parts().get("dataset")))
+    return {path: mark for path, mark in marks.items() if path in below}
+
+
+def by_worker(trainer: Trainer, now: Look) -> list[str]:
+    """Words for data that go by the worker's number: after a resume, another worker reads them."""
+    return [
+        "the training data go by which worker reads them (get_worker_info)"
+        for loader in train_loaders(trainer)
+        if hasattr(loader, "user_parts")
+        and loader.num_workers
+        and now.mentioned_below(loader.user_parts().get("dataset"), "get_worker_info")
+    ]

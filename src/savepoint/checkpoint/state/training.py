@@ -13,7 +13,7 @@ from torch import Tensor
 
 from savepoint.checkpoint.state import capture, exactness, loops, ranks, reenter, start, validation
 from savepoint.checkpoint.state.points import Point
-from savepoint.checkpoint.state.roots import held, look
+from savepoint.checkpoint.state.roots import by_worker, held, kept, look
 from savepoint.look.baseline import Baseline, changed_since
 from savepoint.look.walk import Look
 
@@ -41,7 +41,7 @@ class TrainingState:
         self._groups: list[int] = []
         self._shared: list[tuple[Any, Any, str]] = []
         self._accepted = False
-        self._reads_gradients = False
+        self._reads_gradients = (False, False)
         # What the running epoch goes by, and by what its loaders were made.
         self._held: dict[Any, Any] = {}
         self._made_by: list[Any] = []
@@ -130,6 +130,8 @@ class TrainingState:
             reenter.put_groups_back(self.trainer, saved)
         reenter.share_again(self._shared)
         self._made_by = saved.get("made_by", [])
+        if at == "epoch":
+            loops.keep_workers(self.trainer)
         self._unmute()
         if failed and self.trainer.is_global_zero:
             print(
@@ -227,9 +229,12 @@ class TrainingState:
         if self._baseline is not None:
             now = self.see()
             own["attributes"], named = self._baseline.changes(now)
-            own["unsaved"] += [*named, *changed_since(self._held, now)]
+            marks = kept(trainer, now, self._held) if at == "epoch" else self._held
+            own["unsaved"] += [*named, *changed_since(marks, now)]
+            if at != "epoch":
+                own["unsaved"] += by_worker(trainer, now)
             if self._accepted:
-                own["unsaved"] += capture.other_kinds(trainer, self._kinds)
+                own["unsaved"] += capture.other_kinds(trainer, now, self._kinds)
             own["settings"] = self._changed_settings()
         if trainer.world_size > 1:
             ahead = at != "epoch" and self._loader_states is not None
@@ -268,8 +273,8 @@ class TrainingState:
             return
         self._accepted = True
         self._settings = loops.settings(self.trainer) | self._bounds
-        self._kinds = capture.kinds(self.trainer)
         now = self.see()
+        self._kinds = capture.kinds(self.trainer, now)
         self._reads_gradients = capture.reads_gradients(now)
         self._looked_at.accept(now)
 
