@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from savepoint.look.pack import Unpackable, mark
+from savepoint.look.pack import Unpackable, mark, sample_sum
 from savepoint.look.places import (
     Path,
     Place,
@@ -18,6 +18,8 @@ from savepoint.look.places import (
     resolve,
 )
 from savepoint.look.walk import Look
+
+_MOST_SUMS = 100  # places, in a file
 
 
 class Baseline:
@@ -222,6 +224,37 @@ def _tensors(packed: Any) -> Iterator[Tensor]:
     elif isinstance(packed, list | dict):
         for item in packed.values() if isinstance(packed, dict) else packed:
             yield from _tensors(item)
+
+
+def sums_of_numbers(look: Look) -> dict[str, int]:
+    """A sum of the numbers at each place of the model and of the data that no state_dict holds, in
+    words: a start that draws them anew gives another one.
+
+    Generators are left out, as a loader derives them.
+    """
+    sums: dict[str, int] = {}
+    for path, place in look.places.items():
+        kind, root = path[0]
+        of_data = root in ("model", "data") or str(root).endswith(".dataset")
+        if kind != "root" or not of_data or place.what or place.is_alias:
+            continue
+        total = 0
+        for numbers in _numbers(place.packed):
+            total = sample_sum(numbers, total)
+        if total and len(sums) < _MOST_SUMS:
+            sums[in_words(path)] = total
+    return sums
+
+
+def _numbers(packed: Any) -> Iterator[Tensor]:
+    """Tensors, and lists of numbers as such."""
+    if isinstance(packed, Tensor):
+        yield packed
+    elif isinstance(packed, list) and packed and {*map(type, packed)} <= {int, float}:
+        yield torch.tensor(packed, dtype=torch.float64)
+    elif isinstance(packed, list) or (isinstance(packed, dict) and packed["!"] != "generator"):
+        for item in packed if isinstance(packed, list) else packed.values():
+            yield from _numbers(item)
 
 
 def _copied(packed: Any) -> Any:

@@ -691,12 +691,20 @@ def fingerprint(tensor: Tensor) -> Any:
     return _version(tensor), tensor.data_ptr(), _sum(flat[:: max(1, len(flat) // 4096)].cpu())
 
 
-def _sum(flat: Tensor) -> int:
+def sample_sum(tensor: Tensor, total: int = 0) -> int:
+    """A sum over a sample of a tensor's values, wherever it is, added to `total`."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        return total
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    return _sum(flat[:: max(1, len(flat) // 4096)].cpu(), total)
+
+
+def _sum(flat: Tensor, total: int = 0) -> int:
     if not flat.numel():
-        return 0
+        return total
     whole = flat.contiguous()
     # Not by `numpy()`, which lets nobody resize the tensor any more.
-    return zlib.crc32((ctypes.c_char * whole.nbytes).from_address(whole.data_ptr()))
+    return zlib.crc32((ctypes.c_char * whole.nbytes).from_address(whole.data_ptr()), total)
 
 
 def _version(tensor: Tensor) -> int:

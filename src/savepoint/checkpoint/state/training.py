@@ -14,8 +14,11 @@ from torch import Tensor
 from savepoint.checkpoint.state import capture, exactness, loops, ranks, reenter, start, validation
 from savepoint.checkpoint.state.points import Point
 from savepoint.checkpoint.state.roots import by_worker, held, kept, look
-from savepoint.look.baseline import Baseline, changed_since
+from savepoint.look.baseline import Baseline, changed_since, sums_of_numbers
+from savepoint.look.places import in_words, path_of
 from savepoint.look.walk import Look
+
+_DRAWN_ANEW = "other numbers than when the training began: seed_everything before they are made"
 
 
 class TrainingState:
@@ -42,6 +45,8 @@ class TrainingState:
         self._shared: list[tuple[Any, Any, str]] = []
         self._accepted = False
         self._reads_gradients = (False, False)
+        self._numbers: dict[str, int] = {}
+        self._drawn_anew: list[str] = []
         # What the running epoch goes by, and by what its loaders were made.
         self._held: dict[Any, Any] = {}
         self._made_by: list[Any] = []
@@ -224,6 +229,8 @@ class TrainingState:
         own["unsaved"] = exactness.inexact(trainer, at)
         if self.ranks_changed:
             own["unsaved"].append("this epoch was begun by another number of processes")
+        own["unsaved"] += self._drawn_anew
+        own["numbers"] = self._numbers
         own["attributes"] = []
         own["settings"] = {}
         if self._baseline is not None:
@@ -277,6 +284,22 @@ class TrainingState:
         self._kinds = capture.kinds(self.trainer, now)
         self._reads_gradients = capture.reads_gradients(now)
         self._looked_at.accept(now)
+        self._compare_numbers(now)
+
+    def _compare_numbers(self, now: Look) -> None:
+        """Without a seed a start draws splits, data or random features anew: a resume says so."""
+        self._numbers = sums_of_numbers(now)
+        then = (self._pending or {}).get("numbers")
+        if self._pending is None or then is None:
+            return
+        captured = [*self._pending.get("attributes", []), *self._pending.get("made_by", [])]
+        restored = {in_words(path_of(packed)) for packed, _ in captured}
+        names = [name for name in then.keys() & self._numbers.keys() if name not in restored]
+        other = sorted(name for name in names if then[name] != self._numbers[name])
+        self._numbers = then
+        self._drawn_anew = [f"{name} ({_DRAWN_ANEW})" for name in other]
+        if other and self.trainer.is_global_zero:
+            print(f"Not exact: {'; '.join(self._drawn_anew[:5])}.", flush=True)
 
     # -- the log ----------------------------------------------------------------------------------
 
