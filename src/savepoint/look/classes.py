@@ -29,6 +29,7 @@ _NO_STATE_OF: tuple[tuple[Any, frozenset[str]], ...] = (
     (nn.Module, frozenset({
         "_orig_mod", "training", "_compiled_call_impl", "_flat_weight_refs", "_flat_weights",
     })),
+    (Optimizer, frozenset({"_opt_called"})),  # for a warning of a schedule's
     (Metric, frozenset({"_update_called", "_computed", "_update_signature", "update", "compute"})),
     (MetricCollection, frozenset({
         "_groups", "_groups_checked", "_state_is_copy", "_compute_groups_create_state_ref",
