@@ -25,6 +25,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -142,9 +143,13 @@ class Look:
         left_out = left_out_of(kind)
         notes = [name for name in vars(holder) if name not in left_out and name[0] != "_"]
         if notes:
-            written = frozenset().union(*(stored_by(one.__code__) for one in self._codes))
-            for name in written.intersection(notes):
+            for name in self._written.intersection(notes):
                 self._visit((*path, ("attr", name)), vars(holder)[name])
+
+    @cached_property
+    def _written(self) -> frozenset[str]:
+        """The names of attributes that the user's own code writes."""
+        return frozenset().union(*(stored_by(one.__code__) for one in self._codes))
 
     def marks_below(self, value: Any) -> dict[Path, Any]:
         """The marks of everything that `value` holds."""

@@ -10,8 +10,6 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
 )
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
-from lightning.pytorch.utilities.memory import recursive_detach
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.parsing import (
     lightning_getattr,
     lightning_hasattr,
@@ -67,8 +65,19 @@ def capture(
         "toggled": _toggled(module),
         "fetching": _fetching(trainer),
     }  # fmt: skip
-    detached: dict[str, Any] = recursive_detach(state)
+    detached: dict[str, Any] = _detached(state)
     return detached
+
+
+def _detached(tree: Any) -> Any:
+    """Of plain containers alone: Lightning's `recursive_detach` takes four times as long."""
+    if isinstance(tree, Tensor):
+        return tree.detach()
+    if type(tree) is dict:
+        return {key: _detached(value) for key, value in tree.items()}
+    if type(tree) is list:
+        return [_detached(value) for value in tree]
+    return tree
 
 
 def _metric_state(metric: Metric) -> dict[str, Any]:
@@ -143,12 +152,14 @@ def _pending_gradients(
     A step that takes the iterator is counted before its batch is known, and zeroes by the number of
     the batch before.
     """
-    own = ("optimizer_zero_grad", "optimizer_step", "backward", "on_before_zero_grad")
-    overridden = any(is_overridden(name, module) for name in own)
+    overridden = _steps_by_itself(module)
     takes_iterator = isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher)
     late = takes_iterator and trainer.accumulate_grad_batches > 1
+    all_pending = overridden or late or read or not module.automatic_optimization
+    if not all_pending and not all_read:
+        return {}
     pending = {name: p for name, p in module.named_parameters() if p.grad is not None}
-    if module.automatic_optimization and not overridden and not late and not read:
+    if not all_pending:
         trained = {
             id(p)
             for one in trainer.optimizers
@@ -156,8 +167,17 @@ def _pending_gradients(
             for p in group["params"]
         }
         # Those of weights that nobody trains are summed up for ever.
-        pending = {name: p for name, p in pending.items() if all_read and id(p) not in trained}
+        pending = {name: p for name, p in pending.items() if id(p) not in trained}
     return {name: p.grad for name, p in pending.items() if p.grad is not None}
+
+
+def _steps_by_itself(module: LightningModule) -> bool:
+    own = ("optimizer_zero_grad", "optimizer_step", "backward", "on_before_zero_grad")
+    kind = type(module)
+    return any(
+        name in vars(module) or getattr(kind, name) is not getattr(LightningModule, name)
+        for name in own
+    )
 
 
 def kinds(trainer: Trainer, now: Look) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from savepoint.checkpoint.state.loops import (
     by_the_clock,
+    is_stateful,
     length,
     train_loaders,
     validation_loaders,
@@ -92,9 +92,10 @@ def inexact(trainer: Trainer, at: str | None) -> list[str]:
 
 
 def _without_position(loader: Any, at: str, trainer: Trainer) -> str:
-    if isinstance(loader, _Stateful):
-        limited = trainer.num_training_batches < (length(loader) or 0)
-        if at == "epoch" and limited and not hasattr(loader, "user_parts"):
+    if is_stateful(loader):
+        if at != "epoch" or hasattr(loader, "user_parts"):
+            return ""
+        if trainer.num_training_batches < (length(loader) or 0):
             return "the training loader is left in the middle of its own epoch"
         return ""
     if at != "epoch":

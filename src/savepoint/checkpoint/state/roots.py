@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -23,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from savepoint.checkpoint.state.loops import train_loaders, validation_loaders
+from savepoint.checkpoint.state.loops import is_stateful, train_loaders, validation_loaders
 from savepoint.look.classes import is_library
 from savepoint.look.walk import Look
 
@@ -38,7 +37,7 @@ def _parts(name: str, loader: Any) -> dict[str, Any]:
     """Of a loader, what the user made. A loader with a state_dict answers for itself."""
     if hasattr(loader, "user_parts"):
         return {f"{name}.{part}": value for part, value in loader.user_parts().items()}
-    if isinstance(loader, _Stateful):
+    if is_stateful(loader):
         return {}
     if not isinstance(loader, DataLoader):
         return {name: loader}
