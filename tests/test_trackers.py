@@ -58,6 +58,7 @@ def test_in_wandb_each_start_of_a_run_is_the_same_run(tmp_path: Path) -> None:
     assert list((tmp_path / "wandb").glob("offline-run-*-one"))
 
 
+@pytest.mark.slow  # tests/test_project.py resumes both by their configs, too
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
 def test_a_resume_by_the_config_goes_on_with_the_run_of_the_tracker(

@@ -448,7 +448,7 @@ def stop_after_a_save(process: subprocess.Popen[str], run: Path, signum: signal.
         pytest.param("waves", "best_accuracy", marks=pytest.mark.slow),
         pytest.param("gan", "best_loss", marks=pytest.mark.slow),
         pytest.param("letters", "best_loss", marks=pytest.mark.slow),
-        ("sums", "best_loss"),
+        pytest.param("sums", "best_loss", marks=pytest.mark.slow),
     ],
 )
 def test_another_model_and_other_data_train_are_killed_and_resume_exactly_in_a_copy(
