@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from savepoint.look.pack import Unpackable, mark, sample_sum
+from savepoint.look.pack import Unpackable, mark, sample_sum, tensors_once
 from savepoint.look.places import (
     Path,
     Place,
@@ -165,11 +165,12 @@ def _put_all_back(
 ) -> list[str]:
     """Returns words for the places that are no more, or hold another kind of value now."""
     failed = []
-    for path, packed in meant.items():
-        try:
-            put_back(look.roots, path, packed, device, look.weights, path not in aliases)
-        except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, Unpackable):
-            failed.append(in_words(path))
+    with tensors_once():
+        for path, packed in meant.items():
+            try:
+                put_back(look.roots, path, packed, device, look.weights, path not in aliases)
+            except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, Unpackable):
+                failed.append(in_words(path))
     return failed
 
 

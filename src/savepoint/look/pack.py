@@ -16,6 +16,7 @@ as a whole: the look at a data set's list of files must not hold up a save.
 import array
 import ast
 import collections
+import contextlib
 import ctypes
 import datetime
 import decimal
@@ -25,7 +26,7 @@ import random
 import types
 import uuid
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -129,6 +130,7 @@ class Packer:
     def __init__(self) -> None:
         self.values = self.bytes = self.needs_live = 0
         self.inner: list[int] = []
+        self._tensors: dict[int, tuple[Tensor, Any]] = {}
 
     def pack(self, value: Any) -> Any:
         """`value` with its tensors themselves: a copy is the caller's business.
@@ -189,6 +191,16 @@ class Packer:
             raise Unpackable(f"more than {MOST_VALUES} values or {MOST_BYTES >> 20} MB")
 
     def _tensor(self, value: Tensor) -> Any:
+        """One that stands twice is packed once, and the copies of a file are one again: a write to
+        it is seen at both places.
+        """
+        seen = self._tensors.get(id(value))
+        if seen is None:
+            seen = (value, self._packed_tensor(value))
+            self._tensors[id(value)] = seen
+        return seen[1]
+
+    def _packed_tensor(self, value: Tensor) -> Any:
         if value.is_nested:
             raise Unpackable("a nested tensor")
         if value.grad_fn is not None:
@@ -377,7 +389,31 @@ def _into_list_of_kind(packed: Any, live: Any, device: Any) -> Any:
     )
 
 
+_unpacked: dict[int, Tensor] | None = None
+
+
+@contextlib.contextmanager
+def tensors_once() -> Iterator[None]:
+    """Inside, a packed tensor that stands twice is unpacked once. All that is unpacked must live as
+    long, as it is known by its address.
+    """
+    global _unpacked
+    _unpacked = {}
+    try:
+        yield
+    finally:
+        _unpacked = None
+
+
 def _into_tensor(packed: Tensor, live: Any) -> Any:
+    if _unpacked is None:
+        return _into_tensor_once(packed, live)
+    if id(packed) not in _unpacked:
+        _unpacked[id(packed)] = _into_tensor_once(packed, live)
+    return _unpacked[id(packed)]
+
+
+def _into_tensor_once(packed: Tensor, live: Any) -> Any:
     same = isinstance(live, Tensor) and (live.shape, live.dtype) == (packed.shape, packed.dtype)
     if same and live.layout is torch.strided and not live.is_inference():
         with torch.no_grad():
@@ -388,7 +424,7 @@ def _into_tensor(packed: Tensor, live: Any) -> Any:
 
 def _on_device(packed: Any, live: Any, device: Any) -> Any:
     if isinstance(live, Tensor) and live.shape == packed["of"].shape:
-        return _into_tensor(packed["of"].to(live.device), live)
+        return _into_tensor_once(packed["of"].to(live.device), live)
     return packed["of"].to(device)
 
 
