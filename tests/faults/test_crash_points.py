@@ -486,7 +486,7 @@ def test_wherever_a_process_dies_or_a_call_fails_a_checkpoint_is_left(
     for name, result in found.items():
         counts = result["counts"]
         assert counts["killed"] > 3
-        assert counts["failed"] > 10
+        assert counts["failed"] > 5
         assert counts.get("resumed", 1) > 0
         if name.startswith("save"):
             link = "symlink" if name == "save without links" else "link"
