@@ -4,7 +4,7 @@ left.
 The work is done by this file run as a program: each point is a fork of it that ends itself with
 os._exit, as kill -9 would, before the k-th call (and, for a write, after half of its bytes); or
 whose k-th call fails, or writes less than it was given. All points are enumerated; of a whole
-training every sixteenth, and all of them in the slow test.
+training every eighth, and all of them in the slow test.
 """
 
 import contextlib
@@ -372,7 +372,7 @@ STORE = {
 }
 LIGHTNING = {
     "save behind": Scenario(prepared, save_behind, check_store({20, 30, 40}, 40)),
-    "train": Scenario(made, train, CheckTraining(3), every=16, errors=(errno.ENOSPC,), forks=True),
+    "train": Scenario(made, train, CheckTraining(3), every=8, errors=(errno.ENOSPC,), forks=True),
 }
 WHOLE = {
     "train": Scenario(made, train, CheckTraining(1), errors=ERRORS, forks=True),
@@ -486,7 +486,7 @@ def test_wherever_a_process_dies_or_a_call_fails_a_checkpoint_is_left(
     for name, result in found.items():
         counts = result["counts"]
         assert counts["killed"] > 3
-        assert counts["failed"] > 5
+        assert counts["failed"] > 10
         assert counts.get("resumed", 1) > 0
         if name.startswith("save"):
             link = "symlink" if name == "save without links" else "link"
