@@ -17,7 +17,7 @@ from torch import nn
 
 from savepoint.look.baseline import Baseline, changed_since, put_back_into_model
 from savepoint.look.classes import is_library
-from savepoint.look.pack import mark, pack, unpack
+from savepoint.look.pack import mark, pack, tensors_once, unpack
 from savepoint.look.walk import Look
 
 CPU = torch.device("cpu")
@@ -291,3 +291,15 @@ def test_empty_tensors_share_no_memory_and_views_of_the_same_memory_do() -> None
     model.bank = torch.zeros(3, 2)
     model.row = model.bank[1]
     assert base.changes(look(model))[1] == ["model.row (shares its memory with model.bank)"]
+
+
+def test_a_tensor_that_stands_twice_is_one_again_after_a_file(tmp_path: Path) -> None:
+    best = torch.zeros(2)
+    torch.save(pack({"last": best, "best": best, "other": torch.zeros(2)}), tmp_path / "file")
+    packed = torch.load(tmp_path / "file", weights_only=True)
+    with tensors_once():
+        value = unpack(packed)
+    value["last"].add_(1)
+    assert value["best"].tolist() == [1, 1]
+    assert value["other"].tolist() == [0, 0]
+    assert unpack(packed)["best"] is not value["best"]
