@@ -6,6 +6,7 @@ gives the same draws on the same kind of device. One that cannot be repeated, ra
 attributes of the module has no canary: its first run finds that out.
 """
 
+import contextlib
 import copy
 import dataclasses
 import random
@@ -45,10 +46,14 @@ def canary(
     example = example if given else getattr(module, "example_input_array", None)
     if not _is_plain(example) or _kinds.get(module) == "none":
         return None
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
+    # Not by `eval`, which a user's own class may do more in than `train` takes back.
+    in_training = [part for part in module.modules() if part.training]
+    for part in in_training:
+        part.training = False
     try:
-        with torch.no_grad(), isolated_rng(module.device):
+        plain = _kinds.get(module) == "plain"
+        isolated = contextlib.nullcontext() if plain else isolated_rng(module.device)
+        with torch.no_grad(), isolated:
             if module not in _kinds:
                 _kinds[module] = _kind(module, state_dict, example)
             if _kinds[module] == "none":
@@ -63,8 +68,8 @@ def canary(
         _kinds[module] = "none"
         return None
     finally:
-        for part, training in modes.items():
-            part.training = training
+        for part in in_training:
+            part.training = True
     if not dict(tensors(output)):
         return None
     drawn = {"seed": SEED, "device": module.device.type} if _kinds[module] == "draws" else {}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from savepoint.look.classes import is_library
 from savepoint.look.pack import Unpackable, mark, sample_sum, tensors_once
 from savepoint.look.places import (
     Path,
@@ -56,7 +57,7 @@ class Baseline:
         self.objects = dict(look.objects)
         self._roots = set(look.roots)
         self._owners |= look.owners
-        self._alive += look._alive
+        self._alive += look.alive
 
     def meet(self, look: Look) -> None:
         """Roots that were not there before, such as a loader that has just been made, are as they
@@ -70,7 +71,7 @@ class Baseline:
             if path[0][1] in new or path[0][0] != "root":
                 self.places.setdefault(path, _without_large(place))
         self.objects |= {path: kind for path, kind in look.objects.items() if path[0][1] in new}
-        self._alive += look._alive
+        self._alive += look.alive
 
     def accept(self, look: Look) -> None:
         """Objects that the hooks before the first batch have made: a resumed process makes them
@@ -78,7 +79,7 @@ class Baseline:
         """
         self.objects |= look.objects
         self._owners |= look.owners
-        self._alive += look._alive
+        self._alive += look.alive
         for path, place in look.places.items():
             if place.what and path not in self.places:
                 self.places[path] = _without_large(place)
@@ -93,7 +94,7 @@ class Baseline:
         named = []
         for path, place in look.places.items():
             before = self.places.get(path)
-            if before is not None and before.mark == place.mark:
+            if before is place or (before is not None and before.mark == place.mark):
                 continue
             if not place.what:
                 saved.append([packed_path(path), place.packed])
@@ -112,11 +113,12 @@ class Baseline:
                     named.append(f"{in_words(path)} (shared its memory with {in_words(shared)})")
             elif before is not None or path[:-1] in self._owners or self._is_new(path):
                 named.append(f"{in_words(path)} ({place.what})")
-        for path in self.places:
+        # As a set, which takes over the hashes of the paths: there are hundreds.
+        for path in sorted(set(self.places).difference(look.places), key=in_words):
             gone = path[-1][0] == "attr" and path not in look.visited and path[:-1] in look.objects
             # Of a dict with objects in it, which is put back key by key.
             gone |= path[-1][0] == "item" and path not in look.visited and path[:-1] in look.dicts
-            if gone and path not in look.places:
+            if gone:
                 saved.append([packed_path(path), {"!": "gone"}])
         for path, kind in look.objects.items():
             if self.objects.get(path) is not kind and path[-1][0] != "root":
@@ -214,6 +216,8 @@ def _can_be_had(look: Look, path: Path) -> bool:
 
 
 def _without_large(place: Place) -> Place:
+    if place.small and next(_tensors(place.packed), None) is None:
+        return place
     if place.small:
         return dataclasses.replace(place, packed=_copied(place.packed))
     return dataclasses.replace(place, packed=None)
@@ -238,6 +242,11 @@ def sums_of_numbers(look: Look) -> dict[str, int]:
         kind, root = path[0]
         of_data = root in ("model", "data") or str(root).endswith(".dataset")
         if kind != "root" or not of_data or place.what or place.is_alias:
+            continue
+        owner = look.objects.get(path[:-1])
+        # Such as the kernel size of a convolution. A library's data set holds numbers of the user's.
+        is_layer = owner is not None and issubclass(owner, nn.Module)
+        if is_layer and is_library(owner.__module__) and next(_tensors(place.packed), None) is None:
             continue
         total = 0
         for numbers in _numbers(place.packed):

@@ -24,7 +24,7 @@ _CALLBACK = "lightning.pytorch.callbacks.callback"
 _PARTS = ("fget", "fset", "__func__", "func")  # of properties, methods, cached properties
 # Caches, and what metric states bring along by themselves. Of these classes only: a user's own
 # `_cache` is state.
-NO_STATE = frozenset({"__orig_class__", "savepoint_skip"})
+NO_STATE = frozenset({"__orig_class__", "savepoint_skip", "_hparams_initial", "_hparams_name"})
 _NO_STATE_OF: tuple[tuple[Any, frozenset[str]], ...] = (
     (nn.Module, frozenset({
         "_orig_mod", "training", "_compiled_call_impl", "_flat_weight_refs", "_flat_weights",
@@ -50,6 +50,8 @@ def assigned_by_frameworks(kind: type) -> frozenset[str]:
     anywhere in their code.
     """
     names: set[str] = set()
+    if any(base.__module__ == _CALLBACK for base in kind.__mro__):
+        names |= {"log", "log_dict"}  # the module's own, given to each callback by the Trainer
     for base in kind.__mro__:
         framework = base.__module__.startswith(_FRAMEWORK) or base in _FRAMEWORK_CLASSES
         if framework and (not base.__module__.startswith(_OPEN) or base.__module__ == _CALLBACK):

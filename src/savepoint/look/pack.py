@@ -43,6 +43,7 @@ MOST_BYTES = 256 * 2**20
 _LONG = 64  # values of one kind, from which on they are packed as a whole
 # Up to here every byte of a tensor is compared, above it its version and a sample.
 _WHOLE_BYTES = 2**20
+_SAMPLE = 1024
 
 SCALARS = (type(None), bool, int, float, complex, str, bytes)
 _AS_IT_IS = (type(None), bool, float, complex, str)
@@ -709,7 +710,7 @@ def _tensor_mark(tensor: Tensor) -> Any:
     flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
     if tensor.nbytes <= _WHOLE_BYTES:
         return (*head, _sum(flat))
-    return (*head, _version(tensor), tensor.data_ptr(), _sum(flat[:: len(flat) // 4096]))
+    return (*head, _version(tensor), tensor.data_ptr(), _sum(flat[:: len(flat) // _SAMPLE]))
 
 
 def fingerprint(tensor: Tensor) -> Any:
@@ -724,7 +725,7 @@ def fingerprint(tensor: Tensor) -> Any:
     ):
         return _version(tensor)
     flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
-    return _version(tensor), tensor.data_ptr(), _sum(flat[:: max(1, len(flat) // 4096)].cpu())
+    return _version(tensor), tensor.data_ptr(), _sum(flat[:: max(1, len(flat) // _SAMPLE)].cpu())
 
 
 def sample_sum(tensor: Tensor, total: int = 0) -> int:
@@ -732,7 +733,7 @@ def sample_sum(tensor: Tensor, total: int = 0) -> int:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         return total
     flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
-    return _sum(flat[:: max(1, len(flat) // 4096)].cpu(), total)
+    return _sum(flat[:: max(1, len(flat) // _SAMPLE)].cpu(), total)
 
 
 def _sum(flat: Tensor, total: int = 0) -> int:

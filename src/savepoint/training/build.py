@@ -58,6 +58,8 @@ class RepeatedSetup:
     in the fit, the test and an evaluation.
     """
 
+    savepoint_skip = frozenset({"data", "rng", "called"})
+
     def __init__(self, data: LightningDataModule) -> None:
         self.data = data
         self.rng = capture_rng(_CPU)

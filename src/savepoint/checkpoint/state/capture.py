@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -52,7 +53,9 @@ def capture(
     state = {
         "rng": capture_rng(module.device),
         "metric_states": {
-            name: _metric_state(part) for name, part in modules.items() if isinstance(part, Metric)
+            name: _metric_state(part)
+            for name, part in modules.items()
+            if isinstance(part, Metric) and not _is_reset(part)
         },
         "trackers": {
             name: len(part) for name, part in modules.items() if isinstance(part, MetricTracker)
@@ -78,6 +81,21 @@ def _detached(tree: Any) -> Any:
     if type(tree) is list:
         return [_detached(value) for value in tree]
     return tree
+
+
+def _is_reset(metric: Metric) -> bool:
+    """Whether it is as after its `reset`, as those of a validation are in a training epoch: each
+    tensor less is a thirtieth of a small save.
+    """
+    return metric._update_count == 0 and all(
+        _is_default(getattr(metric, name), default) for name, default in metric._defaults.items()
+    )
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    if isinstance(value, Tensor) and isinstance(default, Tensor):
+        return value.dtype == default.dtype and torch.equal(value, default.to(value.device))
+    return type(value) is list and value == [] == default
 
 
 def _metric_state(metric: Metric) -> dict[str, Any]:

@@ -193,13 +193,19 @@ def _restore_gradients(module: LightningModule, gradients: Mapping[str, Tensor])
 def restore_metric_states(module: LightningModule, state: Mapping[str, Any]) -> None:
     state = move_data_to_device({"metric_states": state["metric_states"]}, module.device)
     for name, metric in _metrics(module).items():
-        if name not in state["metric_states"]:
-            continue
-        saved = dict(state["metric_states"][name])
+        saved = dict(state["metric_states"].get(name) or _as_reset(metric))
         metric._update_count = saved.pop("updates")
         metric._computed = None
         for key, value in saved.items():
             setattr(metric, key, value)
+
+
+def _as_reset(metric: Metric) -> dict[str, Any]:
+    states: dict[str, Any] = {
+        name: default.detach().clone().to(metric.device) if isinstance(default, Tensor) else []
+        for name, default in metric._defaults.items()
+    }
+    return {"updates": 0} | states
 
 
 def restore_logged(trainer: Trainer, module: LightningModule, state: Mapping[str, Any]) -> None:

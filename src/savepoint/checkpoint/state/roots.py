@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
+    Callback,
     Checkpoint,
     DeviceStatsMonitor,
     LearningRateFinder,
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from savepoint.checkpoint.state.loops import is_stateful, train_loaders, validation_loaders
 from savepoint.look.classes import is_library
-from savepoint.look.walk import Look
+from savepoint.look.walk import Before, Look
 
 _NOT_LOOKED_AT = (
     ProgressBar, ModelSummary, Checkpoint, LearningRateMonitor, DeviceStatsMonitor, Timer,
@@ -49,7 +50,7 @@ def _parts(name: str, loader: Any) -> dict[str, Any]:
     return found
 
 
-def look(trainer: Trainer) -> Look:
+def look(trainer: Trainer, before: Before = Before()) -> Look:  # noqa: B008 - cannot be changed
     """At everything of this training that its state_dicts may leave out."""
     module = trainer.lightning_module
     roots: dict[str, Any] = own_optimizers(trainer)
@@ -57,7 +58,7 @@ def look(trainer: Trainer) -> Look:
     if trainer.datamodule is not None:  # type: ignore[attr-defined]
         roots["data"] = trainer.datamodule  # type: ignore[attr-defined]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, _NOT_LOOKED_AT):
+        if not _is_looked_at(callback):
             continue
         roots[_new_name(type(callback).__name__, roots)] = callback
     for number, loader in enumerate(train_loaders(trainer)):
@@ -72,7 +73,7 @@ def look(trainer: Trainer) -> Look:
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     known |= {id(scheduler): f"schedule {i}" for i, scheduler in enumerate(schedulers)}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, _NOT_LOOKED_AT):
+        if not _is_looked_at(callback):
             known[id(callback)] = type(callback).__name__
         if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
             known[id(callback._average_model)] = "the averaged weights"
@@ -80,7 +81,12 @@ def look(trainer: Trainer) -> Look:
         known[id(trainer.model)] = "the wrapped model"
     for root in roots.values():
         known.pop(id(root), None)
-    return Look(roots, known, module.state_dict().keys(), _noted_on(trainer))
+    return Look(roots, known, module.state_dict().keys(), _noted_on(trainer), before)
+
+
+def _is_looked_at(callback: Callback) -> bool:
+    ours = type(callback).__module__.startswith("savepoint.")
+    return not ours and not isinstance(callback, _NOT_LOOKED_AT)
 
 
 def _noted_on(trainer: Trainer) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from savepoint.checkpoint.state.points import Point
 from savepoint.checkpoint.state.roots import by_worker, held, kept, look
 from savepoint.look.baseline import Baseline, changed_since, sums_of_numbers
 from savepoint.look.places import in_words, path_of
-from savepoint.look.walk import Look
+from savepoint.look.walk import Before, Look
 
 _DRAWN_ANEW = "other numbers than when the training began: seed_everything before they are made"
 
@@ -34,7 +34,8 @@ class TrainingState:
         self.trainer = trainer
         self.rates_are_overridden = self.ranks_changed = False
         self.captured: dict[str, Any] | None = None
-        self._baseline: Baseline | None = Baseline(look(trainer))
+        self._before = Before()  # of the newest look
+        self._baseline: Baseline | None = Baseline(self._look())
         self._pending: dict[str, Any] | None = None  # until the point of the checkpoint is reached
         self._versions: dict[str, Any] = {}
         # At the start, to be compared with: these may change, and Lightning does not save them.
@@ -94,7 +95,7 @@ class TrainingState:
             start.prepare(trainer, pending)
             start.add_groups(trainer, pending.get("groups", {}))
         start.wake_finders(trainer)
-        self._looked_at.begin(look(trainer))
+        self._looked_at.begin(self._look())
         if pending:
             start.put_data_back(trainer, pending, self._looked_at)
 
@@ -109,6 +110,7 @@ class TrainingState:
 
     def release(self) -> None:
         self._baseline = None
+        self._before = Before()
         self._unmute()
 
     # -- the points -------------------------------------------------------------------------------
@@ -268,8 +270,13 @@ class TrainingState:
 
     def see(self) -> Look:
         """Looks; what is seen for the first time is as it was at the start."""
-        now = look(self.trainer)
+        now = self._look()
         self._looked_at.meet(now)
+        return now
+
+    def _look(self) -> Look:
+        now = look(self.trainer, self._before)
+        self._before = now.for_next
         return now
 
     def _accept(self) -> None:

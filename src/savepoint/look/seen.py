@@ -1,0 +1,169 @@
+"""What a look has seen: at each place a value that a checkpoint can hold, or words for it."""
+
+import contextlib
+import contextvars
+import enum
+import io
+from collections.abc import Iterable
+from typing import Any
+
+from savepoint.look.classes import is_library
+from savepoint.look.pack import (
+    SCALARS,
+    Packer,
+    Unpackable,
+    keys_of,
+    mark,
+    pack,
+    values_of,
+)
+from savepoint.look.places import Path, Place, memory_of
+
+_SMALL_VALUES = 1_000  # of what the first look keeps a copy
+_SMALL_BYTES = 64 * 1024
+_FEW = 16  # items of a tuple that are looked at one by one
+_TRUE, _FALSE = (Place(("bool", value), value, small=True) for value in (True, False))
+
+
+class Seen:
+    """The places of a look, and what holds a value that was seen before.
+
+    Attributes:
+        first: The path to each object, by its address: the first one names it.
+        alive: What was seen, so that no address is given to a second object while marks hold it.
+    """
+
+    def __init__(self) -> None:
+        self.places: dict[Path, Place] = {}
+        self.first: dict[int, Path] = {}
+        self.alive: list[Any] = []
+        self._memory: dict[int, Path] = {}
+        self._inner: dict[int, Path] = {}  # containers inside of others, which are packed whole
+
+    def put(self, path: Path, value: Any) -> None:
+        """A value that `is_settled`."""
+        if value is True or value is False:
+            self.places[path] = _TRUE if value else _FALSE
+            return
+        packed = value if value is None or type(value) is str else pack(value)
+        self.places[path] = Place(mark(packed), packed, small=True)
+
+    def put_packed(self, path: Path, value: Any) -> None:
+        """A tensor, an array, a generator: one value, though a large one."""
+        packer = Packer()
+        try:
+            packed = packer.pack(value)
+        except Unpackable as error:
+            self.put_opaque(path, value, _words(error.args[0]))
+            return
+        self._hold(path, packer, packed, self._shares(path, value))
+
+    def put_container(self, path: Path, value: Any) -> Unpackable | None:
+        """A container of plain values.
+
+        Returns:
+            Why it is none: what stands in it is no plain value, or there is too much of it.
+        """
+        packer = Packer()
+        try:
+            packed = packer.pack(value)
+        except Unpackable as error:
+            return error
+        self._hold(path, packer, packed, self._shares_inside(path, value, packer.inner))
+        if isinstance(value, dict) and any(key in self.first for key in _first_number(value)):
+            self.places[path].what = "a dict that goes by the addresses of objects"
+        return None
+
+    def put_opaque(self, path: Path, value: Any, what: str, always: bool = False) -> None:
+        """What is itself, or another one than at the start.
+
+        Args:
+            always: Whether it may have changed at any time, unseen.
+        """
+        self.places[path] = Place(object() if always else id(value), what=what)
+
+    def put_size(self, path: Path, value: Any, what: str) -> None:
+        """Too much to compare: its length and a sample of its values."""
+        items = list(value)
+        if isinstance(value, dict):
+            items = list(zip(keys_of(value), values_of(value), strict=True))
+        sample = items[:: max(1, len(items) // 500)]
+        try:
+            seen = mark(Packer().pack(sample))
+        except Unpackable:
+            seen = id(value)
+        self.places[path] = Place((len(items), seen), what=what)
+
+    def put_pointer(self, path: Path, value: Any) -> None:
+        """What it leads to, which it does not hold."""
+        if isinstance(value, contextvars.ContextVar):
+            target = value.get(None)
+            what = "a context variable"
+        else:
+            target = value()
+            what = "a weak reference"
+        seen = id(target)
+        with contextlib.suppress(Unpackable):
+            if isinstance(target, SCALARS):
+                seen = mark(pack(target))
+        self.places[path] = Place((what, seen), what=what)
+
+    def _hold(self, path: Path, packer: Packer, packed: Any, shares: Path | None) -> None:
+        self.places[path] = Place(
+            mark(packed),
+            packed,
+            small=packer.values <= _SMALL_VALUES and packer.bytes <= _SMALL_BYTES,
+            shares=shares,
+            needs_live=packer.needs_live,
+        )
+
+    def _shares(self, path: Path, value: Any) -> Path | None:
+        memory = memory_of(value)
+        first = path if memory is None else self._memory.setdefault(memory, path)
+        return None if first == path else first
+
+    def _shares_inside(self, path: Path, value: Any, inner: Iterable[int]) -> Path | None:
+        """Another place that holds this container too, or one that is inside: put back, they would
+        be two.
+        """
+        shares = self._inner.get(id(value))
+        firsts = self.first
+        inners = self._inner
+        for one in inner:
+            first = firsts.get(one) or inners.setdefault(one, path)
+            if first is not path and shares is None:
+                shares = first
+        return shares
+
+
+def is_settled(value: Any) -> bool:
+    """Whether a value cannot change in place, nor hold one that can."""
+    kind = type(value)
+    if kind is tuple:
+        return len(value) <= _FEW and all(type(item) in SCALARS for item in value)
+    return kind in SCALARS or isinstance(value, enum.Enum)
+
+
+def is_hidden_iterator(value: Any) -> bool:
+    """One whose place is no attribute, as that of an object of the user's own may be."""
+    kind = type(value)
+    if not hasattr(kind, "__next__"):
+        return False
+    return any(is_library(base.__module__) for base in kind.__mro__ if hasattr(base, "__next__"))
+
+
+def _first_number(value: dict[Any, Any]) -> list[int]:
+    return [key for key in keys_of(value)[:1] if type(key) is int]
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, io.IOBase):
+        return "a file handle"
+    kind = type(value)
+    return (
+        f"a {kind.__name__}"
+        if kind.__module__ == "builtins"
+        else f"a {kind.__module__}.{kind.__name__}"
+    )
