@@ -35,6 +35,7 @@ class Baseline:
         self._made: dict[Path, int] = {}  # what hooks of a start make, to be put something into
         self._roots: set[str] = set()
         self._owners: set[Path] = set(first.owners)
+        self._absent: set[Path] = set(first.absent)
         self._alive: list[Any] = []
         self.meet(first)
 
@@ -57,6 +58,7 @@ class Baseline:
         self.objects = dict(look.objects)
         self._roots = set(look.roots)
         self._owners |= look.owners
+        self._absent |= look.absent
         self._alive += look.alive
 
     def meet(self, look: Look) -> None:
@@ -79,6 +81,7 @@ class Baseline:
         """
         self.objects |= look.objects
         self._owners |= look.owners
+        self._absent |= look.absent
         self._alive += look.alive
         for path, place in look.places.items():
             if place.what and path not in self.places:
@@ -111,7 +114,7 @@ class Baseline:
                 elif shared and not place.shares:
                     # What is put back is written into the memory of both.
                     named.append(f"{in_words(path)} (shared its memory with {in_words(shared)})")
-            elif before is not None or path[:-1] in self._owners or self._is_new(path):
+            elif before is not None or self._is_new(path):
                 named.append(f"{in_words(path)} ({place.what})")
         # As a set, which takes over the hashes of the paths: there are hundreds.
         for path in sorted(set(self.places).difference(look.places), key=in_words):
@@ -125,10 +128,11 @@ class Baseline:
                 named.append(f"{in_words(path)} (a new {kind.__name__})")
         return saved, named
 
-    @staticmethod
-    def _is_new(path: Path) -> bool:
-        """Of a class or function that was not there before, everything is new to this look."""
-        return path[0][0] == "root" and path[-1][0] != "hooks"
+    def _is_new(self, path: Path) -> bool:
+        """Whether it was not there before: of a class or function that was not met, all is new."""
+        if path[0][0] == "root":
+            return path[-1][0] != "hooks"
+        return path[:-1] in self._owners or path in self._absent
 
     def restore(
         self,

@@ -82,6 +82,8 @@ class GoneThrough:
         classes: Of the objects that were met, and those that functions name.
         functions: That were met, and those that they name.
         plain: Functions that carry nothing along.
+        owners: Classes, functions and what they share.
+        absent: Globals that functions name and that are not there.
         unsettled: Values of classes and modules that may change in place.
     """
 
@@ -94,6 +96,7 @@ class GoneThrough:
     plain: list[types.FunctionType] = field(default_factory=list)
     closures: list[types.FunctionType] = field(default_factory=list)
     owners: set[Path] = field(default_factory=set)
+    absent: set[Path] = field(default_factory=set)
     reads: dict[int, Read] = field(default_factory=dict)
     settled: dict[Path, Place] = field(default_factory=dict)
     unsettled: list[tuple[Path, Any]] = field(default_factory=list)
@@ -117,13 +120,15 @@ class Shared:
     While every name that was looked up leads to the same object, the next look goes through none of
     them again: only what may have changed in place is seen anew.
 
-    Attributes:
+    Args:
+        seen: What the look has seen so far.
+        met: The classes and functions that it has met.
         entered: Functions whose cells were seen already.
     """
 
-    def __init__(self, seen: Seen) -> None:
-        self.gone_through = GoneThrough()
-        self.entered: set[int] = set()
+    def __init__(self, seen: Seen, met: GoneThrough, entered: set[int]) -> None:
+        self.gone_through = met
+        self.entered = entered
         self._seen = seen
         self._places = seen.places
         self._values: set[int] = set()
@@ -138,10 +143,9 @@ class Shared:
 
     @property
     def owners(self) -> set[Path]:
-        """Classes, functions and what they share."""
         return self.gone_through.owners
 
-    def look(self, before: GoneThrough | None) -> None:
+    def look(self, before: GoneThrough | None) -> GoneThrough:
         """At the classes and functions that were met, and those that they name."""
         met = (set(self.classes), list(self.functions))
         if before is not None and before.still(*met):
@@ -152,6 +156,7 @@ class Shared:
         for name in self.gone_through.switches:
             at = (("module", "this process"), ("attr", name))
             self._places[at] = Place(_SWITCHES[name](), what=_WHAT)
+        return self.gone_through
 
     def _take_over(self, before: GoneThrough) -> None:
         self.gone_through = dataclasses.replace(
@@ -159,6 +164,7 @@ class Shared:
             classes=set(before.classes),
             functions=list(before.functions),
             owners=set(before.owners),
+            absent=set(before.absent),
             unsettled=[],
             closures=[],
         )
@@ -202,6 +208,8 @@ class Shared:
         there = function.__globals__
         for name, value in self._read(there, names).items():
             self._global(function.__module__, name, value, names)
+        module = ("module", function.__module__)
+        self.gone_through.absent |= {(module, ("attr", name)) for name in names - there.keys()}
         # Imported inside of the function.
         for name, value in self._read(sys.modules, names - there.keys()).items():
             self._global(function.__module__, name, value, names)

@@ -121,9 +121,10 @@ class Look(Seen):
         self.weights: set[int] = set()
         self._known = known
         self._persisted = frozenset(persisted)
-        self._before = before
+        self._settled_before = before.settled
         self._settled: dict[Path, Settled] = {}
-        self._shared = Shared(self)
+        self._met = GoneThrough()
+        self._entered: set[int] = set()
         self._library_values = 0
         self._registered: set[int] = set()
         for name, root in roots.items():
@@ -131,18 +132,23 @@ class Look(Seen):
                 self._register((("root", name),), root)
         for name, root in roots.items():
             self._root((("root", name),), root)
-        self._shared.look(before.gone_through)
+        self._met = Shared(self, self._met, self._entered).look(before.gone_through)
         for name, holder in noted.items():
             self._notes((("root", name),), holder)
 
     @property
     def owners(self) -> set[Path]:
         """Classes, functions and what they share."""
-        return self._shared.owners
+        return self._met.owners
+
+    @property
+    def absent(self) -> set[Path]:
+        """Globals that the user's functions name and that are not there."""
+        return self._met.absent
 
     @property
     def for_next(self) -> Before:
-        return Before(self._settled, self._shared.gone_through)
+        return Before(self._settled, self._met)
 
     def _notes(self, path: Path, holder: Any) -> None:
         kind: Any = type(holder)
@@ -155,7 +161,7 @@ class Look(Seen):
     @cached_property
     def _written(self) -> frozenset[str]:
         """The names of attributes that the user's own code writes."""
-        return frozenset().union(*(stored_by(one.__code__) for one in self._shared.functions))
+        return frozenset().union(*(stored_by(one.__code__) for one in self._met.functions))
 
     def marks_below(self, value: Any) -> dict[Path, Any]:
         """The marks of everything that `value` holds."""
@@ -186,7 +192,7 @@ class Look(Seen):
         """
         return any(
             not names_in(one.__code__).isdisjoint(names)
-            for one in self._shared.functions
+            for one in self._met.functions
             if one.__name__ not in but_in
         )
 
@@ -386,7 +392,7 @@ class Look(Seen):
             self._visit((*path, ("attr", "__self__")), value.__self__)
             return
         self.put_opaque(path, value, "another function than at the start")
-        self._shared.entered.add(id(value))
+        self._entered.add(id(value))
         if isinstance(value, functools.partial):
             self._visit((*path, ("attr", "func")), value.func)
             self._visit((*path, ("attr", "args")), value.args)
@@ -394,7 +400,7 @@ class Look(Seen):
             return
         if is_library(value.__module__):
             return
-        self._shared.functions.append(value)
+        self._met.functions.append(value)
         for place, cell in enumerate(value.__closure__ or ()):
             with contextlib.suppress(ValueError):  # an empty cell
                 self._visit((*path, ("cell", place)), cell.cell_contents)
@@ -447,7 +453,7 @@ class Look(Seen):
 
     def _attributes(self, path: Path, value: Any, derived: frozenset[str] = frozenset()) -> None:
         kind: Any = type(value)
-        self._shared.classes.add(kind)
+        self._met.classes.add(kind)
         own = dict(getattr(value, "__dict__", {}))
         for name in slots_of(kind):
             with contextlib.suppress(AttributeError):
@@ -466,7 +472,7 @@ class Look(Seen):
                 self._visit((*path, ("attr", "_update_count")), value._update_count)
         names = [name for name in own if name not in left_out]
         values = [own[name] for name in names]
-        settled = self._before.settled.get(path)
+        settled = self._settled_before.get(path)
         if settled is not None and settled.still(names, values):
             self._settled[path] = settled
             self.places.update(settled.places)

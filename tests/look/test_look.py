@@ -4,11 +4,12 @@ import collections
 import io
 import random
 import sys
+import weakref
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from torch import nn
 from savepoint.look.baseline import Baseline, changed_since, put_back_into_model
 from savepoint.look.classes import is_library
 from savepoint.look.pack import mark, pack, tensors_once, unpack
-from savepoint.look.walk import Look
+from savepoint.look.walk import Before, Look
 
 CPU = torch.device("cpu")
 
@@ -60,8 +61,8 @@ class Model(nn.Module):
         self.counted = counted
 
 
-def look(model: nn.Module) -> Look:
-    return Look({"model": model}, {}, model.state_dict().keys())
+def look(model: nn.Module, before: Before = Before()) -> Look:  # noqa: B008 - cannot be changed
+    return Look({"model": model}, {}, model.state_dict().keys(), before=before)
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -183,6 +184,78 @@ def test_what_is_no_plain_value_is_named(
     if hasattr(model, "log"):
         model.log.close()
     assert any(words in one for one in base.changes(look(model))[1])
+
+
+@pytest.mark.parametrize("name", [*CHANGES, *NAMED])
+def test_a_look_after_another_one_sees_what_a_first_one_would(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Model, "savepoint_count", 0, raising=False)
+    model = Model()
+    first = look(model)
+    base = Baseline(first)
+    again = look(model, first.for_next)
+    assert base.changes(again) == ([], [])
+    if name in CHANGES:
+        CHANGES[name](model)
+    else:
+        NAMED[name][0](model, tmp_path)
+    saved, named = base.changes(look(model, again.for_next))
+    fresh_saved, fresh_named = base.changes(look(model))
+    if hasattr(model, "log"):
+        model.log.close()
+    assert [path for path, _ in saved] == [path for path, _ in fresh_saved]
+    assert named == fresh_named
+    assert saved or named
+
+
+LEVEL = 1
+LIMITS = {"low": 0}
+
+
+def scaled(x: Any) -> Any:
+    return x * LEVEL + LIMITS["low"]
+
+
+class Scaling(nn.Module):
+    factor = 1
+    seen: ClassVar[list[int]] = []
+
+    def forward(self, x: Any) -> Any:
+        return scaled(x) * LATER if "LATER" in globals() else scaled(x)  # type: ignore[name-defined]  # noqa: F821
+
+
+SHARED: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "an attribute of a class": lambda patch: patch.setattr(Scaling, "factor", 2),
+    "a new attribute of a class": lambda patch: patch.setattr(Scaling, "other", 2, raising=False),
+    "a list of a class": lambda patch: patch.setattr(Scaling, "seen", [1]),
+    "a global": lambda patch: patch.setitem(globals(), "LEVEL", 2),
+    "a global that was not there": lambda patch: patch.setitem(globals(), "LATER", 2),
+    "a value in a global": lambda patch: patch.setitem(LIMITS, "low", 5),
+    "an attribute of a function": lambda patch: patch.setattr(scaled, "calls", 1, raising=False),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_is_shared_is_seen_in_each_look(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Scaling()
+    first = look(model)
+    base = Baseline(first)
+    again = look(model, first.for_next)
+    assert base.changes(again) == ([], [])
+    SHARED[name](monkeypatch)
+    assert len(base.changes(look(model, again.for_next))[1]) == 1
+
+
+def test_a_look_keeps_nothing_of_the_looks_before_it_alive() -> None:
+    model = Model()
+    before = look(model).for_next
+    model.tensor = torch.zeros(3)
+    gone = weakref.ref(model.tensor)
+    before = look(model, before).for_next
+    model.tensor = torch.zeros(4)
+    before = look(model, before).for_next
+    assert gone() is None
 
 
 def test_what_a_class_leaves_out_is_not_looked_at() -> None:
