@@ -45,7 +45,7 @@ from torch.utils.data import (
 
 from savepoint.errors import ConfigError
 from savepoint.look.classes import is_library, names_in, slots_of, wrapped_functions_of
-from savepoint.look.pack import (
+from savepoint.look.generators import (
     generator_state,
     is_generator,
     restore_generator,

@@ -18,7 +18,9 @@ from torch import nn
 
 from savepoint.look.baseline import Baseline, changed_since, put_back_into_model
 from savepoint.look.classes import is_library
-from savepoint.look.pack import mark, pack, tensors_once, unpack
+from savepoint.look.marks import mark
+from savepoint.look.pack import pack
+from savepoint.look.unpack import tensors_once, unpack
 from savepoint.look.walk import Before, Look
 
 CPU = torch.device("cpu")

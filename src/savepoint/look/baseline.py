@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from savepoint.look.classes import is_library
-from savepoint.look.pack import Unpackable, mark, sample_sum, tensors_once
+from savepoint.look.kinds import Unpackable
+from savepoint.look.marks import mark, sample_sum
 from savepoint.look.places import (
     Path,
     Place,
@@ -18,6 +19,7 @@ from savepoint.look.places import (
     put_back,
     resolve,
 )
+from savepoint.look.unpack import tensors_once
 from savepoint.look.walk import Look
 
 _MOST_SUMS = 100  # places, in a file

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from savepoint.look.pack import base_of, keys_of, unpack, values_of
+from savepoint.look.kinds import base_of, keys_of, values_of
+from savepoint.look.unpack import unpack
 
 # How to go on from an object: ("attr", name), ("item", key), ("nth", place), ("cell", place),
 # ("module", name), ("buffer", name), ("parameter", name), ("requires_grad", name), ("state", "").

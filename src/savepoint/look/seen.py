@@ -8,15 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from savepoint.look.classes import is_library
-from savepoint.look.pack import (
-    SCALARS,
-    Packer,
-    Unpackable,
-    keys_of,
-    mark,
-    pack,
-    values_of,
-)
+from savepoint.look.kinds import SCALARS, Unpackable, keys_of, values_of
+from savepoint.look.marks import mark
+from savepoint.look.pack import Packer, pack
 from savepoint.look.places import Path, Place, memory_of
 
 _SMALL_VALUES = 1_000  # of what the first look keeps a copy

@@ -28,15 +28,9 @@ from savepoint.look.classes import (
     slots_of,
     wrapped_functions_of,
 )
-from savepoint.look.pack import (
-    SCALARS,
-    Packer,
-    Unpackable,
-    fingerprint,
-    has_notes,
-    mark,
-    values_of,
-)
+from savepoint.look.kinds import SCALARS, Unpackable, has_notes, values_of
+from savepoint.look.marks import fingerprint, mark
+from savepoint.look.pack import Packer
 from savepoint.look.places import Path, Place
 from savepoint.look.seen import Seen, is_hidden_iterator, is_settled
 

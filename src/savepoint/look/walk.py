@@ -44,15 +44,9 @@ from savepoint.look.classes import (
     stored_by,
     wrapped_functions_of,
 )
-from savepoint.look.pack import (
-    has_notes,
-    is_atom,
-    is_generator,
-    is_raw,
-    keys_of,
-    mark,
-    values_of,
-)
+from savepoint.look.generators import is_generator
+from savepoint.look.kinds import has_notes, is_atom, is_raw, keys_of, values_of
+from savepoint.look.marks import mark
 from savepoint.look.places import Path, Place, packed_path, path_below, storage_of
 from savepoint.look.seen import Seen, is_hidden_iterator, is_settled
 from savepoint.look.shared import ENTERED, ITSELF, GoneThrough, Shared

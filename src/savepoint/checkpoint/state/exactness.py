@@ -18,7 +18,7 @@ from savepoint.checkpoint.state.loops import (
     train_loaders,
     validation_loaders,
 )
-from savepoint.look.pack import fingerprint
+from savepoint.look.marks import fingerprint
 
 
 def versions(module: LightningModule) -> dict[str, Any]:
