@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 
-from savepoint.loader import Batches
+from savepoint import Batches
 
 # One record a step: its number, and when it was done (time.monotonic is one clock for all processes
 # of a machine).

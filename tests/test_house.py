@@ -56,7 +56,7 @@ FLOORS = [
     ],
     ["checkpoint.store", "checkpoint.canary"],
     ["checkpoint.state.*", "checkpoint.state", "checkpoint.format", "checkpoint.retention"],
-    ["look.*", "look", "checkpoint.manifest", "loader"],
+    ["look.*", "look", "checkpoint.manifest", "loaders.*", "loaders"],
     ["checkpoint.diagnosis", "checkpoint.seal", "lock", "record", "schedules"],
     ["files", "preemption"],
     ["errors", "job", "words", "workspace"],

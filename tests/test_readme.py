@@ -145,7 +145,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from savepoint.loader import resumable
+from savepoint import resumable
 """
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from savepoint.commands import Parser
     from savepoint.files import replacing
     from savepoint.find import file_or_best
-    from savepoint.loader import Batches, ResumableLoader, resumable
+    from savepoint.loaders.batches import Batches
+    from savepoint.loaders.resumable import ResumableLoader, resumable
     from savepoint.preemption import Preempted, stoppable
     from savepoint.rebuilding import Rebuilt, rebuild
     from savepoint.run import Run
@@ -29,7 +30,7 @@ __version__ = "0.2.0"
 STARTED = time.monotonic()  # the entry points import this first: what `wall_secs` counts from
 
 _HOMES = {
-    "Batches": "loader",
+    "Batches": "loaders.batches",
     "Checkpoint": "checkpoint.store",
     "CheckpointCallback": "checkpoint.callback",
     "CheckpointIO": "checkpoint.io",
@@ -37,7 +38,7 @@ _HOMES = {
     "Parser": "commands",
     "Preempted": "preemption",
     "Rebuilt": "rebuilding",
-    "ResumableLoader": "loader",
+    "ResumableLoader": "loaders.resumable",
     "Retention": "checkpoint.retention",
     "Run": "run",
     "Saver": "checkpoint.saver",
@@ -46,7 +47,7 @@ _HOMES = {
     "plural": "words",
     "rebuild": "rebuilding",
     "replacing": "files",
-    "resumable": "loader",
+    "resumable": "loaders.resumable",
     "stoppable": "preemption",
     "table": "words",
 }

@@ -416,7 +416,7 @@ def test_a_stock_data_loader_is_exact_where_an_epoch_begins_and_said_to_be_not_e
 
     with one_thread():
         fit(tmp_path / "straight", data=Stock, checkpointing=saving(save_every_steps=4))
-        assert "savepoint.loader.resumable(loader)" in capsys.readouterr().out
+        assert "savepoint.resumable(loader)" in capsys.readouterr().out
         found = store.CheckpointStore(tmp_path / "straight" / "checkpoints").checkpoints()
         assert {one.step: one.manifest["exact"] for one in found} == {
             4: False, 6: True, 8: False, 12: True, 16: False, 18: True,

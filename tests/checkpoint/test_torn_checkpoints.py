@@ -18,11 +18,10 @@ from support.small import fit
 from support.stopping import STOPPING, handlers  # noqa: F401  (handlers is a fixture)
 from torch import Tensor, nn
 
-from savepoint import preemption
+from savepoint import Batches, preemption
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.checkpoint.store import CheckpointStore
-from savepoint.loader import Batches
 from savepoint.preemption import Preempted
 
 PARAMETERS = 80

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from project import ClassicNet, ConvNet, ImageClassifier
 from project.figures import CELL, draw_confusion, draw_mistakes
+from savepoint import Batches
 from savepoint.config import typed
 from savepoint.errors import ConfigError
-from savepoint.loader import Batches
 from savepoint.schedules import one_cycle
 
 # Lightning 2.6 asks torch 2.15 about its trees in a way that is going away.

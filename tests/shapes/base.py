@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from savepoint import loader as ours
+import savepoint
 
 TRAIN, VAL, BATCH = 40, 12, 4
 
@@ -21,7 +21,7 @@ WRAPPED = True  # whether `resumable` wraps: not where Lightning trains alone
 
 def resumable(loader: DataLoader[Any]) -> Any:
     """Savepoint's, or the loader as it is."""
-    return ours.resumable(loader) if WRAPPED else loader
+    return savepoint.resumable(loader) if WRAPPED else loader
 
 
 class Net(LightningModule):

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, random_split
 
-from savepoint.loader import Batches
+from savepoint import Batches
 from shapes.base import (
     BATCH,
     TRAIN,

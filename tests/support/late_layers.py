@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from savepoint.loader import resumable
+from savepoint import resumable
 
 
 class Late(LightningModule):

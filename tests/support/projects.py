@@ -49,7 +49,7 @@ class WaveClassifier(LightningModule):
 import torch
 from lightning.pytorch import LightningDataModule
 
-from savepoint.loader import Batches
+from savepoint import Batches
 
 
 class Waves(LightningDataModule):
@@ -272,7 +272,7 @@ def sums() -> dict[str, str]:
         "import torch\nimport torch.nn.functional as F\nfrom lightning.pytorch import "
         "LightningDataModule, LightningModule\n"
         "from torch import nn\nfrom torch.utils.data import DataLoader, TensorDataset\nfrom "
-        "savepoint.loader import resumable\n"
+        "savepoint import resumable\n"
     )
     names = "from project.data import Sums\nfrom project.model import Regression\n"
     return {

@@ -18,9 +18,9 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from savepoint import Batches, resumable
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
-from savepoint.loader import Batches, resumable
 from savepoint.testing import difference, final_state
 from savepoint.training.logs import RunCSVLogger
 

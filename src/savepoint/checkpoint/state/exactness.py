@@ -86,7 +86,7 @@ def inexact(trainer: Trainer, at: str | None) -> list[str]:
         if isinstance(loader, DataLoader) and loader.num_workers and loader.persistent_workers:
             reasons.append(
                 "the validation loader keeps its workers, and what they have drawn with them; "
-                "wrap it: savepoint.loader.resumable(loader)"
+                "wrap it: savepoint.resumable(loader)"
             )
     return [reason for reason in dict.fromkeys(reasons) if reason]
 
@@ -99,7 +99,7 @@ def _without_position(loader: Any, at: str, trainer: Trainer) -> str:
             return "the training loader is left in the middle of its own epoch"
         return ""
     if at != "epoch":
-        return "the training loader keeps no position; wrap it: savepoint.loader.resumable(loader)"
+        return "the training loader keeps no position; wrap it: savepoint.resumable(loader)"
     if isinstance(loader, DataLoader) and loader.num_workers and loader.persistent_workers:
         return "the training loader keeps its workers, and what they have drawn with them"
     return ""

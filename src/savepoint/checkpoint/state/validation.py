@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from savepoint.checkpoint.state.capture import own_buffers
 from savepoint.checkpoint.state.exactness import versions
 from savepoint.checkpoint.state.loops import averaging, validation_loaders
-from savepoint.loader import derive
+from savepoint.loaders.randomness import derive
 
 
 def before_validation(trainer: Trainer) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from torch.utils.data import (
     default_collate,
 )
 
+from savepoint import Batches, ResumableLoader, resumable
 from savepoint.errors import ConfigError
-from savepoint.loader import Batches, ResumableLoader, generators_of, resumable
+from savepoint.loaders.randomness import generators_of
 
 
 class Noisy(Dataset[tuple[Tensor, int]]):

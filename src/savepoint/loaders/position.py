@@ -1,0 +1,113 @@
+"""What every loader of ours has: its position, its seed, its share among the ranks."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    SequentialSampler,
+)
+
+from savepoint.errors import ConfigError
+from savepoint.loaders.randomness import derive
+
+
+class Resumable:
+    """The position in an epoch, and what Lightning and the checkpoint callback call on a loader."""
+
+    batch_sampler = None  # Lightning checks whether it shuffles
+    num_workers = 0
+    persistent_workers = False
+
+    def __init__(
+        self, *, seed: int | None, shuffle: bool, rank: int | None, world_size: int | None
+    ) -> None:
+        self.shuffle = shuffle
+        self._seed = seed
+        self._given = seed is not None
+        self._rank = rank
+        self._world_size = world_size
+        self.epoch = self.position = self._start = 0
+
+    @property
+    def seed(self) -> int:
+        """By default the seed of `seed_everything`, read when the first batch is requested."""
+        if self._seed is None:
+            common = _common_seed() if self.world_size > 1 else torch.initial_seed()
+            self._seed = common % 2**63  # so that a checkpoint holds it as a plain number
+        return self._seed
+
+    @property
+    def rank(self) -> int:
+        if self._rank is not None:
+            return self._rank
+        return torch.distributed.get_rank() if is_distributed() else 0
+
+    @property
+    def world_size(self) -> int:
+        if self._world_size is not None:
+            return self._world_size
+        return torch.distributed.get_world_size() if is_distributed() else 1
+
+    @property
+    def sampler(self) -> "Resumable | _InOrder":
+        """Lightning calls `loader.sampler.set_epoch(epoch)`, and knows by the sampler's class
+        whether it shuffles.
+        """
+        return self if self.shuffle else _InOrder(self)
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.position = 0
+            self._start = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {} if self._given or self._seed is None else {"seed": self._seed}
+        return {"epoch": self.epoch, "position": self.position, **own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch = state["epoch"]
+        self.position = state["position"]
+        self._start = state["position"]
+        if not self._given:
+            self._seed = state.get("seed", self._seed)
+
+    def user_parts(self) -> dict[str, Any]:
+        """The user's objects, which `look` watches for changes during a training."""
+        return {}
+
+    def _share(self, samples: int) -> int:
+        """The number of samples for each rank. All ranks get the same number, and the remainder is
+        left out of this epoch: with one batch more on one rank, the others would wait for ever.
+        """
+        if samples < self.world_size:
+            raise ConfigError(
+                f"Too few samples to share: {samples} for {self.world_size} processes. Each needs "
+                "at least one. Start fewer processes or give more data."
+            )
+        return samples // self.world_size
+
+    def _shuffled(self, samples: int) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(samples)
+        generator = torch.Generator().manual_seed(derive(self.seed, self.epoch))
+        return torch.randperm(samples, generator=generator)
+
+
+def is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _common_seed() -> int:
+    """The seed of all ranks. Each rank's own initial seed may be another one, and the ranks share
+    one order.
+    """
+    return int(os.environ.get("PL_GLOBAL_SEED") or 0)
+
+
+class _InOrder(SequentialSampler):
+    def __init__(self, loader: Resumable) -> None:
+        super().__init__(range(len(loader)))  # type: ignore[arg-type]
+        self.set_epoch = loader.set_epoch

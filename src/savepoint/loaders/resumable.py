@@ -1,0 +1,295 @@
+"""A DataLoader with a position."""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+from savepoint.errors import ConfigError
+from savepoint.loaders.position import Resumable
+from savepoint.loaders.randomness import Randomness, derive, generators_of
+from savepoint.loaders.seeded import PLAIN_COLLATE, SeededByIndex, SeededCollate
+
+# Samplers whose order is a function of their arguments and the generator. Any other sampler may
+# depend on more.
+_DERIVED = (
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    DistributedSampler,
+)
+
+
+class _Keys:
+    """The batch sampler of the inner DataLoader: the batches that are left in this epoch."""
+
+    def __init__(self) -> None:
+        self.batches: Iterable[Any] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+class ResumableLoader(Resumable):
+    """A map-style DataLoader whose order derives from (seed, epoch) and whose samples derive from
+    (seed, epoch, index).
+
+    Any number of workers gives the same batches. A resume in the middle of an epoch reads no sample
+    twice: the inner DataLoader gets only the batches that are left. `resumable` makes one of a
+    DataLoader, whose attributes are attributes of this loader too.
+    """
+
+    def __init__(
+        self, loader: DataLoader[Any], *, seed: int | None, rank: int | None, world_size: int | None
+    ) -> None:
+        if isinstance(loader.dataset, IterableDataset):
+            raise ConfigError(
+                f"This DataLoader cannot be resumed: {type(loader.dataset).__name__}. Expected a "
+                "map-style data set, as only an iterable one itself knows its place. Give the "
+                "loader a state_dict() and a load_state_dict()."
+            )
+        own = loader.batch_sampler
+        self.loader = loader
+        self._own_batches = own if own is not None and type(own) is not BatchSampler else None
+        self._indices = loader.sampler if self._own_batches is None else None
+        shuffle = not isinstance(self._indices, SequentialSampler)
+        super().__init__(seed=seed, shuffle=shuffle, rank=rank, world_size=world_size)
+        # A batch_sampler that was given leaves these None on the loader.
+        self._size = loader.batch_size
+        self._drops_last = loader.drop_last
+        if self._own_batches is None and isinstance(own, BatchSampler):
+            self._indices = own.sampler
+            self._size = own.batch_size
+            self._drops_last = own.drop_last
+        self.num_workers = loader.num_workers
+        self.persistent_workers = loader.persistent_workers
+        self._order: list[Any] | None = None  # of this epoch and rank; None until it begins
+        self._keys = _Keys()
+        self._inner: DataLoader[Any] | None = None
+        if _length(self._source) is not None:
+            len(self)
+
+    def __getattr__(self, name: str) -> Any:
+        # Lightning takes a loader with a data set for a DataLoader, and may give it another sampler
+        # (overfit_batches).
+        if name == "dataset":
+            raise AttributeError(
+                "A resumable loader has no attribute dataset: its DataLoader has it, "
+                "loader.loader.dataset."
+            )
+        if name.startswith("__") or name == "loader":
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_inner": None, "_order": None}
+
+    @property
+    def _source(self) -> Any:
+        return self._own_batches if self._own_batches is not None else self._indices
+
+    def _ranks(self) -> tuple[int, int]:
+        sharded = isinstance(self._source, DistributedSampler)  # already, by the user
+        return (0, 1) if sharded else (self.rank, self.world_size)
+
+    def __len__(self) -> int:
+        number = _length(self._source)
+        if number is None:
+            raise TypeError(f"{type(self._source).__name__} has no length")
+        _, world_size = self._ranks()
+        share = self._share(number) if world_size > 1 else number
+        if self._size is None:
+            return share
+        if self._drops_last:
+            return share // self._size
+        return math.ceil(share / self._size)
+
+    def user_parts(self) -> dict[str, Any]:
+        return {
+            "dataset": self.loader.dataset,
+            "sampler": self._source,
+            "collate_fn": self.loader.collate_fn,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self._order is not None and not self._is_derived():
+            # The order of a user's sampler may depend on anything: it is saved.
+            state["order"] = self._order
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._order = state.get("order")
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self._order = None
+        super().set_epoch(epoch)
+        if hasattr(self._source, "set_epoch"):
+            self._source.set_epoch(epoch)
+
+    @property
+    def goes_by_its_sampler(self) -> bool:
+        """Whether the rest of an epoch is what the sampler says, and not an order that is saved."""
+        return self._is_derived()
+
+    def keep_workers(self) -> None:
+        """Starts those that persist, if this training had them already: they hold the data set as
+        it is now, and not as the hooks of an epoch to come make it.
+        """
+        if self.persistent_workers and self.position and self._inner is None:
+            self._keys.batches = ()
+            self._inner = self._make_inner()
+            iter(self._inner)
+
+    def _is_derived(self) -> bool:
+        return type(self._source) in _DERIVED or _length(self._source) is None
+
+    def __iter__(self) -> Iterator[Any]:
+        start = self._start
+        self._start = 0
+        self.position = start
+        for batch in self._read(start):
+            self.position += 1
+            yield batch
+
+    def _read(self, start: int) -> Iterator[Any]:
+        batches = islice(self._batches(), start, None)
+        if self._size is None and self._own_batches is None:
+            keys: Iterator[Any] = ((self.epoch, index) for index in batches)
+        else:
+            keys = ([(self.epoch, index) for index in batch] for batch in batches)
+        self._keys.batches = keys
+        if self._inner is None or not self.persistent_workers:
+            self._inner = self._make_inner()
+        return iter(self._inner)
+
+    def _batches(self) -> Iterator[Any]:
+        """The batches of this epoch and rank, as lists of indices; single indices where the loader
+        makes no batches.
+        """
+        if _length(self._source) is None:
+            return self._cut(self._endless())
+        if self._order is None:
+            self._order = self._whole_order()
+        return self._cut(iter(self._order))
+
+    def _whole_order(self) -> list[Any]:
+        rank, world_size = self._ranks()
+        if (not self.shuffle and self._own_batches is None) or self._is_plain_shuffle():
+            order: list[Any] = self._shuffled(_length(self._source) or 0).tolist()
+        else:
+            with Randomness(generators_of(self._source)).seeded(derive(self.seed, self.epoch)):
+                order = list(self._begun())
+        if world_size == 1:
+            return order
+        return order[rank : self._share(len(order)) * world_size : world_size]
+
+    def _is_plain_shuffle(self) -> bool:
+        source = self._source
+        if type(source) is not RandomSampler or source.replacement:
+            return False
+        return source.num_samples == len(source.data_source)
+
+    def _begun(self) -> Iterator[Any]:
+        if hasattr(self._source, "set_epoch"):
+            self._source.set_epoch(self.epoch)
+        return iter(self._source)
+
+    def _endless(self) -> Iterator[Any]:
+        rank, world_size = self._ranks()
+        randomness = Randomness(generators_of(self._source))
+        with randomness.seeded(derive(self.seed, self.epoch), keep=True):
+            source = self._begun()
+        number = 0
+        while True:
+            with randomness.continued():
+                try:
+                    index = next(source)
+                except StopIteration:
+                    return
+            if number % world_size == rank:
+                yield index
+            number += 1
+
+    def _cut(self, order: Iterator[Any]) -> Iterator[Any]:
+        if self._size is None:
+            yield from order
+            return
+        while True:
+            batch = list(islice(order, self._size))
+            if not batch or (len(batch) < self._size and self._drops_last):
+                return
+            yield batch
+
+    def _make_inner(self) -> DataLoader[Any]:
+        like = self.loader
+        batched = self._size is not None or self._own_batches is not None
+        keyed = like.collate_fn not in PLAIN_COLLATE
+        collate = like.collate_fn
+        if keyed:
+            collate = SeededCollate(like.collate_fn, self.seed, batched)
+        keys = (
+            {"batch_sampler": self._keys}
+            if batched
+            else {"sampler": self._keys, "batch_size": None}
+        )
+        return DataLoader(
+            SeededByIndex(like.dataset, self.seed, keyed),
+            **keys,
+            num_workers=like.num_workers,
+            collate_fn=collate,
+            pin_memory=like.pin_memory,
+            timeout=like.timeout,
+            worker_init_fn=like.worker_init_fn,
+            multiprocessing_context=like.multiprocessing_context,
+            prefetch_factor=like.prefetch_factor if like.num_workers else None,
+            persistent_workers=like.persistent_workers,
+            # Without this, every iterator draws a base seed from the global generator.
+            generator=torch.Generator().manual_seed(derive(self.seed, self.epoch)),
+        )
+
+
+def _length(source: Any) -> int | None:
+    try:
+        return len(source)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def resumable(
+    loader: DataLoader[Any],
+    *,
+    seed: int | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+) -> ResumableLoader:
+    """Makes a map-style DataLoader resumable: its order derives from the seed, and its position is
+    state.
+
+    Args:
+        loader: Its sampler or batch sampler runs under a seed that derives from (seed, epoch). The
+            order of a sampler that is no class of torch may depend on more: it is saved for the
+            running epoch.
+        seed: Of the order and of every sample's randomness; by default that of `seed_everything`.
+        rank: Of this process, and `world_size`: by default those of the process group.
+
+    Raises:
+        ConfigError: an iterable data set.
+    """
+    return ResumableLoader(copy.copy(loader), seed=seed, rank=rank, world_size=world_size)
