@@ -1,4 +1,4 @@
-"""Data sets and collate functions whose draws are functions of (seed, epoch) and of what they read."""
+"""What reads samples, with draws that are functions of (seed, epoch) and of what is read."""
 
 import zlib
 from collections.abc import Callable
