@@ -1,4 +1,4 @@
-"""Typed configuration from `__init__` signatures: the one file that knows jsonargparse and
+"""Typed configuration from `__init__` signatures: with `classes`, what knows jsonargparse and
 LightningCLI.
 
 `compose` lays files, groups and flags over each other as plain data; here that data meets the types
@@ -8,23 +8,17 @@ of the classes.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import json
 import re
-import sys
 import warnings
-from argparse import ArgumentError
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn
 
-import docstring_parser
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import (
     Callback,
@@ -34,22 +28,19 @@ from lightning.pytorch import (
     seed_everything,
 )
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
-from torch import nn
 
 from savepoint import words
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.config import compose, quick
+from savepoint.config.classes import FIXED, Scalars, arguments_of, class_at, resolve_class
+from savepoint.config.mistakes import explain, print_class_help, readable
 from savepoint.errors import ConfigError, SavepointError
-from savepoint.workspace import project
 
 # jsonargparse writes defaults with yaml, and fails at an Enum: Lightning's Timer has one as the
 # default of a text argument.
 yaml.SafeDumper.add_multi_representer(
     Enum, lambda dumper, member: dumper.represent_data(member.value)
 )
-
-_LIBRARIES = ("torch", "torchvision", "torchmetrics", "lightning", "jsonargparse", "savepoint")
 
 
 def parse(argv: Sequence[str], *, base: str | None = None) -> Namespace:
@@ -74,7 +65,7 @@ def resolve(composed: compose.Composed) -> Namespace:
     Raises and prints as `parse` does.
     """
     if composed.class_help is not None:
-        _print_class_help(composed.class_help, composed)
+        print_class_help(composed.class_help, composed)
         raise SystemExit(0)
     check_keys(composed)
     with _quiet():
@@ -85,7 +76,7 @@ def resolve(composed: compose.Composed) -> Namespace:
                 layers + [f"--{key}={value}" for key, value in composed.flags]
             )
         except _ParseError as error:
-            raise ConfigError(_explain(str(error), composed)) from None
+            raise ConfigError(explain(str(error), composed)) from None
     _refuse_nulls(config, composed)
     if composed.wants_config:
         print(dump(config), end="")
@@ -122,7 +113,7 @@ def _by_last_name(key: str, composed: compose.Composed) -> str:
     known += [
         f"{group}.{name}"
         for group in compose.REPLACED
-        for name in _arguments(_class_at(group, composed))
+        for name in arguments_of(class_at(group, composed))
     ]
     for ending in (f".{key}", f".max_{key}", f"_{key}"):
         matches = [name for name in known if name.endswith(ending)][:3]
@@ -133,7 +124,7 @@ def _by_last_name(key: str, composed: compose.Composed) -> str:
 
 @functools.cache
 def _members(group: str) -> frozenset[str]:
-    return frozenset(inspect.signature(_FIXED[group]).parameters)
+    return frozenset(inspect.signature(FIXED[group]).parameters)
 
 
 def dump(config: Namespace) -> str:
@@ -183,37 +174,6 @@ def instantiate(
     return cli.model, cli.datamodule, cli.trainer
 
 
-class _Scalars:
-    """The keys of a config that belong to no group.
-
-    Args:
-        seed_everything: Of every random number of the run.
-        output_dir: The folder that run directories go to.
-        run_name: Default: <config>-<date>-<time>.
-        init_from: A checkpoint whose weights to start from.
-        init_strict: Whether these must fit the model exactly.
-        resume: What a run directory that exists means: an error, a run to continue, or the only
-            thing accepted. Null: auto in a job that SLURM requeued, else never.
-        threads: That PyTorch computes with. Null: its own choice, at most the cores that this
-            process may use; on a resume the checkpoint's, where there are so many.
-    """
-
-    def __init__(
-        self,
-        seed_everything: int = 0,
-        output_dir: str = "outputs",
-        run_name: str | None = None,
-        init_from: str | None = None,
-        init_strict: bool = True,
-        resume: Literal["never", "auto", "must"] | None = None,
-        threads: int | None = None,
-    ) -> None: ...
-
-
-# The groups whose class is not chosen.
-_FIXED: dict[str, type] = {"": _Scalars, "trainer": Trainer, "checkpoint": CheckpointCallback}
-
-
 class _ParseError(Exception): ...
 
 
@@ -258,7 +218,7 @@ class _Cli(LightningCLI):
         )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_class_arguments(_Scalars, instantiate=False)
+        parser.add_class_arguments(Scalars, instantiate=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
@@ -344,255 +304,12 @@ def _refuse_nulls(config: Namespace, composed: compose.Composed) -> None:
         chosen = values.get(owner)
         if value is not None or key.split(".")[0] not in compose.REPLACED:
             continue
-        arg = _arguments(_resolve(chosen, owner)).get(name) if isinstance(chosen, str) else None
+        arg = (
+            arguments_of(resolve_class(chosen, owner)).get(name)
+            if isinstance(chosen, str)
+            else None
+        )
         if arg and arg.default is not None and not re.search("None|Optional|Any", str(arg.type)):
             raise ConfigError(
-                f"Wrong value of {composed.place(key)}: null. Expected {_readable(str(arg.type))}."
+                f"Wrong value of {composed.place(key)}: null. Expected {readable(str(arg.type))}."
             )
-
-
-# --- what a class takes ---
-
-
-def _print_class_help(flag: str, composed: compose.Composed) -> None:
-    """Prints the arguments of the class in `--KEY.help NAME`, or of the class chosen at KEY."""
-    name, _, named = flag.partition("=")
-    key = name.removeprefix("--").removesuffix(".help")
-    chosen = _resolve(named, key) if named else _class_at(key, composed)
-    if chosen is None:
-        raise ConfigError(_unknown_class(key, named or "none chosen", f"--{key}.help"))
-    print(
-        f"{chosen.__module__}.{chosen.__qualname__} takes, as --{key}.NAME VALUE or under `{key}` "
-        "in a config:"
-    )
-    texts = {p.arg_name: p.description or "" for c in chosen.__mro__ for p in _doc_params(c)}
-    for arg in _arguments(chosen).values():
-        default = "required" if arg.required else f"default {json.dumps(arg.default, default=str)}"
-        text = " ".join(texts.get(arg.name, "").split())
-        print(f"  {arg.name}: {_readable(str(arg.type))} ({default})  {text}".rstrip())
-
-
-def _doc_params(chosen: type) -> list[docstring_parser.DocstringParam]:
-    init = vars(chosen).get("__init__")
-    texts = [text for text in (chosen.__doc__, init.__doc__) if text]
-    return [param for text in texts for param in docstring_parser.parse(text).params]
-
-
-@dataclass
-class _Argument:
-    name: str
-    type: Any
-    default: Any
-    required: bool
-
-
-def _arguments(chosen: type | None) -> dict[str, _Argument]:
-    if chosen is None:
-        return {}
-    parser = ArgumentParser(exit_on_error=False)
-    names = [
-        name.removeprefix("x.")
-        for name in parser.add_class_arguments(chosen, "x", fail_untyped=False)
-    ]
-    defaults = parser.get_defaults(skip_validation=True)
-    parameters = inspect.signature(chosen).parameters.values()
-    required = {parameter.name for parameter in parameters if parameter.default is parameter.empty}
-    kinds = _kinds(chosen)
-    return {
-        name: _Argument(name, kinds.get(name, ""), defaults.get(f"x.{name}"), name in required)
-        for name in names
-    }
-
-
-def _kinds(chosen: type) -> dict[str, Any]:
-    """The type of each argument of a class and of those that it inherits from; as text where its
-    names are not known here.
-    """
-    kinds: dict[str, Any] = {}
-    for owner in reversed(chosen.__mro__):
-        init = vars(owner).get("__init__", object.__init__)
-        try:
-            kinds |= get_type_hints(init)
-        except Exception:  # noqa: BLE001 - a name that only a type checker imports, say
-            kinds |= inspect.get_annotations(init)
-    return kinds
-
-
-# --- what went wrong, in our words ---
-
-
-def _explain(report: str, composed: compose.Composed) -> str:
-    """The first mistake, in one line. Each value is tried alone, as jsonargparse reports a mistake
-    once for each type that it tried.
-    """
-    for key, value in [*_flags(composed), *compose.leaves(composed.config)]:
-        if mistake := _mistake(key, value, _owner(key, composed), composed):
-            return mistake
-    return f"Wrong configuration: {' '.join(report.split())[:400]}"
-
-
-def _flags(composed: compose.Composed) -> Iterator[tuple[str, Any]]:
-    """Each flag with its value: the text, or the list or dict that it is."""
-    for key, text in composed.flags:
-        data = compose.parse_yaml(text, f"--{key}")
-        yield key.rstrip("+"), data if isinstance(data, list | dict) else text
-
-
-def _owner(key: str, composed: compose.Composed) -> type | None:
-    return _class_at(key.rpartition(".")[0], composed)
-
-
-def _mistake(key: str, value: Any, owner: type | None, composed: compose.Composed) -> str:
-    """What is wrong with the value of an argument of the class `owner`; "" where nothing is, or
-    where that class is not known.
-    """
-    outer, _, name = key.rpartition(".")
-    if key in compose.REPLACED:
-        return _wrong_class(key, value, (_base(key),), composed)
-    if owner is None:
-        above = _arguments(_owner(outer, composed)).get(outer.rpartition(".")[2])
-        takes_keys = above is None or _components(above.type) or "dict" in str(above.type).lower()
-        return "" if takes_keys else _unknown_key(key, owner, composed)
-    arg = _arguments(owner).get(name)
-    if arg is None:
-        return "" if _takes_any_name(owner) else _unknown_key(key, owner, composed)
-    if _fits(owner, name, value):
-        return ""
-    if components := _components(arg.type):
-        return _wrong_class(key, value, components, composed)
-    return f"Wrong value of {composed.place(key)}: {value}. Expected {_readable(str(arg.type))}."
-
-
-def _fits(owner: type, name: str, value: Any) -> bool:
-    """Whether jsonargparse takes a value for one argument of a class."""
-    parser = ArgumentParser(exit_on_error=False)
-    others = _arguments(owner).keys() - {name}
-    parser.add_class_arguments(owner, "x", skip=set(others), fail_untyped=False)
-    try:
-        if isinstance(value, str):
-            parser.parse_args([f"--x.{name}={value}"])
-        else:
-            parser.parse_object({"x": {name: value}})
-    except ArgumentError:
-        return False
-    return True
-
-
-def _takes_any_name(owner: type) -> bool:
-    kinds = [parameter.kind for parameter in inspect.signature(owner).parameters.values()]
-    return inspect.Parameter.VAR_KEYWORD in kinds
-
-
-def _components(kind: Any) -> tuple[type, ...]:
-    """The classes in a type that a config names by `class_path`."""
-    if isinstance(kind, type) and not get_args(kind):
-        is_plain = kind.__module__.split(".")[0] in sys.stdlib_module_names
-        return () if is_plain or issubclass(kind, Enum) else (kind,)
-    return tuple(component for inner in get_args(kind) for component in _components(inner))
-
-
-def _wrong_class(key: str, value: Any, bases: tuple[type, ...], composed: compose.Composed) -> str:
-    """What is wrong with the class, or one of several, that is chosen at `key`."""
-    where = composed.place(key)
-    given = dict([*compose.leaves(composed.config), *_flags(composed)])
-    for item in value if isinstance(value, list) else [value]:
-        arguments = {name.removeprefix(f"{key}."): None for name in given}
-        name = item
-        if isinstance(item, dict):
-            name = item.get("class_path")
-            arguments = item.get("init_args") or {}
-        if not isinstance(name, str):
-            return f"Wrong value of {where}: {value}. Expected `class_path` and `init_args`."
-        chosen = _resolve(name, key)
-        if chosen is None:
-            return _unknown_class(key, name, where)
-        if not issubclass(chosen, bases):
-            kinds = " or ".join(base.__name__ for base in bases)
-            return f"Wrong class for {where}: {name}. Expected a {kinds}.{_known_classes(key)}"
-        for argument, inner in arguments.items() if isinstance(item, dict) else ():
-            if mistake := _mistake(f"{key}.{argument}", inner, chosen, composed):
-                return mistake
-        for arg in _arguments(chosen).values():
-            if arg.required and arg.name not in arguments:
-                lacking = f"{key}.{arg.name}"
-                what = f"No value for {composed.place(lacking)}"
-                return f"{what}. Its class has no default for it. Give --{lacking} VALUE."
-    return ""
-
-
-def _readable(kinds: str) -> str:
-    """Types as a person writes them: `<class 'int'>` is int, NoneType is null."""
-    kinds = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kinds)
-    kinds = re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"one of \1", kinds)
-    kinds = re.sub(r"typing\.Optional\[(.*)\]", r"\1 | null", kinds)
-    return re.sub(
-        r"\b(?:[a-z_]+\.)+(?=\w)", "", kinds.replace("NoneType", "null").replace("None", "null")
-    )
-
-
-def _unknown_key(key: str, owner: type | None, composed: compose.Composed) -> str:
-    outer, _, name = key.rpartition(".")
-    known = sorted(_arguments(owner))
-    hint = " See --print_config."
-    if owner:
-        hint = f" {owner.__name__} takes {', '.join(known) or 'no arguments'}."
-    near = words.nearest(name, known, prefix=f"{outer}.")
-    return f"Unknown key: {composed.place(key)}.{near or hint}"
-
-
-def _unknown_class(key: str, name: str, where: str) -> str:
-    module, _, short = name.rpartition(".")
-    because = ""
-    try:
-        importlib.import_module(module or "savepoint")
-    except Exception as error:  # noqa: BLE001 - a module of the user may raise anything
-        because = f" ({error})"
-    files = Path("configs", key)
-    near_files = [path.name for path in (project().root / files).glob("*.yaml")]
-    everywhere = {c.__name__ for c in _below(_base(key)) if not c.__name__.startswith("_")}
-    near = (
-        words.nearest(short, _own_classes(key))
-        or words.nearest(short, near_files, prefix=f"{files}/")
-        or words.nearest(short, everywhere)
-    )
-    return f"No such class for {where}: {name}{because}.{near or _known_classes(key)}"
-
-
-def _known_classes(key: str) -> str:
-    known = ", ".join(sorted(_own_classes(key)))
-    return f" Known here: {known}." if known else ""
-
-
-def _own_classes(key: str) -> set[str]:
-    return {c.__name__ for c in _below(_base(key)) if c.__module__.split(".")[0] not in _LIBRARIES}
-
-
-def _base(key: str) -> type:
-    """The base of a class at `key`: a guess from the name, good enough for a hint."""
-    bases: dict[str, type] = {"model": LightningModule, "data": LightningDataModule}
-    bases |= {"trainer.callbacks": Callback, "trainer.logger": Logger}
-    return bases.get(key, nn.Module)
-
-
-def _class_at(key: str, composed: compose.Composed) -> type | None:
-    """The class that is chosen at `key`, by a flag or a file."""
-    if key in _FIXED:
-        return _FIXED[key]
-    name = dict(composed.flags).get(key) or dict(compose.leaves(composed.config)).get(key)
-    return _resolve(name, key) if isinstance(name, str) else None
-
-
-def _resolve(name: str, key: str) -> type | None:
-    module, _, short = name.rpartition(".")
-    if not module:
-        return next((c for c in _below(_base(key)) if c.__name__ == name), None)
-    try:
-        chosen = getattr(importlib.import_module(module), short, None)
-    except Exception:  # noqa: BLE001 - a module of the user may raise anything
-        return None
-    return chosen if isinstance(chosen, type) else None
-
-
-def _below(base: type) -> set[type]:
-    direct: list[type] = base.__subclasses__()
-    return set(direct).union(*map(_below, direct))
