@@ -47,6 +47,7 @@ FLOORS = [
         "training.*",
     ],
     ["checkpoint.callback", "resume.reschedule"],
+    ["checkpoint.trainer_saver"],
     [
         "checkpoint.saver",
         "checkpoint.ckpt_path",

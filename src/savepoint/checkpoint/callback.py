@@ -4,13 +4,11 @@ What is saved and put back is `state.training`'s, when it is due and what a fail
 `saver`'s: here stand Lightning's hooks.
 """
 
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,21 +16,17 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from savepoint import files, preemption
-from savepoint.checkpoint import facts, format
-from savepoint.checkpoint.canary import canary
+from savepoint.checkpoint import facts
 from savepoint.checkpoint.ckpt_path import load_last, running_call
-from savepoint.checkpoint.facts import Provenance
 from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.retention import Retention
-from savepoint.checkpoint.saver import Saver
 from savepoint.checkpoint.scores import Scores
 from savepoint.checkpoint.state import exactness, loops, ranks, start, validation
-from savepoint.checkpoint.state.points import Point, Points
-from savepoint.checkpoint.state.process import isolated_rng
+from savepoint.checkpoint.state.points import Points
 from savepoint.checkpoint.state.training import TrainingState
 from savepoint.checkpoint.store import CheckpointStore
-from savepoint.errors import CheckpointNotFoundError, CheckpointSaveError
-from savepoint.preemption import Preempted
+from savepoint.checkpoint.trainer_saver import TrainerSaver
+from savepoint.errors import CheckpointNotFoundError
 
 
 class CheckpointCallback(Checkpoint):
@@ -85,28 +79,19 @@ class CheckpointCallback(Checkpoint):
             keep_every_n_steps=keep_every_n_steps,
         )
         self.scores = Scores(monitor, mode)
-        self.saver = Saver(
+        self.saver = TrainerSaver(
             self._store(Path("checkpoints")),
+            self.scores,
             save_every_epochs=save_every_epochs,
             save_every_steps=save_every_steps,
             save_every_secs=save_every_secs,
             on_nan=on_nan,
         )
-        # What a run knows of itself; `training.build` sets them.
-        self.provenance = Provenance()
-        # Raises OSError where nothing must be saved.
-        self.before_save: Callable[[], None] | None = None
-        self.alone = False  # whether a lock keeps all others out of the directory
         self.preloaded: tuple[Path, Any] | None = None  # what `fit(ckpt_path=)` need not read again
         self._has_directory = False
-        self._training: TrainingState | None = None  # None in a fast_dev_run: nothing is saved
         self._points: Points | None = None
         self._began = 0  # the step that this process began with
-        # Of the save that is being made: the point, why, and how the training ended.
-        self._at: Point | None = None
-        self._why: dict[str, Any] = {}
         self._before_validation: dict[str, Tensor] = {}
-        self._said_inexact: set[str] = set()
         self._best_elsewhere = ""
 
     # -- setting up -------------------------------------------------------------------------------
@@ -114,6 +99,11 @@ class CheckpointCallback(Checkpoint):
     @property
     def store(self) -> CheckpointStore:
         return self.saver.store
+
+    @property
+    def training(self) -> TrainingState | None:
+        """None in a fast_dev_run: nothing is saved."""
+        return self.saver.training
 
     def use(self, directory: Path) -> None:
         """Keeps the checkpoints in `directory`; `setup` does it with the Trainer's."""
@@ -140,9 +130,9 @@ class CheckpointCallback(Checkpoint):
             return
         trainer.strategy.checkpoint_io.preloaded = self.preloaded
         self.preloaded = None
-        self._training = None
+        self.saver.training = None
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._training = TrainingState(trainer)
+            self.saver.training = TrainingState(trainer)
 
     @property
     def best_model_path(self) -> str:
@@ -177,13 +167,13 @@ class CheckpointCallback(Checkpoint):
         return {
             "scores": self.scores.state_dict(),
             "saved_step": self.saver.saved_step,
-            "ranks_changed": self._training is not None and self._training.ranks_changed,
+            "ranks_changed": self.training is not None and self.training.ranks_changed,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.saver.saved_step = state_dict["saved_step"]
-        if self._training is not None:
-            self._training.ranks_changed |= state_dict.get("ranks_changed", False)
+        if self.training is not None:
+            self.training.ranks_changed |= state_dict.get("ranks_changed", False)
         if not self.scores.load_state_dict(state_dict["scores"]) and self._has_directory:
             # Another metric ranks now: each manifest holds all metrics of its step, so the files
             # are ranked again.
@@ -197,13 +187,13 @@ class CheckpointCallback(Checkpoint):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         start.load_in_precision(trainer, pl_module, checkpoint)
-        if checkpoint.get("at") and self._training:
-            self._training.load(checkpoint)
+        if checkpoint.get("at") and self.training:
+            self.training.load(checkpoint)
 
     def keep_rates(self) -> None:
         """The user has overridden rates on this resume: those of the file are not put back."""
-        if self._training:
-            self._training.rates_are_overridden = True
+        if self.training:
+            self.training.rates_are_overridden = True
 
     # Lightning has just put its handlers in the place of ours. Where there are several ranks, its
     # own waits for all of them within the handler: for ever, if the signal came to one.
@@ -211,26 +201,26 @@ class CheckpointCallback(Checkpoint):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         preemption.install()
-        if self._training:
+        if self.training:
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
-            self._training.see()
+            self.training.see()
             validation.seed_validation(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         preemption.install()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._training:
-            self._training.prepare()
+        if self.training:
+            self.training.prepare()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._training:
+        if not self.training:
             return
         preemption.arm()
         self._began = trainer.global_step
         self.saver.begin()
         self.saver.watch.begin(pl_module.device)
-        self._preflight(trainer)
+        self.saver.look_ahead(trainer)
         self._points = Points(
             trainer,
             epoch=lambda: self._on_epoch(trainer),
@@ -238,35 +228,22 @@ class CheckpointCallback(Checkpoint):
             validation=lambda: self._on_validation(trainer),
             end=lambda: self._running.keep_end(),
         )
-        self._training.begin()
-        self._say_inexact(trainer, exactness.inexact(trainer, "batch"))
-
-    def _preflight(self, trainer: Trainer) -> None:
-        with isolated_rng(trainer.lightning_module.device):
-            checkpoint = loops.as_lightning_saves(trainer)
-        parameters = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
-        # Before its first step an optimizer has no state. Most keep two numbers for each of the
-        # model's.
-        fresh = not any(optimizer.get("state") for optimizer in checkpoint["optimizer_states"])
-        self.saver.preflight(
-            checkpoint,
-            2 * format.size_bytes(parameters) * fresh,
-            alone=self.alone,
-            writes=trainer.is_global_zero,
-        )
+        self.training.begin()
+        self.saver.say_inexact(trainer, exactness.inexact(trainer, "batch"))
 
     # -- the points -------------------------------------------------------------------------------
 
     @property
     def _running(self) -> TrainingState:
-        assert self._training is not None  # the points are reached in a training alone
-        return self._training
+        assert self.training is not None  # the points are reached in a training alone
+        return self.training
 
     def _on_epoch(self, trainer: Trainer) -> None:
         training = self._running
         if not training.begin_epoch() and trainer.global_step > self._began:
             self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
-            self._poll(trainer, "epoch")
+            self.saver.poll_at(trainer, "epoch")
+            self.scores.require_monitor()
 
     def _on_batch(self, trainer: Trainer) -> bool:
         """False where the batch is left out, as the validation before it is to be run again."""
@@ -277,7 +254,7 @@ class CheckpointCallback(Checkpoint):
         # While gradients are pending there is no safe point: they are not in the file.
         first = not loop.batch_progress.current.ready
         pending_gradients = loops.accumulates(trainer)
-        self._raise_pending(trainer)
+        self.saver.raise_pending(trainer)
         if loop.restarting and not training.is_resuming:
             # A resume as Lightning's own: it may leave out a validation here, and ask again.
             return True
@@ -285,7 +262,7 @@ class CheckpointCallback(Checkpoint):
         if first or arrived:
             training.begin_pass()
         if not arrived and not first and not pending_gradients:
-            self._poll(trainer, "batch")
+            self.saver.poll_at(trainer, "batch")
         training.fetch_next()
         return True
 
@@ -298,12 +275,12 @@ class CheckpointCallback(Checkpoint):
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if not self._in_validation or loops.accumulates(trainer):
             return
-        stop, save = self._agree(trainer)
+        stop, save = self.saver.agree(trainer)
         if stop or save:
             with validation.current_weights(trainer):
-                self._save(trainer, "validation", reason=self.saver.reason(stop, save))
+                self.saver.save(trainer, "validation", reason=self.saver.reason(stop, save))
         if stop:
-            self._leave(trainer, stop)
+            self.saver.leave(trainer, stop)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._in_validation:
@@ -318,7 +295,7 @@ class CheckpointCallback(Checkpoint):
 
     @property
     def _in_validation(self) -> bool:
-        return self._training is not None and self._training.captured is not None
+        return self.training is not None and self.training.captured is not None
 
     def on_train_batch_end(
         self,
@@ -331,23 +308,23 @@ class CheckpointCallback(Checkpoint):
         # A training_step may return nothing, a dict without a loss or, under manual optimization,
         # anything.
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if self._training and isinstance(loss, Tensor):
+        if self.training and isinstance(loss, Tensor):
             self.saver.watch.see(loss, trainer.global_step)
 
     # -- the end ----------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._training:
+        if not self.training:
             return
         self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
-        self._save(trainer, "epoch", reason="end", ended=facts.why_ended(trainer))
-        self._training.captured = None
+        self.saver.save(trainer, "epoch", reason="end", ended=facts.why_ended(trainer))
+        self.training.captured = None
         self._release()
-        self._finish_writing(trainer)
+        self.saver.finish_writing(trainer)
         preemption.disarm()
-        stop, _ = self._agree(trainer)
+        stop, _ = self.saver.agree(trainer)
         if stop:
-            self._leave(trainer, stop)
+            self.saver.leave(trainer, stop)
         self.scores.require_monitor()
 
     def on_exception(
@@ -362,164 +339,10 @@ class CheckpointCallback(Checkpoint):
         if self._points:
             self._points.remove()
             self._points = None
-        if self._training:
-            self._training.release()
-
-    def _leave(self, trainer: Trainer, stop: int) -> None:
-        self._finish_writing(trainer)
-        preemption.disarm()
-        preempted = Preempted(stop)
-        if not trainer.is_global_zero:
-            # Or the launcher would take this rank for a crashed one, and kill the one that saves.
-            preempted.code = 0
-        raise preempted
-
-    # -- deciding ---------------------------------------------------------------------------------
-
-    def _poll(self, trainer: Trainer, at: Point) -> None:
-        stop, save = self._agree(trainer)
-        reason = self.saver.reason(stop, save) or self._due(trainer, at)
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.saver.watch.check_loss(self.store, _smallest(trainer), trainer.is_global_zero)
-        if reason:
-            self._save(trainer, at, reason=reason)
-        if stop:
-            self._leave(trainer, stop)
-        if at == "epoch":
-            self.scores.require_monitor()
-
-    def _agree(self, trainer: Trainer) -> tuple[int, bool]:
-        """(signal to stop or 0, save now): the same on every rank, or one would save and stop while
-        others train on.
-        """
-        stop, now = self.saver.requests()
-        if trainer.world_size > 1:
-            flags = torch.tensor([stop, int(now)], device=trainer.strategy.root_device)
-            stop, now = trainer.strategy.reduce(flags, reduce_op="max").tolist()
-        return stop, bool(now)
-
-    def _due(self, trainer: Trainer, at: Point) -> str:
-        ended = trainer.current_epoch if at == "epoch" else None
-        due = self.saver.due(trainer.global_step, ended)
-        if due or not self.retention.keep_best or self.scores.best_step != trainer.global_step:
-            return due
-        return "best"
-
-    # -- saving -----------------------------------------------------------------------------------
-
-    def _save(self, trainer: Trainer, at: Point, *, reason: str, ended: str | None = None) -> None:
-        step = trainer.global_step
-        module = trainer.lightning_module
-        started = time.perf_counter()
-        # One save at a time; what failed in the one before is said before this one.
-        self._finish_writing(trainer)
-        if self.saver.is_saved(step, at) and ended is None:
-            return
-        unsound = self.saver.watch.check_weights(
-            module.parameters(),
-            module.buffers(),
-            step,
-            self.store,
-            _smallest(trainer),
-            trainer.is_global_zero,
-        )
-        if unsound:
-            self.saver.fail(unsound)
-            return
-        where = f"epoch {trainer.current_epoch}" if at == "epoch" else f"step {step}"
-        said = f"{where}: {self.scores.sentence(step)}"
-        path = self.store.path(step)
-
-        def write() -> None:
-            if trainer.is_global_zero:
-                self._sync_logs(trainer, path)
-            with isolated_rng(module.device):
-                # As by default, without Lightning's line about it.
-                trainer.save_checkpoint(path, weights_only=False)
-            if trainer.is_global_zero:
-                self._writer(trainer).submit(lambda: self._commit(path, said, started))
-
-        self._at = at
-        self._why = {"reason": reason, "ended": ended}
-        try:
-            if not self.saver.attempt(step, at, write):
-                trainer.strategy.barrier("Trainer.save_checkpoint")  # where the other ranks wait
-        finally:
-            self._at = None
-            self._why = {}
-
-    def _sync_logs(self, trainer: Trainer, path: Path) -> None:
-        """The rows that a checkpoint counts are on disk before it.
-
-        A crash between the two leaves rows too many, which a resume cuts, never a gap.
-        """
-        if self.before_save:
-            self.before_save()
-        try:
-            self.saver.take_request()
-            for logger in trainer.loggers:
-                if hasattr(logger, "sync"):
-                    logger.sync()
-        except OSError as error:
-            raise CheckpointSaveError(
-                f"The log could not be written before the save: {path} ({error}).", path
-            ) from error
-
-    def _commit(self, path: Path, said: str, started: float) -> None:
-        self.store.commit()
-        self.saver.succeed(path, said, started)
+        if self.training:
+            self.training.release()
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if not self._training:
-            return
-        unsaved = self._training.fill(checkpoint, self._at, self._why.get("ended"))
-        checkpoint["config"] = self.provenance.config
-        checkpoint["run"] = dict(self.provenance.run)
-        checkpoint["optimizer"] = next(iter(checkpoint["optimizer_states"]), None)
-        checkpoint[self.scores.key] = self.scores.best
-        checkpoint["canary"] = canary(pl_module, checkpoint["state_dict"])
-        checkpoint["manifest"] = (
-            facts.gather(trainer, self.provenance)
-            | {"at": self._at, "exact": not unsaved, "unsaved": unsaved[:20]}
-            | (self._why or {"reason": "user", "ended": None})
-            | self.scores.facts(trainer.global_step)
-        )
-        self._writer(trainer).finish = lambda whole: self._finish(trainer, whole)
-
-    def _finish(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        """Once the module's own on_save_checkpoint has had its word, which comes after that of
-        callbacks.
-        """
-        facts = checkpoint["manifest"]
-        facts["unsaved"] += self._running.left_out(checkpoint["state_dict"])
-        facts["exact"] = not facts["unsaved"]
-        if facts["at"] is not None:
-            self._say_inexact(trainer, facts["unsaved"])
-
-    def _say_inexact(self, trainer: Trainer, reasons: list[str]) -> None:
-        """Each reason once a run."""
-        new = [reason for reason in reasons if reason not in self._said_inexact]
-        self._said_inexact |= set(new)
-        if new and trainer.is_global_zero:
-            print(f"A resume will not be exact: {'; '.join(new[:5])}.", flush=True)
-
-    def _writer(self, trainer: Trainer) -> CheckpointIO:
-        return cast(CheckpointIO, trainer.strategy.checkpoint_io)
-
-    def _raise_pending(self, trainer: Trainer) -> None:
-        try:
-            self._writer(trainer).raise_pending()
-        except OSError as error:
-            self.saver.fail(error)
-
-    def _finish_writing(self, trainer: Trainer) -> None:
-        try:
-            self._writer(trainer).wait()
-        except OSError as error:
-            self.saver.fail(error)
-
-
-def _smallest(trainer: Trainer) -> Callable[[Tensor], Tensor]:
-    return lambda number: cast(Tensor, trainer.strategy.reduce(number, reduce_op="min"))
+        self.saver.fill(trainer, pl_module, checkpoint)

@@ -86,7 +86,10 @@ class FiniteWatch:
             NonFiniteLossError: with `on_nan: stop`.
         """
         first = self.check_loss(store, reduce, speaks)
-        if _all_finite(list(parameters), list(buffers)):
+        sound = _all_finite(list(parameters), list(buffers))
+        if reduce:  # statistics are each rank's own: all ranks save, or none
+            sound = bool(reduce(self._first_bad.new_tensor(int(sound))))
+        if sound:
             self._first_bad.fill_(NEVER)  # at most a bad batch, left out by a gradient scaler
             return None
         began = f" (the training loss: first at step {first})" if first is not None else ""

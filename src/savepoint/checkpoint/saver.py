@@ -4,7 +4,7 @@ happens when a save fails. No Lightning.
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,10 +120,6 @@ class Saver:
         epoch: int,
     ) -> bool:
         tensors = [value for _, value in format.leaves(dict(state)) if isinstance(value, Tensor)]
-        unsound = self.watch.check_weights((), tensors, step, self.store)
-        if unsound:
-            self.fail(unsound)
-            return False
         started = time.perf_counter()
 
         def write() -> None:
@@ -131,7 +127,7 @@ class Saver:
             written = self.store.save(state, step=step, epoch=epoch, metrics=metrics)
             self.succeed(written.path, f"step {step}: ", started)
 
-        return self.attempt(step, None, write)
+        return self.attempt(step, None, write, ((), tensors))
 
     # -- when -------------------------------------------------------------------------------------
 
@@ -193,12 +189,33 @@ class Saver:
         if warning:
             print(warning, file=sys.stderr, flush=True)
 
-    def attempt(self, step: int, at: str | None, write: Callable[[], None]) -> bool:
-        """Calls `write`; what the disk or a value refuses is said, and training goes on.
+    def attempt(
+        self,
+        step: int,
+        at: str | None,
+        write: Callable[[], None],
+        weights: tuple[Iterable[Tensor], Iterable[Tensor]],
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        speaks: bool = True,
+    ) -> bool:
+        """Calls `write`, if the weights are sound; what the disk or a value refuses is said, and
+        training goes on.
+
+        Args:
+            weights: Parameters, which must be finite, and buffers, which must hold no NaN.
+            reduce: See `FiniteWatch.check_loss`.
+            speaks: Whether this is the rank that prints.
 
         Returns:
             Whether it was written.
+
+        Raises:
+            NonFiniteLossError: With `on_nan="stop"`.
         """
+        unsound = self.watch.check_weights(*weights, step, self.store, reduce, speaks)
+        if unsound:
+            self.fail(unsound)
+            return False
         self._saved = (step, at)
         self.saved_step = step
         preemption.requests.save = False

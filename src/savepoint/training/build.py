@@ -138,10 +138,10 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
             logger.join(record["id"], run.directory)
     checkpointing = next(one for one in every if isinstance(one, CheckpointCallback))
     checkpointing.use(run.directory / "checkpoints")
-    checkpointing.alone = True
-    checkpointing.before_save = run.check
+    checkpointing.saver.alone = True
+    checkpointing.saver.before_save = run.check
     checkpointing.preloaded = start.state
-    checkpointing.provenance = Provenance(
+    checkpointing.saver.provenance = Provenance(
         config=typed.dump(portable(config)),
         parent=start.digest,
         run={"id": record["id"], "name": run.directory.name},
