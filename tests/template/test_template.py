@@ -527,7 +527,12 @@ def make_environment(copy: Path) -> dict[str, str]:
     (copy / ".venv/bin/ruff").symlink_to(Path(sys.prefix, "bin/ruff"))
     lacking = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     # pip reads the second as what --no-build-isolation sets.
-    return lacking | {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "OMP_NUM_THREADS": "1"}
+    return lacking | {
+        "PIP_NO_INDEX": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",
+        "OMP_NUM_THREADS": "1",
+        "UV": "",
+    }
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from savepoint.template.git import check_repository, git, identity
 COPIED = (
     "train.py", "resume.py", "Makefile", "requirements.txt", "pyproject.toml", "configs",
     "src/project", "tests/test_project.py", ".gitignore", ".pre-commit-config.yaml", ".ci/run",
-    ".github/workflows/ci.yml",
+    ".ci/environment.py", ".github/workflows/ci.yml",
 )  # fmt: skip
 LIBRARY = "src/savepoint"
 SOURCE_LINE = f"-e ./{LIBRARY}"
