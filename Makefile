@@ -27,7 +27,7 @@ help: ## this list
 	@echo '  variables: CONFIG=configs/x.yaml  CKPT=file or run directory  RUN=run directory  ARGS="--model.lr 0.01"'
 
 setup: ## the environment in .venv (VENV=... elsewhere), once; the other targets call it
-	@$(or $(PYTHON),false) -c '$(RECENT)' || { echo "No Python that is recent enough: $$(python3 --version 2>&1). Expected 3.11 or newer. Name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@$(or $(PYTHON),false) -c '$(RECENT)' || { echo "No Python that is recent enough: $$($(or $(PYTHON),python3) --version 2>&1). Expected 3.11 or newer. Name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(INSTALL)
 
 extras: setup ## what is optional, too: Optuna, ONNX, Weights & Biases, MLflow

@@ -118,8 +118,10 @@ def set_up(venv: Path, uv: str, root: Path, lock: int) -> int:
         )
     code = install(venv, uv, ["--requirement", "requirements.txt"], lock)
     if code:
+        otherwise = " (make setup UV= takes pip)" if uv else ""
         print(
-            f"Not set up: {venv}. {tool} says why above. The next call goes on from here: make setup",
+            f"Not set up: {venv}. {tool} says why above. The next call goes on from here: "
+            f"make setup{otherwise}",
             file=sys.stderr,
         )
     else:
