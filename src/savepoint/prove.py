@@ -149,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments += ["--trainer.max_epochs", str(asked.epochs), "--checkpoint.save_every_steps", "40"]
     began = time.monotonic()
     print(
-        f"{asked.config or 'The default config'}, {plural(asked.epochs, 'epoch')}: a straight run beside one "
-        f"that is killed (moments from seed {seed})",
+        f"{asked.config or 'The default config'}, {plural(asked.epochs, 'epoch')}: a straight run "
+        f"beside one that is killed (moments from seed {seed})",
         flush=True,
     )
     try:
