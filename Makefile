@@ -20,7 +20,7 @@ INSTALL = $(PYTHON) .ci/environment.py $(VENV) '$(UV)'
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup extras train resume eval predict export report ls sweep test lint tensorboard prove upgrade clean
+.PHONY: help setup extras train resume eval predict export report ls sweep test format lint tensorboard prove upgrade clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 25
@@ -60,7 +60,10 @@ sweep: setup ## try values of config keys: CONFIG=configs/sweep/lr.yaml
 test: setup ## the tests; ARGS="-k name", ARGS="-n 0 -m slow -s"
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-lint: setup ## ruff and mypy
+format: setup ## what ruff can mend by itself: layout, order of imports
+	$(VENV)/bin/python -m ruff check --fix-only . && $(VENV)/bin/python -m ruff format .
+
+lint: setup ## ruff and mypy; make format mends much of what they say
 	$(VENV)/bin/python -m ruff check . && $(VENV)/bin/python -m ruff format --check . && $(VENV)/bin/python -m mypy
 
 tensorboard: setup ## the curves of all runs in outputs/

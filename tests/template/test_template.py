@@ -43,6 +43,31 @@ TRAINING = [
     "train.py", "--config", "configs/mine.yaml", "--checkpoint.save_every_steps", "5",
     "--trainer.max_epochs", "4", "--run_name",
 ]  # fmt: skip
+# Right, and nothing that mypy would take: as Lightning's own examples are written.
+ORDINARY = """
+from typing import Any, Dict, List
+
+import torch, torchvision
+from lightning.pytorch import LightningModule
+
+class Gan(LightningModule):
+    def __init__(self, lr: float = 0.01, widths: list = [64, 64], names: Dict[str, List] = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.register_buffer("mask", torch.ones(2))
+        self.best = None
+
+    def training_step(self, batch, batch_idx: int) -> dict:
+        self.best = self.mask[0] * 1.0
+        self.logger.experiment.add_image("one", torchvision.utils.make_grid(batch), self.current_epoch)
+        for a, b in zip(self.hparams.widths, self.hparams.widths[1:]):
+            l = a * b
+        loss = self(batch).sum() * l
+        return loss
+
+    def configure_optimizers(self) -> dict:
+        return {"optimizer": torch.optim.Adam(self.parameters(), self.hparams.lr)}
+"""
 Trained = Callable[[str], Path]
 VENDORED = f"vendor/savepoint_lightning-{savepoint.__version__}-py3-none-any.whl"
 
@@ -133,6 +158,16 @@ def test_a_copy_needs_its_own_files_and_wheel_alone(cats: Path) -> None:
         assert done.returncode == 0, done.stderr
     assert (
         subprocess.run(["make", "--dry-run", "new"], cwd=cats, capture_output=True).returncode == 2
+    )
+
+
+def test_the_code_of_a_copy_is_as_typed_as_its_owner_likes(cats: Path) -> None:
+    rules = tomllib.loads((cats / "pyproject.toml").read_text())["tool"]
+    [own] = rules["mypy"]["overrides"]
+    assert (rules["mypy"]["strict"], own["module"], own["ignore_errors"]) == (
+        True,
+        "project.*",
+        True,
     )
 
 
@@ -553,7 +588,9 @@ def test_a_copy_sets_itself_up_is_linted_tested_and_upgraded(
         return ended.stdout
 
     where = "import savepoint, project; print(savepoint.__file__, project.__file__, savepoint.__version__)"
-    run("make", "setup", "extras", "lint")
+    (copy / "src/project/ordinary.py").write_text(ORDINARY)
+    run("make", "setup", "extras", "format", "lint")
+    (copy / "src/project/ordinary.py").unlink()
     assert f"{copy}/src/project/__init__.py" in run(".venv/bin/python", "-c", where)
     assert " passed" in run("make", "test")
     little = "--epochs 1 --kills 1 --data.dataset digits"
