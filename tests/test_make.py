@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from support.copies import committed, set_up  # noqa: F401  (committed is a fixture)
+from support.limits import HANG_SECS
 from support.programs import LITTLE
 
 from savepoint.commands import main
@@ -97,7 +98,7 @@ def test_each_command_of_the_table_runs_as_it_is_written_there(
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=HANG_SECS,
         )
         expected = 1 if row == "python -m savepoint diff" else 0  # of two configs
         assert done.returncode == expected, (row, done.stdout, done.stderr)
@@ -119,6 +120,6 @@ def test_what_takes_minutes_starts(committed: Path, words: list[str]) -> None:
     set_up(committed)
     environment = os.environ | {"PYTHONPATH": str(committed / "src")}
     done = subprocess.run(
-        words, cwd=committed, env=environment, capture_output=True, text=True, timeout=600
+        words, cwd=committed, env=environment, capture_output=True, text=True, timeout=HANG_SECS
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from support import forked
 from support.forked import Program
+from support.limits import HANG_SECS
 from support.programs import ROOT
 from support.run_dirs import say
 from support.stopping import handlers  # noqa: F401  (handlers is a fixture)
@@ -303,7 +304,7 @@ def test_a_sweep_that_is_killed_says_who_still_trains_and_then_goes_on(file: Pat
     taken_over, said = refused.stderr.splitlines()
     assert taken_over.startswith(f"Taking over the lock of pid {process.pid} on ")
     assert "Another process trains" in said
-    until = time.monotonic() + 240
+    until = time.monotonic() + HANG_SECS
     while (done := swept(file)).returncode == 2:
         assert time.monotonic() < until
     assert done.returncode == 0, done.stderr
@@ -337,7 +338,7 @@ def test_a_sweep_that_is_cut_off_goes_on_with_the_same_trial_and_repeats_none(
         command(file, tmp_path), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
     )
     second = tmp_path / "tiny" / "trial-001" / "checkpoints"
-    until = time.monotonic() + 240
+    until = time.monotonic() + HANG_SECS
     while not list(second.glob("step-*.ckpt")):
         assert process.poll() is None
         assert time.monotonic() < until

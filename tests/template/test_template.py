@@ -30,6 +30,7 @@ from support.copies import (  # noqa: F401  (committed, newer and wheel are fixt
     unpacked,
     wheel,
 )
+from support.limits import HANG_SECS, LONGER_SECS
 from support.programs import ROOT
 from support.projects import PROJECTS, make_it_yours
 from support.small import difference, final_state, rows
@@ -344,7 +345,7 @@ def test_an_interrupted_copy_leaves_nothing(
     slow_git = tmp_path / "bin" / "git"
     slow_git.parent.mkdir()
     slow_git.write_text(
-        f'#!/bin/sh\ncase "$*" in *" commit "*) touch {slow_git.parent}/here; exec sleep 60;; esac\n'
+        f'#!/bin/sh\ncase "$*" in *" commit "*) touch {slow_git.parent}/here; exec sleep {LONGER_SECS};; esac\n'
         f'exec {shutil.which("git")} "$@"\n'
     )
     slow_git.chmod(0o755)
@@ -359,7 +360,7 @@ def test_an_interrupted_copy_leaves_nothing(
         time.sleep(0.01)
     assert len(list(tmp_path.glob(".cats-*.tmp/cats/.git"))) == 1
     process.send_signal(signum)
-    assert process.communicate(timeout=30) == ("", "")
+    assert process.communicate(timeout=HANG_SECS) == ("", "")
     assert process.returncode == 128 + signum
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
@@ -370,7 +371,7 @@ def test_a_copy_that_is_interrupted_while_the_wheel_is_built_leaves_nothing(
     slow_pip = tmp_path / "slow" / "pip.py"
     slow_pip.parent.mkdir()
     slow_pip.write_text(
-        f"open({str(slow_pip.parent / 'here')!r}, 'w').close()\nimport time; time.sleep(60)\n"
+        f"open({str(slow_pip.parent / 'here')!r}, 'w').close()\nimport time; time.sleep({LONGER_SECS})\n"
     )
     paths = f"{slow_pip.parent}:{environment(committed)['PYTHONPATH']}"
     process = subprocess.Popen(
@@ -381,7 +382,7 @@ def test_a_copy_that_is_interrupted_while_the_wheel_is_built_leaves_nothing(
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=30)[1] == ""
+    assert process.communicate(timeout=HANG_SECS)[1] == ""
     assert process.returncode == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["slow"]
 
@@ -582,7 +583,7 @@ def test_a_copy_sets_itself_up_is_linted_tested_and_upgraded(
 
     def run(*command: str) -> str:
         ended = subprocess.run(
-            command, cwd=copy, env=known, capture_output=True, text=True, timeout=600
+            command, cwd=copy, env=known, capture_output=True, text=True, timeout=HANG_SECS
         )
         assert ended.returncode == 0, (command, ended.stdout[-3000:], ended.stderr[-3000:])
         return ended.stdout
