@@ -54,7 +54,7 @@ report: setup ## one HTML file that shows a run: RUN (the newest if not given), 
 ls: setup ## a table of all runs in outputs/, or of the checkpoints of one: RUN
 	$(VENV)/bin/python -m savepoint ls $(call quoted,$(RUN)) $(ARGS)
 
-sweep: setup ## try values of config keys: CONFIG=configs/sweep/lr.yaml
+sweep: setup ## try values of config keys: CONFIG=configs/sweep/lr.yaml, or ARGS="--model.lr 0.01,0.003"
 	$(VENV)/bin/python -m savepoint sweep $(call quoted,$(CONFIG)) $(ARGS)
 
 test: setup ## the tests; ARGS="-k name", ARGS="-n 0 -m slow -s"

@@ -80,7 +80,7 @@ def compose(argv: Sequence[str], *, base: str | None = None) -> Composed:
     Raises:
         ConfigError: a file that is missing or malformed, or a command line that cannot be read.
     """
-    configs, groups, composed = _split(argv)
+    configs, groups, composed = split(argv)
     if composed.wants_help:
         return composed
     files = [(_read_config(Path(name)), Path(name)) for name in configs]
@@ -169,7 +169,8 @@ def config_name(argv: Sequence[str]) -> str:
 # --- the command line ---
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], Composed]:
+def split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], Composed]:
+    """The config files, the groups, and all else with its flags."""
     configs: list[str] = []
     groups: list[tuple[str, str]] = []
     composed = Composed()
