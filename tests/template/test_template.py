@@ -133,8 +133,8 @@ def test_a_copy_is_what_is_committed_under_a_name_of_its_own(template: Path, whe
 def test_a_copy_is_thin(cats: Path) -> None:
     copied = files(cats)
     assert {name.split("/")[0] for name in copied} == {
-        ".ci", ".github", ".gitignore", ".pre-commit-config.yaml", "Makefile", "README.md", "configs",
-        "pyproject.toml", "requirements.txt", "resume.py", "src", "tests", "train.py", "vendor",
+        ".ci", ".dockerignore", ".github", ".gitignore", ".pre-commit-config.yaml", "Dockerfile", "Makefile", "README.md",
+        "configs", "pyproject.toml", "requirements.txt", "resume.py", "src", "tests", "train.py", "vendor",
     }  # fmt: skip
     assert {name.split("/")[1] for name in copied if name.startswith("src/")} == {"project"}
     lines = sum(text.count(b"\n") for name, text in copied.items() if not name.endswith(".whl"))

@@ -18,8 +18,8 @@ from savepoint.template.git import check_repository, git, identity
 
 COPIED = (
     "train.py", "resume.py", "Makefile", "requirements.txt", "pyproject.toml", "configs",
-    "src/project", "tests/test_project.py", ".gitignore", ".pre-commit-config.yaml", ".ci/run",
-    ".ci/environment.py", ".github/workflows/ci.yml",
+    "src/project", "tests/test_project.py", ".gitignore", ".pre-commit-config.yaml", "Dockerfile",
+    ".dockerignore", ".ci/run", ".ci/environment.py", ".github/workflows/ci.yml",
 )  # fmt: skip
 LIBRARY = "src/savepoint"
 UNTYPED = "ignore_errors = true # without this line, what you annotate is checked"
