@@ -14,6 +14,7 @@ from support.programs import ROOT
 
 INSTALLER = """#!/bin/sh
 echo "$@" >> installed
+test -z "$PYTHONPATH" || exit 9  # or pip takes what lies in src/ for installed
 test ! -e broken
 """
 PINS = "torch==2.15.0\njsonargparse[jsonnet,signatures]==4.53.0\n./vendor/savepoint_lightning-1.0-py3-none-any.whl\n-e .\n"
