@@ -5,7 +5,7 @@ RUN    ?=
 INPUT  ?=
 ARGS   ?=
 WHEEL  ?=
-VENV   := .venv
+VENV   ?= .venv
 # a value as one word of the shell, whatever is in it; nothing where it is empty
 quoted = $(if $(1),'$(subst ','\'',$(1))')
 # the default one, which train.py names, where none is given
@@ -13,23 +13,25 @@ config = $(if $(CONFIG),--config $(call quoted,$(CONFIG)))
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 # the first Python that is recent enough; the newest wheels of torch may be missing for a Python that is younger still
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
+# where it is there, it installs in place of pip; make setup UV= for pip
+UV     ?= $(shell command -v uv)
+INSTALL = $(PYTHON) .ci/environment.py $(VENV) '$(UV)'
+# the code of this project first: several may share an environment, which has one of them installed
+export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup extras train resume eval predict export report ls sweep test lint tensorboard prove upgrade clean
+.PHONY: help setup extras train resume eval predict export report ls sweep test format lint tensorboard prove upgrade clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 25
 	@echo '  variables: CONFIG=configs/x.yaml  CKPT=file or run directory  RUN=run directory  ARGS="--model.lr 0.01"'
 
-setup: $(VENV)/ready ## the environment in .venv, once; the other targets call it
-
-$(VENV)/ready: requirements.txt pyproject.toml $(wildcard src/savepoint/pyproject.toml)
-	@$(or $(PYTHON),false) -c '$(RECENT)' || { echo "No Python that is recent enough: $$(python3 --version 2>&1). Expected 3.11 or newer. Name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
-	@echo "Setting up $(VENV) with $(PYTHON): about 6 GB, once." && $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt && touch $@
+setup: ## the environment in .venv (VENV=... elsewhere), once; the other targets call it
+	@$(or $(PYTHON),false) -c '$(RECENT)' || { echo "No Python that is recent enough: $$($(or $(PYTHON),python3) --version 2>&1). Expected 3.11 or newer. Name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@$(INSTALL)
 
 extras: setup ## what is optional, too: Optuna, ONNX, Weights & Biases, MLflow
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'savepoint-lightning[sweep,onnx,wandb,mlflow]'
+	$(INSTALL) 'savepoint-lightning[sweep,onnx,wandb,mlflow]'
 
 train: setup ## train and test: CONFIG, ARGS
 	$(VENV)/bin/python train.py $(config) $(ARGS)
@@ -52,13 +54,16 @@ report: setup ## one HTML file that shows a run: RUN (the newest if not given), 
 ls: setup ## a table of all runs in outputs/, or of the checkpoints of one: RUN
 	$(VENV)/bin/python -m savepoint ls $(call quoted,$(RUN)) $(ARGS)
 
-sweep: setup ## try values of config keys: CONFIG=configs/sweep/lr.yaml
+sweep: setup ## try values of config keys: CONFIG=configs/sweep/lr.yaml, or ARGS="--model.lr 0.01,0.003"
 	$(VENV)/bin/python -m savepoint sweep $(call quoted,$(CONFIG)) $(ARGS)
 
 test: setup ## the tests; ARGS="-k name", ARGS="-n 0 -m slow -s"
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-lint: setup ## ruff and mypy
+format: setup ## what ruff can mend by itself: layout, order of imports
+	$(VENV)/bin/python -m ruff check --fix-only . && $(VENV)/bin/python -m ruff format .
+
+lint: setup ## ruff and mypy; make format mends much of what they say
 	$(VENV)/bin/python -m ruff check . && $(VENV)/bin/python -m ruff format --check . && $(VENV)/bin/python -m mypy
 
 tensorboard: setup ## the curves of all runs in outputs/
@@ -70,7 +75,7 @@ prove: setup ## a straight run against one that is killed and resumed, both dige
 upgrade: setup ## in a copy: another version of the library, WHEEL=savepoint_lightning-X-py3-none-any.whl
 	$(VENV)/bin/python -m savepoint.template upgrade -- $(or $(call quoted,$(WHEEL)),'')
 	@$(MAKE) --no-print-directory setup
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall vendor/*.whl
+	$(INSTALL) --no-deps --force-reinstall vendor/*.whl
 
 -include benchmarks/bench.mk  # of the template alone
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.limits import HANG_SECS
 
 from savepoint import entry
 
@@ -49,7 +50,7 @@ def command(body: str, *arguments: str) -> list[str]:
 def test_output_that_cannot_be_written_ends_no_training(tmp_path: Path, code: str) -> None:
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", code.format('"$@"'), "bash", *command("main", str(tmp_path / "done"))],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=HANG_SECS,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "done").exists()
@@ -59,7 +60,7 @@ def test_output_that_cannot_be_written_ends_no_training(tmp_path: Path, code: st
     ("body", "code", "said"), [("mistake", 2, "Wrong."), ("fail", 1, "Saving failed.")]
 )
 def test_an_error_is_its_message_and_its_exit_code(body: str, code: int, said: str) -> None:
-    done = subprocess.run(command(body), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command(body), capture_output=True, text=True, timeout=HANG_SECS)
     assert (done.returncode, done.stderr) == (code, f"{said}\n")
 
 
@@ -77,7 +78,9 @@ except KeyboardInterrupt:
 with entry.importing():
     print(gc.isenabled())
 """
-    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", body], capture_output=True, text=True, timeout=HANG_SECS
+    )
     assert (done.stdout, done.stderr) == ("True True\nTrue\n", "")
 
 
@@ -111,7 +114,9 @@ def main(argv):
 
 entry.run(main, {str(ROOT / "train.py")!r})
 """
-    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", body], capture_output=True, text=True, timeout=HANG_SECS
+    )
     assert (done.returncode, done.stdout.split()) == (code, ["main", "thread", "handler"])
     assert (tmp_path / "file").read_text() == "a user's"
     assert done.stderr.strip().endswith(last)
@@ -122,7 +127,7 @@ def test_a_signal_whose_exception_python_drops_ends_the_process_all_the_same() -
     """Where a handler runs within the callback of a weak reference, as in an import, nothing that
     it raises goes on.
     """
-    done = subprocess.run(command("dropped"), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command("dropped"), capture_output=True, text=True, timeout=HANG_SECS)
     assert (done.returncode, done.stderr) == (143, "Stopped by SIGTERM.\n")
 
 
@@ -142,7 +147,7 @@ def launched(**bodies: str) -> tuple[str, list[str]]:
     """Exit codes of the ranks, and the lines that they said."""
     words = [word for rank, body in bodies.items() for word in (rank[1:], body)]
     done = subprocess.run(
-        [sys.executable, "-c", LAUNCHER, *words], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", LAUNCHER, *words], capture_output=True, text=True, timeout=HANG_SECS
     )
     return done.stdout.strip(), done.stderr.splitlines()
 

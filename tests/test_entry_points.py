@@ -123,6 +123,27 @@ def test_the_code_of_another_copy_is_refused(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) <= 5
 
 
+def test_a_project_in_an_environment_that_others_share_runs_its_own_code(tmp_path: Path) -> None:
+    own = tmp_path / "src/project/__init__.py"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    body = "def main(argv):\n    import project\n    print(project.__file__)\n    return 0\n"
+    program = tmp_path / "program.py"
+    program.write_text(f"from savepoint import entry\n{body}entry.run(main, __file__)\n")
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{own}\n", "")
+
+
+def test_a_command_refuses_the_library_of_another_copy(tmp_path: Path) -> None:
+    (tmp_path / "src/savepoint").mkdir(parents=True)
+    (tmp_path / "resume.py").touch()
+    command = [sys.executable, "-m", "savepoint", "ls"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "another copy's code" in done.stderr
+    assert len(done.stderr.splitlines()) <= 5
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "said"),
     [

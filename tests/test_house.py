@@ -418,3 +418,10 @@ def test_a_checkpoint_preset_names_every_key_so_that_none_of_another_preset_stay
     # where a run's checkpoints lie is the run's own business
     keys = set(inspect.signature(CheckpointCallback).parameters)
     assert set(compose.read(ROOT / config)) == keys
+
+
+def test_the_time_limits_of_tests_are_there_to_end_a_hang() -> None:
+    """Each is HANG_SECS: under load a start alone takes minutes."""
+    own = re.compile(r"(?:\btimeout=|monotonic\(\) \+ )\d")
+    tests = ROOT.joinpath("tests").rglob("*.py")
+    assert [path.name for path in tests if own.search(path.read_text(encoding="utf-8"))] == []

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from support.forked import Program
+from support.limits import LONGER_SECS
 from support.programs import SIX_AN_EPOCH as SMALL
 from support.programs import call, into, run, start, wait_for_a_checkpoint
 from support.run_dirs import latest
@@ -185,7 +186,7 @@ def test_a_lock_that_nobody_holds_is_taken_over_whatever_stands_in_it(
 
 
 def test_the_lock_dies_with_its_process_though_a_forked_one_lives_on(tmp_path: Path) -> None:
-    forks = "pid = os.fork()\nif pid == 0: time.sleep(60)\n(Path(sys.argv[1]) / 'worker').write_text(str(pid))"
+    forks = f"pid = os.fork()\nif pid == 0: time.sleep({LONGER_SECS})\n(Path(sys.argv[1]) / 'worker').write_text(str(pid))"
     with held(tmp_path, forks) as holder:
         assert refused(tmp_path)
         holder.kill()

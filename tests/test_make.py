@@ -7,13 +7,13 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.copies import committed  # noqa: F401  (a fixture)
+from support.copies import committed, set_up  # noqa: F401  (committed is a fixture)
+from support.limits import HANG_SECS
 from support.programs import LITTLE
 
 from savepoint.commands import main
@@ -71,12 +71,6 @@ def rows() -> list[str]:
     ]  # type: ignore[index]
 
 
-def wrap(program: Path, command: str) -> None:
-    program.parent.mkdir(exist_ok=True, parents=True)
-    program.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
-    program.chmod(0o755)
-
-
 @pytest.mark.parametrize(
     "asked",
     [
@@ -88,8 +82,7 @@ def test_each_command_of_the_table_runs_as_it_is_written_there(
     asked: list[str], committed: Path
 ) -> None:
     assert set(asked) <= set(rows())
-    wrap(committed / ".venv/bin/python", shlex.quote(sys.executable))
-    (committed / ".venv/ready").touch()
+    set_up(committed)
     (committed / "one.yaml").write_text(SWEEP)
     Image.new("L", (28, 28)).save(committed / "a picture.png")
     environment = os.environ | {"PYTHONPATH": str(committed / "src"), "OMP_NUM_THREADS": "1"}
@@ -105,7 +98,7 @@ def test_each_command_of_the_table_runs_as_it_is_written_there(
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=HANG_SECS,
         )
         expected = 1 if row == "python -m savepoint diff" else 0  # of two configs
         assert done.returncode == expected, (row, done.stdout, done.stderr)
@@ -124,10 +117,9 @@ def test_the_console_script_is_the_same_program() -> None:
     ["make", "bench", "ARGS=--help"],
 ], ids=lambda words: words[1])  # fmt: skip
 def test_what_takes_minutes_starts(committed: Path, words: list[str]) -> None:
-    wrap(committed / ".venv/bin/python", shlex.quote(sys.executable))
-    (committed / ".venv/ready").touch()
+    set_up(committed)
     environment = os.environ | {"PYTHONPATH": str(committed / "src")}
     done = subprocess.run(
-        words, cwd=committed, env=environment, capture_output=True, text=True, timeout=600
+        words, cwd=committed, env=environment, capture_output=True, text=True, timeout=HANG_SECS
     )
     assert done.returncode == 0, done.stdout + done.stderr

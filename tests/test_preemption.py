@@ -5,13 +5,14 @@ import subprocess
 import sys
 
 import pytest
+from support.limits import HANG_SECS
 
 HEAD = "import os, signal, sys, time\nfrom savepoint import preemption as p\n"
 
 
 def run(body: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", HEAD + body], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", HEAD + body], capture_output=True, text=True, timeout=HANG_SECS
     )
 
 

@@ -44,7 +44,7 @@ def run(main: Callable[[Sequence[str]], int], script: str, default_config: str =
     sys.stdout = tolerant(sys.stdout)
     sys.stderr = tolerant(sys.stderr)
     try:
-        refuse_foreign_install(project.root)
+        take_own_code(project.root)
         enter(project)
         preemption.install()
         warn_of_shared_store()
@@ -219,18 +219,30 @@ def require_whole_output() -> None:
         )
 
 
-def refuse_foreign_install(root: Path) -> None:
-    """A copied project in the environment of its original would train the original's code."""
-    places = {"project": root / "src" / "project", "savepoint": root / "src" / "savepoint"}
-    for package, own in places.items():
-        if package == "savepoint" and not own.is_dir():
+def take_own_code(root: Path) -> None:
+    """Has the project under `root` import its own code in an environment that several share, where
+    the code of one of them is installed.
+
+    Raises:
+        ConfigError: that of another project is loaded already, or nothing else is there.
+    """
+    own = (root / "src").resolve()
+    if (own / "project").is_dir() and _found("project") != own / "project":
+        sys.path.insert(0, str(own))
+        importlib.invalidate_caches()
+    for package in ("project", "savepoint"):
+        found = _found(package)
+        if package == "savepoint" and not (own / package).is_dir():
             continue  # installed, as in a copy that has it as a wheel
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            continue
-        code = Path(spec.origin).resolve().parent
-        if code != own.resolve():
+        if found is not None and found != own / package:
             raise ConfigError(
-                f"This environment runs another copy's code: {code}. Expected it under {root}. "
-                f"Install this copy into an environment of its own: cd {root} && make setup"
+                f"This environment runs another copy's code: {found}. Expected it under {root}, "
+                "as that project was called. Call it by make, or with PYTHONPATH=src, or set up an "
+                f"environment of its own: cd {root} && make setup"
             )
+
+
+def _found(package: str) -> Path | None:
+    """The folder of a package that is loaded, or that an import would load."""
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).resolve().parent if spec and spec.origin else None

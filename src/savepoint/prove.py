@@ -23,6 +23,7 @@ from pathlib import Path
 
 from savepoint.checkpoint.manifest import step_files, step_in_name
 from savepoint.errors import ConfigError, SavepointError
+from savepoint.words import plural
 from savepoint.workspace import project
 
 SHOWN = 2000
@@ -82,8 +83,12 @@ def kill_and_resume(
 
 
 def end(process: subprocess.Popen[bytes], name: str, log: Path) -> None:
-    if process.wait() != 0:
-        raise Failed(f"The {name} run failed. The end of its output:\n{log.read_text()[-SHOWN:]}")
+    code = process.wait()
+    said = log.read_text()[-SHOWN:]
+    if code == ConfigError.exit_code:
+        raise ConfigError(said.strip())
+    if code:
+        raise Failed(f"The {name} run failed. The end of its output:\n{said}")
 
 
 def rows(run: Path) -> list[dict[str, str]]:
@@ -144,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments += ["--trainer.max_epochs", str(asked.epochs), "--checkpoint.save_every_steps", "40"]
     began = time.monotonic()
     print(
-        f"{asked.config or 'The default config'}, {asked.epochs} epochs: a straight run beside one "
-        f"that is killed (moments from seed {seed})",
+        f"{asked.config or 'The default config'}, {plural(asked.epochs, 'epoch')}: a straight run "
+        f"beside one that is killed (moments from seed {seed})",
         flush=True,
     )
     try:

@@ -18,10 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from savepoint import sweep_file
+from savepoint.config import compose
 from savepoint.errors import ConfigError, RunExistsError, RunLockedError
 from savepoint.files import refuse_url, replacing
 from savepoint.preemption import Preempted
@@ -35,22 +36,32 @@ _DONE = ("COMPLETE", "PRUNED")
 
 
 def run(
-    path: Path, output_dir: str = "outputs", say: Callable[[str], None] = print
+    sweep: Sweep, name: str, output_dir: str = "outputs", say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Runs the trials of a sweep file that are not done, one after the other, and returns the
-    results, best first.
+    """Runs the trials of a sweep that are not done, one after the other, and returns the results,
+    best first.
 
     Raises:
-        ConfigError: the file, a missing package, or a trial that refused its values.
-        RunExistsError: the study was begun with another file.
+        ConfigError: a missing package, or a trial that refused its values.
+        RunExistsError: the study was begun with other settings.
         RunLockedError: another process runs the sweep, or still trains one of its trials.
     """
-    optuna = _optuna()
+    optuna = require_optuna()
     refuse_url(output_dir, "output_dir")
-    sweep = sweep_file.read(path)
-    directory = Path(output_dir) / path.stem
+    directory = Path(output_dir) / name
     with _lock(directory).locked():
-        return _run(optuna, sweep, path, directory, say)
+        return _run(optuna, sweep, directory, say)
+
+
+def ranked_as_configured(sweep: Sweep) -> Sweep:
+    """With the metric that the config of its first trial ranks checkpoints by."""
+    checkpoint = compose.parse_yaml(_config(sweep, sweep.ends()[0]), "the config")["checkpoint"]
+    if checkpoint["monitor"] is None:
+        raise ConfigError(
+            "No metric to rank the trials by: checkpoint.monitor is null. Name one that the "
+            "validation logs: --checkpoint.monitor val/loss --checkpoint.mode min"
+        )
+    return replace(sweep, monitor=checkpoint["monitor"], mode=checkpoint["mode"])
 
 
 def check(sweep: Sweep) -> None:
@@ -60,17 +71,20 @@ def check(sweep: Sweep) -> None:
         ConfigError: with the message of train.py.
     """
     for values in sweep.ends():
-        command = [sys.executable, "train.py", *sweep.arguments(values), "--print_config"]
-        done = subprocess.run(command, cwd=project().root, capture_output=True, text=True)
-        if done.returncode:
-            raise ConfigError(done.stderr.strip())
+        _config(sweep, values)
 
 
-def _run(
-    optuna: Any, sweep: Sweep, path: Path, directory: Path, say: Callable[[str], None]
-) -> dict[str, Any]:
-    study = _open(optuna, sweep, path, directory)
-    _refuse_another(study, sweep, path, directory)
+def _config(sweep: Sweep, values: Mapping[str, Any]) -> str:
+    command = [sys.executable, "train.py", *sweep.arguments(values), "--print_config"]
+    done = subprocess.run(command, cwd=project().root, capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(done.stderr.strip())
+    return done.stdout
+
+
+def _run(optuna: Any, sweep: Sweep, directory: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    study = _open(optuna, sweep, directory)
+    _refuse_another(study, sweep, directory)
     if not study.trials:
         check(sweep)
     begun = [trial for trial in study.trials if trial.state.name == "RUNNING"]
@@ -105,7 +119,7 @@ def _lock(directory: Path) -> Run:
     return lock
 
 
-def _open(optuna: Any, sweep: Sweep, path: Path, directory: Path) -> Any:
+def _open(optuna: Any, sweep: Sweep, directory: Path) -> Any:
     from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -115,7 +129,7 @@ def _open(optuna: Any, sweep: Sweep, path: Path, directory: Path) -> Any:
         pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
     try:
         return optuna.create_study(
-            study_name=path.stem,
+            study_name=directory.name,
             storage=f"sqlite:///{database}",
             load_if_exists=True,
             direction="maximize" if sweep.mode == "max" else "minimize",
@@ -256,16 +270,16 @@ def _suggest(trial: Any, key: str, space: Mapping[str, Any]) -> Any:
     return trial.suggest_float(key, low, high, log=log, step=step)
 
 
-def _refuse_another(study: Any, sweep: Sweep, path: Path, directory: Path) -> None:
+def _refuse_another(study: Any, sweep: Sweep, directory: Path) -> None:
     """Refuses a study that was begun with other settings; only `trials` may change."""
     settings = {key: value for key, value in vars(sweep).items() if key != "trials"}
     text = json.dumps(settings, sort_keys=True, default=str)
     before = study.user_attrs.get("asked")
     if before not in (None, text):
         raise RunExistsError(
-            f"A sweep of this name was begun with other settings: {directory}. Only `trials` of "
-            f"{path} may change, as all trials are compared. Give the file another name, or move "
-            "that directory away."
+            f"A sweep of this name was begun with other settings: {directory}. Only `trials` "
+            "may change, as all trials are compared. Give the file another name, or move that "
+            "directory away."
         )
     study.set_user_attr("asked", text)
 
@@ -343,7 +357,8 @@ def short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _optuna() -> Any:
+def require_optuna() -> Any:
+    """Raises ConfigError where the extra is missing."""
     try:
         import optuna
         from matplotlib import figure  # noqa: F401

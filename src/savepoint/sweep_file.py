@@ -1,8 +1,9 @@
-"""The file of a sweep, checked before anything runs."""
+"""What a sweep tries, from its file or from flags, checked before anything runs."""
 
+import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,8 @@ class Sweep:
     """The file of a sweep.
 
     Attributes:
-        config: The config that every trial starts from; relative to the project.
+        config: The config that every trial starts from, relative to the project; from flags several
+            or none, as for train.py.
         parameters: Config key -> {low, high, log, step} or {choices}.
         monitor: The metric to improve, by its best value over the validations of a trial.
         mode: Whether a smaller or a larger value is better.
@@ -45,7 +47,7 @@ class Sweep:
         overrides: Config key -> value, the same in every trial.
     """
 
-    config: str
+    config: str | Sequence[str]
     parameters: Mapping[str, Mapping[str, Any]]
     monitor: str = "val/accuracy"
     mode: Mode = "max"
@@ -69,8 +71,11 @@ class Sweep:
 
     def arguments(self, values: Mapping[str, Any]) -> list[str]:
         """The arguments of train.py for a trial."""
-        arguments = ["--config", str(project().root / self.config)]
-        for key, value in {**self.overrides, **values}.items():
+        configs = [self.config] if isinstance(self.config, str) else self.config
+        arguments = [word for one in configs for word in ("--config", str(project().root / one))]
+        both = {**self.overrides, **values}
+        # What names a class comes before the values of that class.
+        for key, value in sorted(both.items(), key=lambda item: item[0].count(".")):
             text = value if isinstance(value, str) else json.dumps(value)
             arguments.append(f"--{key}={text}")
         return arguments
@@ -107,6 +112,36 @@ def read(path: Path) -> Sweep:
     for values in sweep.ends():
         quick.check_keys(compose.compose(sweep.arguments(values)))
     return sweep
+
+
+def of_flags(flags: Sequence[str]) -> tuple[Sweep, str]:
+    """A grid of the flags that have several values, as in `--model.lr 0.01,0.003`, and a name for
+    it; the others are the same in every trial.
+
+    Raises:
+        ConfigError: none has several, or a flag cannot be read.
+    """
+    configs, groups, composed = compose.split(flags)
+    choices: dict[str, list[Any]] = {}
+    for key, text in [*groups, *composed.flags]:
+        values = compose.parse_yaml(f"[{text}]", f"--{key} {text}")
+        choices[key] = [one for at, one in enumerate(values) if one not in values[:at]]
+    several = {key: values for key, values in choices.items() if len(values) > 1}
+    if not several:
+        raise ConfigError(
+            "Nothing to try: no flag has several values. Expected a sweep file, or values with "
+            "commas between them: savepoint sweep --model.lr 0.01,0.003"
+        )
+    sweep = Sweep(
+        config=[str(Path(name).absolute()) for name in configs],
+        parameters={key: {"choices": values} for key, values in several.items()},
+        sampler="grid",
+        prune=False,
+        overrides={key: values[0] for key, values in choices.items() if len(values) == 1},
+    )
+    digest = hashlib.sha256(json.dumps(vars(sweep), default=str).encode()).hexdigest()
+    words_of = (key.rpartition(".")[2] for key in several)
+    return sweep, f"sweep-{'-'.join(words_of)}-{digest[:6]}"
 
 
 def _is(value: Any, kind: type) -> bool:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from support.checkpoint_files import facts, names, small_checkpoint, small_state
+from support.limits import HANG_SECS
 from torch.utils.data import DataLoader
 
 from savepoint import files
@@ -71,7 +72,7 @@ class Gate:
 
         def guarded(descriptor: int) -> None:
             self.reached.set()
-            assert self.open.wait(10)
+            assert self.open.wait(HANG_SECS)
             if self.fail:
                 raise OSError(28, "No space left on device")
             fsync(descriptor)
@@ -180,7 +181,7 @@ def test_training_may_change_the_state_while_it_is_written(
     encode = format.encode
 
     def late(*arguments: Any) -> Any:
-        assert gate_of_encode.wait(10)
+        assert gate_of_encode.wait(HANG_SECS)
         return encode(*arguments)
 
     monkeypatch.setattr(format, "encode", late)
@@ -229,7 +230,7 @@ def test_a_second_save_waits_for_the_first(
 ) -> None:
     gate = Gate(monkeypatch)
     behind.save_checkpoint(small_state(1), tmp_path / "a.ckpt")
-    assert gate.reached.wait(10)
+    assert gate.reached.wait(HANG_SECS)
     second = threading.Thread(
         target=behind.save_checkpoint, args=(small_state(2), tmp_path / "b.ckpt")
     )
@@ -237,7 +238,7 @@ def test_a_second_save_waits_for_the_first(
     second.join(0.1)
     assert second.is_alive()
     gate.open.set()
-    second.join(10)
+    second.join(HANG_SECS)
     behind.wait()
     for name, value in (("a.ckpt", 1), ("b.ckpt", 2)):
         assert format.fingerprint(store.load(tmp_path / name)[0]) == format.fingerprint(

@@ -5,6 +5,7 @@ trials need the extra.
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ import pytest
 import yaml
 from support import forked
 from support.forked import Program
+from support.limits import HANG_SECS
 from support.programs import ROOT
 from support.run_dirs import say
 from support.stopping import handlers  # noqa: F401  (handlers is a fixture)
 
 from savepoint import sweep, sweep_file
+from savepoint.commands import sweep as sweep_command
 from savepoint.errors import ConfigError
 
 SMALL = {
@@ -123,7 +126,42 @@ def test_without_its_package_the_command_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"optuna.*pip install 'savepoint-lightning\[sweep\]'"):
-        sweep.run(written(tmp_path / "lr.yaml"), str(tmp_path))
+        sweep.run(sweep_file.read(written(tmp_path / "lr.yaml")), "lr", str(tmp_path))
+
+
+def test_flags_with_several_values_are_a_grid_and_the_others_hold_for_every_trial() -> None:
+    flags = [
+        "--config", "configs/fast.yaml", "--model.net=ConvNet,ClassicNet", "--model.net.width", "8",
+        "--model.lr", "1e-2,0.003,0.01",
+    ]  # fmt: skip
+    asked, name = sweep_file.of_flags(flags)
+    assert asked.grid() == [
+        {"model.net": net, "model.lr": lr}
+        for net in ("ConvNet", "ClassicNet")
+        for lr in (0.01, 0.003)
+    ]
+    assert re.fullmatch("sweep-net-lr-[0-9a-f]{6}", name)
+    assert sweep_file.of_flags(flags)[1] == name
+    assert sweep_file.of_flags([*flags, "--trainer.max_epochs", "2"])[1] != name
+    assert asked.arguments(asked.grid()[0]) == [
+        "--config", str(ROOT / "configs/fast.yaml"), "--model.net=ConvNet", "--model.lr=0.01",
+        "--model.net.width=8",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--model.lr", "0.01"], "Nothing to try: no flag has several values"),
+        ([], "Nothing to try: "),
+        (["configs/sweep/lr.yaml", "--model.lr", "1,2"], "A sweep file and more"),
+        (["--model.lr", "[1,2"], r"Malformed YAML: --model\.lr \[1,2"),
+    ],
+)
+def test_flags_that_are_no_sweep_are_refused(given: list[str], said: str) -> None:
+    pytest.importorskip("optuna", reason="needs: make extras")
+    with pytest.raises(ConfigError, match=said):
+        sweep_command._asked(given)
 
 
 # -- with Optuna ---------------------------------------------------------------------------------
@@ -203,6 +241,23 @@ def test_a_sweep_tells_a_script_each_trial_and_the_best_of_them(
 
 
 @pytest.mark.usefixtures("quick_starts")
+def test_a_sweep_from_flags_takes_the_metric_of_the_config_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("optuna", reason="needs: make extras")
+    ranked = {"checkpoint.monitor": "val/loss", "checkpoint.mode": "min", "trainer.max_epochs": 1}
+    flags = [f"--{key}={value}" for key, value in (SMALL | ranked).items()]
+    flags += ["--model.lr", "1e-7,0.02", "--output_dir", str(tmp_path)]
+    code, out, err = say(capsys, "sweep", *flags, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["monitor"] == "val/loss"
+    assert [one["parameters"]["model.lr"] for one in told["trials"]] == [0.02, 1e-7]
+    code, out, _ = say(capsys, "sweep", *flags)
+    assert (code, out.splitlines()[0].endswith(": 2 trials, 2 done")) == (0, True)
+
+
+@pytest.mark.usefixtures("quick_starts")
 def test_a_trial_that_is_refused_or_measures_another_metric_stops_the_sweep_and_stays_open(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -251,7 +306,7 @@ def test_a_sweep_that_is_cut_off_goes_on_with_the_values_that_it_would_have_had(
     for name, parts in (("whole", [4]), ("cut off", [1, 2, 1])):
         (tmp_path / name).mkdir()
         for part in parts:
-            study = sweep._open(optuna, asked, tmp_path / "a.yaml", tmp_path / name)
+            study = sweep._open(optuna, asked, tmp_path / name)
             for _ in range(part):
                 trial = study.ask()
                 study.sampler = sweep._sampler(optuna, asked, trial.number)
@@ -303,7 +358,7 @@ def test_a_sweep_that_is_killed_says_who_still_trains_and_then_goes_on(file: Pat
     taken_over, said = refused.stderr.splitlines()
     assert taken_over.startswith(f"Taking over the lock of pid {process.pid} on ")
     assert "Another process trains" in said
-    until = time.monotonic() + 240
+    until = time.monotonic() + HANG_SECS
     while (done := swept(file)).returncode == 2:
         assert time.monotonic() < until
     assert done.returncode == 0, done.stderr
@@ -337,7 +392,7 @@ def test_a_sweep_that_is_cut_off_goes_on_with_the_same_trial_and_repeats_none(
         command(file, tmp_path), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True
     )
     second = tmp_path / "tiny" / "trial-001" / "checkpoints"
-    until = time.monotonic() + 240
+    until = time.monotonic() + HANG_SECS
     while not list(second.glob("step-*.ckpt")):
         assert process.poll() is None
         assert time.monotonic() < until

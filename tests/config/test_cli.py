@@ -254,6 +254,14 @@ def test_the_default_config_is_found_from_any_working_directory(
     assert flat()["model.lr"] == 0.7
 
 
+def test_a_default_config_that_is_gone_is_said_with_the_place_that_names_it(
+    configs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workspace, "_entered", workspace.Project(configs, Path("gone.yaml")))
+    with pytest.raises(ConfigError, match=r"No default config: .*gone\.yaml.*train\.py names it"):
+        flat()
+
+
 def test_files_that_choose_no_model_go_on_top_of_the_default_config(
     configs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

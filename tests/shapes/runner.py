@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, Checkpoint, Timer
+from support.limits import HANG_SECS
 from support.small import EveryPoint, one_thread
 from torch import Tensor
 
@@ -53,7 +54,6 @@ from shapes.base import RowLogger, Shape
 
 POINTS = {"batch": 5, "epoch": 2, "validation": 2}  # resumed from, of each kind, evenly chosen
 FEW = {"batch": 2, "epoch": 1, "validation": 1}
-LIMIT_SECS = 300
 ALARM, SIGNALS = "no end after", (*preemption.STOP, preemption.SAVE)
 
 
@@ -272,7 +272,7 @@ def judge(name: str, shape: Shape, points: Mapping[str, int] = POINTS) -> Verdic
         quiet(),
         one_thread(),
         signals_kept(),
-        at_most(LIMIT_SECS),
+        at_most(HANG_SECS),
     ):
         try:
             _judge(verdict, shape, Path(root), points)

@@ -2,6 +2,8 @@
 
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -54,6 +56,16 @@ def files(at: Path) -> dict[str, bytes]:
         for path in found
         if "__pycache__" not in path.parts
     }
+
+
+def set_up(at: Path) -> None:
+    """Has make take the environment of this process for the one of the template or copy in `at`."""
+    python = at / ".venv/bin/python"
+    python.parent.mkdir(exist_ok=True, parents=True)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    record = runpy.run_path(str(at / ".ci/environment.py"))["record"]
+    (at / ".venv/ready").write_text(record(at.resolve()))
 
 
 @pytest.fixture(scope="module")

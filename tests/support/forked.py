@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from support.limits import HANG_SECS
+
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["savepoint.resume.start", "project"])
@@ -71,7 +73,7 @@ class Program:
         return self._process.exitcode is None
 
     def wait_for(self, happened: Callable[[], object]) -> None:
-        until = time.monotonic() + 120
+        until = time.monotonic() + HANG_SECS
         while not happened():
             assert self.runs, self.said
             assert time.monotonic() < until, self.said
@@ -86,7 +88,7 @@ class Program:
 
     def wait(self) -> int:
         """Its exit code."""
-        self._process.join(150)
+        self._process.join(HANG_SECS)
         if self.runs:
             self.kill()
             raise AssertionError(f"It does not end. {self.said}")

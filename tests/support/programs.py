@@ -18,6 +18,7 @@ from savepoint.checkpoint import store
 from savepoint.config import quick, typed
 from savepoint.resume import request
 from savepoint.resume import start as mains
+from support.limits import HANG_SECS
 
 ROOT = Path(__file__).resolve().parents[2]
 # The digits that need no data, one thread, small enough for an epoch to take a second.
@@ -62,7 +63,7 @@ def into(outputs: Path, name: str = "run") -> list[str]:
 def run(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / script), *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=170, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECS, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def start(script: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def wait_for_a_checkpoint(run_dir: Path, process: subprocess.Popen[str]) -> None:
-    until = time.monotonic() + 120
+    until = time.monotonic() + HANG_SECS
     while not list((run_dir / "checkpoints").glob("step-*.ckpt")):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < until

@@ -9,6 +9,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
+from support.limits import LONGER_SECS
+
 
 class Waiting(Callback):
     def __init__(self, where: str, mark: str) -> None:
@@ -25,4 +27,4 @@ class Waiting(Callback):
     def _wait(self, trainer: Trainer) -> None:
         if trainer.global_rank == 1 and not self.mark.exists():
             self.mark.touch()
-            time.sleep(600)
+            time.sleep(LONGER_SECS)

@@ -30,6 +30,7 @@ from support.copies import (  # noqa: F401  (committed, newer and wheel are fixt
     unpacked,
     wheel,
 )
+from support.limits import HANG_SECS, LONGER_SECS
 from support.programs import ROOT
 from support.projects import PROJECTS, make_it_yours
 from support.small import difference, final_state, rows
@@ -43,6 +44,31 @@ TRAINING = [
     "train.py", "--config", "configs/mine.yaml", "--checkpoint.save_every_steps", "5",
     "--trainer.max_epochs", "4", "--run_name",
 ]  # fmt: skip
+# Right, and nothing that mypy would take: as Lightning's own examples are written.
+ORDINARY = """
+from typing import Any, Dict, List
+
+import torch, torchvision
+from lightning.pytorch import LightningModule
+
+class Gan(LightningModule):
+    def __init__(self, lr: float = 0.01, widths: list = [64, 64], names: Dict[str, List] = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.register_buffer("mask", torch.ones(2))
+        self.best = None
+
+    def training_step(self, batch, batch_idx: int) -> dict:
+        self.best = self.mask[0] * 1.0
+        self.logger.experiment.add_image("one", torchvision.utils.make_grid(batch), self.current_epoch)
+        for a, b in zip(self.hparams.widths, self.hparams.widths[1:]):
+            l = a * b
+        loss = self(batch).sum() * l
+        return loss
+
+    def configure_optimizers(self) -> dict:
+        return {"optimizer": torch.optim.Adam(self.parameters(), self.hparams.lr)}
+"""
 Trained = Callable[[str], Path]
 VENDORED = f"vendor/savepoint_lightning-{savepoint.__version__}-py3-none-any.whl"
 
@@ -107,8 +133,8 @@ def test_a_copy_is_what_is_committed_under_a_name_of_its_own(template: Path, whe
 def test_a_copy_is_thin(cats: Path) -> None:
     copied = files(cats)
     assert {name.split("/")[0] for name in copied} == {
-        ".ci", ".github", ".gitignore", ".pre-commit-config.yaml", "Makefile", "README.md", "configs",
-        "pyproject.toml", "requirements.txt", "resume.py", "src", "tests", "train.py", "vendor",
+        ".ci", ".dockerignore", ".github", ".gitignore", ".pre-commit-config.yaml", "Dockerfile", "Makefile", "README.md",
+        "configs", "pyproject.toml", "requirements.txt", "resume.py", "src", "tests", "train.py", "vendor",
     }  # fmt: skip
     assert {name.split("/")[1] for name in copied if name.startswith("src/")} == {"project"}
     lines = sum(text.count(b"\n") for name, text in copied.items() if not name.endswith(".whl"))
@@ -133,6 +159,16 @@ def test_a_copy_needs_its_own_files_and_wheel_alone(cats: Path) -> None:
         assert done.returncode == 0, done.stderr
     assert (
         subprocess.run(["make", "--dry-run", "new"], cwd=cats, capture_output=True).returncode == 2
+    )
+
+
+def test_the_code_of_a_copy_is_as_typed_as_its_owner_likes(cats: Path) -> None:
+    rules = tomllib.loads((cats / "pyproject.toml").read_text())["tool"]
+    [own] = rules["mypy"]["overrides"]
+    assert (rules["mypy"]["strict"], own["module"], own["ignore_errors"]) == (
+        True,
+        "project.*",
+        True,
     )
 
 
@@ -309,7 +345,7 @@ def test_an_interrupted_copy_leaves_nothing(
     slow_git = tmp_path / "bin" / "git"
     slow_git.parent.mkdir()
     slow_git.write_text(
-        f'#!/bin/sh\ncase "$*" in *" commit "*) touch {slow_git.parent}/here; exec sleep 60;; esac\n'
+        f'#!/bin/sh\ncase "$*" in *" commit "*) touch {slow_git.parent}/here; exec sleep {LONGER_SECS};; esac\n'
         f'exec {shutil.which("git")} "$@"\n'
     )
     slow_git.chmod(0o755)
@@ -324,7 +360,7 @@ def test_an_interrupted_copy_leaves_nothing(
         time.sleep(0.01)
     assert len(list(tmp_path.glob(".cats-*.tmp/cats/.git"))) == 1
     process.send_signal(signum)
-    assert process.communicate(timeout=30) == ("", "")
+    assert process.communicate(timeout=HANG_SECS) == ("", "")
     assert process.returncode == 128 + signum
     assert [path.name for path in tmp_path.iterdir()] == ["bin"]
 
@@ -335,7 +371,7 @@ def test_a_copy_that_is_interrupted_while_the_wheel_is_built_leaves_nothing(
     slow_pip = tmp_path / "slow" / "pip.py"
     slow_pip.parent.mkdir()
     slow_pip.write_text(
-        f"open({str(slow_pip.parent / 'here')!r}, 'w').close()\nimport time; time.sleep(60)\n"
+        f"open({str(slow_pip.parent / 'here')!r}, 'w').close()\nimport time; time.sleep({LONGER_SECS})\n"
     )
     paths = f"{slow_pip.parent}:{environment(committed)['PYTHONPATH']}"
     process = subprocess.Popen(
@@ -346,7 +382,7 @@ def test_a_copy_that_is_interrupted_while_the_wheel_is_built_leaves_nothing(
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=30)[1] == ""
+    assert process.communicate(timeout=HANG_SECS)[1] == ""
     assert process.returncode == 128 + signal.SIGTERM
     assert [path.name for path in tmp_path.iterdir()] == ["slow"]
 
@@ -527,7 +563,12 @@ def make_environment(copy: Path) -> dict[str, str]:
     (copy / ".venv/bin/ruff").symlink_to(Path(sys.prefix, "bin/ruff"))
     lacking = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     # pip reads the second as what --no-build-isolation sets.
-    return lacking | {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "OMP_NUM_THREADS": "1"}
+    return lacking | {
+        "PIP_NO_INDEX": "1",
+        "PIP_NO_BUILD_ISOLATION": "0",
+        "OMP_NUM_THREADS": "1",
+        "UV": "",
+    }
 
 
 @pytest.mark.slow
@@ -542,13 +583,15 @@ def test_a_copy_sets_itself_up_is_linted_tested_and_upgraded(
 
     def run(*command: str) -> str:
         ended = subprocess.run(
-            command, cwd=copy, env=known, capture_output=True, text=True, timeout=600
+            command, cwd=copy, env=known, capture_output=True, text=True, timeout=HANG_SECS
         )
         assert ended.returncode == 0, (command, ended.stdout[-3000:], ended.stderr[-3000:])
         return ended.stdout
 
     where = "import savepoint, project; print(savepoint.__file__, project.__file__, savepoint.__version__)"
-    run("make", "setup", "extras", "lint")
+    (copy / "src/project/ordinary.py").write_text(ORDINARY)
+    run("make", "setup", "extras", "format", "lint")
+    (copy / "src/project/ordinary.py").unlink()
     assert f"{copy}/src/project/__init__.py" in run(".venv/bin/python", "-c", where)
     assert " passed" in run("make", "test")
     little = "--epochs 1 --kills 1 --data.dataset digits"

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.limits import HANG_SECS
 from support.programs import ROOT, run, start, wait_for_a_checkpoint
 from support.programs import TWO_RANKS as TWO
 from support.small import difference, final_state, rows
@@ -125,7 +126,7 @@ def test_where_one_rank_is_killed_the_other_ends_and_the_run_goes_on(
         assert process.returncode == 1
         assert "Another rank is gone" in said
         assert "Traceback" not in said
-    until = time.monotonic() + 60
+    until = time.monotonic() + HANG_SECS
     while lives(other):
         assert time.monotonic() < until, "rank 1 does not end"
         time.sleep(0.1)
@@ -157,7 +158,7 @@ def test_a_signal_to_rank_1_before_and_after_the_training_ends_both(
         time.sleep(0.02)
     other = rank_1(process.pid)
     os.kill(other, signal.SIGTERM)
-    said = process.communicate(timeout=150)[0]
+    said = process.communicate(timeout=HANG_SECS)[0]
     assert process.returncode != 0, said
     assert not lives(other)
     done = run("train.py", *command, "--resume", "auto")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from support.ddp_ranks import KINDS
+from support.limits import HANG_SECS
 from support.programs import ROOT
 
 TESTS = {"PYTHONPATH": str(ROOT / "tests")}
@@ -34,7 +35,7 @@ def differences(directory: Path, ranks: int, kind: str, every: int = 1) -> dict[
         )
         for rank in range(ranks)
     ]  # fmt: skip
-    said = [process.communicate(timeout=300)[1] for process in processes]
+    said = [process.communicate(timeout=HANG_SECS)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * ranks, "\n".join(said)
     found: dict[str, list[str]] = json.loads((directory / "found.json").read_text())
     assert len(found) >= 4
@@ -63,6 +64,6 @@ def test_launchers_that_make_their_own_processes_train_and_resume(
         env=os.environ | TESTS | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANG_SECS,
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from support.forked import Program
+from support.limits import LONGER_SECS
 from support.programs import ROOT, call, wait_for_a_checkpoint
 from support.programs import SIX_AN_EPOCH as SMALL
 from support.run_dirs import latest
@@ -225,13 +226,13 @@ def test_what_stopped_one_training_does_not_stop_the_next_of_the_same_process(
 # -- processes of their own ----------------------------------------------------------------------
 
 
-def with_a_validation_that_takes_ten_minutes() -> None:
+def with_a_validation_that_takes_an_hour() -> None:
     original = ImageClassifier.validation_step
 
     def slow(self: ImageClassifier, *args: Any) -> None:
         if self.global_step == 12:
             (Path(self.trainer.default_root_dir) / "slow").touch()
-            time.sleep(600)
+            time.sleep(LONGER_SECS)
         original(self, *args)
 
     ImageClassifier.validation_step = slow  # type: ignore[method-assign]
@@ -239,7 +240,7 @@ def with_a_validation_that_takes_ten_minutes() -> None:
 
 def test_a_second_signal_leaves_at_once_and_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
     command = ["train.py", *SMALL, "--output_dir", str(tmp_path), "--run_name", "hurry"]
-    process = Program(command, tmp_path / "said.txt", with_a_validation_that_takes_ten_minutes)
+    process = Program(command, tmp_path / "said.txt", with_a_validation_that_takes_an_hour)
     process.wait_for((tmp_path / "hurry" / "slow").exists)
     process.signal(signal.SIGTERM)
     time.sleep(preemption.SAME_SECS + 0.1)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.limits import HANG_SECS
 from support.small import rows
 
 import project  # noqa: F401
@@ -73,7 +74,7 @@ def ask(run_dir: Path, request: pytest.FixtureRequest) -> Iterator[Callable[...,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
     try:
-        until, found = time.monotonic() + 120, None
+        until, found = time.monotonic() + HANG_SECS, None
         while (found := re.search(r"http://127\.0\.0\.1:\d+/", log.read_text())) is None:
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < until, log.read_text()
@@ -82,7 +83,7 @@ def ask(run_dir: Path, request: pytest.FixtureRequest) -> Iterator[Callable[...,
 
         def get(path: str, **query: str) -> Any:
             with urllib.request.urlopen(
-                f"{address}data/plugin/{path}?{urllib.parse.urlencode(query)}", timeout=30
+                f"{address}data/plugin/{path}?{urllib.parse.urlencode(query)}", timeout=HANG_SECS
             ) as answer:
                 return json.load(answer)
 

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from savepoint import entry, words
 from savepoint.errors import CheckpointSaveError, ConfigError, SavepointError
+from savepoint.workspace import project
 
 COMMANDS = {
     "ls": "list runs with best score, test result and state, or the checkpoints of one",
@@ -43,6 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{what}. Expected one of {', '.join(COMMANDS)}.{near}", file=sys.stderr)
         return 2
     try:
+        if argv is None:
+            root = project().root
+            if (root / "resume.py").is_file():
+                entry.take_own_code(root)
         code = _execute(name, args)
         entry.require_whole_output()
     except CheckpointSaveError as error:  # about the place that the user named, not a run

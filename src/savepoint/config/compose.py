@@ -80,7 +80,7 @@ def compose(argv: Sequence[str], *, base: str | None = None) -> Composed:
     Raises:
         ConfigError: a file that is missing or malformed, or a command line that cannot be read.
     """
-    configs, groups, composed = _split(argv)
+    configs, groups, composed = split(argv)
     if composed.wants_help:
         return composed
     files = [(_read_config(Path(name)), Path(name)) for name in configs]
@@ -89,7 +89,7 @@ def compose(argv: Sequence[str], *, base: str | None = None) -> Composed:
         source = "the checkpoint's config"
         _lay(composed, parse_yaml(base, source), Path(), source)
     elif not any(key in config for config, _ in files for key in REPLACED):
-        default = project().root / project().default_config
+        default = _default()
         files.insert(0, (_read_config(default), default))
     for config, path in files:
         _lay(composed, config, path.parent, _shown(path))
@@ -98,6 +98,18 @@ def compose(argv: Sequence[str], *, base: str | None = None) -> Composed:
     for key, _ in composed.flags:
         _drop(composed.config, key)
     return composed
+
+
+def _default() -> Path:
+    """The config of a run that names none."""
+    path = project().root / project().default_config
+    if not path.is_file():
+        raise ConfigError(
+            f"No default config: {path}. The last line of train.py names it, for calls without a "
+            f"whole config. Name another one there, or one here: --config FILE. "
+            f"{_files_in(_where(path))}"
+        )
+    return path
 
 
 def read(path: Path, what: str = "config file") -> Any:
@@ -157,7 +169,8 @@ def config_name(argv: Sequence[str]) -> str:
 # --- the command line ---
 
 
-def _split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], Composed]:
+def split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]], Composed]:
+    """The config files, the groups, and all else with its flags."""
     configs: list[str] = []
     groups: list[tuple[str, str]] = []
     composed = Composed()

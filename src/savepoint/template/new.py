@@ -18,10 +18,14 @@ from savepoint.template.git import check_repository, git, identity
 
 COPIED = (
     "train.py", "resume.py", "Makefile", "requirements.txt", "pyproject.toml", "configs",
-    "src/project", "tests/test_project.py", ".gitignore", ".pre-commit-config.yaml", ".ci/run",
-    ".github/workflows/ci.yml",
+    "src/project", "tests/test_project.py", ".gitignore", ".pre-commit-config.yaml", "Dockerfile",
+    ".dockerignore", ".ci/run", ".ci/environment.py", ".github/workflows/ci.yml",
 )  # fmt: skip
 LIBRARY = "src/savepoint"
+UNTYPED = "ignore_errors = true # without this line, what you annotate is checked"
+"""Lightning's own types call much of what is written for it wrong: `self.hparams.lr`, a hook's
+arguments.
+"""
 SOURCE_LINE = f"-e ./{LIBRARY}"
 """The line of the sources in requirements.txt."""
 
@@ -106,7 +110,7 @@ def first_commit(copy: Path, name: str, message: str) -> None:
 
 
 def renamed(pyproject: str, name: str) -> str:
-    """With the project's own metadata in place of the template's."""
+    """With the project's own metadata in place of the template's, and its code free of types."""
     own = {
         "name": name,
         "version": "0.1.0",
@@ -115,7 +119,7 @@ def renamed(pyproject: str, name: str) -> str:
     for key in ("name", "version", "description", "license", "authors"):
         line = f'{key} = "{own[key]}"\n' if key in own else ""
         pyproject = re.sub(rf"^{key} = .*\n", line, pyproject, count=1, flags=re.MULTILINE)
-    return pyproject
+    return re.sub(r"(?m)^ignore_errors = .*", UNTYPED, pyproject)
 
 
 def check_name(name: str, root: Path) -> None:
