@@ -24,11 +24,11 @@ from typing import Any, TextIO
 
 from savepoint import preemption
 from savepoint.errors import ConfigError, SavepointError
-from savepoint.job import rank
+from savepoint.job import launched, rank
 from savepoint.words import printable
 from savepoint.workspace import Project, enter
 
-_STARTED_AS_RANK = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
+_STARTED_AS_RANK = launched()
 _WAIT_SECS = 3.0
 _FRESH_SECS = 60.0
 
@@ -95,14 +95,13 @@ def is_printed_elsewhere(message: str) -> bool:
     """Whether another rank on this host prints this very message: rank 0 prints what all ranks
     refuse, every other rank what it alone has met.
     """
-    launched = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
     # Rank 0 may have started the others itself.
-    launcher = os.getpid() if launched and not _STARTED_AS_RANK else os.getppid()
+    launcher = os.getpid() if launched() and not _STARTED_AS_RANK else os.getppid()
     text = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {message}"
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     mark = Path(tempfile.gettempdir(), f"savepoint-said-{os.getuid()}-{launcher}-{digest}")
     if rank() == 0:
-        if launched:
+        if launched():
             _sweep(mark)
             _leave(mark)
         return False

@@ -18,8 +18,9 @@ from savepoint.checkpoint.state.process import capture_rng, isolated_rng, restor
 from savepoint.config import typed
 from savepoint.run import Run
 from savepoint.training import threads
+from savepoint.training.bar import display
 from savepoint.training.logs import RunCSVLogger, RunTensorBoardLogger, last_step
-from savepoint.training.progress import Meter, display
+from savepoint.training.progress import Meter
 
 _CPU = torch.device("cpu")
 
