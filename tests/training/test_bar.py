@@ -13,7 +13,7 @@ from support.small import fit
 
 from savepoint.training import bar
 from savepoint.training.bar import SPARE, Bar, StatusLine, line, shortened, width
-from savepoint.training.progress import Meter
+from savepoint.training.progress import Lines, Meter
 
 FACTS = ["1:05 left", "train/loss 0.0312", "val/accuracy 0.9912", "12345 samples/s"]
 
@@ -141,6 +141,13 @@ def test_a_training_shows_the_sanity_check_epochs_and_validations_and_then_nothi
         assert [one for one in drawn if one.startswith(begin)], begin
     assert max(map(width, drawn)) <= 80 - SPARE
     assert shown.screen()[-1] == ""
+
+
+def test_who_wants_no_bar_gets_the_lines_of_a_log_file() -> None:
+    with terminal():
+        assert [type(one) for one in bar.display(Meter())["callbacks"]] == [Meter, Bar]
+        without = bar.display(Meter(), wants_bar=False)
+    assert [type(one) for one in without["callbacks"]] == [Meter, Lines]
 
 
 def test_the_columns_for_what_somebody_types_stay_free() -> None:

@@ -22,10 +22,10 @@ LONGEST_NAME = 24
 CLEAR = "\r\x1b[K"
 
 
-def display(meter: Meter) -> dict[str, Any]:
+def display(meter: Meter, *, wants_bar: bool = True) -> dict[str, Any]:
     """Arguments of a Trainer: a bar where the output is a terminal, else lines."""
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
-    if is_terminal and os.environ.get("TERM") != "dumb":
+    if wants_bar and is_terminal and os.environ.get("TERM") != "dumb":
         return {"callbacks": [meter, Bar(meter)]}
     return {
         "callbacks": [meter, Lines(meter)],

@@ -122,7 +122,7 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
         RunCSVLogger(run.directory / "metrics.csv", start.keep_rows),
         RunTensorBoardLogger(run.directory, start.purge_step),
     ]
-    shown = display(meter)
+    shown = display(meter, wants_bar=config.trainer.enable_progress_bar is not False)
     callbacks = [*shown.pop("callbacks"), threads.WaitWatch(), *start.callbacks]
     model, data, trainer = typed.instantiate(
         config, callbacks=callbacks, logger=loggers, default_root_dir=str(run.directory), **shown
