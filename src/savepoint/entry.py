@@ -155,20 +155,36 @@ def is_peer_gone(error: RuntimeError) -> bool:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Without garbage collection, around the slow imports: these make a million objects that stay.
-    Collections over them would cost a sixth of the start, and time at every later collection.
+    """Around the slow imports: says so on a terminal meanwhile, and collects no garbage. They make
+    a million objects that stay; collections over them would cost a sixth of the start, and time at
+    every later collection.
     """
-    if "lightning" in sys.modules:
+    if "torch" in sys.modules:
         yield
         return
     gc.disable()
     try:
-        yield
+        with _saying("Loading PyTorch ..."):
+            yield
     finally:
         gc.freeze()
         gc.enable()
         # Triton's bindings would report objects that are still frozen at exit as a leak.
         atexit.register(gc.unfreeze)
+
+
+@contextlib.contextmanager
+def _saying(text: str) -> Iterator[None]:
+    """On a terminal a line that is gone afterwards."""
+    is_terminal = sys.stderr is not None and sys.stderr.isatty() and not rank()
+    if not is_terminal or os.environ.get("TERM") == "dumb":
+        yield
+        return
+    print(text, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 class _Output(io.FileIO):
