@@ -289,6 +289,7 @@ _SCORE = (lambda value: value is None or _is_number(value), "a number")
 # What is read from a manifest: what it may be, and that in words.
 _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "step": (_is_count, "a whole number from 0 on"),
+    "logged_step": (_is_count, "a whole number from 0 on"),
     "epoch": (lambda value: value is None or _is_count(value), "a whole number from 0 on"),
     "body": (lambda value: isinstance(value, str), "a sha256"),
     "digest": (lambda value: isinstance(value, str), "a sha256"),
