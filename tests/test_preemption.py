@@ -37,7 +37,7 @@ def test_a_second_ctrl_c_leaves_though_it_comes_soon() -> None:
     once = "os.kill(os.getpid(), 2)\n"
     done = run(f"p.install(); p.arm()\n{once}time.sleep(0.3)\n{once}time.sleep(9)")
     assert done.returncode == -2
-    assert done.stderr.splitlines()[1:] == ["Left at once; the last checkpoint is whole."]
+    assert done.stderr.splitlines()[1:] == ["Left at once; what was saved before is whole."]
 
 
 def test_ctrl_c_of_a_rank_comes_twice_by_terminal_and_launcher_and_is_one_request() -> None:

@@ -129,7 +129,7 @@ def _on_stop(signum: int, frame: FrameType | None) -> None:
     if requests.stop:
         # The second signal: somebody cannot wait. The last checkpoint on disk is whole, as after a
         # SIGKILL.
-        _say("Left at once; the last checkpoint is whole.")
+        _say("Left at once; what was saved before is whole.")
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
         return

@@ -317,7 +317,8 @@ def test_ls_without_a_path_lists_the_runs_under_outputs(
     monkeypatch.chdir(tmp_path)
     code, _, err = say(capsys, "ls")
     assert code == 2
-    assert "No runs yet: outputs. The first run makes this directory. Start one: " in err
+    there = tmp_path / "outputs"
+    assert f"No runs yet: {there}. The first run makes this directory. Start one: " in err
     for name in ("a", "checkpoints"):  # a run may be called so
         make_run(tmp_path / "outputs", name, steps=(3,))
     found = json.loads(say(capsys, "ls", "--json")[1])
