@@ -19,60 +19,69 @@ INSTALL = $(PYTHON) .ci/environment.py $(VENV) '$(UV)'
 # the code of this project first: several may share an environment, which has one of them installed
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 
+# A program that people stop: make leaves by the same signal, as its "Error 130" would tell of a failure.
+stoppable = $(info $(1))@trap : HUP INT TERM; $(1); code=$$?; \
+	case $$code in 129|130|143) kill -$$((code - 128)) $$PPID; exit 0;; esac; exit $$code
+
 .DEFAULT_GOAL := help
 .PHONY: help setup extras train resume eval predict export report ls sweep test format lint tensorboard prove upgrade clean
 
-help: ## this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 25
-	@echo '  variables: CONFIG=configs/x.yaml  CKPT=file or run directory  RUN=run directory  ARGS="--model.lr 0.01"'
+help:
+	@awk -F ':[^#]*## ' '/^##@ / {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-11s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@printf '\n%s\n' 'CKPT is a checkpoint or a run directory; without it, and without RUN, the newest run counts.'
+	@echo 'ARGS stands for all other words of the command: ARGS="--model.lr 0.01"'
 
-setup: ## the environment in .venv (VENV=... elsewhere), once; the other targets call it
+##@ Train
+train: setup ## start a run and test it: CONFIG=configs/x.yaml, ARGS
+	$(call stoppable,$(VENV)/bin/python train.py $(config) $(ARGS))
+
+resume: setup ## go on with a run: CKPT, ARGS
+	$(call stoppable,$(VENV)/bin/python resume.py $(call quoted,$(CKPT)) $(ARGS))
+
+sweep: setup ## try values: CONFIG=configs/sweep/lr.yaml, or ARGS="--model.lr 0.01,0.003"
+	$(call stoppable,$(VENV)/bin/python -m savepoint sweep $(call quoted,$(CONFIG)) $(ARGS))
+
+prove: setup ## a straight run against a killed and resumed one: CONFIG
+	$(call stoppable,$(VENV)/bin/python -m savepoint.prove $(config) $(ARGS))
+
+##@ Look at runs
+ls: setup ## a table of all runs, or of the checkpoints of one: RUN
+	$(VENV)/bin/python -m savepoint ls $(call quoted,$(RUN)) $(ARGS)
+
+report: setup ## one HTML file that shows a run: RUN, ARGS="-o FILE"
+	$(VENV)/bin/python -m savepoint report $(call quoted,$(RUN)) $(ARGS)
+
+tensorboard: setup ## the curves of all runs in outputs/
+	$(call stoppable,$(VENV)/bin/tensorboard --logdir outputs $(ARGS))
+
+##@ Use a model
+eval: setup ## test a checkpoint, of a run the best: CKPT, ARGS
+	$(call stoppable,$(VENV)/bin/python -m savepoint eval $(call quoted,$(CKPT)) $(ARGS))
+
+predict: setup ## name the class of images: CKPT, INPUT=image, folder or .npy
+	$(VENV)/bin/python -m project.predict $(call quoted,$(CKPT)) $(call quoted,$(INPUT)) $(ARGS)
+
+export: setup ## the model in another format: CKPT, ARGS="--format onnx"
+	$(VENV)/bin/python -m savepoint export $(call quoted,$(CKPT)) $(ARGS)
+
+##@ Develop
+setup: ## the environment in .venv, once; the others call it
 	@$(or $(PYTHON),false) -c '$(RECENT)' || { echo "No Python that is recent enough: $$($(or $(PYTHON),python3) --version 2>&1). Expected 3.11 or newer. Name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(INSTALL)
 
-extras: setup ## what is optional, too: Optuna, ONNX, Weights & Biases, MLflow
+extras: setup ## what is optional: Optuna, ONNX, Weights & Biases, MLflow
 	$(INSTALL) 'savepoint-lightning[sweep,onnx,wandb,mlflow]'
-
-train: setup ## train and test: CONFIG, ARGS
-	$(VENV)/bin/python train.py $(config) $(ARGS)
-
-resume: setup ## continue a run: CKPT (the newest run if not given), ARGS
-	$(VENV)/bin/python resume.py $(call quoted,$(CKPT)) $(ARGS)
-
-eval: setup ## test a checkpoint: CKPT (the best of the newest run if not given), ARGS
-	$(VENV)/bin/python -m savepoint eval $(call quoted,$(CKPT)) $(ARGS)
-
-predict: setup ## name the class of images: CKPT (the best of the newest run if not given), INPUT=image, folder or .npy
-	$(VENV)/bin/python -m project.predict $(call quoted,$(CKPT)) $(call quoted,$(INPUT)) $(ARGS)
-
-export: setup ## the model in another format: CKPT, ARGS="--format safetensors -o FILE"
-	$(VENV)/bin/python -m savepoint export $(call quoted,$(CKPT)) $(ARGS)
-
-report: setup ## one HTML file that shows a run: RUN (the newest if not given), ARGS="-o FILE"
-	$(VENV)/bin/python -m savepoint report $(call quoted,$(RUN)) $(ARGS)
-
-ls: setup ## a table of all runs in outputs/, or of the checkpoints of one: RUN
-	$(VENV)/bin/python -m savepoint ls $(call quoted,$(RUN)) $(ARGS)
-
-sweep: setup ## try values of config keys: CONFIG=configs/sweep/lr.yaml, or ARGS="--model.lr 0.01,0.003"
-	$(VENV)/bin/python -m savepoint sweep $(call quoted,$(CONFIG)) $(ARGS)
 
 test: setup ## the tests; ARGS="-k name", ARGS="-n 0 -m slow -s"
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-format: setup ## what ruff can mend by itself: layout, order of imports
+format: setup ## what ruff can mend by itself
 	$(VENV)/bin/python -m ruff check --fix-only . && $(VENV)/bin/python -m ruff format .
 
-lint: setup ## ruff and mypy; make format mends much of what they say
+lint: setup ## ruff and mypy
 	$(VENV)/bin/python -m ruff check . && $(VENV)/bin/python -m ruff format --check . && $(VENV)/bin/python -m mypy
 
-tensorboard: setup ## the curves of all runs in outputs/
-	$(VENV)/bin/tensorboard --logdir outputs $(ARGS)
-
-prove: setup ## a straight run against one that is killed and resumed, both digests: CONFIG, ARGS
-	$(VENV)/bin/python -m savepoint.prove $(config) $(ARGS)
-
-upgrade: setup ## in a copy: another version of the library, WHEEL=savepoint_lightning-X-py3-none-any.whl
+upgrade: setup ## in a copy: another version of the library, WHEEL=FILE
 	$(VENV)/bin/python -m savepoint.template upgrade -- $(or $(call quoted,$(WHEEL)),'')
 	@$(MAKE) --no-print-directory setup
 	$(INSTALL) --no-deps --force-reinstall vendor/*.whl

@@ -1,5 +1,6 @@
 """From a program's arguments to its exit code, in a process of its own."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,34 @@ with entry.importing():
         [sys.executable, "-c", body], capture_output=True, text=True, timeout=HANG_SECS
     )
     assert (done.stdout, done.stderr) == ("True True\nTrue\n", "")
+
+
+@pytest.mark.parametrize(
+    ("isatty", "term", "during", "after"),
+    [
+        (True, "xterm", "Loading PyTorch ...", "Loading PyTorch ...\r\x1b[K"),
+        (True, "dumb", "", ""),
+        (False, "xterm", "", ""),
+    ],
+)
+def test_the_imports_are_announced_on_a_terminal_alone(
+    isatty: bool, term: str, during: str, after: str
+) -> None:
+    body = f"""
+import io, sys
+from savepoint import entry
+class Shown(io.StringIO):
+    def isatty(self): return {isatty}
+sys.stderr = Shown()
+with entry.importing():
+    print(repr(sys.stderr.getvalue()))
+print(repr(sys.stderr.getvalue()))
+"""
+    environment = os.environ | {"TERM": term}
+    done = subprocess.run(
+        [sys.executable, "-c", body], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.stdout == f"{during!r}\n{after!r}\n"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -103,6 +105,45 @@ def test_each_command_of_the_table_runs_as_it_is_written_there(
         expected = 1 if row == "python -m savepoint diff" else 0  # of two configs
         assert done.returncode == expected, (row, done.stdout, done.stderr)
         assert done.stdout.strip(), row
+
+
+@pytest.fixture
+def front(tmp_path: Path) -> Path:
+    """The Makefile alone, in an environment whose python only ends, with the code in ARGS."""
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    wrap(tmp_path / ".venv/bin/python", "sh -c 'for code; do :; done; exit $code'")
+    (tmp_path / ".venv/ready").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_after_a_clean_stop_make_leaves_by_the_same_signal_without_a_word(
+    front: Path, signum: signal.Signals
+) -> None:
+    words = ["make", "train", f"ARGS={128 + signum}"]
+    done = subprocess.run(words, cwd=front, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signum
+    assert done.stderr == ""
+
+
+def test_a_failure_under_make_stays_one(front: Path) -> None:
+    words = ["make", "train", "ARGS=1"]
+    done = subprocess.run(words, cwd=front, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "Error 1" in done.stderr
+
+
+def test_the_help_names_every_target_under_a_heading_in_80_columns(front: Path) -> None:
+    shutil.copytree(ROOT / "benchmarks", front / "benchmarks")
+    text = subprocess.check_output(["make", "help"], cwd=front, text=True)
+    makefiles = (ROOT / "Makefile").read_text() + (ROOT / "benchmarks/bench.mk").read_text()
+    declared = re.findall(r"^\.PHONY: (.*)$", makefiles, re.MULTILINE)
+    groups = text.split("\n\n")
+    assert len(groups) >= 5
+    named = [name for group in groups for name in re.findall(r"^  make (\S+)", group, re.MULTILINE)]
+    assert sorted([*named, "help"]) == sorted(" ".join(declared).split())
+    assert [line for line in text.splitlines() if len(line) > 80 and "  make " in line] == []
 
 
 def test_the_console_script_is_the_same_program() -> None:

@@ -34,28 +34,43 @@ class Picture:
     index: int | None = None
 
 
-def read(path: Path, invert: Invert = "auto") -> list[Picture]:
-    """The images of a file or a folder, by name. Other files in a folder are left out.
+def read(path: Path, invert: Invert = "auto") -> tuple[list[Picture], list[DataError]]:
+    """The images of a file or a folder, by name, and what is wrong with those of a folder that
+    cannot be read. Other files in a folder are left out.
 
     Raises:
-        DataError: no file there, or one that cannot be read or has another shape.
+        DataError: no file there, or none that can be read, or one of another shape.
     """
     try:
         if path.is_dir():
-            files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
-            if not files:
-                raise DataError(
-                    f"No image in this folder: {path}. Expected files that end in "
-                    f"{', '.join(SUFFIXES)}."
-                )
-            return [read_picture(file, invert) for file in files]
+            return read_folder(path, invert)
         path.stat()
     except OSError as error:
         raise DataError(
             f"Cannot be read: {str(path)[:200]} ({error.strerror}). Expected an image, a folder of "
             "images or a .npy file. Check the path."
         ) from error
-    return read_array(path, invert) if path.suffix == ".npy" else [read_picture(path, invert)]
+    is_array = path.suffix == ".npy"
+    return read_array(path, invert) if is_array else [read_picture(path, invert)], []
+
+
+def read_folder(path: Path, invert: Invert = "auto") -> tuple[list[Picture], list[DataError]]:
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise DataError(
+            f"No image in this folder: {path}. Expected files that end in {', '.join(SUFFIXES)}. "
+            "Name another folder, or one file."
+        )
+    pictures = []
+    broken = []
+    for file in files:
+        try:
+            pictures.append(read_picture(file, invert))
+        except DataError as error:
+            broken.append(error)
+    if not pictures:
+        raise broken[0]
+    return pictures, broken
 
 
 def read_array(path: Path, invert: Invert = "auto") -> list[Picture]:

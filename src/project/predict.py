@@ -5,7 +5,8 @@ python -m project.predict outputs/first/checkpoints/best.ckpt scans/ -o scans.cs
 
 INPUT is an image file, a folder of them, or a .npy file: (28, 28), (N, 28, 28) or (N, 1, 28, 28),
 uint8 or float in 0..1. The network knows grey, 28x28, white on black. The row of an image names the
-changes that were made to it.
+changes that were made to it. A broken image of a folder is left out, with a line that names it, and
+the exit code is 1.
 """
 
 import argparse
@@ -32,11 +33,15 @@ BATCH = 256
 def main(argv: Sequence[str]) -> int:
     arguments = _parse(argv)
     path, source = file_or_best(arguments.ckpt)
-    pictures = read(arguments.input, arguments.invert)
+    pictures, broken = read(arguments.input, arguments.invert)
+    for error in broken:
+        print(f"Left out. {error}", file=sys.stderr)
     rebuilt = rebuild(path, allow=arguments.allow)
     names, shares = predict(rebuilt, [picture.pixels for picture in pictures])
     rows = [_row(picture, names, share) for picture, share in zip(pictures, shares, strict=True)]
-    print(f"{source}\n{_summary(pictures, arguments.input)}", file=sys.stderr)
+    left_out = f"; {plural(len(broken), 'broken image')} left out, see above" if broken else ""
+    summary = _summary(pictures, arguments.input)
+    print(f"{source}\n{summary}{left_out}", file=sys.stderr)
     text = _csv(rows, names if arguments.all else [])
     if arguments.output is not None and arguments.output.suffix == ".json":
         text = _json(rebuilt, rows)
@@ -50,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         except CheckpointSaveError as error:
             raise ConfigError(str(error)) from error
         print(f"written: {arguments.output}", file=sys.stderr)
-    return 0
+    return 1 if broken else 0
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -24,11 +24,11 @@ from typing import Any, TextIO
 
 from savepoint import preemption
 from savepoint.errors import ConfigError, SavepointError
-from savepoint.job import rank
+from savepoint.job import launched, rank
 from savepoint.words import printable
 from savepoint.workspace import Project, enter
 
-_STARTED_AS_RANK = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
+_STARTED_AS_RANK = launched()
 _WAIT_SECS = 3.0
 _FRESH_SECS = 60.0
 
@@ -95,14 +95,13 @@ def is_printed_elsewhere(message: str) -> bool:
     """Whether another rank on this host prints this very message: rank 0 prints what all ranks
     refuse, every other rank what it alone has met.
     """
-    launched = "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
     # Rank 0 may have started the others itself.
-    launcher = os.getpid() if launched and not _STARTED_AS_RANK else os.getppid()
+    launcher = os.getpid() if launched() and not _STARTED_AS_RANK else os.getppid()
     text = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {message}"
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     mark = Path(tempfile.gettempdir(), f"savepoint-said-{os.getuid()}-{launcher}-{digest}")
     if rank() == 0:
-        if launched:
+        if launched():
             _sweep(mark)
             _leave(mark)
         return False
@@ -156,20 +155,36 @@ def is_peer_gone(error: RuntimeError) -> bool:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Without garbage collection, around the slow imports: these make a million objects that stay.
-    Collections over them would cost a sixth of the start, and time at every later collection.
+    """Around the slow imports: says so on a terminal meanwhile, and collects no garbage. They make
+    a million objects that stay; collections over them would cost a sixth of the start, and time at
+    every later collection.
     """
-    if "lightning" in sys.modules:
+    if "torch" in sys.modules:
         yield
         return
     gc.disable()
     try:
-        yield
+        with _saying("Loading PyTorch ..."):
+            yield
     finally:
         gc.freeze()
         gc.enable()
         # Triton's bindings would report objects that are still frozen at exit as a leak.
         atexit.register(gc.unfreeze)
+
+
+@contextlib.contextmanager
+def _saying(text: str) -> Iterator[None]:
+    """On a terminal a line that is gone afterwards."""
+    is_terminal = sys.stderr is not None and sys.stderr.isatty() and not rank()
+    if not is_terminal or os.environ.get("TERM") == "dumb":
+        yield
+        return
+    print(text, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 class _Output(io.FileIO):

@@ -67,7 +67,15 @@ class CheckpointCorruptError(CheckpointError, ValueError):
         self.reason = reason
 
 
-class CheckpointForeignError(CheckpointError, ValueError): ...
+class CheckpointForeignError(CheckpointError, ValueError):
+    """`advice` says what to do with the file; `has_weights`, whether it seems to hold any."""
+
+    def __init__(
+        self, message: str, path: Path | str, *, advice: str = "", has_weights: bool = False
+    ) -> None:
+        super().__init__(message, path)
+        self.advice = advice
+        self.has_weights = has_weights
 
 
 class CheckpointVersionError(CheckpointError, ValueError): ...

@@ -3,11 +3,13 @@ nothing for the newest run.
 """
 
 import difflib
+import importlib
 import shlex
 from pathlib import Path
+from typing import Any
 
-from savepoint import record
-from savepoint.checkpoint import manifest
+from savepoint import entry, record
+from savepoint.checkpoint import manifest, store
 from savepoint.errors import CheckpointNotFoundError, ConfigError
 from savepoint.run import Run
 from savepoint.words import python, show
@@ -109,9 +111,11 @@ def size(path: Path) -> int | None:
 
 def missing(path: Path, expected: str = "a run directory") -> CheckpointNotFoundError:
     if path.exists():
+        show_it = shlex.join([python(), "-m", "savepoint", "show", str(path)])
+        is_ours = manifest.step_in_name(path.name) is not None or path.suffix == ".ckpt"
         return CheckpointNotFoundError(
             f"A file, not a run directory: {path}. {expected.capitalize()} was expected. "
-            f"To look at it: {shlex.join([python(), '-m', 'savepoint', 'show', str(path)])}",
+            f"{f'To look at it: {show_it}' if is_ours else 'Name one.'}",
             path,
         )
     known = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -132,8 +136,8 @@ def newest_run(output_dir: Path) -> Path:
     run_dirs = [path for path in run_dirs if manifest.step_files(path / "checkpoints")]
     if not run_dirs:
         raise CheckpointNotFoundError(
-            f"No run with a checkpoint under: {output_dir}. A resume begins from a checkpoint. "
-            "Start a run: python train.py",
+            f"No run with a checkpoint under: {output_dir.absolute()}. Without a path the newest "
+            f"of them is meant. Name one, or start one: {python()} train.py",
             output_dir,
         )
     return max(run_dirs, key=lambda path: (Run(path).last_start(), path))
@@ -161,6 +165,13 @@ def file_or_best(argument: str | None) -> tuple[Path, str]:
     facts = manifest.read(path)
     line = f"{path}: step {facts['step']}, epoch {facts.get('epoch')}"
     return path, f"{line} ({which})" if which else line
+
+
+def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`store.load`, for a command that has imported no torch before."""
+    with entry.importing():
+        importlib.import_module("savepoint.checkpoint.format")
+    return store.load(path)
 
 
 def beside(path: Path, name: str) -> Path:

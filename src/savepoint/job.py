@@ -18,6 +18,11 @@ def rank() -> int:
     )
 
 
+def launched() -> bool:
+    """Whether a launcher has started this process as a rank."""
+    return "LOCAL_RANK" in os.environ or "SLURM_PROCID" in os.environ
+
+
 def scheduled() -> str | None:
     """The id of the job, where a scheduler or torchrun starts this process: the same on every rank
     and after a requeue.

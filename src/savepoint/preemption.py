@@ -5,8 +5,8 @@ A handler only sets a flag. The checkpoint callback polls the flag at safe point
 `Preempted` after the save. Where there is nothing to lose (start-up, the test after training) a
 signal to stop raises at once.
 
-    SIGTERM, SIGINT, SIGHUP   save, exit with 143, 130, 129; a second signal, at least a second
-                              later, ends the process at once
+    SIGTERM, SIGINT, SIGHUP   say so, save, exit with 143, 130, 129; a second signal, at least a
+                              second later, ends the process at once; Ctrl-C a quarter later
     SIGUSR1                   save, go on
 
 A signal that was ignored when the process started (nohup, a background job) stays ignored.
@@ -17,15 +17,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
+
+from savepoint.job import launched, rank
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAVE = signal.SIGUSR1
 # Two signals within this time are one request: systemd sends SIGTERM and SIGHUP together, and a
 # launcher forwards a signal that the ranks got too.
 SAME_SECS = 1.0
+# Nobody types faster; `timeout` sends the signal twice, but without a pause.
+SAME_KEY_SECS = 0.25
 
 
 class Preempted(SystemExit):
@@ -120,11 +124,12 @@ def stoppable() -> Iterator[_Requests]:
 
 
 def _on_stop(signum: int, frame: FrameType | None) -> None:
-    if requests.stop and time.monotonic() - requests.since < SAME_SECS:
+    if requests.stop and _is_same(signum):
         return
     if requests.stop:
         # The second signal: somebody cannot wait. The last checkpoint on disk is whole, as after a
         # SIGKILL.
+        _say("Left at once; what was saved before is whole.")
         signal.signal(signum, signal.SIG_DFL)
         os.kill(os.getpid(), signum)
         return
@@ -132,6 +137,29 @@ def _on_stop(signum: int, frame: FrameType | None) -> None:
     requests.since = time.monotonic()
     if not requests.armed:
         raise Preempted(signum)
+    if signum == signal.SIGINT:
+        _say("Saving at the next step, then leaving. Ctrl-C again leaves at once.")
+    else:
+        name = signal.Signals(signum).name
+        _say(f"{name}: saving at the next step, then leaving. A second one leaves at once.")
+
+
+def _is_same(signum: int) -> bool:
+    """Whether a signal is one with the first."""
+    is_typed = signum == requests.stop == signal.SIGINT and not launched()
+    same_secs = SAME_KEY_SECS if is_typed else SAME_SECS
+    return time.monotonic() - requests.since < same_secs
+
+
+def _say(text: str) -> None:
+    """By the system's own call: the handler may interrupt a print, whose buffer admits no other."""
+    if rank():
+        return
+    descriptor = next((one for one in (2, 1) if os.isatty(one)), 2)
+    # A bar may stand in this line of the terminal.
+    line = f"\r\x1b[K{text}\n" if os.isatty(descriptor) else f"{text}\n"
+    with suppress(OSError):  # a closed terminal, a full disk
+        os.write(descriptor, line.encode())
 
 
 def _on_save(signum: int, frame: FrameType | None) -> None:

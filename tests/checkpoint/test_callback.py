@@ -669,3 +669,12 @@ def test_the_module_is_a_plain_lightning_module_for_the_callback(tmp_path: Path)
     module: type[LightningModule] = WithoutExample
     fit(tmp_path, model=module)
     assert final_state(tmp_path)["canary"] is None
+
+
+def test_a_manifest_has_the_step_of_the_optimizers_and_that_of_the_log(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, model=lambda: SmallModel(automatic=False), max_epochs=1)
+    newest = store.CheckpointStore(tmp_path / "checkpoints").latest()
+    assert newest is not None
+    assert newest.step == trainer.global_step == 12
+    assert newest.manifest["logged_step"] == 6
+    assert rows(tmp_path)[-1]["step"] == "5"

@@ -25,8 +25,8 @@ GATHERED = {
     "dataset": {"name": "digits", "fingerprint": "f"}, "device": "cpu", "versions": {"torch": "2.15"},
 }  # fmt: skip
 KEYS = [
-    "format_version", "body", "digest", "step", "epoch", "metrics", "monitor", "mode", "score", "best_score", "created",
-    "run_id", *GATHERED,
+    "format_version", "body", "digest", "step", "logged_step", "epoch", "metrics", "monitor", "mode", "score", "best_score",
+    "created", "run_id", *GATHERED,
 ]  # fmt: skip
 JSON = st.recursive(
     st.none()

@@ -1,5 +1,6 @@
 """What all commands have in common, and ls and show."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from support.checkpoint_files import facts, names, small_state
 from support.run_dirs import flip, fork, latest, make_run, say, store, training_in, truncate
 
-from savepoint import commands, words
+from savepoint import commands, entry, words
 from savepoint.errors import RunLockedError
 from savepoint.run import Run
 
@@ -120,6 +121,16 @@ def test_without_words_the_commands_are_listed(capsys: Capture) -> None:
     assert say(capsys, "--help")[:2] == (0, err)
 
 
+@pytest.mark.parametrize("name", ["show", "diff", "verify"])
+def test_a_command_that_reads_tensors_says_that_it_loads_torch(
+    name: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    said = []
+    monkeypatch.setattr(entry, "importing", lambda: contextlib.nullcontext(said.append("loading")))
+    say(capsys, *command_line(name, run_dir))
+    assert said
+
+
 @pytest.mark.parametrize("name", ["show", "verify", "gc"])
 def test_without_a_path_the_newest_run_under_outputs_is_meant(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
@@ -127,7 +138,7 @@ def test_without_a_path_the_newest_run_under_outputs_is_meant(
     monkeypatch.chdir(tmp_path)
     code, _, err = say(capsys, name)
     assert code == 2
-    assert "No run with a checkpoint under: outputs" in err
+    assert f"No run with a checkpoint under: {tmp_path / 'outputs'}. " in err
     make_run(tmp_path / "outputs", "a", steps=(3,))
     record = json.loads((tmp_path / "outputs" / "a" / "run.json").read_text())
     record["starts"][0]["time"] = "2020-01-01T00:00:00+00:00"
@@ -306,7 +317,8 @@ def test_ls_without_a_path_lists_the_runs_under_outputs(
     monkeypatch.chdir(tmp_path)
     code, _, err = say(capsys, "ls")
     assert code == 2
-    assert "No runs yet: outputs. The first run makes this directory. Start one: " in err
+    there = tmp_path / "outputs"
+    assert f"No runs yet: {there}. The first run makes this directory. Start one: " in err
     for name in ("a", "checkpoints"):  # a run may be called so
         make_run(tmp_path / "outputs", name, steps=(3,))
     found = json.loads(say(capsys, "ls", "--json")[1])

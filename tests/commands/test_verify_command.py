@@ -411,7 +411,7 @@ def test_a_whole_file_goes_on_in_its_run_or_in_a_new_one(run_dir: Path, capsys: 
         ),
         (b"<html>", "an HTML page", "download the file again"),
         (b"\x1f\x8b123", "a compressed file", "Unpack it"),
-        (b"notes", "a text file", "It is no checkpoint"),
+        (b"notes", "a text file", "Name a checkpoint."),
         (b'\x02\0\0\0\0\0\0\0{"', "a safetensors file", "train.py --init_from '"),
         (b"\x80\x04K\x01.", "a pickled object", "torch.save(model.state_dict(), FILE)"),
     ],

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from savepoint.config import quick
-from savepoint.errors import ConfigError, RunExistsError
+from savepoint.errors import (
+    CheckpointError,
+    CheckpointForeignError,
+    CheckpointNotFoundError,
+    ConfigError,
+    RunExistsError,
+)
 from savepoint.resume import request
 
 
@@ -205,3 +211,38 @@ def test_a_name_that_is_none_of_a_directory_is_refused_first(name: str) -> None:
 def test_a_config_with_a_name_that_is_too_long_is_not_there() -> None:
     with pytest.raises(ConfigError, match=r"No such config file: x{200}"):
         quick.check(["--config", "x" * 300])
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("none.ckpt", "No checkpoint there: none.ckpt"),
+        ("notes.md", "Not a checkpoint of Savepoint: notes.md. .*; this is a text file"),
+        ("https://example.org/a.ckpt", "No checkpoint is loaded from a URL: https://example"),
+        (".", "A directory, not a checkpoint"),
+    ],
+)
+def test_weights_that_are_none_are_refused_before_the_slow_imports(
+    here: Path, path: str, said: str
+) -> None:
+    (here / "notes.md").write_text("# Notes")
+    with pytest.raises(CheckpointError, match=said):
+        quick.check(["--config", "good.yaml", "--init_from", path])
+
+
+def test_a_run_that_goes_on_needs_the_weights_it_began_with_no_more(here: Path) -> None:
+    quick.check(["--config", "good.yaml", "--init_from", "gone.ckpt", "--resume", "auto"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--config", "good.yaml"]])
+def test_a_resume_of_a_text_file_is_refused_in_one_message_with_a_config_and_without(
+    here: Path, flags: list[str]
+) -> None:
+    (here / "notes.md").write_text("# Notes")
+    with pytest.raises(CheckpointForeignError, match=r"a text file\. Name a checkpoint"):
+        request.requested(["notes.md", *flags])
+
+
+def test_a_resume_of_a_url_shows_it_as_it_was_typed() -> None:
+    with pytest.raises(CheckpointNotFoundError, match=r"URL: https://example\.org/a\.ckpt"):
+        request.requested(["https://example.org/a.ckpt"])

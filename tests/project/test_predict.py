@@ -72,7 +72,7 @@ def test_an_array_gives_what_its_images_give(
 ) -> None:
     images = digits[0][:5]
     np.save(tmp_path / "a.npy", change(images))
-    pictures = read(tmp_path / "a.npy")
+    pictures, _ = read(tmp_path / "a.npy")
     assert [picture.index for picture in pictures] == list(range(len(pictures)))
     for picture, image in zip(pictures, images, strict=False):
         pixels = picture.pixels * 255 if picture.pixels.dtype == np.float32 else picture.pixels
@@ -131,14 +131,14 @@ def test_the_same_image_in_another_form_is_the_same_to_the_network(
     said: list[str],
 ) -> None:
     change(Image.fromarray(digits[0][0])).save(tmp_path / "a.png")
-    (picture,) = read(tmp_path / "a.png")
+    (picture,), _ = read(tmp_path / "a.png")
     assert picture.changes == said
     assert np.array_equal(picture.pixels, digits[0][0])
 
 
 def test_colours_become_their_lightness(digits: tuple[Pixels, list[int]], tmp_path: Path) -> None:
     coloured(Image.fromarray(digits[0][0])).save(tmp_path / "a.png")
-    (picture,) = read(tmp_path / "a.png")
+    (picture,), _ = read(tmp_path / "a.png")
     assert picture.changes == ["colours made grey"]
     assert np.corrcoef(picture.pixels.flat, digits[0][0].flat)[0, 1] > 0.999
 
@@ -152,7 +152,7 @@ def test_another_size_is_made_to_fit_and_keeps_its_shape(
     pixels = np.zeros((height, width), np.uint8)
     pixels[height // 4 : height - height // 4, width // 4 : max(1, width - width // 4)] = 255
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    (picture,) = read(tmp_path / "a.png", "no")
+    (picture,), _ = read(tmp_path / "a.png", "no")
     assert picture.pixels.shape == (28, 28)
     assert ("resized" in picture.changes) == (max(size) != 28)
     assert ("padded to a square" in picture.changes) == (width != height)
@@ -169,9 +169,9 @@ def test_a_photograph_stands_upright_and_of_an_animation_the_first_frame_counts(
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     image.rotate(90).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(read(tmp_path / "a.png")[0].pixels, digits[0][0])
+    assert np.array_equal(read(tmp_path / "a.png")[0][0].pixels, digits[0][0])
     image.save(tmp_path / "a.gif", save_all=True, append_images=[Image.fromarray(digits[0][1])])
-    (picture,) = read(tmp_path / "a.gif")
+    (picture,), _ = read(tmp_path / "a.gif")
     assert picture.changes == ["first of its frames taken"]
     assert np.array_equal(picture.pixels, digits[0][0])
 
@@ -181,7 +181,7 @@ def test_a_photograph_stands_upright_and_of_an_animation_the_first_frame_counts(
 )
 def test_inverting_can_be_left_to_the_user(tmp_path: Path, invert: Any, changes: list[str]) -> None:
     np.save(tmp_path / "a.npy", np.full((28, 28), 200, np.uint8))
-    (picture,) = read(tmp_path / "a.npy", invert)
+    (picture,), _ = read(tmp_path / "a.npy", invert)
     assert picture.changes == changes
     assert picture.pixels[0, 0] == (55 if changes else 200)
 
@@ -269,6 +269,28 @@ def test_what_is_no_image_is_named(tmp_path: Path, make: Callable[[Path], Path],
         read(make(tmp_path))
     assert error.value.exit_code == 2
     assert len(str(error.value).splitlines()) <= 5
+
+
+def test_a_broken_image_of_a_folder_is_named_and_the_others_are_predicted(
+    run_dir: Path, digits: tuple[Pixels, list[int]], tmp_path: Path, capsys: Capture
+) -> None:
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for name in ("a.png", "c.png"):
+        Image.fromarray(digits[0][0]).save(folder / name)
+    (folder / "b.png").write_bytes(b"no image")
+    code = predict.main([str(run_dir), str(folder), "-o", str(tmp_path / "a.csv")])
+    _, err = capsys.readouterr()
+    assert code == 1
+    assert err.startswith(f"Left out. Not a readable image: {folder / 'b.png'}")
+    assert "2 images: all taken as they are; 1 broken image left out, see above" in err
+    assert [Path(row["file"]).name for row in rows(tmp_path / "a.csv")] == ["a.png", "c.png"]
+
+
+def test_a_folder_of_broken_images_alone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"Not a readable image: .*b\.png"):
+        read(tmp_path)
 
 
 def test_a_pickle_in_an_array_file_is_not_loaded(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from savepoint.checkpoint import store
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.commands import main
+from savepoint.report.curves import Chart, series_of, steps_by
 from savepoint.words import python
 
 CONFIG = "model: {lr: 0.1}\ncheckpoint: {keep_last: 2, keep_best: 1, keep_every_n_epochs: null, mode: max}\n"
@@ -302,6 +303,97 @@ def test_train_and_val_of_a_quantity_stand_in_one_chart_and_that_of_the_monitor_
         "steps": [9, 19, 29, 39],
         "values": [0.2, 0.1, 0.06666667, 0.05],
     }
+
+
+@pytest.mark.parametrize(("names", "quantity", "labels"), [
+    ("train/loss val/loss", "loss", "train val"),
+    ("loss val_loss", "loss", "loss val"),
+    ("loss_train loss_val loss_test", "loss", "train val test"),
+    ("loss/train loss/val", "loss", "train val"),
+    ("Train.Loss Val.Loss", "Loss", "train val"),
+    ("train_epoch/loss eval-loss testing/loss", "loss", "train eval testing"),
+    ("avg_train_loss_epoch avg_val_loss", "avg_loss", "train val"),
+    ("metrics/train/acc metrics/valid/acc", "metrics/acc", "train valid"),
+    ("val/f1/dataloader_idx_0 val/f1/dataloader_idx_1", "f1", "val 0|val 1"),
+    ("train/loss_step train/loss_epoch", "loss", "train|train each step"),
+    ("loss_step loss_epoch", "loss", "loss_epoch loss_step"),
+])  # fmt: skip
+def test_one_quantity_stands_in_one_chart_whatever_the_parts_of_the_data_are_called(
+    names: str, quantity: str, labels: str
+) -> None:
+    columns = [series_of(name) for name in names.split()]
+    assert {one.quantity for one in columns} == {quantity}
+    for one in columns:
+        one.points.append((0, 0))
+    drawn = Chart(quantity, columns).series
+    assert [one.label for one in drawn] == labels.split("|" if "|" in labels else None)
+
+
+@pytest.mark.parametrize(
+    "name", ["std_dev", "train_val_gap", "trainer/x", "val", "test_epoch", "lr-Adam/pg1"]
+)
+def test_a_name_that_only_looks_like_one_of_a_part_of_the_data_is_its_own_label(name: str) -> None:
+    one = series_of(name)
+    assert (one.label, one.role) == (name, "other")
+
+
+def test_where_only_the_validation_names_its_part_the_other_line_is_that_of_the_training() -> None:
+    columns = [series_of("loss"), series_of("val_loss")]
+    for one in columns:
+        one.points.append((0, 0))
+    assert [one.role for one in Chart("loss", columns).series] == ["train", "val"]
+
+
+def rewritten(run_dir: Path, **more: Any) -> None:
+    """The checkpoints of the run with more facts."""
+    for path in (run_dir / "checkpoints").glob("step-*.ckpt"):
+        state, known = store.load(path)
+        changed = {key: value(known["step"]) for key, value in more.items()}
+        store.write(path, state, known | changed)
+
+
+def test_of_several_optimizers_curves_marks_and_files_have_one_unit(run_dir: Path) -> None:
+    """Lightning logs under the number of batches, and counts the steps of every optimizer."""
+    assert "Steps are those of the optimizers" not in report(run_dir).words
+    rewritten(run_dir, logged_step=lambda step: step // 2)
+    (run_dir / "metrics.csv").write_text(
+        "step,train/loss\n" + "".join(f"{n},1\n" for n in range(20))
+    )
+    starts = [began(None, 0), began("step-00000020.ckpt", 20, took_over="pid 7", reached=15)]
+    (run_dir / "run.json").write_text(run_json(starts))
+    seen = report(run_dir)
+    assert seen.charts()["loss"]["series"][0]["steps"] == [2 * number for number in range(20)]
+    assert "Start 1 was killed at step 30 or later" in seen.words
+    assert "Steps are those of the optimizers, 2 for each that metrics.csv" in seen.words
+    assert "Start 2 resumed from step-00000020.ckpt" in seen.words
+
+
+def test_a_step_between_two_checkpoints_lies_between_theirs_and_later_ones_go_on_like_the_last() -> (
+    None
+):
+    to_step = steps_by([(10, 10), (20, 30), (40, 70)])
+    assert list(map(to_step, (0, 5, 10, 15, 20, 30, 40, 50))) == [0, 5, 10, 20, 30, 50, 70, 90]
+
+
+def test_what_the_test_of_the_best_logged_is_of_its_step(run_dir: Path) -> None:
+    summary = json.loads((run_dir / "summary.json").read_text())
+    summary["tested_checkpoint"] = "step-00000020.ckpt"
+    (run_dir / "summary.json").write_text(json.dumps(summary))
+    rows = "step,val/loss,test/loss,test/f1\n19,2,,\n39,1,,\n40,,0.5,0.25\n"
+    (run_dir / "metrics.csv").write_text(rows)
+    seen = report(run_dir)
+    assert seen.charts()["loss"]["series"][1] == {"role": "test", "steps": [20], "values": [0.5]}
+    assert "test/f1 0.2500 at step 20" in seen.words
+    assert "Test confusion step 20" in seen.words
+
+
+def test_a_result_is_one_of_the_test_whatever_it_is_called(run_dir: Path) -> None:
+    (run_dir / "summary.json").write_text('{"steps": 40, "loss_test": 0.125}')
+    assert "loss_test 0.1250" in report(run_dir).words
+
+
+def test_the_axis_is_named_beside_its_numbers(seen: Seen) -> None:
+    assert "step 0 10 20 30 40 50" in seen.words
 
 
 def test_the_picture_is_in_the_page(seen: Seen) -> None:
@@ -618,6 +710,14 @@ CONTRAST = """(() => {
 })()"""
 
 
+TOUCHING = """[...document.querySelectorAll('svg[role=img]')].flatMap((svg) => {
+  const ticks = [...svg.querySelectorAll('text.tick')].map((one) => [one.textContent, one.getBoundingClientRect()]);
+  return ticks.flatMap(([name, a], i) => ticks.slice(i + 1)
+    .filter(([, b]) => a.left < b.right + 4 && b.left < a.right + 4 && a.top < b.bottom && b.top < a.bottom)
+    .map(([other]) => `${name} ${other}`));
+})"""
+
+
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[chromium.Browser]:
     if chromium.FOUND is None:
@@ -656,6 +756,17 @@ def test_a_browser_shows_it_whole_and_readable(
         "rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)"
     )
     assert browser.said == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [7, 430, 12_600, 980_000])
+def test_no_number_of_an_axis_touches_another_on_a_narrow_screen(
+    browser: chromium.Browser, run_dir: Path, last: int
+) -> None:
+    (run_dir / "metrics.csv").write_text(f"step,train/loss\n0,1\n{last},0.5\n")
+    report(run_dir)
+    browser.open(run_dir / "report.html", 400)
+    assert browser.ask(TOUCHING) == []
 
 
 @pytest.mark.slow

@@ -90,7 +90,10 @@ def test_the_printed_command_is_the_one_in_the_run_directory_and_goes_on(
         )
     said = capfd.readouterr()
     assert "Saved at step 9. Continue with: " in said.out  # and nothing of lost steps
-    assert said.err == "Stopped by SIGHUP.\n"
+    assert said.err.splitlines() == [
+        "SIGHUP: saving at the next step, then leaving. A second one leaves at once.",
+        "Stopped by SIGHUP.",
+    ]
     printed = re.findall("Continue with: (.*)", said.out)[0]
     assert (run_dir / "RESUME.txt").read_text() == f"{printed}\n"
     python, script, *argv = shlex.split(printed)

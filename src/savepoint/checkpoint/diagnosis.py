@@ -24,13 +24,38 @@ _END_OVERHEAD_BYTES = 3000  # of ours and torch's: small records, manifest, seal
 _LEGACY_TORCH = b"l\xfc\x9cF\xf9 j\xa8P\x19"
 
 
+_OTHERS = {
+    "an HDF5 file": (b"\x89HDF",),
+    "an image": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8"),
+    "an array of NumPy": (b"\x93NUMPY",),
+}
+_NAME_ANOTHER = "Name a checkpoint."
+_SAVE_WEIGHTS = (
+    "Where it was made, save its weights: torch.save(model.state_dict(), FILE). Name that."
+)
+_TAKE_WEIGHTS = "Start from its weights: {python} train.py --init_from {file}"
+_TAKE_MORE = (
+    f"{_TAKE_WEIGHTS}\n"
+    "or with its epoch and best as well: {python} resume.py {file} --config CONFIG.yaml"
+)
+
+
 class Finding(NamedTuple):
-    """`foreign`: a file of some other program; otherwise a checkpoint that is damaged, or the
-    remains of one.
+    """What a file is.
+
+    Attributes:
+        foreign: A file of some other program; otherwise a checkpoint that is damaged, or the
+            remains of one.
+        advice: What to do with a foreign one, with places for {python} and {file}.
     """
 
     words: str
     foreign: bool
+    advice: str = _NAME_ANOTHER
+
+    @property
+    def has_weights(self) -> bool:
+        return self.advice in (_TAKE_WEIGHTS, _TAKE_MORE)
 
 
 def examine(path: Path) -> Finding:
@@ -61,10 +86,12 @@ def _examine_zip(path: Path, file: BinaryIO, size: int) -> Finding:
         return Finding(_broken_seal(file, size), False)
     folder = names[0].split("/")[0] if names else ""
     if f"{folder}/constants.pkl" in names:
-        return Finding("a TorchScript program or an exported one", True)
+        return Finding("a TorchScript program or an exported one", True, _SAVE_WEIGHTS)
     if f"{folder}/data.pkl" in names:
         return Finding(
-            "a torch.save file without a manifest, such as Lightning and other programs write", True
+            "a torch.save file without a manifest, such as Lightning and other programs write",
+            True,
+            _TAKE_MORE,
         )
     return Finding("a zip archive of something else", True)
 
@@ -138,25 +165,32 @@ def _storages(file: BinaryIO) -> Iterator[tuple[str, int]]:
 def _examine_other(head: bytes) -> Finding:
     text = head.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return Finding("an HTML page, perhaps the answer to a download that failed", True)
+        return Finding(
+            "an HTML page, perhaps the answer to a download that failed",
+            True,
+            "Look at it in a browser, and download the file again.",
+        )
     if head.startswith(b"version https://git-lfs"):
         return Finding(
-            "a git-LFS pointer: the file itself has not been fetched (git lfs pull)", True
+            "a git-LFS pointer: the file itself has not been fetched (git lfs pull)",
+            True,
+            "Fetch it: git lfs pull --include {file}",
         )
     if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 1 << 32:
-        return Finding("a safetensors file", True)
+        return Finding("a safetensors file", True, _TAKE_WEIGHTS)
     if head.startswith(b"\x80") and head[1:2] <= bytes([pickle.HIGHEST_PROTOCOL]):
-        legacy = _LEGACY_TORCH[1:] in head[:32]
-        return Finding(
-            "a torch.save file of the old format, before zip" if legacy else "a pickled object",
-            True,
-        )
+        if _LEGACY_TORCH[1:] in head[:32]:
+            return Finding("a torch.save file of the old format, before zip", True, _TAKE_MORE)
+        return Finding("a pickled object", True, _SAVE_WEIGHTS)
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-        return Finding("a compressed file: unpack it first", True)
+        return Finding(
+            "a compressed file: unpack it first", True, "Unpack it, and name what comes out."
+        )
     if head[257:262] == b"ustar":
-        return Finding("a tar archive", True)
-    if head.startswith(b"\x89HDF"):
-        return Finding("an HDF5 file", True)
+        return Finding("a tar archive", True, "Unpack it, and name what comes out: tar -xf {file}")
+    for kind, begins in _OTHERS.items():
+        if head.startswith(begins):
+            return Finding(kind, True)
     if _is_text(head):
         return Finding("a text file", True)
     return Finding(f"no zip archive: it begins with the bytes {head[:4].hex(' ')}", False)

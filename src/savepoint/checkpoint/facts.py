@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
+from savepoint.checkpoint.state import loops
 from savepoint.checkpoint.state.process import environment
 
 
@@ -33,6 +34,7 @@ def gather(trainer: Trainer, provenance: Provenance) -> dict[str, Any]:
     data = getattr(trainer, "datamodule", None)
     return {
         "step": trainer.global_step,
+        "logged_step": loops.logged_step(trainer),
         "epoch": trainer.current_epoch,
         "run_id": provenance.run.get("id"),
         "parent": provenance.parent,

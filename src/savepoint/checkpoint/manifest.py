@@ -26,6 +26,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import stat
 import struct
 import zipfile
@@ -43,6 +44,7 @@ from savepoint.errors import (
     CheckpointNotFoundError,
     CheckpointVersionError,
 )
+from savepoint.words import python
 
 if TYPE_CHECKING:
     from savepoint.checkpoint.diagnosis import Finding
@@ -287,6 +289,7 @@ _SCORE = (lambda value: value is None or _is_number(value), "a number")
 # What is read from a manifest: what it may be, and that in words.
 _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "step": (_is_count, "a whole number from 0 on"),
+    "logged_step": (_is_count, "a whole number from 0 on"),
     "epoch": (lambda value: value is None or _is_count(value), "a whole number from 0 on"),
     "body": (lambda value: isinstance(value, str), "a sha256"),
     "digest": (lambda value: isinstance(value, str), "a sha256"),
@@ -355,11 +358,13 @@ def _refusal(path: Path, *, sealed: bool) -> CheckpointCorruptError | Checkpoint
         return corrupt(
             path, "one or more damaged bytes in its directory" if found.foreign else found.words
         )
+    advice = found.advice.format(file=shlex.quote(str(path)), python=python())
     return CheckpointForeignError(
         f"Not a checkpoint of Savepoint: {path}. A file with a manifest was expected; this is "
-        f"{found.words}. To start a new run from the weights in a file of another program, give "
-        "it as --init_from.",
+        f"{found.words}. {advice}",
         path,
+        advice=advice,
+        has_weights=found.has_weights,
     )
 
 

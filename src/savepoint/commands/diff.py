@@ -11,6 +11,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from savepoint import find, words
+from savepoint.checkpoint import manifest
 from savepoint.commands import output
 from savepoint.commands.show import norm
 
@@ -31,9 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     paths = [find.file_or_latest(arguments.a), find.file_or_latest(arguments.b)]
-    from savepoint.checkpoint import store  # and with its load, torch
-
-    (state, facts), (other_state, other_facts) = map(store.load, paths)
+    for path in paths:
+        manifest.read(path)  # what is no checkpoint is said before the slow imports
+    (state, facts), (other_state, other_facts) = map(find.load, paths)
     changes = compare(state, other_state)
     changes = {"a": paths[0], "b": paths[1], "equal": not changes["parts"], **changes}
     changes["facts"] = _differences(

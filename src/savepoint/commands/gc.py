@@ -93,9 +93,7 @@ def _configs(run: Run) -> Iterator[str]:
     with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
         yield (run.directory / "config.yaml").read_text()
     if run.latest is not None:
-        from savepoint.checkpoint import store  # and with its load, torch
-
-        yield store.load(run.latest.path)[0].get("config") or ""
+        yield find.load(run.latest.path)[0].get("config") or ""
 
 
 def _plan(store: CheckpointStore) -> list[dict[str, Any]]:

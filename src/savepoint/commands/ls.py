@@ -36,7 +36,7 @@ def _directory(argument: str | None) -> Path:
     path = manifest.local_path("outputs" if argument is None else argument)
     if argument is None and not path.exists():
         hint = f"Start one: {words.python()} train.py"
-        what = f"No runs yet: {path}. The first run makes this directory. {hint}"
+        what = f"No runs yet: {path.absolute()}. The first run makes this directory. {hint}"
         raise CheckpointNotFoundError(what, path)
     if not path.is_dir():
         raise find.missing(path, "a run directory or a directory of runs")

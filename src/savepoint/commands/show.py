@@ -74,9 +74,7 @@ def _contents(path: Path, parts: list[str]) -> dict[str, Any]:
     facts = manifest.read(path)
     state = dict[str, Any]()
     if "config" in parts or "tensors" in parts:
-        from savepoint.checkpoint import store  # and with its load, torch
-
-        state, facts = store.load(path)
+        state, facts = find.load(path)
     plain = {key: value for key, value in facts.items() if key != "metrics"}
     content = {"facts": {"bytes": path.stat().st_size} | plain, "metrics": facts.get("metrics", {})}
     content["config"] = state.get("config", "")

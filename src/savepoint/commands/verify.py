@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from savepoint import files, find, record, words
+from savepoint import entry, files, find, record, words
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.store import BEST, LAST
 from savepoint.commands import output
@@ -32,22 +32,6 @@ from savepoint.words import plural, python
 
 # Files of a run: checkpoints without any of them were copied from one.
 _OF_A_RUN = (record.NAME, f"{record.NAME}.corrupt", "config.yaml", "lock")
-_EXPORT = "Where it was made, save its weights: torch.save(model.state_dict(), FILE). Name that."
-# Words of `manifest.diagnose` about a file of another program -> the advice.
-_FOREIGN = (
-    ("git-LFS", "Fetch it: git lfs pull --include {file}"),
-    ("HTML page", "Look at it in a browser, and download the file again."),
-    ("compressed", "Unpack it, and name what comes out."),
-    ("tar archive", "Unpack it, and name what comes out: tar -xf {file}"),
-    ("TorchScript", _EXPORT),
-    ("safetensors", "Start from its weights: {python} train.py --init_from {file}"),
-    (
-        "torch.save",
-        "Start from its weights: {python} train.py --init_from {file}\n"
-        "or with its epoch and best as well: {python} resume.py {file} --config CONFIG.yaml",
-    ),
-    ("pickled", _EXPORT),
-)
 
 
 class Finding(NamedTuple):
@@ -185,9 +169,10 @@ def _check(path: Path, deep: bool) -> dict[str, Any]:
 
 def _inside(path: Path) -> dict[str, Any]:
     """The weights and optimizer states that hold a NaN or an infinity."""
-    import torch
+    with entry.importing():
+        import torch
 
-    from savepoint.checkpoint import format
+        from savepoint.checkpoint import format
 
     state = format.decode(path)
     leaves = format.leaves({key: state.get(key) for key in ("state_dict", "optimizer_states")})
@@ -216,11 +201,8 @@ def _instead_of(path: Path, run: Run | None) -> str:
     quoted = shlex.quote(str(path))
     try:
         manifest.read(path)
-    except CheckpointForeignError:
-        reason = manifest.diagnose(path)
-        fitting = (text for kind, text in _FOREIGN if kind in reason)
-        advice = next(fitting, "It is no checkpoint. Name another file.")
-        return advice.format(file=quoted, python=python())
+    except CheckpointForeignError as error:
+        return error.advice
     except CheckpointVersionError:
         return "Use the version of this project that wrote it."
     except PermissionError:

@@ -11,8 +11,9 @@ from pathlib import Path
 import yaml
 
 from savepoint import files, words
+from savepoint.checkpoint import manifest
 from savepoint.config import compose
-from savepoint.errors import ConfigError
+from savepoint.errors import CheckpointForeignError, ConfigError
 from savepoint.job import rank, requeued
 from savepoint.run import Run, check_name, is_empty
 
@@ -49,7 +50,7 @@ def check(argv: Sequence[str], *, base: str | None = None, usage: str = USAGE) -
         raise SystemExit(0)
     check_keys(composed)
     if base is None:
-        _check_name(composed)
+        _check_start(composed)
     return composed
 
 
@@ -78,20 +79,38 @@ def _check_flag(key: str) -> None:
     raise ConfigError(f"Unknown flag: --{key}.{near}")
 
 
-def _check_name(composed: compose.Composed) -> None:
-    """Refuses the name of a run that exists already, or that trains at this moment."""
+def _check_start(composed: compose.Composed) -> None:
+    """Refuses the name of a run that exists already, or that trains at this moment, and weights
+    that are none.
+    """
     flags = [(key, value) for key, value in composed.flags if key in compose.SCALARS]
     values = composed.config | {key: yaml.safe_load(value) for key, value in flags}
-    name = values.get("run_name")
     starts_training = not composed.wants_config and not composed.class_help
-    if rank() or not starts_training or not isinstance(name, str):
+    if rank() or not starts_training:
         return
-    check_name(name)
-    directory = Path(str(values.get("output_dir") or "outputs")) / name
     is_new = (values.get("resume") or "never") == "never" and not requeued()
+    name = values.get("run_name")
+    if isinstance(name, str):
+        _check_name(name, Path(str(values.get("output_dir") or "outputs")), is_new=is_new)
+    if is_new and isinstance(weights := values.get("init_from"), str):
+        _check_weights(weights)
+
+
+def _check_name(name: str, output_dir: Path, *, is_new: bool) -> None:
+    check_name(name)
+    directory = output_dir / name
     if is_new and os.path.lexists(directory) and not is_empty(directory):
         raise Run(directory).taken(directory)
     Run(directory).refuse_if_held()
+
+
+def _check_weights(path: str) -> None:
+    """Looks at the end of the file alone."""
+    try:
+        manifest.read(path)
+    except CheckpointForeignError as error:
+        if not error.has_weights:
+            raise
 
 
 def _check_saving(composed: compose.Composed) -> None:

@@ -161,7 +161,8 @@ def _path(points: Sequence[Point], steps: Axis, axis: Axis) -> str:
 
 def _names(chart: Chart, axis: Axis) -> list[tuple[str, float, float]]:
     """(label, step, height) at the end of each line; overlapping labels are moved apart."""
-    several = [one for one in chart.series if len(chart.series) > 1 and one.finite()]
+    lines = [one for one in chart.series if len(one.points) > 1]
+    several = [one for one in lines if len(chart.series) > 1 and one.finite()]
     ends = [(*one.finite()[-1], one.label) for one in several if len(one.label) <= LETTERS]
     ends.sort(key=lambda end: -end[1])
     downs = list[float]()

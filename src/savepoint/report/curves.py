@@ -3,8 +3,9 @@
 import csv
 import math
 import re
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import isnan, nan
@@ -14,12 +15,15 @@ from statistics import fmean
 
 from savepoint.words import SHARE, measured, plural
 
-NAME = re.compile(
-    r"(?:(?P<word>train|training|val|valid|validation|test)[/_])?(?P<quantity>.+?)"
-    r"(?P<suffix>(?:_(?P<every>step|epoch))?(?:/dataloader_idx_(?P<loader>\d+))?)"
-)
+LOADER = re.compile(r"(.+?)(?:/dataloader_idx_(\d+))?")
+SEPARATOR = re.compile(r"([/_.\-])")
+ROLES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "eval", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+EVERY = ("step", "epoch")
 NO_METRICS = ("step", "epoch", "time/secs", "", None)
-ROLES = {"train": "train", "training": "train", "test": "test"}
 ORDER = ("train", "val", "test", "other")
 LARGEST = 1e200  # a larger value has no place in a chart, like NaN
 LONG = 300  # points; longer series get a line of their mean too
@@ -44,6 +48,11 @@ class Series:
             self.points.append((step, value))
         return value is not None or not text
 
+    def measured_at(self, step: float) -> None:
+        """The newest value was measured at that step, and logged later."""
+        if self.points:
+            self.points[-1] = (step, self.points[-1][1])
+
     def finite(self) -> list[Point]:
         return [point for point in self.points if not isnan(point[1])]
 
@@ -53,11 +62,18 @@ class Series:
 
 
 class Chart:
-    """The series of one quantity: `loss` of train/loss and val/loss. Shares become percentages."""
+    """The series of one quantity: `loss` of train/loss and val/loss, or of loss and val_loss.
+    Shares become percentages.
+    """
 
     def __init__(self, quantity: str, series: Iterable[Series]) -> None:
         self.quantity = quantity
         self.unit = ""
+        series = list(series)
+        roles = {one.role for one in series}
+        for one in series:
+            if one.role == "other" and len(roles) > 1 and "train" not in roles:
+                one.role = "train"
         self.series = sorted(series, key=lambda one: (ORDER.index(one.role), one.label))
         self.values = [value for one in self.series for _, value in one.finite()]
         if SHARE.fullmatch(quantity) and all(0 <= value <= 1 for value in self.values):
@@ -78,13 +94,22 @@ class Chart:
 class Curves:
     """The content of metrics.csv.
 
+    Args:
+        monitor: The metric whose chart comes first.
+        to_step: From the step of a row, as Lightning logs it, to a step of the optimizers.
+
     Attributes:
         charts: The monitored quantity first, values of the clock last.
         missing: One sentence for each fault of the file.
         secs: Time in training by the rows, whose clock begins anew at each start.
     """
 
-    def __init__(self, path: Path, monitor: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        monitor: str | None = None,
+        to_step: Callable[[float], float] = lambda logged: logged,
+    ) -> None:
         self.missing = list[str]()
         self.last_step = 0.0
         columns = dict[str, Series]()
@@ -96,6 +121,7 @@ class Curves:
             if step is None or isnan(step):
                 unread["row has no step"] += 1
                 continue
+            step = to_step(step)
             self.last_step = max(self.last_step, step)
             clock.add(step, row.get("time/secs", ""))
             bad = [name for name, one in columns.items() if not one.add(step, row[name])]
@@ -108,14 +134,49 @@ class Curves:
 
 
 def series_of(name: str) -> Series:
-    """An empty series: `train/loss_step` measures "loss" and has the label "train each step"."""
-    match = NAME.fullmatch(name)
-    if match is None or match["word"] is None:
-        return Series(name, name.removesuffix(match["suffix"] if match else ""), name, "other")
-    each = " each step" if match["every"] == "step" else ""
-    loader = f" {match['loader']}" if match["loader"] else ""
-    role = ROLES.get(match["word"], "val")
-    return Series(name, match["quantity"], f"{match['word']}{each}{loader}", role)
+    """An empty series. `train/loss_step`, `loss_train_step` and `Train.Loss_step` measure "loss",
+    and have the label "train each step"; with two such words, or none, a name is its own label.
+    """
+    match = LOADER.fullmatch(name)
+    stem, number = match.groups() if match else (name, None)
+    pieces = SEPARATOR.split(stem)
+    words = [word.lower() for word in pieces[::2]]
+    splits = [place for place, word in enumerate(words) if _is_split(word, place)]
+    split = splits[0] if len(splits) == 1 else None
+    ends = {len(words) - 1} if split is None else {len(words) - 1, split + 1}
+    every = [place for place in sorted(ends) if place < len(words) and words[place] in EVERY]
+    kept = [place for place in range(len(words)) if place not in (split, *every)]
+    quantity = "".join(
+        pieces[2 * place] if place == kept[0] else "".join(pieces[2 * place - 1 : 2 * place + 1])
+        for place in kept
+    )
+    if split is None or not kept:
+        return Series(name, quantity or name, name, "other")
+    each = " each step" if "step" in (words[place] for place in every) else ""
+    loader = f" {number}" if number else ""
+    return Series(name, quantity, f"{words[split]}{each}{loader}", ROLES[words[split]])
+
+
+def _is_split(word: str, place: int) -> bool:
+    """Whether a word of a name says on which part of the data it was measured."""
+    return word in ROLES and (word != "dev" or place == 0)  # of std_dev it does not
+
+
+def steps_by(pairs: Iterable[tuple[int, int]]) -> Callable[[float], float]:
+    """From the step of a log row to one of the optimizers, by pairs of both: with several
+    optimizers these are not the same number.
+    """
+    known = sorted({(0, 0), *pairs})
+    if all(logged == step for logged, step in known):
+        return lambda logged: logged
+
+    def to_step(logged: float) -> float:
+        place = max(1, min(len(known) - 1, bisect_left(known, (logged, 0))))
+        before, low = known[place - 1]
+        after, high = known[place]
+        return float(round(low + (logged - before) * (high - low) / max(1, after - before)))
+
+    return to_step
 
 
 def thinned(points: list[Point], most: int) -> list[Point]:
@@ -178,6 +239,7 @@ def _number(text: str) -> float | None:
 def _charts(columns: Iterable[Series], first: str) -> list[Chart]:
     groups: dict[str, list[Series]] = {}
     for series in filter(lambda one: one.points, columns):
-        groups.setdefault(series.quantity, []).append(series)
-    charts = [Chart(quantity, series) for quantity, series in groups.items()]
-    return sorted(charts, key=lambda one: (one.by_the_clock, one.quantity != first))
+        groups.setdefault(series.quantity.lower(), []).append(series)
+    charts = [Chart(series[0].quantity, series) for series in groups.values()]
+    first = first.lower()
+    return sorted(charts, key=lambda one: (one.by_the_clock, one.quantity.lower() != first))

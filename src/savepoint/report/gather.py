@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
@@ -14,7 +14,7 @@ from savepoint.checkpoint import manifest
 from savepoint.checkpoint.retention import RULES, Retention
 from savepoint.checkpoint.store import Checkpoint, CheckpointStore
 from savepoint.report import pictures
-from savepoint.report.curves import Curves
+from savepoint.report.curves import Curves, series_of, steps_by
 from savepoint.run import Run
 from savepoint.words import plural
 
@@ -71,6 +71,7 @@ class Report:
         command: (purpose, command line).
         lanes: The files with a step, by place.
         last_step: The end of every step axis.
+        per_batch: Steps of optimizers for each that the log counts.
     """
 
     def __init__(self, run: Run) -> None:
@@ -82,20 +83,52 @@ class Report:
         dataset = self.latest.get("dataset")
         self.dataset = dataset if isinstance(dataset, dict) else {}
         self.summary = run.summary() if run.is_summarised() else {}
-        self.starts = [_start(number, one) for number, one in enumerate(run.starts(), 1)]
         self.config = _text(run.directory / "config.yaml")
         parsed = _parsed(self.config or "")
         self.missing = _missing(run, self.config, parsed)
         self.rules = _rules(parsed)
         self.files = [*_in_the_run(run, self.rules), *_damaged(run), *_rewound(run.directory)]
+        to_step = steps_by(_pairs(self.files))
+        self.per_batch = _per_batch(self.latest)
+        starts = enumerate(run.starts(), 1)
+        self.starts = [_start(number, one, to_step) for number, one in starts]
         self.marks = sorted([*_marks_of_starts(self.starts), *_marks_of_files(self.files)])
-        self.curves = Curves(run.directory / "metrics.csv", self.latest.get("monitor"))
+        self.curves = Curves(run.directory / "metrics.csv", self.latest.get("monitor"), to_step)
         self.pictures = list(pictures.read(run.directory, self.missing))
+        self._place_test()
         self.command = _command(run, self.state)
         known = [file for file in self.files if file.step is not None]
         self.lanes = {key: list(files) for key, files in groupby(known, lambda file: file.place)}
         steps = [file.step or 0 for file in known] + [mark.step for mark in self.marks]
         self.last_step = max([self.curves.last_step, *steps])
+
+    def _place_test(self) -> None:
+        """What the test of the best checkpoint logged belongs to its step: the log names the last
+        step of the training.
+        """
+        step = manifest.step_in_name(str(self.summary.get("tested_checkpoint")))
+        if step is None:
+            return
+        for series in (one for chart in self.curves.charts for one in chart.series):
+            if series.role == "test":
+                series.measured_at(step)
+        self.pictures = [
+            one._replace(step=step) if series_of(one.tag).role == "test" else one
+            for one in self.pictures
+        ]
+
+
+def _pairs(files: Sequence[File]) -> Iterator[tuple[int, int]]:
+    """(step in the log, step) of each checkpoint; those of older versions do not know both."""
+    for one in filter(None, (file.checkpoint for file in files)):
+        if "logged_step" in one.manifest:
+            yield one.manifest["logged_step"], one.step
+
+
+def _per_batch(latest: Mapping[str, Any]) -> float:
+    """How many steps of optimizers a batch of the log has; 1 where that is not known."""
+    logged = latest.get("logged_step")
+    return latest["step"] / logged if logged else 1.0
 
 
 def _missing(run: Run, config: str | None, parsed: Any) -> list[str]:
@@ -114,10 +147,12 @@ def _missing(run: Run, config: str | None, parsed: Any) -> list[str]:
     return sentences
 
 
-def _start(number: int, entry: Mapping[str, Any]) -> Start:
+def _start(number: int, entry: Mapping[str, Any], to_step: Callable[[float], float]) -> Start:
     """An entry of run.json; a value of another type than a run writes becomes None."""
     known = {key: entry.get(key) for key in KINDS}
     known = {key: value if isinstance(value, KINDS[key]) else None for key, value in known.items()}
+    if known["reached"] is not None:  # the last row of the log
+        known["reached"] = int(to_step(known["reached"]))
     words = ["python", *map(str, entry["argv"])] if entry["argv"] else []
     changes = ", ".join(f"{key}: {_change(pair)}" for key, pair in entry["changed"].items())
     return {**entry, **known, "number": number, "command": shlex.join(words), "changes": changes}

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from savepoint import words
 from savepoint.report import chart
+from savepoint.report.curves import series_of
 from savepoint.report.gather import Report
 
 GENERATOR = "savepoint report"
@@ -69,7 +70,7 @@ def _numbers(report: Report) -> Iterator[tuple[str, str, str]]:
     summary = report.summary
     latest = report.latest
     monitor = report.monitor
-    tests = [pair for pair in summary.items() if pair[0].startswith("test/")]
+    tests = [pair for pair in summary.items() if series_of(pair[0]).role == "test"]
     results = [pair for pair in tests if _is_number(pair[1])]
     for name, value in words.metrics(sorted(results, key=lambda pair: "acc" not in pair[0])):
         yield name, value, f"of {summary.get('tested_checkpoint') or 'the last weights'}"

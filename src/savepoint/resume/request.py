@@ -13,7 +13,7 @@ from savepoint.errors import CheckpointForeignError, CheckpointNotFoundError, Co
 from savepoint.find import newest_run, run_directory, two_checkpoints
 from savepoint.job import requeued
 from savepoint.run import Run, check_name
-from savepoint.words import nearest, show
+from savepoint.words import nearest, python, show
 
 USAGE = """\
 usage: python resume.py [CKPT | RUN_DIR] [--KEY VALUE]...
@@ -58,7 +58,8 @@ def requested(argv: Sequence[str]) -> Request | None:
     """The request in `argv`; None after `--help`.
 
     Raises:
-        CheckpointNotFoundError, CheckpointCorruptError, CheckpointVersionError: about the target.
+        CheckpointNotFoundError, CheckpointCorruptError, CheckpointForeignError,
+            CheckpointVersionError: about the target.
         ConfigError: about the flags.
     """
     request, target = _parse(argv)
@@ -76,7 +77,7 @@ def requested(argv: Sequence[str]) -> Request | None:
     if request.foreign and "--config" not in flags and "-c" not in flags:
         raise CheckpointForeignError(
             f"Not written by Savepoint: {request.file}. The file holds no config. Name one: "
-            f"python resume.py {request.file} --config CONFIG.yaml",
+            f"{python()} resume.py {request.file} --config CONFIG.yaml",
             request.file or "",
         )
     _check_overrides(request)
@@ -186,7 +187,7 @@ def _refuse_unknown(flag: str) -> None:
 
 def _find(request: Request, target: str) -> None:
     """Sets the run directory, or the file that is verified here."""
-    path = Path(target)
+    path = manifest.local_path(target)
     try:
         is_directory = path.is_dir()
     except OSError as error:
@@ -206,7 +207,9 @@ def _find(request: Request, target: str) -> None:
         return
     try:
         manifest.verify(path)
-    except CheckpointForeignError:
+    except CheckpointForeignError as error:
+        if not error.has_weights:
+            raise
         request.foreign = True
     except CheckpointNotFoundError as error:
         raise CheckpointNotFoundError(f"{error} {_nearest(target, request)}", path) from None
@@ -222,4 +225,5 @@ def _nearest(target: str, request: Request) -> str:
     paths += [run for run in runs if manifest.step_files(run / "checkpoints")]
     known = [show(path.absolute()) for path in paths]
     near = difflib.get_close_matches(target, known, n=3, cutoff=0.4)
-    return f"Nearest: {', '.join(near)}." if near else "Runs are found by: ls outputs"
+    known_by = f"See the runs: {python()} -m savepoint ls"
+    return f"Nearest: {', '.join(near)}." if near else known_by

@@ -18,8 +18,9 @@ from savepoint.checkpoint.state.process import capture_rng, isolated_rng, restor
 from savepoint.config import typed
 from savepoint.run import Run
 from savepoint.training import threads
+from savepoint.training.bar import display
 from savepoint.training.logs import RunCSVLogger, RunTensorBoardLogger, last_step
-from savepoint.training.progress import Meter, display
+from savepoint.training.progress import Meter
 
 _CPU = torch.device("cpu")
 
@@ -123,7 +124,7 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
         RunCSVLogger(run.directory / "metrics.csv", start.keep_rows),
         RunTensorBoardLogger(run.directory, start.purge_step),
     ]
-    shown = display(meter)
+    shown = display(meter, wants_bar=config.trainer.enable_progress_bar is not False)
     callbacks = [*shown.pop("callbacks"), threads.WaitWatch(), *start.callbacks]
     model, data, trainer = typed.instantiate(
         config, callbacks=callbacks, logger=loggers, default_root_dir=str(run.directory), **shown

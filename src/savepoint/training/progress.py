@@ -1,13 +1,14 @@
-"""The display while a run trains: a bar on a terminal, one line for each epoch in a log file."""
+"""What a run shows while it trains: lines for a log file, and the numbers that the bar of a
+terminal shows too.
+"""
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from savepoint.words import plural
@@ -81,22 +82,35 @@ class Meter(Callback):
         return len(first) if isinstance(first, Tensor) and first.ndim else 0
 
 
-class Bar(RichProgressBar):
-    """Lightning's rich bar with samples/s."""
+class Clock:
+    """The time that a training still takes, by its pace since `begin`."""
 
-    def __init__(self, meter: Meter) -> None:
-        super().__init__(leave=False)
-        self.meter = meter
+    def begin(self, trainer: Trainer) -> None:
+        self._began = time.monotonic()
+        self._first = self._share(trainer, 0)
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        # From 1, as the lines beside the bar count.
-        return f"Epoch {current_epoch + 1}{_of(self.trainer.max_epochs)}"
+    def left(self, trainer: Trainer, batches: int = 0) -> str:
+        """`1:05 left`, `batches` into an epoch; empty where no limit or no pace is known yet."""
+        share = self._share(trainer, batches)
+        if share <= self._first:
+            return ""
+        secs = (time.monotonic() - self._began) * (1 - share) / (share - self._first)
+        minutes, seconds = divmod(round(max(0.0, secs)), 60)
+        hours, minutes = divmod(minutes, 60)
+        if hours:
+            return f"{hours}:{minutes:02d}:{seconds:02d} left"
+        return f"{minutes}:{seconds:02d} left"
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        number, unit = self.meter.speed.split()
-        return metrics | {unit: number}
+    @staticmethod
+    def _share(trainer: Trainer, batches: int) -> float:
+        """How much of the training is done, of the limit that comes first."""
+        shares = [0.0]
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            epochs = trainer.current_epoch + batches / max(1, trainer.num_training_batches)
+            shares.append(epochs / trainer.max_epochs)
+        if trainer.max_steps > 0:
+            shares.append(trainer.global_step / trainer.max_steps)
+        return max(shares)
 
 
 class Lines(Callback):
@@ -104,14 +118,14 @@ class Lines(Callback):
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
+        self.clock = Clock()
         self._epoch = -1
         self._spoke = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch = trainer.current_epoch
-        self._first = trainer.current_epoch
-        self._started = time.monotonic()
-        self._spoke = self._started
+        self.clock.begin(trainer)
+        self._spoke = time.monotonic()
         if trainer.is_global_zero:
             place = f"step {trainer.global_step}, epoch {trainer.current_epoch}"
             number = trainer.num_training_batches
@@ -142,28 +156,14 @@ class Lines(Callback):
             return
         self._epoch = done
         self._spoke = time.monotonic()
-        left = ""
-        if trainer.max_epochs is not None and trainer.max_epochs > 0:
-            per_epoch = (time.monotonic() - self._started) / (done - self._first)
-            minutes, seconds = divmod(round(per_epoch * (trainer.max_epochs - done)), 60)
-            left = f"/{trainer.max_epochs} ({minutes}:{seconds:02d} left)"
+        left = self.clock.left(trainer)
+        place = f"epoch {done}{of(trainer.max_epochs)}{f' ({left})' if left else ''}"
         metrics = sorted(trainer.callback_metrics.items())
         shown = [f"{name} {float(value):.4f}" for name, value in metrics if "_step" not in name]
         values = ", ".join([*shown, self.meter.speed])
-        print(f"epoch {done}{left}: step {trainer.global_step}, {values}", flush=True)
+        print(f"{place}: step {trainer.global_step}, {values}", flush=True)
 
 
-def _of(limit: int | None) -> str:
+def of(limit: int | None) -> str:
     """`/20`; nothing where epochs have no limit."""
     return f"/{limit}" if limit is not None and limit >= 0 else ""
-
-
-def display(meter: Meter) -> dict[str, Any]:
-    """Arguments of a Trainer: a bar where the output is a terminal, else lines."""
-    if sys.stdout is not None and sys.stdout.isatty():
-        return {"callbacks": [meter, Bar(meter)]}
-    return {
-        "callbacks": [meter, Lines(meter)],
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }

@@ -86,7 +86,8 @@ def table(training: Training, summary: Mapping[str, Any]) -> str:
         ("trained", f"{length} in {time}, this process {summary['wall_secs']:.1f} s"),
         ("run directory", directory),
         ("train longer", f"{resume_command(training.run.directory)} {longer}"),
-        ("look at it", f"{python()} -m tensorboard.main --logdir {shlex.quote(directory)}"),
+        ("look at it", training.run.command("-m", "savepoint", "report")),
+        ("tensorboard", f"{python()} -m tensorboard.main --logdir {shlex.quote(directory)}"),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(["", *(f"{name:<{width}}  {value}" for name, value in rows)])

@@ -72,6 +72,13 @@ def measured(trainer: Trainer) -> dict[str, Tensor]:
     return trainer._logger_connector._callback_metrics
 
 
+def logged_step(trainer: Trainer) -> int:
+    """The step under which Lightning logs: batches that ended in a step, however many optimizers
+    each of them has stepped.
+    """
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
 def set_steps(trainer: Trainer, batches: int) -> None:
     """For the logs of a training that goes on from a file of another program."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = batches
