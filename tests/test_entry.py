@@ -108,7 +108,11 @@ print(repr(sys.stderr.getvalue()))
 """
     environment = os.environ | {"TERM": term}
     done = subprocess.run(
-        [sys.executable, "-c", body], capture_output=True, text=True, timeout=60, env=environment
+        [sys.executable, "-c", body],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECS,
+        env=environment,
     )
     assert done.stdout == f"{during!r}\n{after!r}\n"
 

@@ -110,10 +110,12 @@ def test_each_command_of_the_table_runs_as_it_is_written_there(
 @pytest.fixture
 def front(tmp_path: Path) -> Path:
     """The Makefile alone, in an environment whose python only ends, with the code in ARGS."""
-    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    wrap(tmp_path / ".venv/bin/python", "sh -c 'for code; do :; done; exit $code'")
-    (tmp_path / ".venv/ready").touch()
+    (tmp_path / ".ci").mkdir()
+    for name in ("Makefile", "requirements.txt", "pyproject.toml", ".ci/environment.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    set_up(tmp_path)
+    ended = "#!/bin/sh\nfor code; do :; done\nexit $code\n"
+    (tmp_path / ".venv/bin/python").write_text(ended)
     return tmp_path
 
 
@@ -122,14 +124,14 @@ def test_after_a_clean_stop_make_leaves_by_the_same_signal_without_a_word(
     front: Path, signum: signal.Signals
 ) -> None:
     words = ["make", "train", f"ARGS={128 + signum}"]
-    done = subprocess.run(words, cwd=front, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, cwd=front, capture_output=True, text=True, timeout=HANG_SECS)
     assert done.returncode == -signum
     assert done.stderr == ""
 
 
 def test_a_failure_under_make_stays_one(front: Path) -> None:
     words = ["make", "train", "ARGS=1"]
-    done = subprocess.run(words, cwd=front, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, cwd=front, capture_output=True, text=True, timeout=HANG_SECS)
     assert done.returncode == 2
     assert "Error 1" in done.stderr
 
