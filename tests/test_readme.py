@@ -4,15 +4,20 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from support.programs import LITTLE, ROOT, as_a_new_process
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.utils import make_grid
 
 import project  # noqa: F401
 from savepoint import commands
 from savepoint.checkpoint import store
 from savepoint.config import quick
 from savepoint.resume import request, start
+from savepoint.training.logs import RunTensorBoardLogger
 
 
 def commands_in(text: str) -> list[str]:
@@ -182,3 +187,21 @@ def test_the_edits_that_make_it_yours_train_and_resume(
     assert latest.epoch == 3
     assert latest.manifest["exact"] is True
     assert latest.manifest["monitor"] == "val/loss"
+
+
+def test_the_hook_that_logs_a_picture_runs(tmp_path: Path) -> None:
+    code = re.search(r"```python\n(.*?)```", PAGES["docs/runs.md"], re.DOTALL)
+    assert code
+    names: dict[str, Any] = {"make_grid": make_grid}
+    exec(code[1], names)
+
+    class Model:
+        validation_z, current_epoch, logger = torch.zeros(2, 3), 4, RunTensorBoardLogger(tmp_path)
+
+        def __call__(self, z: torch.Tensor) -> torch.Tensor:
+            return z.view(2, 3, 1, 1)
+
+    names["on_validation_epoch_end"](Model())
+    Model.logger.save()
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()
+    assert (tags["images"], tags["tensors"]) == (["generated"], ["sample/text_summary"])
