@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from savepoint import files, preemption
-from savepoint.checkpoint import facts, format
+from savepoint.checkpoint import facts, format, watched
 from savepoint.checkpoint.canary import canary
 from savepoint.checkpoint.ckpt_path import load_last, running_call
 from savepoint.checkpoint.facts import Provenance
@@ -215,6 +215,9 @@ class CheckpointCallback(Checkpoint):
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
             self._training.see()
             validation.seed_validation(trainer)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        watched.check_validation(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         preemption.install()
