@@ -41,6 +41,12 @@ SHOWN = 3000
 """Characters of a failed program's output."""
 
 
+class Refused(AssertionError):
+    """train.py or resume.py has refused a config with exit code 2: this model, or these data, and
+    what the config asks for do not go together.
+    """
+
+
 def composes(config: Path | str, *flags: str) -> None:
     """Lays a config out, with the types of the project's classes, and prints nothing.
 
@@ -67,6 +73,7 @@ def resumes_exactly(config: Path | str, directory: Path, *flags: str) -> list[st
         where the two are equal bit for bit.
 
     Raises:
+        Refused: train.py does not take the config; with its output.
         AssertionError: a run ended in another way than it should; with its output.
     """
     command = [*_named(config), *QUICK, *flags, "--output_dir", str(directory)]
@@ -150,7 +157,7 @@ def _run(script: str, *argv: str, expected: int = 0) -> None:
         except SystemExit as left:
             code = left.code or 0
     if code != expected:
-        raise AssertionError(
+        raise (Refused if code == 2 else AssertionError)(
             f"{script} {' '.join(argv)} ended with exit code {code}. Expected {expected}. "
             f"Its output:\n{output.getvalue()[-SHOWN:]}"
         )
