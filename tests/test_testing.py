@@ -29,3 +29,9 @@ def test_a_failure_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("savepoint.training.execute._finish", fails)
     with pytest.raises(OSError, match="the disk is gone"):
         testing.resumes_exactly("configs/fast.yaml", tmp_path, *LITTLE)
+
+
+def test_a_config_that_validates_inside_its_epochs_is_shortened_too(tmp_path: Path) -> None:
+    config = tmp_path / "often.yaml"
+    config.write_text("trainer: {val_check_interval: 50}\n")
+    assert testing.resumes_exactly(config, tmp_path / "runs", *LITTLE) == []

@@ -32,6 +32,7 @@ from savepoint.prove import rows
 QUICK = (
     "--trainer.max_epochs", "2", "--trainer.limit_train_batches", "2",
     "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1",
+    "--trainer.val_check_interval", "1.0",
     "--trainer.num_sanity_val_steps", "0", "--trainer.log_every_n_steps", "1",
     "--trainer.accelerator", "cpu", "--trainer.devices", "1",
 )  # fmt: skip

@@ -118,6 +118,24 @@ def test_what_else_lightning_refuses_is_a_message(
     assert "Lightning refuses this training: " in capfd.readouterr().err
 
 
+def test_an_interval_that_is_longer_than_the_epoch_is_a_message(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, "trainer: {val_check_interval: 50}\n") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("Lightning refuses this training: `val_check_interval` (50) must be")
+
+
+class Broken(ImageClassifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        raise ValueError("a fault of the model")
+
+
+def test_an_error_of_the_model_is_no_message(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a fault of the model"):
+        train(tmp_path, ON_A_PLATEAU.replace("CLASS", "Broken"))
+
+
 def test_a_dev_run_that_logs_nothing_ends_well(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """Fits, tests and sums up a training that was built; returns the exit code."""
 
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from savepoint import weights
 from savepoint.checkpoint import watched
 from savepoint.checkpoint.scores import never_logged
-from savepoint.errors import ConfigError, RunDirectoryError
+from savepoint.errors import ConfigError, RunDirectoryError, SavepointError
 from savepoint.job import rank
 from savepoint.preemption import Preempted
 from savepoint.run import Run, resume_command
@@ -56,7 +57,7 @@ def execute(
         if trained is None:
             trainer.fit(training.model, datamodule=training.data, ckpt_path=checkpoint)
         return _finish(training, *(trained or (trainer.global_step, trainer.current_epoch)))
-    except (MisconfigurationException, RuntimeError) as error:
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
         refused = _refusal(training, error)
         if refused is None:
             raise
@@ -84,9 +85,19 @@ def _refusal(training: Training, error: Exception) -> ConfigError | None:
     if " conditioned on metric " in text:  # by early stopping, or a schedule that waits for one
         for place, name in watched.missing(training.trainer):
             return never_logged(place, name, training.trainer.callback_metrics)
-    if isinstance(error, MisconfigurationException):
+    if isinstance(error, MisconfigurationException) or _is_raised_by_lightning(error):
         return ConfigError(f"Lightning refuses this training: {text}")
     return None
+
+
+def _is_raised_by_lightning(error: Exception) -> bool:
+    """Whether Lightning's own line refuses a value: an interval of validations longer than the
+    epoch, say.
+    """
+    if not isinstance(error, ValueError) or isinstance(error, SavepointError):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("lightning.")
 
 
 def _finish(training: Training, step: int, epoch: int) -> int:
