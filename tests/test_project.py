@@ -18,6 +18,7 @@ CONFIGS = {
     if path.parent.name != "sweep"
 }
 LITTLE = getattr(project, "LITTLE", ())
+ADDITIONS = ("callbacks", "debug", "logger")  # not every model takes each of them
 # Two batches are too few for it.
 MORE = {"callbacks/lr_finder.yaml": ("--trainer.limit_train_batches", "20")}
 
@@ -37,5 +38,12 @@ def test_a_stopped_run_that_is_resumed_equals_the_straight_one(name: str, tmp_pa
     group, _, package = name.removesuffix(".yaml").partition("/")
     if group == "logger" and importlib.util.find_spec(package) is None:
         pytest.skip("needs: make extras")
-    assert testing.resumes_exactly(CONFIGS[name], tmp_path, *LITTLE, *MORE.get(name, ())) == []
+    try:
+        found = testing.resumes_exactly(CONFIGS[name], tmp_path, *LITTLE, *MORE.get(name, ()))
+    except testing.Refused as refused:
+        if group not in ADDITIONS:
+            raise
+        # Early stopping where nothing is ranked, clipping under manual optimization: not for it.
+        pytest.skip(str(refused).splitlines()[-1])
+    assert found == []
     testing.exports(tmp_path / "stopped")

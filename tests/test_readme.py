@@ -1,18 +1,31 @@
 """What the README and its pages say works: every command is run, every link leads on."""
 
+import json
 import re
 import shlex
 import subprocess
+import threading
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, LightningModule
 from support.programs import LITTLE, ROOT, as_a_new_process
+from support.small import EveryPoint, fit, resume_differs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torchvision.utils import make_grid
 
 import project  # noqa: F401
 from savepoint import commands
 from savepoint.checkpoint import store
 from savepoint.config import quick
 from savepoint.resume import request, start
+from savepoint.training.logs import RunTensorBoardLogger
 
 
 def commands_in(text: str) -> list[str]:
@@ -53,7 +66,10 @@ def programs(name: str) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize("name", [name for name in PAGES if programs(name)])
+USING = "docs/using.md"
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if programs(name) and name != USING])
 def test_the_commands_of_a_page_run_in_their_order(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,6 +81,90 @@ def test_the_commands_of_a_page_run_in_their_order(
                 execute(words)
         else:
             assert execute(words) == 0, words
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Of the page's programs, run in their order, after its commands."""
+    at = tmp_path_factory.mktemp("using")
+    (at / "configs").symlink_to(ROOT / "configs")
+    names: dict[str, Any] = {"at": at}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(at)
+        for words in programs(USING):
+            assert execute(words) == 0, words
+        for block in re.findall(r"```python\n(.*?)```", PAGES[USING], re.DOTALL):
+            exec(block.replace("8000", "0"), names)
+    yield names
+    names["server"].server_close()
+
+
+class TestUsingTheModel:
+    def test_the_code_in_the_readme_of_a_copy_runs_too(
+        self, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = (ROOT / "src/savepoint/template/README.md").read_text()
+        (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        monkeypatch.chdir(names["at"])
+        found: dict[str, Any] = {}
+        exec(code, found)
+        assert found["output"].shape == (8, 10)
+
+    def test_the_model_is_the_best_of_the_run(self, names: dict[str, Any]) -> None:
+        assert names["path"].name == "step-00000002.ckpt"
+        assert not names["model"].training
+        assert names["shares"].shape == (2, 10)
+
+    def test_a_notebook_has_the_data_and_the_log(self, names: dict[str, Any]) -> None:
+        assert names["wrong"].shape == names["labels"].shape
+        assert [step for step, _ in names["curve"]] == [1]
+
+    def test_the_service_answers_what_the_model_says(self, names: dict[str, Any]) -> None:
+        images = names["images"][:2].float() / 255
+        names["Answers"].log_message = lambda *_: None
+        asking = threading.Thread(target=names["server"].handle_request)
+        asking.start()
+        at = f"http://127.0.0.1:{names['server'].server_port}"
+        body = json.dumps(images.tolist()).encode()
+        with urllib.request.urlopen(at, data=body, timeout=60) as answer:
+            shares = torch.tensor(json.load(answer))
+        asking.join()
+        with torch.inference_mode():
+            expected = names["model"](images).softmax(1)
+        assert torch.allclose(shares, expected, atol=1e-5)
+
+    def test_the_stream_resumes_exactly_from_inside_an_epoch(
+        self, names: dict[str, Any], tmp_path: Path
+    ) -> None:
+        stream = names["Crops"]
+
+        class Letters(LightningDataModule):
+            def train_dataloader(self) -> Any:
+                return stream(torch.arange(500) % 7)
+
+        class Next(LightningModule):
+            def __init__(self) -> None:
+                super().__init__()
+                self.table = nn.Embedding(7, 7)
+
+            def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+                loss = F.cross_entropy(self.table(batch[0]).flatten(0, 1), batch[1].flatten())
+                self.log("loss", loss)
+                return loss
+
+            def configure_optimizers(self) -> Any:
+                return torch.optim.Adam(self.parameters(), 0.1)
+
+        of_a_stream = {
+            "model": Next, "data": Letters, "limit_train_batches": 5, "limit_val_batches": 0,
+        }  # fmt: skip
+        keep = EveryPoint(tmp_path / "kept", mode="min", monitor="val/loss")
+        fit(tmp_path / "straight", checkpointing=keep, **of_a_stream)
+        inside = [path for path in keep.kept if "batch" in path.name]
+        assert len(inside) >= 10
+        for file in inside[1::4]:
+            assert store.load(file)[1]["unsaved"] == []
+            assert resume_differs(tmp_path / "straight", file, tmp_path / "on", **of_a_stream) == []
 
 
 def test_no_command_of_a_page_is_left_out() -> None:
@@ -182,3 +282,21 @@ def test_the_edits_that_make_it_yours_train_and_resume(
     assert latest.epoch == 3
     assert latest.manifest["exact"] is True
     assert latest.manifest["monitor"] == "val/loss"
+
+
+def test_the_hook_that_logs_a_picture_runs(tmp_path: Path) -> None:
+    code = re.search(r"```python\n(.*?)```", PAGES["docs/runs.md"], re.DOTALL)
+    assert code
+    names: dict[str, Any] = {"make_grid": make_grid}
+    exec(code[1], names)
+
+    class Model:
+        validation_z, current_epoch, logger = torch.zeros(2, 3), 4, RunTensorBoardLogger(tmp_path)
+
+        def __call__(self, z: torch.Tensor) -> torch.Tensor:
+            return z.view(2, 3, 1, 1)
+
+    names["on_validation_epoch_end"](Model())
+    Model.logger.save()
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()
+    assert (tags["images"], tags["tensors"]) == (["generated"], ["sample/text_summary"])

@@ -1,4 +1,5 @@
-"""Callbacks that a config can switch on: the gradients, the machine, a first learning rate.
+"""Callbacks that a config can switch on: an early end, the gradients, the machine, a first learning
+rate.
 
 Each of them goes on over a resume. Values of the clock and the machine go to columns time/*.
 """
@@ -7,15 +8,17 @@ import resource
 import sys
 import time
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import EarlyStopping as LightningEarlyStopping
 from lightning.pytorch.callbacks import LearningRateFinder as LightningLearningRateFinder
 from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
 from torch.optim import Optimizer
 
+from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.errors import ConfigError
 from savepoint.training.progress import Meter
 
@@ -32,6 +35,43 @@ class GradientNorm(Callback):
         if len(trainer.optimizers) > 1:
             name += f"_{trainer.optimizers.index(optimizer)}"
         pl_module.log(name, torch.nn.utils.get_total_norm(gradients), on_step=True, on_epoch=False)
+
+
+class EarlyStopping(LightningEarlyStopping):
+    """Lightning's. Unless a metric is named, it watches what ranks the checkpoints.
+
+    Args:
+        monitor: The metric; null for that of `checkpoint.monitor`, with its mode.
+        mode: Whether the best value of `monitor` is the smallest (min) or the largest (max).
+        patience: Validations without an improvement before the training ends.
+        min_delta: The smallest change that counts as an improvement.
+    """
+
+    def __init__(
+        self,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        patience: int = 3,
+        min_delta: float = 0.0,
+    ) -> None:
+        super().__init__(monitor or "", mode=mode, patience=patience, min_delta=min_delta)
+        self._smallest = min_delta
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and not self.monitor:
+            self._watch_what_ranks(trainer)
+        super().setup(trainer, pl_module, stage)
+
+    def _watch_what_ranks(self, trainer: Trainer) -> None:
+        every = trainer.callbacks  # type: ignore[attr-defined]
+        ranking = next(one for one in every if isinstance(one, CheckpointCallback))
+        if ranking.monitor is None:
+            raise ConfigError(
+                "Nothing to wait for: EarlyStopping names no monitor, and checkpoint.monitor is "
+                "null. It stops when a metric has not improved. Give it a monitor and a mode, or "
+                "leave it out."
+            )
+        super().__init__(ranking.monitor, self._smallest, patience=self.patience, mode=ranking.mode)
 
 
 class Resources(Callback):

@@ -32,6 +32,7 @@ from savepoint.prove import rows
 QUICK = (
     "--trainer.max_epochs", "2", "--trainer.limit_train_batches", "2",
     "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1",
+    "--trainer.val_check_interval", "1.0",
     "--trainer.num_sanity_val_steps", "0", "--trainer.log_every_n_steps", "1",
     "--trainer.accelerator", "cpu", "--trainer.devices", "1",
 )  # fmt: skip
@@ -39,6 +40,12 @@ QUICK = (
 
 SHOWN = 3000
 """Characters of a failed program's output."""
+
+
+class Refused(AssertionError):
+    """train.py or resume.py has refused a config with exit code 2: this model, or these data, and
+    what the config asks for do not go together.
+    """
 
 
 def composes(config: Path | str, *flags: str) -> None:
@@ -67,6 +74,7 @@ def resumes_exactly(config: Path | str, directory: Path, *flags: str) -> list[st
         where the two are equal bit for bit.
 
     Raises:
+        Refused: train.py does not take the config; with its output.
         AssertionError: a run ended in another way than it should; with its output.
     """
     command = [*_named(config), *QUICK, *flags, "--output_dir", str(directory)]
@@ -150,7 +158,7 @@ def _run(script: str, *argv: str, expected: int = 0) -> None:
         except SystemExit as left:
             code = left.code or 0
     if code != expected:
-        raise AssertionError(
+        raise (Refused if code == 2 else AssertionError)(
             f"{script} {' '.join(argv)} ended with exit code {code}. Expected {expected}. "
             f"Its output:\n{output.getvalue()[-SHOWN:]}"
         )

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
@@ -24,7 +25,7 @@ from support.small import (
     resume_differs,
     rows,
 )
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
@@ -407,6 +408,23 @@ class Colour(Enum):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_stream_without_a_position_is_told_what_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Rows(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            yield from zip(SmallData().x, SmallData().y, strict=True)
+
+    class Streamed(SmallData):
+        def train_dataloader(self) -> Any:
+            return DataLoader(Rows(), 4)
+
+    fit(tmp_path, data=Streamed, checkpointing=saving(save_every_steps=4), max_epochs=1)
+    said = capsys.readouterr().out
+    assert "keeps no position; a stream says its own: give the loader state_dict()" in said
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_a_stock_data_loader_is_exact_where_an_epoch_begins_and_said_to_be_not_exact_inside_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -416,7 +434,7 @@ def test_a_stock_data_loader_is_exact_where_an_epoch_begins_and_said_to_be_not_e
 
     with one_thread():
         fit(tmp_path / "straight", data=Stock, checkpointing=saving(save_every_steps=4))
-        assert "savepoint.resumable(loader)" in capsys.readouterr().out
+        assert "wrap it: savepoint.resumable(loader)" in capsys.readouterr().out
         found = store.CheckpointStore(tmp_path / "straight" / "checkpoints").checkpoints()
         assert {one.step: one.manifest["exact"] for one in found} == {
             4: False, 6: True, 8: False, 12: True, 16: False, 18: True,

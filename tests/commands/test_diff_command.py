@@ -44,7 +44,7 @@ def test_states_that_say_only_when_and_where_they_were_made_differently_are_equa
     assert code == 0
     assert (
         out.splitlines()[-1]
-        == "Equal: every value and every bit, but for manifest, run and the clock."
+        == "Equal: every value and every bit, but for manifest, run, events and the clock."
     )
 
 

@@ -172,6 +172,19 @@ def test_the_code_of_a_copy_is_as_typed_as_its_owner_likes(cats: Path) -> None:
     )
 
 
+def test_what_the_readme_of_a_copy_removes_is_the_example_and_no_more(copy: Path) -> None:
+    removals = re.findall(r"^git (rm .+)$", (copy / "README.md").read_text(), re.MULTILINE)
+    for removal in removals:
+        git(copy, *removal.split())
+    left = git(copy, "ls-files", "configs", "src").splitlines()
+    assert {name for name in left if name.startswith("src")} == {
+        f"src/project/{name}.py" for name in ("__init__", "data", "model")
+    }
+    texts = [(copy / name).read_text() for name in left if name.startswith("configs")]
+    assert texts
+    assert not [text for text in texts if "ImageData" in text or "ConvNet" in text]
+
+
 def test_the_wheel_is_built_of_what_is_committed_and_holds_it_all(template: Path) -> None:
     (template / "src/savepoint/not_committed.py").write_text("NEW = True\n")
     done = call(template, "new", "cats", "../cats")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.small import read
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from savepoint.training.logs import RunCSVLogger, RunTensorBoardLogger, last_step
 
@@ -186,20 +187,73 @@ def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
     assert seen.Tags()["images"] == ["test/picture"]
 
 
-def test_tensorboard_hides_what_a_resume_logs_again(tmp_path: Path) -> None:
-    def log(purge_step: int | None, values: dict[int, float]) -> None:
-        logger = RunTensorBoardLogger(tmp_path, purge_step)
-        for step, value in values.items():
-            logger.log_metrics({"loss": value}, step=step)
-        logger.finalize("success")
+def log(logger: RunTensorBoardLogger, values: dict[int, float]) -> None:
+    for step, value in values.items():
+        logger.log_metrics({"loss": value}, step=step)
+    logger.finalize("success")
 
-    log(None, {1: 0.1, 2: 0.2, 3: 0.3})
-    (first,) = tmp_path.glob("events.out.tfevents.*")
-    first.rename(tmp_path / "events.out.tfevents.0000000001.before")
-    log(2, {2: 20.0, 3: 30.0})
-    seen = EventAccumulator(str(tmp_path)).Reload()
-    assert [event.step for event in seen.Scalars("loss")] == [1, 2, 3]
-    assert [event.value for event in seen.Scalars("loss")][1:] == [20.0, 30.0]
+
+def losses(directory: Path) -> list[tuple[int, float]]:
+    seen = EventAccumulator(str(directory)).Reload()
+    return [(event.step, round(event.value, 5)) for event in seen.Scalars("loss")]
+
+
+def test_tensorboard_hides_what_a_resume_from_an_old_checkpoint_logs_again(tmp_path: Path) -> None:
+    log(RunTensorBoardLogger(tmp_path), {1: 0.1, 2: 0.2, 3: 0.3})
+    log(RunTensorBoardLogger(tmp_path, purge_step=2), {2: 20.0, 3: 30.0})
+    assert losses(tmp_path) == [(1, 0.1), (2, 20.0), (3, 30.0)]
+
+
+def test_events_beyond_the_checkpoint_are_cut_whatever_step_they_name(tmp_path: Path) -> None:
+    first = RunTensorBoardLogger(tmp_path)
+    first.experiment.add_scalar("loss", 0.5, 500)
+    counted = first.counted()
+    log(first, {7: 0.7, 600: 0.6})
+    log(RunTensorBoardLogger(tmp_path, counted), {7: 7.0, 600: 6.0})
+    log(RunTensorBoardLogger(tmp_path, counted), {7: 70.0, 600: 60.0})
+    assert losses(tmp_path) == [(500, 0.5), (7, 70.0), (600, 60.0)]
+
+
+def test_events_that_the_checkpoint_counts_stay_whatever_step_they_name(tmp_path: Path) -> None:
+    first = RunTensorBoardLogger(tmp_path)
+    log(first, {500: 0.5, 7: 0.7})
+    counted = first.counted()
+    log(first, {600: 0.6})
+    second = RunTensorBoardLogger(tmp_path, counted)
+    log(second, {8: 0.8})
+    again = second.counted()
+    log(second, {601: 0.6})
+    log(RunTensorBoardLogger(tmp_path, again), {9: 0.9})
+    assert losses(tmp_path) == [(500, 0.5), (7, 0.7), (8, 0.8), (9, 0.9)]
+
+
+def test_curves_of_add_scalars_are_cut_too_and_files_of_other_writers_are_not(
+    tmp_path: Path,
+) -> None:
+    with SummaryWriter(str(tmp_path / "other")) as other:
+        other.add_scalar("loss", 1.0, 1)
+    first = RunTensorBoardLogger(tmp_path)
+    first.experiment.add_scalars("a/b", {"one": 0.1, "two/three": 0.2}, 1)
+    counted = first.counted()
+    first.experiment.add_scalars("a/b", {"one": 0.3, "four": 0.4}, global_step=2)
+    first.save()
+    second = RunTensorBoardLogger(tmp_path, counted)
+    second.experiment.add_scalars("a/b", {"one": 3.0}, 2)
+    second.save()
+    curves = EventAccumulator(str(tmp_path / "a_b_one")).Reload().Scalars("a/b")
+    assert [(event.step, round(event.value, 5)) for event in curves] == [(1, 0.1), (2, 3.0)]
+    assert list((tmp_path / "a_b_two/three").glob("events*"))
+    assert not list((tmp_path / "a_b_four").glob("events*"))
+    assert list((tmp_path / "other").glob("events*"))
+
+
+def test_nothing_is_cut_before_the_first_event_is_written(tmp_path: Path) -> None:
+    log(RunTensorBoardLogger(tmp_path), {1: 0.1})
+    second = RunTensorBoardLogger(tmp_path)
+    second.experiment.add_scalar("loss", 0.2, 1)
+    assert losses(tmp_path) == [(1, 0.1)]
+    second.save()
+    assert losses(tmp_path) == [(1, 0.2)]
 
 
 @pytest.mark.parametrize("log", [

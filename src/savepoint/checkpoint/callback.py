@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from savepoint import files, preemption
-from savepoint.checkpoint import facts
+from savepoint.checkpoint import facts, watched
 from savepoint.checkpoint.ckpt_path import load_last, running_call
 from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.retention import Retention
@@ -205,6 +205,9 @@ class CheckpointCallback(Checkpoint):
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
             self.training.see()
             validation.seed_validation(trainer)
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        watched.check_validation(trainer)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         preemption.install()

@@ -1,13 +1,23 @@
 """What was measured at which step, and the best of the monitored metric. No files, no Lightning."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor
 
 from savepoint.checkpoint.store import Checkpoint
 from savepoint.errors import ConfigError
+
+
+def never_logged(place: str, name: str, logged: Iterable[str], *, hint: str = "") -> ConfigError:
+    """For a metric that is waited for: `place` says where it is named."""
+    instead = "null to rank nothing" if place == "checkpoint.monitor" else "leave that out"
+    return ConfigError(
+        f"A metric that is waited for was never logged: {name}, of {place}. Expected one of "
+        f"{', '.join(sorted(logged)) or 'those that the model logs: none'}. "
+        f"Give its name and its mode, or {instead}.{hint}"
+    )
 
 
 class Scores:
@@ -69,11 +79,7 @@ class Scores:
     def require_monitor(self) -> None:
         """Raises ConfigError where a validation has run and did not log the monitored metric."""
         if self._by_validation and self.monitor and self.monitor not in self._measured:
-            raise ConfigError(
-                "The metric that ranks checkpoints was never logged: checkpoint.monitor is "
-                f"{self.monitor}. Expected one of {', '.join(sorted(self._measured))}. Give its "
-                "name, or null to rank nothing."
-            )
+            raise never_logged("checkpoint.monitor", self.monitor, self._measured)
 
     def facts(self, step: int) -> dict[str, Any]:
         """For the manifest, as JSON can hold it."""

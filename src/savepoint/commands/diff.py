@@ -18,7 +18,7 @@ from savepoint.commands.show import norm
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAY_DIFFER = ("manifest", "run")
+MAY_DIFFER = ("manifest", "run", "events")
 CLOCK = "Meter"
 FACTS = ("step", "epoch", "exact", "dataset", "world_size", "versions", "threads", "device")
 

@@ -92,7 +92,9 @@ def _config(run: Run) -> str | None:
 def _runs_text(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
-        best = f"{row['monitor'] or ''} {words.number(row['best'])}".strip()
+        best = "-"
+        if row["best"] is not None:
+            best = f"{row['monitor'] or ''} {words.number(row['best'])}".strip()
         line = [row["run"], row["config"] or "-", best, _test(row["test"])]
         line += [words.number(row["step"]), row["state"], words.age(row["last"])]
         lines.append(line)
@@ -149,13 +151,17 @@ def _row(path: Path, **more: Any) -> dict[str, Any]:
 
 def _checkpoints_text(rows: Sequence[dict[str, Any]]) -> str:
     monitor = next((row["monitor"] for row in rows if row["monitor"]), "score")
+    # Where nothing is ranked, a column of dashes says nothing.
+    columns = {"step": "step", "epoch": "epoch", "score": monitor}
+    if all(row["score"] is None for row in rows):
+        del columns["score"]
     lines = []
     for row in rows:
         marks = [mark for mark in ("latest", "best") if row[mark]]
-        line = [row["file"], *(words.number(row[key]) for key in ("step", "epoch", "score"))]
+        line = [row["file"], *(words.number(row[key]) for key in columns)]
         line += [words.megabytes(row["bytes"]), words.age(row["created"])]
         lines.append([*line, " ".join(marks), _verdict(row)])
-    head = ("file", "step", "epoch", monitor, "size", "age", "mark", "verified")
+    head = ("file", *columns.values(), "size", "age", "mark", "verified")
     return words.table(head, lines)
 
 

@@ -134,7 +134,7 @@ class Packer:
         if value.is_nested:
             raise Unpackable("a nested tensor")
         if value.grad_fn is not None:
-            raise Unpackable("a tensor with a gradient's history")
+            raise Unpackable("a tensor with a gradient's history, kept without .detach()")
         self._count(0, value.nbytes if value.layout is torch.strided else 0)
         plain = value.detach()
         own = type(value) not in (Tensor, nn.Parameter, nn.Buffer)

@@ -17,7 +17,7 @@ from savepoint.run import Run
 from savepoint.training import build
 from savepoint.training.execute import execute
 from savepoint.weights import fit_names, load_fitting, when_made
-from savepoint.words import show
+from savepoint.words import SHARE, show
 
 
 def start(path: Path, config: Any, config_name: str) -> int:
@@ -41,7 +41,8 @@ def start(path: Path, config: Any, config_name: str) -> int:
         training = build.build(config, run, build.Start(callbacks=callbacks))
         when_made(training.trainer, training.model, load)
         print(_summary(path, content), f"New run {show(run.directory)}", sep="\n", flush=True)
-        training.checkpointing.scores.best = as_share(content["best_accuracy"])
+        if SHARE.fullmatch((training.checkpointing.monitor or "").split("/")[-1]):
+            training.checkpointing.scores.best = as_share(content["best_accuracy"])
         return execute(training, checkpoint=path if is_lightnings else None)
     except BaseException:
         run.discard()

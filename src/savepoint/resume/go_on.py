@@ -22,6 +22,7 @@ from savepoint.resume.source import Source, choose, require_facts
 from savepoint.run import Run
 from savepoint.training import build
 from savepoint.training.execute import execute
+from savepoint.training.logs import event_files
 from savepoint.words import show
 
 
@@ -75,13 +76,20 @@ def _start(
         state=(source.path, source.state),
     )
     if run:
+        _count_logged(source, begin)
+        begin.begun = [_Rewind(run, source.manifest["step"])] if request.rewind else []
+    return begin
+
+
+def _count_logged(source: Source, begin: build.Start) -> None:
+    """How much of the log stands at the checkpoint: what is beyond it, a resume logs again."""
+    begin.keep_rows = source.state.get("logged_rows") or 0
+    begin.keep_events = source.state.get("events")
+    if begin.keep_events is None:  # of version 0.2
         loop = source.state["loops"]["fit_loop"]["epoch_loop.state_dict"]
         # Inside a validation the rows of this very step are logged, those of the validation not.
         in_validation = source.state["at"] == "validation"
         begin.purge_step = loop["_batches_that_stepped"] + in_validation
-        begin.keep_rows = source.state.get("logged_rows") or 0
-        begin.begun = [_Rewind(run, source.manifest["step"])] if request.rewind else []
-    return begin
 
 
 def _complete(run: Run, source: Source, config: Any) -> int:
@@ -91,7 +99,8 @@ def _complete(run: Run, source: Source, config: Any) -> int:
     reached = (source.manifest["step"], source.manifest["epoch"])
     if run.summary().get("steps") == reached[0]:
         return 0
-    begin = build.Start(checkpoint=source.path, keep_rows=source.state.get("logged_rows") or 0)
+    begin = build.Start(checkpoint=source.path)
+    _count_logged(source, begin)
     training = build.build(config, run, begin)
     training.last = source.state
     # For the step and epoch in the test's log row.
@@ -140,8 +149,11 @@ class _Rewind(Checkpoint):
         aside = self.run.directory / "rewound" / name
         with files.saving(aside):
             files.make_directory(aside)
-            if (self.run.directory / "metrics.csv").exists():
-                shutil.copy2(self.run.directory / "metrics.csv", aside)
+            log = [self.run.directory / "metrics.csv", *event_files(self.run.directory)]
+            for path in filter(Path.exists, log):
+                copy = aside / path.relative_to(self.run.directory)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, copy)
         moved = checkpoints.set_aside_after(self.step, aside)
         print(
             f"Set aside in {show(aside)}: {', '.join(path.name for path in moved)}, metrics.csv",

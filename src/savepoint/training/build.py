@@ -33,8 +33,9 @@ class Start:
     digest: str | None = None
     run: Mapping[str, Any] | None = None  # id and name of the run that made it
     keep_rows: int = 0
+    keep_events: Mapping[str, Any] | None = None
     threads: int | None = None  # of the checkpoint
-    purge_step: int | None = None
+    purge_step: int | None = None  # where the checkpoint does not count events
     changed: Mapping[str, tuple[Any, Any]] | None = None  # config key -> (was, is)
     callbacks: Sequence[Callback] = ()
     begun: Sequence[Callback] = ()  # called last, when nothing can refuse the training any more
@@ -120,9 +121,9 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
     text = typed.dump(config)
     record = run.record
     meter = Meter()
-    loggers: list[Logger] = [
+    loggers: list[Logger] = [  # the first is `self.logger`, as in a Trainer that makes its own
+        RunTensorBoardLogger(run.directory, start.keep_events, start.purge_step),
         RunCSVLogger(run.directory / "metrics.csv", start.keep_rows),
-        RunTensorBoardLogger(run.directory, start.purge_step),
     ]
     shown = display(meter, wants_bar=config.trainer.enable_progress_bar is not False)
     callbacks = [*shown.pop("callbacks"), threads.WaitWatch(), *start.callbacks]

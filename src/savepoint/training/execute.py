@@ -1,11 +1,16 @@
 """Fits, tests and sums up a training that was built; returns the exit code."""
 
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from savepoint import weights
-from savepoint.errors import RunDirectoryError
+from savepoint.checkpoint import watched
+from savepoint.checkpoint.scores import never_logged
+from savepoint.errors import ConfigError, RunDirectoryError, SavepointError
 from savepoint.job import rank
 from savepoint.preemption import Preempted
 from savepoint.run import Run, resume_command
@@ -52,6 +57,11 @@ def execute(
         if trained is None:
             trainer.fit(training.model, datamodule=training.data, ckpt_path=checkpoint)
         return _finish(training, *(trained or (trainer.global_step, trainer.current_epoch)))
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        refused = _refusal(training, error)
+        if refused is None:
+            raise
+        raise refused from error
     except Preempted:
         if trainer.is_global_zero and (latest := training.checkpointing.store.latest()):
             command = resume_command(training.run.directory)
@@ -67,6 +77,27 @@ def execute(
         raise
     finally:
         training.run.unlock()
+
+
+def _refusal(training: Training, error: Exception) -> ConfigError | None:
+    """What Lightning refuses, in words for the command line; None for a failure of another kind."""
+    text = " ".join(str(error).split())
+    if " conditioned on metric " in text:  # by early stopping, or a schedule that waits for one
+        for place, name in watched.missing(training.trainer):
+            return never_logged(place, name, training.trainer.callback_metrics)
+    if isinstance(error, MisconfigurationException) or _is_raised_by_lightning(error):
+        return ConfigError(f"Lightning refuses this training: {text}")
+    return None
+
+
+def _is_raised_by_lightning(error: Exception) -> bool:
+    """Whether Lightning's own line refuses a value: an interval of validations longer than the
+    epoch, say.
+    """
+    if not isinstance(error, ValueError) or isinstance(error, SavepointError):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("lightning.")
 
 
 def _finish(training: Training, step: int, epoch: int) -> int:
@@ -86,7 +117,8 @@ def _finish(training: Training, step: int, epoch: int) -> int:
             raise
         print(f"Not tested: {error}", file=sys.stderr)
     loggers: list[Any] = training.trainer.loggers
-    waiting = [logger for logger in loggers if getattr(logger, "failure", None)]
+    # The logger of a fast_dev_run has every attribute.
+    waiting = [one for one in loggers if isinstance(getattr(one, "failure", None), OSError)]
     if waiting:
         names = ", ".join(type(logger).__name__ for logger in waiting)
         print(f"The log of this run is not whole: {names} ({waiting[0].failure}).", file=sys.stderr)

@@ -13,7 +13,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from savepoint import files
 
 TAIL = 1 << 16
 """Bytes at the end of metrics.csv that hold its last row."""
+OURS = ".savepoint"
+"""The end of the names of a run's own event files."""
 
 
 class Appender:
@@ -35,16 +37,19 @@ class Appender:
 
     Attributes:
         failure: The last error; None while no bytes wait.
+        size: Of the file with the bytes that wait.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.size = 0
         self.failure: OSError | None = None
         self.waiting = bytearray()
         self._descriptor: int | None = None
 
     def write(self, data: bytes) -> None:
         self.waiting += data
+        self.size += len(data)
 
     def flush(self) -> None:
         """Raises OSError where not all could be written; the rest waits."""
@@ -117,6 +122,11 @@ class RunCSVLogger(Logger):
     @property
     def save_dir(self) -> str:
         return str(self.path.parent)  # and so `trainer.log_dir`, where profilers write
+
+    @property
+    def experiment(self) -> "RunCSVLogger":
+        """What writes, as each of Lightning's loggers has it."""
+        return self
 
     @property
     def failure(self) -> OSError | None:
@@ -223,27 +233,44 @@ def last_step(path: Path) -> int | None:
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
-    """TensorBoard events beside the run's other files; `purge_step` hides the rows from there on,
-    which a resume logs again.
+    """TensorBoard events beside the run's other files; `experiment` is torch's SummaryWriter.
+
+    Args:
+        directory: Of the run.
+        keep: What `counted` gave for the checkpoint. Events beyond it are cut before the first
+            write, as the resume logs them again, whatever step they were logged under.
+        purge_step: In place of `keep`, for a checkpoint that does not count events: TensorBoard
+            hides those of this step and later ones.
     """
 
-    def __init__(self, directory: Path, purge_step: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        keep: Mapping[str, Any] | None = None,
+        purge_step: int | None = None,
+    ) -> None:
         super().__init__(directory.parent, name=directory.name, version="", default_hp_metric=False)
         self._directory = directory
-        self._purge_step = purge_step
+        self._kept: dict[str, int] = dict((keep or {}).get("files", {}))
+        self._is_cut = purge_step is not None
+        if purge_step is not None:
+            self._kept = {
+                self._relative(path): path.stat().st_size for path in event_files(directory)
+            }
+        self.last_step: int = (keep or {}).get("last_step", (purge_step or 0) - 1)
+        self.muted = False
 
     @property
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
         if self._experiment is None:
-            self._experiment = _SummaryWriter(_Events(self._directory, self._purge_step))
+            self._experiment = _SummaryWriter(self)
         return self._experiment
 
     @property
     def failure(self) -> OSError | None:
         """Why events are waiting."""
-        writer = self._experiment
-        return writer.events.file.failure if isinstance(writer, _SummaryWriter) else None
+        return next((one.file.failure for one in self._events() if one.file.failure), None)
 
     @rank_zero_only
     def save(self) -> None:
@@ -255,34 +282,83 @@ class RunTensorBoardLogger(TensorBoardLogger):
         """Writes what it can, and raises nothing: metrics.csv is the record."""
         self.save()
 
+    def counted(self) -> dict[str, Any]:
+        """What was logged so far: the bytes of each file, and the largest step."""
+        own = {self._relative(one.file.path): one.file.size for one in self._events()}
+        return {"files": self._kept | own, "last_step": self.last_step}
+
+    def cut(self) -> None:
+        """Raises OSError. A crash in here costs nothing: the next resume cuts the rest."""
+        if self._is_cut:
+            return
+        for path in event_files(self._directory):
+            size = self._kept.get(self._relative(path))
+            if size is None:
+                path.unlink()
+            elif path.stat().st_size > size:
+                os.truncate(path, size)
+        self._is_cut = True
+
+    def _events(self) -> "list[_Events]":
+        writer = self._experiment
+        return writer.events() if isinstance(writer, _SummaryWriter) else []
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self._directory).as_posix()
+
+
+def event_files(directory: Path) -> list[Path]:
+    """Those that a run has written, also for `add_scalars`, which makes a folder for each curve.
+    Files of other writers are theirs.
+    """
+    found = directory.rglob(f"events.out.tfevents.*{OURS}")
+    return sorted(path for path in found if path.relative_to(directory).parts[0] != "rewound")
+
 
 class _Events:
     """An event file that is written at once. TensorBoard's own writer stops for ever at a full
     disk.
     """
 
-    def __init__(self, directory: Path, purge_step: int | None) -> None:
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self.file = Appender(directory / name)
+    def __init__(self, directory: Path, logger: RunTensorBoardLogger) -> None:
+        self.logger = logger
+        self.file = Appender(_new_file(directory))
         self._records = RecordWriter(self.file)
-        self.add_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        # TensorBoard takes the first START for the beginning of the run, and hides nothing: a new
-        # run has one too.
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        # A TensorBoard that has been watching hides what was cut. It takes the first START for the
+        # beginning of the run, and hides nothing: a new run has one too.
         begin = SessionLog(status=SessionLog.START)
-        self.add_event(Event(wall_time=time.time(), step=purge_step or 0, session_log=begin))
+        self._write(Event(wall_time=time.time(), step=logger.last_step + 1, session_log=begin))
 
     def get_logdir(self) -> str:
         return str(self.file.path.parent)
 
     def add_event(self, event: Event) -> None:
-        self._records.write(event.SerializeToString())
+        if not self.logger.muted:
+            self.logger.last_step = max(self.logger.last_step, event.step)
+            self._write(event)
 
     def flush(self) -> None:
-        self.file.attempt(self.file.flush)
+        self.file.attempt(self._flush)
 
     def close(self) -> None:
         self.flush()
         self.file.close()
+
+    def _flush(self) -> None:
+        self.logger.cut()
+        self.file.path.parent.mkdir(parents=True, exist_ok=True)  # of add_scalars
+        self.file.flush()
+
+    def _write(self, event: Event) -> None:
+        self._records.write(event.SerializeToString())
+
+
+def _new_file(directory: Path) -> Path:
+    name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+    # Two starts may be of the same second, and in containers of the same pid.
+    paths = (directory / f"{name}.{number}{OURS}" for number in count())
+    return next(path for path in paths if not path.exists())
 
 
 class _FileWriter(FileWriter):
@@ -291,12 +367,28 @@ class _FileWriter(FileWriter):
 
 
 class _SummaryWriter(SummaryWriter):
-    def __init__(self, events: _Events) -> None:
-        self.events = events
-        super().__init__(events.get_logdir())
+    def __init__(self, logger: RunTensorBoardLogger) -> None:
+        self._logger = logger
+        self._ours: dict[str, _FileWriter] = {}
+        super().__init__(str(Path(logger.log_dir)))
+
+    def events(self) -> list[_Events]:
+        return [writer.event_writer for writer in self._ours.values()]
+
+    def add_scalars(
+        self, main_tag: str, tag_scalar_dict: Mapping[str, Any], *args: Any, **more: Any
+    ) -> None:
+        for tag in tag_scalar_dict:  # each has a writer in a folder that torch names so
+            self._writer(f"{self.log_dir}/{main_tag.replace('/', '_')}_{tag}")
+        super().add_scalars(main_tag, tag_scalar_dict, *args, **more)
 
     def _get_file_writer(self) -> FileWriter:
-        writer = self.file_writer or _FileWriter(self.events)
+        writer = self._writer(self.log_dir)
         self.file_writer = writer  # type: ignore[assignment]
-        self.all_writers = {self.log_dir: writer}  # type: ignore[assignment]
         return writer
+
+    def _writer(self, directory: str) -> _FileWriter:
+        if directory not in self._ours:
+            self._ours[directory] = _FileWriter(_Events(Path(directory), self._logger))
+        self.all_writers = self._ours  # type: ignore[assignment]  # `close` took it away
+        return self._ours[directory]

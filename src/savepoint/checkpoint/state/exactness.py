@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from savepoint.checkpoint.state.loops import (
     by_the_clock,
@@ -99,7 +99,10 @@ def _without_position(loader: Any, at: str, trainer: Trainer) -> str:
             return "the training loader is left in the middle of its own epoch"
         return ""
     if at != "epoch":
-        return "the training loader keeps no position; wrap it: savepoint.resumable(loader)"
+        remedy = "wrap it: savepoint.resumable(loader)"
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            remedy = "a stream says its own: give the loader state_dict() and load_state_dict()"
+        return f"the training loader keeps no position; {remedy}"
     if isinstance(loader, DataLoader) and loader.num_workers and loader.persistent_workers:
         return "the training loader keeps its workers, and what they have drawn with them"
     return ""

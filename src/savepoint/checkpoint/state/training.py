@@ -225,9 +225,8 @@ class TrainingState:
 
     def capture(self, at: Point | None) -> dict[str, Any]:
         trainer = self.trainer
-        rows = [logger.rows for logger in trainer.loggers if hasattr(logger, "rows")]
         own = capture.capture(trainer, trainer.lightning_module, self._reads_gradients)
-        own["logged_rows"] = rows[0] if rows and trainer.is_global_zero else None
+        own |= self._logged()
         own["unsaved"] = exactness.inexact(trainer, at)
         if self.ranks_changed:
             own["unsaved"].append("this epoch was begun by another number of processes")
@@ -310,13 +309,24 @@ class TrainingState:
 
     # -- the log ----------------------------------------------------------------------------------
 
+    def _logged(self) -> dict[str, Any]:
+        """How much stands in the logs of a run."""
+        loggers = self.trainer.loggers if self.trainer.is_global_zero else []
+        rows = (logger.rows for logger in loggers if hasattr(logger, "rows"))
+        events = (logger.counted() for logger in loggers if hasattr(logger, "counted"))
+        return {"logged_rows": next(rows, None), "events": next(events, None)}
+
     def _mute(self) -> None:
         for logger in self.trainer.loggers:
             vars(logger)["log_metrics"] = _log_nothing
+            if hasattr(logger, "muted"):
+                logger.muted = True
 
     def _unmute(self) -> None:
         for logger in self.trainer.loggers:
             vars(logger).pop("log_metrics", None)
+            if hasattr(logger, "muted"):
+                logger.muted = False
 
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:
