@@ -38,6 +38,7 @@ def measure_saves(saves: int, work: Path, *flags: str) -> dict[str, list[float]]
 
     import project  # noqa: F401
     from savepoint.checkpoint.callback import CheckpointCallback
+    from savepoint.checkpoint.trainer_saver import TrainerSaver
     from savepoint.config import typed
     from savepoint.run import Run
     from savepoint.training import build
@@ -55,15 +56,17 @@ def measure_saves(saves: int, work: Path, *flags: str) -> dict[str, list[float]]
         call(*args, **kwargs)
         found[name].append(1000 * (time.perf_counter() - begun))
 
-    class Measured(CheckpointCallback):
-        def _save(self, trainer: Any, at: Any, **kwargs: Any) -> None:
-            timed("ours", super()._save, trainer, at, **kwargs)
+    class Measured(TrainerSaver):
+        def save(self, trainer: Any, at: Any, **kwargs: Any) -> None:
+            timed("ours", super().save, trainer, at, **kwargs)
             content = self.store.path(trainer.global_step).read_bytes()
             other = work / "lightning.ckpt"
             timed("raw", synced_write, content, work / "raw")
             callbacks = trainer.callbacks
             plugin = trainer.strategy.checkpoint_io
-            trainer.callbacks = [callback for callback in callbacks if callback is not self]
+            trainer.callbacks = [
+                callback for callback in callbacks if not isinstance(callback, CheckpointCallback)
+            ]
             trainer.strategy.checkpoint_io = TorchCheckpointIO()
             timed("theirs", trainer.save_checkpoint, other)
             trainer.callbacks = callbacks
@@ -78,7 +81,7 @@ def measure_saves(saves: int, work: Path, *flags: str) -> dict[str, list[float]]
     run = Run.open(directory)
     with contextlib.redirect_stdout(io.StringIO()):
         built = build.build(config, run)
-        built.checkpointing.__class__ = Measured
+        built.checkpointing.saver.__class__ = Measured
         built.trainer.fit(built.model, datamodule=built.data)
     run.unlock()
     os.environ.pop("SAVEPOINT_RUN_DIR", None)

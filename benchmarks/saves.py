@@ -100,24 +100,25 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
     from savepoint.checkpoint import format
     from savepoint.checkpoint.callback import CheckpointCallback
     from savepoint.checkpoint.io import CheckpointIO
+    from savepoint.checkpoint.trainer_saver import TrainerSaver
 
     measured = Measure()
     sizes = {}
 
-    class Measured(CheckpointCallback):
-        def __init__(self) -> None:
-            super().__init__(save_every_epochs=None, save_every_steps=1, monitor=None)
-            self.kept: list[torch.Tensor] = []
-            self.later = CheckpointIO(async_save=True)
+    class Measured(TrainerSaver):
+        kept: list[torch.Tensor]
+        later = CheckpointIO(async_save=True)
 
-        def _save(self, trainer: Any, at: Any, **kwargs: Any) -> None:
+        def save(self, trainer: Any, at: Any, **kwargs: Any) -> None:
             if kwargs.get("ended"):
                 return
             module = trainer.lightning_module
             optimizer = trainer.optimizers[0]
             plain = {"model": module.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 1}
             tensors = [leaf for _, leaf in format.leaves(plain) if isinstance(leaf, torch.Tensor)]
-            self.kept = self.kept or [torch.empty_like(tensor) for tensor in tensors]
+            self.kept = getattr(self, "kept", None) or [
+                torch.empty_like(tensor) for tensor in tensors
+            ]
             ours = CheckpointIO()
             self.later.store = ours.store = self.store
 
@@ -125,13 +126,13 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
                 def save() -> None:
                     self.saver.is_saved = lambda step, at: False
                     trainer.strategy.checkpoint_io = plugin
-                    super(Measured, self)._save(trainer, at, **kwargs)
+                    super(Measured, self).save(trainer, at, **kwargs)
 
                 return save
 
             def lightning() -> None:
                 callbacks = trainer.callbacks
-                trainer.callbacks = [callback for callback in callbacks if callback is not self]
+                trainer.callbacks = [one for one in callbacks if one is not checkpointing]
                 trainer.strategy.checkpoint_io = TorchCheckpointIO()
                 trainer.save_checkpoint(folder / "lightning.ckpt")
                 synced(folder / "lightning.ckpt")
@@ -194,9 +195,11 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
                 measured(*way)
                 trainer.strategy.checkpoint_io = ours
 
+    checkpointing = CheckpointCallback(save_every_epochs=None, save_every_steps=1, monitor=None)
+    checkpointing.saver.__class__ = Measured
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
         trainer = Trainer(
-            max_steps=rounds + 1, default_root_dir=folder, callbacks=[Measured()], logger=False,
+            max_steps=rounds + 1, default_root_dir=folder, callbacks=[checkpointing], logger=False,
             accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
             limit_val_batches=0,
         )  # fmt: skip

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule
+from support.limits import HANG_SECS
 from support.programs import LITTLE, ROOT, as_a_new_process
 from support.small import EveryPoint, fit, resume_differs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -126,7 +127,7 @@ class TestUsingTheModel:
         asking.start()
         at = f"http://127.0.0.1:{names['server'].server_port}"
         body = json.dumps(images.tolist()).encode()
-        with urllib.request.urlopen(at, data=body, timeout=60) as answer:
+        with urllib.request.urlopen(at, data=body, timeout=HANG_SECS) as answer:
             shares = torch.tensor(json.load(answer))
         asking.join()
         with torch.inference_mode():

@@ -21,6 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from savepoint import Batches, resumable
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
+from savepoint.checkpoint.trainer_saver import TrainerSaver
 from savepoint.testing import difference, final_state
 from savepoint.training.logs import RunCSVLogger
 
@@ -141,13 +142,21 @@ class EveryPoint(CheckpointCallback):
         super().__init__(**arguments)
         self.keep_in, self.kept = keep_in, []
         keep_in.mkdir(parents=True, exist_ok=True)
+        self.saver.__class__ = self._Saver
+        self.saver.keep = self._keep
 
-    def _agree(self, trainer: Trainer) -> tuple[int, bool]:
-        return 0, True
+    class _Saver(TrainerSaver):
+        keep: Callable[[Trainer, str], None]
 
-    def _save(self, trainer: Trainer, at: Any, **arguments: Any) -> None:
-        super()._save(trainer, at, **arguments)
-        self._finish_writing(trainer)
+        def agree(self, trainer: Trainer) -> tuple[int, bool]:
+            return 0, True
+
+        def save(self, trainer: Trainer, at: Any, **arguments: Any) -> None:
+            super().save(trainer, at, **arguments)
+            self.finish_writing(trainer)
+            self.keep(trainer, at)
+
+    def _keep(self, trainer: Trainer, at: str) -> None:
         if trainer.is_global_zero:
             copy = self.keep_in / f"{len(self.kept):03d}-{at}-{trainer.global_step}.ckpt"
             shutil.copy(self.store.path(trainer.global_step), copy)
