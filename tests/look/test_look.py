@@ -20,7 +20,7 @@ from savepoint.look.baseline import Baseline, changed_since, put_back_into_model
 from savepoint.look.classes import is_library
 from savepoint.look.marks import mark
 from savepoint.look.pack import pack
-from savepoint.look.unpack import tensors_once, unpack
+from savepoint.look.unpack import each_once, unpack
 from savepoint.look.walk import Before, Look
 
 CPU = torch.device("cpu")
@@ -312,7 +312,9 @@ def test_a_packed_value_is_read_back_as_it_was(value: Any) -> None:
     file = io.BytesIO()
     torch.save(pack(value), file)
     file.seek(0)
-    found = unpack(torch.load(file, weights_only=True))
+    packed = torch.load(file, weights_only=True)
+    with each_once():
+        found = unpack(packed)
     assert mark(pack(found)) == mark(pack(value))
     assert isinstance(found, type(value) if not isinstance(value, Path) else object)
 
@@ -372,9 +374,32 @@ def test_a_tensor_that_stands_twice_is_one_again_after_a_file(tmp_path: Path) ->
     best = torch.zeros(2)
     torch.save(pack({"last": best, "best": best, "other": torch.zeros(2)}), tmp_path / "file")
     packed = torch.load(tmp_path / "file", weights_only=True)
-    with tensors_once():
+    with each_once():
         value = unpack(packed)
     value["last"].add_(1)
     assert value["best"].tolist() == [1, 1]
     assert value["other"].tolist() == [0, 0]
     assert unpack(packed)["best"] is not value["best"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[0], {"a": 1}, collections.deque([1]), np.zeros(2), nn.Parameter(torch.ones(2)),
+     collections.OrderedDict(a=1), bytearray(b"a")],
+    ids=repr,
+)  # fmt: skip
+def test_what_can_be_written_to_and_stands_twice_is_one_again(value: Any, tmp_path: Path) -> None:
+    torch.save(pack({"last": value, "all": [value, [value]]}), tmp_path / "file")
+    packed = torch.load(tmp_path / "file", weights_only=True)
+    with each_once():
+        found = unpack(packed)
+    assert type(found["last"]) is type(value)
+    assert found["all"][0] is found["last"]
+    assert found["all"][1][0] is found["last"]
+
+
+def test_a_container_that_holds_itself_is_named() -> None:
+    model = Model()
+    base = Baseline(look(model))
+    model.history.append(model.history)  # type: ignore[arg-type]
+    assert base.changes(look(model))[1] == ["model.history (a container that holds itself)"]

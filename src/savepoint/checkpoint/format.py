@@ -59,7 +59,7 @@ def encode(state: Mapping[str, Any], facts: Mapping[str, Any], file: BinaryIO) -
         OSError: what the file system says.
     """
     if check_readable(state):
-        state = _with_plain_numbers(state)
+        state = _with_plain_numbers(state, {})
     try:
         torch.save(dict(state), file)
     except RuntimeError as error:
@@ -160,23 +160,29 @@ def _is_plain(value: Any, seen: set[int]) -> bool:
     return all(_is_plain(item, seen) for item in value)
 
 
-def _with_plain_numbers(tree: Any) -> Any:
+def _with_plain_numbers(tree: Any, done: dict[int, Any]) -> Any:
     """The tree with Python's numbers in place of NumPy's: `lr=np.logspace(-4, -1, 7)[2]` is an
-    np.float64.
+    np.float64. A container that stands twice is one in it, too.
     """
     if isinstance(tree, _NUMBERS):
         return tree.item()
+    if type(tree) not in _CONTAINERS:
+        return tree
+    if id(tree) not in done:
+        done[id(tree)] = _rebuilt(tree, done)
+    return done[id(tree)]
+
+
+def _rebuilt(tree: Any, done: dict[int, Any]) -> Any:
     kind = type(tree)
     if kind in (list, tuple, set):
-        return kind(map(_with_plain_numbers, tree))
-    if kind not in _CONTAINERS:
-        return tree
+        return kind(_with_plain_numbers(item, done) for item in tree)
     changed = copy.copy(tree)
     changed.clear()
     for key, value in tree.items():
-        changed[_with_plain_numbers(key)] = _with_plain_numbers(value)
+        changed[_with_plain_numbers(key, done)] = _with_plain_numbers(value, done)
     if hasattr(changed, "__dict__"):
-        vars(changed).update(_with_plain_numbers(vars(tree)))
+        vars(changed).update(_with_plain_numbers(vars(tree), done))
     return changed
 
 

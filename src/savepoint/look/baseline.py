@@ -1,5 +1,6 @@
 """How everything looked at the start, what has changed since, and how that is put back."""
 
+import copy
 import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from savepoint.look.places import (
     put_back,
     resolve,
 )
-from savepoint.look.unpack import tensors_once
+from savepoint.look.unpack import each_once
 from savepoint.look.walk import Look
 
 _MOST_SUMS = 100  # places, in a file
@@ -173,7 +174,7 @@ def _put_all_back(
 ) -> list[str]:
     """Returns words for the places that are no more, or hold another kind of value now."""
     failed = []
-    with tensors_once():
+    with each_once():
         for path, packed in meant.items():
             try:
                 put_back(look.roots, path, packed, device, look.weights, path not in aliases)
@@ -225,7 +226,7 @@ def _without_large(place: Place) -> Place:
     if place.small and next(_tensors(place.packed), None) is None:
         return place
     if place.small:
-        return dataclasses.replace(place, packed=_copied(place.packed))
+        return dataclasses.replace(place, packed=copy.deepcopy(place.packed))
     return dataclasses.replace(place, packed=None)
 
 
@@ -271,13 +272,3 @@ def _numbers(packed: Any) -> Iterator[Tensor]:
     elif isinstance(packed, list) or (isinstance(packed, dict) and packed["!"] != "generator"):
         for item in packed if isinstance(packed, list) else packed.values():
             yield from _numbers(item)
-
-
-def _copied(packed: Any) -> Any:
-    if isinstance(packed, Tensor):
-        return packed.detach().clone()
-    if isinstance(packed, list):
-        return [_copied(item) for item in packed]
-    if isinstance(packed, dict):
-        return {key: _copied(item) for key, item in packed.items()}
-    return packed

@@ -12,6 +12,7 @@ is imported for it, it is found among those that the process has. Long lists of 
 as a whole: the look at a data set's list of files must not hold up a save.
 """
 
+import array
 import collections
 import enum
 import random
@@ -46,6 +47,10 @@ _SHARED = frozenset((
     list, dict, set, bytearray, collections.deque, collections.OrderedDict,
     collections.defaultdict, collections.Counter,
 ))  # fmt: skip
+_WRITTEN_TO = (
+    list, dict, set, bytearray, collections.deque, np.ndarray, array.array, Tensor,
+)  # fmt: skip
+_UNFINISHED = object()
 _PLAIN = frozenset((list, tuple, dict, set, frozenset, collections.deque, np.ndarray))
 
 
@@ -60,10 +65,13 @@ class Packer:
     def __init__(self) -> None:
         self.values = self.bytes = self.needs_live = 0
         self.inner: list[int] = []
-        self._tensors: dict[int, tuple[Tensor, Any]] = {}
+        self._packed: dict[int, tuple[Any, Any]] = {}
 
     def pack(self, value: Any) -> Any:
         """`value` with its tensors themselves: a copy is the caller's business.
+
+        What can be written to and stands twice is packed once. In a file it stays one, so that
+        `unpack` makes one of it again: a write to it is seen at both places.
 
         Raises:
             Unpackable: something in it is no plain value, or there is too much of it.
@@ -72,6 +80,18 @@ class Packer:
         kind = type(value)
         if kind in _AS_IT_IS or (kind is int and value.bit_length() < 64):
             return value
+        if not isinstance(value, _WRITTEN_TO):
+            return self._pack(value, kind)
+        seen = self._packed.get(id(value))
+        if seen is None:
+            self._packed[id(value)] = (value, _UNFINISHED)  # alive, as it is known by its address
+            seen = (value, self._pack(value, kind))
+            self._packed[id(value)] = seen
+        if seen[1] is _UNFINISHED:
+            raise Unpackable("a container that holds itself")
+        return seen[1]
+
+    def _pack(self, value: Any, kind: type[Any]) -> Any:
         if kind is int:
             return {"!": "int", "text": str(value)}
         if kind is bytes:
@@ -121,16 +141,6 @@ class Packer:
             raise Unpackable(f"more than {MOST_VALUES} values or {MOST_BYTES >> 20} MB")
 
     def _tensor(self, value: Tensor) -> Any:
-        """One that stands twice is packed once, and the copies of a file are one again: a write to
-        it is seen at both places.
-        """
-        seen = self._tensors.get(id(value))
-        if seen is None:
-            seen = (value, self._packed_tensor(value))
-            self._tensors[id(value)] = seen
-        return seen[1]
-
-    def _packed_tensor(self, value: Tensor) -> Any:
         if value.is_nested:
             raise Unpackable("a nested tensor")
         if value.grad_fn is not None:
@@ -166,13 +176,13 @@ class Packer:
         if value.dtype.hasobject:
             raise Unpackable(value)
         self._count(0, value.nbytes)
-        array = np.ascontiguousarray(value)
+        whole = np.ascontiguousarray(value)
         kind = "array" if isinstance(value, np.ndarray) else "number"
         order = {}
         if value.ndim > 1 and value.flags.f_contiguous and not value.flags.c_contiguous:
             order = {"order": "F"}  # sums go by it
-        data = _bytes(array.tobytes())
-        dtype = array.dtype.str if array.dtype.names is None else repr(array.dtype.descr)
+        data = _bytes(whole.tobytes())
+        dtype = whole.dtype.str if whole.dtype.names is None else repr(whole.dtype.descr)
         return {"!": kind, "dtype": dtype, "shape": list(value.shape), "bytes": data} | order
 
     def _sequence(self, value: Any) -> Any:
@@ -221,7 +231,10 @@ class Packer:
             return self._numbers_or_texts(items)
         if type(first) is Tensor and first.layout is torch.strided and first.grad_fn is None:
             alike = (first.shape, first.dtype, first.device)
-            if all(type(t) is Tensor and (t.shape, t.dtype, t.device) == alike for t in items):
+            once = len(set(map(id, items))) == len(items)
+            if once and all(
+                type(t) is Tensor and (t.shape, t.dtype, t.device) == alike for t in items
+            ):
                 self._count(len(items), first.nbytes * len(items))
                 stacked = torch.stack([item.detach() for item in items])
                 return {"!": "stack", "of": self._tensor(stacked)}

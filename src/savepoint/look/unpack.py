@@ -24,12 +24,20 @@ def unpack(packed: Any, live: Any = None, device: torch.device | str = "cpu") ->
 
     In place, because others may hold the very list or tensor: an optimizer its parameters, say.
     """
+    if not isinstance(packed, Tensor | list | dict):
+        return packed
+    if _unpacked is None:
+        return _unpack(packed, live, device)
+    if id(packed) not in _unpacked:
+        _unpacked[id(packed)] = _unpack(packed, live, device)
+    return _unpacked[id(packed)]
+
+
+def _unpack(packed: Any, live: Any, device: torch.device | str) -> Any:
     if isinstance(packed, Tensor):
         return _into_tensor(packed, live)
     if isinstance(packed, list):
         return _into_list(_items(packed, live, device), live)
-    if not isinstance(packed, dict):
-        return packed
     return _UNPACK[packed["!"]](packed, live, device)
 
 
@@ -64,12 +72,12 @@ def _into_list_of_kind(packed: Any, live: Any, device: Any) -> Any:
     )
 
 
-_unpacked: dict[int, Tensor] | None = None
+_unpacked: dict[int, Any] | None = None
 
 
 @contextlib.contextmanager
-def tensors_once() -> Iterator[None]:
-    """Inside, a packed tensor that stands twice is unpacked once. All that is unpacked must live as
+def each_once() -> Iterator[None]:
+    """Inside, a packed value that stands twice is unpacked once. All that is unpacked must live as
     long, as it is known by its address.
     """
     global _unpacked
@@ -81,14 +89,6 @@ def tensors_once() -> Iterator[None]:
 
 
 def _into_tensor(packed: Tensor, live: Any) -> Any:
-    if _unpacked is None:
-        return _into_tensor_once(packed, live)
-    if id(packed) not in _unpacked:
-        _unpacked[id(packed)] = _into_tensor_once(packed, live)
-    return _unpacked[id(packed)]
-
-
-def _into_tensor_once(packed: Tensor, live: Any) -> Any:
     same = isinstance(live, Tensor) and (live.shape, live.dtype) == (packed.shape, packed.dtype)
     if same and live.layout is torch.strided and not live.is_inference():
         with torch.no_grad():
@@ -99,7 +99,7 @@ def _into_tensor_once(packed: Tensor, live: Any) -> Any:
 
 def _on_device(packed: Any, live: Any, device: Any) -> Any:
     if isinstance(live, Tensor) and live.shape == packed["of"].shape:
-        return _into_tensor_once(packed["of"].to(live.device), live)
+        return _into_tensor(packed["of"].to(live.device), live)
     return packed["of"].to(device)
 
 
