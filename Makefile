@@ -38,7 +38,7 @@ train: setup ## start a run and test it: CONFIG=configs/x.yaml, ARGS
 resume: setup ## go on with a run: CKPT, ARGS
 	$(call stoppable,$(VENV)/bin/python resume.py $(call quoted,$(CKPT)) $(ARGS))
 
-sweep: setup ## try values: CONFIG=configs/sweep/lr.yaml, or ARGS="--model.lr 1,2"
+sweep: setup ## try values: CONFIG=configs/sweep/lr.yaml, or ARGS
 	$(call stoppable,$(VENV)/bin/python -m savepoint sweep $(call quoted,$(CONFIG)) $(ARGS))
 
 prove: setup ## a straight run against a killed and resumed one: CONFIG

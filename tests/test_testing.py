@@ -12,13 +12,13 @@ from savepoint import testing
 def manual(tmp_path: Path) -> Path:
     """A config that train.py refuses only when the training starts."""
     config = tmp_path / "more.yaml"
-    config.write_text("trainer: {callbacks: [{class_path: savepoint.monitors.EarlyStopping}]}\n")
+    config.write_text("trainer: {callbacks: [{class_path: savepoint.monitors.StopEarly}]}\n")
     return config
 
 
 def test_a_config_that_is_refused_is_told_from_a_failure(manual: Path, tmp_path: Path) -> None:
     flags = (*LITTLE, "--checkpoint.monitor", "null")
-    with pytest.raises(testing.Refused, match="Nothing to wait for: EarlyStopping names"):
+    with pytest.raises(testing.Refused, match="Nothing to wait for: StopEarly names"):
         testing.resumes_exactly(manual, tmp_path / "runs", *flags)
 
 

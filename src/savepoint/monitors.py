@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.callbacks import EarlyStopping as LightningEarlyStopping
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.callbacks import LearningRateFinder as LightningLearningRateFinder
 from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
 from torch.optim import Optimizer
@@ -37,8 +36,8 @@ class GradientNorm(Callback):
         pl_module.log(name, torch.nn.utils.get_total_norm(gradients), on_step=True, on_epoch=False)
 
 
-class EarlyStopping(LightningEarlyStopping):
-    """Lightning's. Unless a metric is named, it watches what ranks the checkpoints.
+class StopEarly(EarlyStopping):
+    """Lightning's EarlyStopping. Unless a metric is named, it watches what ranks the checkpoints.
 
     Args:
         monitor: The metric; null for that of `checkpoint.monitor`, with its mode.
@@ -67,7 +66,7 @@ class EarlyStopping(LightningEarlyStopping):
         ranking = next(one for one in every if isinstance(one, CheckpointCallback))
         if ranking.monitor is None:
             raise ConfigError(
-                "Nothing to wait for: EarlyStopping names no monitor, and checkpoint.monitor is "
+                "Nothing to wait for: StopEarly names no monitor, and checkpoint.monitor is "
                 "null. It stops when a metric has not improved. Give it a monitor and a mode, or "
                 "leave it out."
             )

@@ -34,7 +34,7 @@ class OnAPlateauOfNothing(OnAPlateau):
 
 
 STOP = "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: NAME}}]}\n"
-OURS = "trainer: {callbacks: [{class_path: savepoint.monitors.EarlyStopping}]}\n"
+OURS = "trainer: {callbacks: [{class_path: savepoint.monitors.StopEarly}]}\n"
 KEEP = "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {monitor: NAME}}]}\n"
 ON_A_PLATEAU = "model: {class_path: CLASS, init_args: {net: {class_path: ConvNet}}}\n"
 EARLY = {
@@ -108,7 +108,7 @@ def test_early_stopping_without_a_metric_is_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert train(tmp_path, "checkpoint: {monitor: null}\n" + OURS) == 2
-    assert "Nothing to wait for: EarlyStopping names no monitor" in capfd.readouterr().err
+    assert "Nothing to wait for: StopEarly names no monitor" in capfd.readouterr().err
 
 
 def test_what_else_lightning_refuses_is_a_message(
