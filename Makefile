@@ -19,9 +19,10 @@ INSTALL = $(PYTHON) .ci/environment.py $(VENV) '$(UV)'
 # the code of this project first: several may share an environment, which has one of them installed
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-# A program that people stop: make leaves by the same signal, as its "Error 130" would tell of a failure.
+# A program that people stop: make leaves by the same signal, as its "Error 130" would tell of a failure. The shell stays a
+# moment, as make fails where the child that its handler waits for has gone before.
 stoppable = $(info $(1))@trap : HUP INT TERM; $(1); code=$$?; \
-	case $$code in 129|130|143) kill -$$((code - 128)) $$PPID; exit 0;; esac; exit $$code
+	case $$code in 129|130|143) kill -$$((code - 128)) $$PPID; sleep 0.3; exit 0;; esac; exit $$code
 
 .DEFAULT_GOAL := help
 .PHONY: help setup extras train resume eval predict export report ls sweep test format lint tensorboard prove upgrade clean

@@ -129,14 +129,18 @@ def test_after_a_clean_stop_make_leaves_by_the_same_signal_without_a_word(
     front: Path, signum: signal.Signals
 ) -> None:
     words = ["make", "train", f"ARGS={128 + signum}"]
-    done = subprocess.run(words, cwd=front, capture_output=True, text=True, timeout=HANG_SECS)
+    done = subprocess.run(
+        words, cwd=front, env=without_make(), capture_output=True, text=True, timeout=HANG_SECS
+    )
     assert done.returncode == -signum
     assert done.stderr == ""
 
 
 def test_a_failure_under_make_stays_one(front: Path) -> None:
     words = ["make", "train", "ARGS=1"]
-    done = subprocess.run(words, cwd=front, capture_output=True, text=True, timeout=HANG_SECS)
+    done = subprocess.run(
+        words, cwd=front, env=without_make(), capture_output=True, text=True, timeout=HANG_SECS
+    )
     assert done.returncode == 2
     assert "Error 1" in done.stderr
 
