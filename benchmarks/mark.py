@@ -13,6 +13,8 @@ class Mark(Callback):
     and leaves at once.
     """
 
+    savepoint_skip = frozenset({"steps"})  # of this process: a resume must not bring it back
+
     def __init__(self) -> None:
         self.steps = 0
 

@@ -49,14 +49,15 @@ def timed(
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
     if mark:
         environment |= {"BENCHMARK_STEPS": str(steps), "BENCHMARK_MARK": str(mark)}
+        mark.unlink(missing_ok=True)
     begun = time.monotonic()  # one clock for all processes of a machine
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    ended = float(mark.read_text()) if mark and mark.exists() else time.monotonic()
-    if done.returncode != code:
+    ended = time.monotonic()
+    if done.returncode != code or (mark and not mark.exists()):
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return ended - begun
+    return (float(mark.read_text()) if mark else ended) - begun
 
 
 def small(rounds: int, work: Path) -> dict[str, float]:
