@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Trainer
-from support.programs import ROOT
+from support.programs import ROOT, begin, into
+from support.run_dirs import say
 from support.small import EveryPoint, fit, resume_differs
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.errors import ConfigError
 
+Capture = pytest.CaptureFixture[str]
 LINES = sums(20)
 SMALL = partial(SumsInWords, length=24, batch_size=8, held_out=20)
 
@@ -167,3 +169,41 @@ def test_a_training_resumes_exactly_from_inside_an_epoch(tmp_path: Path) -> None
         assert store.load(file)[1]["unsaved"] == []
         again = {"checkpointing": CheckpointCallback(**ranked), **parts}
         assert resume_differs(tmp_path / "straight", file, tmp_path / "on", **again) == []
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of two steps."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    few = [
+        "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.log_every_n_steps", "1",
+        "--trainer.accelerator", "cpu", "--model.width", "8",
+    ]  # fmt: skip
+    assert begin("--config", str(ROOT / "configs/text.yaml"), *few, *into(outputs)) == 0
+    return outputs / "run"
+
+
+def test_a_run_is_ranked_and_tested_by_perplexity_and_no_accuracy_is_named(
+    run_dir: Path, capsys: Capture
+) -> None:
+    code, out, err = say(capsys, "eval", str(run_dir))
+    assert (code, err) == (0, "")
+    assert "test perplexity" in out
+    code, out, _ = say(capsys, "ls", str(run_dir.parent))
+    assert re.search(r"run +\S+ +val/perplexity [\d.]+ +perplexity [\d.]+ +2", out)
+    said = (run_dir / "summary.json").read_text()
+    assert "best_perplexity" in said
+    assert "accuracy" not in said
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_an_export_computes_what_the_checkpoint_computes_and_warns_of_nothing(
+    run_dir: Path, tmp_path: Path, capsys: Capture, kind: str
+) -> None:
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    target = tmp_path / f"a.{kind}"
+    code, out, err = say(capsys, "export", str(run_dir), "--format", kind, "-o", str(target))
+    assert (code, err) == (0, "")
+    assert "parity: largest difference" in out
