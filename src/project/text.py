@@ -170,7 +170,7 @@ class LanguageModel(LightningModule):
         width: Of the recurrent layer's memory. 128: 106,268 parameters.
     """
 
-    def __init__(self, width: int = 128, lr: float = 0.004) -> None:
+    def __init__(self, width: int = 128, lr: float = 0.003) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr
