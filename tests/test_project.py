@@ -4,6 +4,7 @@ Nothing here names a class: the tests stay as they are when another model and ot
 """
 
 import importlib.util
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,14 @@ ADDITIONS = ("callbacks", "debug", "logger")  # not every model takes each of th
 MORE = {"callbacks/lr_finder.yaml": ("--trainer.limit_train_batches", "20")}
 
 
+def little(config: Path) -> Sequence[str]:
+    """LITTLE for this config: all of it, or what it has for the class of the config's data."""
+    if not isinstance(LITTLE, Mapping):
+        return LITTLE
+    class_path = testing.composes(config)["data"]["class_path"]
+    return LITTLE.get(class_path.rpartition(".")[2], ())
+
+
 @pytest.fixture(autouse=True)
 def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -38,8 +47,9 @@ def test_a_stopped_run_that_is_resumed_equals_the_straight_one(name: str, tmp_pa
     group, _, package = name.removesuffix(".yaml").partition("/")
     if group == "logger" and importlib.util.find_spec(package) is None:
         pytest.skip("needs: make extras")
+    flags = (*little(CONFIGS[name]), *MORE.get(name, ()))
     try:
-        found = testing.resumes_exactly(CONFIGS[name], tmp_path, *LITTLE, *MORE.get(name, ()))
+        found = testing.resumes_exactly(CONFIGS[name], tmp_path, *flags)
     except testing.Refused as refused:
         if group not in ADDITIONS:
             raise

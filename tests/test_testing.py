@@ -22,6 +22,13 @@ def test_a_config_that_is_refused_is_told_from_a_failure(manual: Path, tmp_path:
         testing.resumes_exactly(manual, tmp_path / "runs", *flags)
 
 
+def test_a_config_that_composes_is_returned_with_all_its_values() -> None:
+    found = testing.composes("configs/callbacks/ema.yaml", "--data.batch_size", "8")
+    assert found["data"]["class_path"] == "project.ImageData"
+    assert found["data"]["init_args"]["batch_size"] == 8
+    assert found["trainer"]["callbacks"][0]["init_args"]["decay"] == 0.99
+
+
 def test_a_failure_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise OSError("the disk is gone")

@@ -1,7 +1,8 @@
 """The example, to be replaced by yours: the network in `model.py`, its pictures in `figures.py`,
 its data in `data.py`.
 
-Configs and flags may give the names below without a package path (`--model.net ClassicNet`).
+Configs and flags may give the names below without a package path (`--model.net ClassicNet`); of
+other classes they give the whole one.
 """
 
 from project.data import ImageData
@@ -9,5 +10,7 @@ from project.model import ClassicNet, ConvNet, ImageClassifier
 
 __all__ = ["ClassicNet", "ConvNet", "ImageClassifier", "ImageData"]
 
-LITTLE = ("--data.dataset", "digits")
-"""Flags that the tests add to each config: data without a download. Optional."""
+LITTLE = {"ImageData": ("--data.dataset", "digits")}
+"""Flags that the tests add to each config with such data: digits that need no download. Optional;
+flags for every config may also stand here alone, without a class.
+"""

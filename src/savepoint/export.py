@@ -107,9 +107,14 @@ def _tolerance(rebuilt: Rebuilt) -> float:
 def _explained(rebuilt: Rebuilt, kind: str) -> Iterator[None]:
     """Makes a ConfigError of any failure to trace the model or to run it in another engine: the
     user can change the model or the format.
+
+    Warnings of the tracers are left out: they are about their own insides, and the comparison tells
+    what became of the model.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except (SavepointError, OSError):
         raise
     except Exception as error:
@@ -284,13 +289,8 @@ def _traced(rebuilt: Rebuilt) -> torch.export.ExportedProgram:
 
 
 def _write_pt2(rebuilt: Rebuilt, file: BinaryIO) -> None:
-    program = _traced(rebuilt)
-    with warnings.catch_warnings():
-        # About weights in channels_last order, which are whole.
-        warnings.filterwarnings("ignore", message="No complete tensor found in the group")
-        torch.export.save(
-            program, file, extra_files={"metadata.json": json.dumps(describe(rebuilt))}
-        )
+    facts = {"metadata.json": json.dumps(describe(rebuilt))}
+    torch.export.save(_traced(rebuilt), file, extra_files=facts)
 
 
 def _read_pt2(rebuilt: Rebuilt, file: BinaryIO) -> Run:

@@ -49,17 +49,20 @@ def run(
     optuna = require_optuna()
     refuse_url(output_dir, "output_dir")
     directory = Path(output_dir) / name
+    if not sweep.monitor:
+        sweep = _ranked_as_configured(sweep)
     with _lock(directory).locked():
         return _run(optuna, sweep, directory, say)
 
 
-def ranked_as_configured(sweep: Sweep) -> Sweep:
+def _ranked_as_configured(sweep: Sweep) -> Sweep:
     """With the metric that the config of its first trial ranks checkpoints by."""
     checkpoint = compose.parse_yaml(_config(sweep, sweep.ends()[0]), "the config")["checkpoint"]
     if checkpoint["monitor"] is None:
         raise ConfigError(
             "No metric to rank the trials by: checkpoint.monitor is null. Name one that the "
-            "validation logs: --checkpoint.monitor val/loss --checkpoint.mode min"
+            "validation logs: --checkpoint.monitor val/loss --checkpoint.mode min; in a sweep file "
+            "`monitor` and `mode`."
         )
     return replace(sweep, monitor=checkpoint["monitor"], mode=checkpoint["mode"])
 

@@ -36,7 +36,8 @@ class Sweep:
         config: The config that every trial starts from, relative to the project; from flags several
             or none, as for train.py.
         parameters: Config key -> {low, high, log, step} or {choices}.
-        monitor: The metric to improve, by its best value over the validations of a trial.
+        monitor: The metric to improve, by its best value over the validations of a trial. Empty:
+            the one that the config ranks checkpoints by, with its mode.
         mode: Whether a smaller or a larger value is better.
         trials: Their number; a grid has its own.
         sampler: tpe learns from earlier trials, random does not, grid takes every combination of
@@ -49,7 +50,7 @@ class Sweep:
 
     config: str | Sequence[str]
     parameters: Mapping[str, Mapping[str, Any]]
-    monitor: str = "val/accuracy"
+    monitor: str = ""
     mode: Mode = "max"
     trials: int = 20
     sampler: Literal["tpe", "random", "grid"] = "tpe"
@@ -100,6 +101,11 @@ def read(path: Path) -> Sweep:
     for name, choices in WORDS.items():
         if getattr(sweep, name) not in choices:
             _refuse(path, name, getattr(sweep, name), " or ".join(choices))
+    if ("monitor" in content) != ("mode" in content):
+        raise ConfigError(
+            f"Half of a ranking in {path}: `monitor` and `mode` belong together, as in `monitor: "
+            "val/loss` and `mode: min`. Name both, or neither: then those of the config count."
+        )
     if sweep.trials < 1:
         _refuse(path, "trials", sweep.trials, "1 or more")
     if not sweep.parameters:

@@ -48,17 +48,22 @@ class Refused(AssertionError):
     """
 
 
-def composes(config: Path | str, *flags: str) -> None:
+def composes(config: Path | str, *flags: str) -> dict[str, Any]:
     """Lays a config out, with the types of the project's classes, and prints nothing.
 
     Args:
         config: A file. In a folder `model`, `data`, `trainer` or `checkpoint` it is such a group.
         flags: Of train.py, over the config: `"--data.batch_size", "8"`.
 
+    Returns:
+        Every key with its value: `["data"]["class_path"]`, say.
+
     Raises:
         AssertionError: train.py refuses it; with its output.
     """
-    _run("train.py", *_named(config), *flags, "--print_config")
+    printed = _run("train.py", *_named(config), *flags, "--print_config")
+    laid_out: dict[str, Any] = compose.parse_yaml(printed, "the config")
+    return laid_out
 
 
 def resumes_exactly(config: Path | str, directory: Path, *flags: str) -> list[str]:
@@ -146,11 +151,12 @@ def _named(config: Path | str) -> list[str]:
     return [f"--{group}" if group in compose.GROUPS else "--config", str(config)]
 
 
-def _run(script: str, *argv: str, expected: int = 0) -> None:
-    """A program of the project, in this process."""
+def _run(script: str, *argv: str, expected: int = 0) -> str:
+    """What a program of the project prints, run in this process."""
     path = str(workspace.project().root / script)
     output = StringIO()
-    with _as_a_process_of_its_own(), redirect_stdout(output), redirect_stderr(output):
+    errors = StringIO()
+    with _as_a_process_of_its_own(), redirect_stdout(output), redirect_stderr(errors):
         sys.argv = [path, *argv]
         code: Any = 0
         try:
@@ -160,8 +166,9 @@ def _run(script: str, *argv: str, expected: int = 0) -> None:
     if code != expected:
         raise (Refused if code == 2 else AssertionError)(
             f"{script} {' '.join(argv)} ended with exit code {code}. Expected {expected}. "
-            f"Its output:\n{output.getvalue()[-SHOWN:]}"
+            f"Its output:\n{(output.getvalue() + errors.getvalue())[-SHOWN:]}"
         )
+    return output.getvalue()
 
 
 @contextmanager

@@ -149,6 +149,26 @@ def test_the_module_and_the_generators_are_as_before(forward: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("layer", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_recurrent_layer_has_a_canary_and_goes_on_with_its_own_weights(
+    layer: type[nn.RNNBase],
+) -> None:
+    class Recurrent(Net):
+        def __init__(self) -> None:
+            super().__init__(lambda net, y: net.recurrent(y)[0])
+            self.recurrent = layer(3, 2)
+
+    net = Recurrent()
+    given = {name: torch.zeros_like(value) for name, value in net.state_dict().items()}
+    for _ in range(2):
+        found = canary(net, given)
+        assert found
+        assert found["output"].abs().sum() == 0
+        assert [id(one) for one in net.recurrent._flat_weights] == [
+            id(one) for one in net.recurrent.parameters()
+        ]
+
+
 def test_a_file_from_before_draws_were_fixed_is_compared_where_nothing_is_drawn() -> None:
     net = Net(FORWARDS["plain"])
     saved = {

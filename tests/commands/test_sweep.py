@@ -37,6 +37,8 @@ def written(path: Path, **changed: Any) -> Path:
     content = {
         "config": "configs/mnist.yaml",
         "parameters": {"model.lr": {"choices": [0.001, 0.02]}},
+        "monitor": "val/accuracy",
+        "mode": "max",
     } | changed
     path.write_text(
         yaml.safe_dump({key: value for key, value in content.items() if value is not ...})
@@ -51,6 +53,7 @@ def written(path: Path, **changed: Any) -> Path:
         ({"trails": 3}, "Did you mean trials"),
         ({"sampler": "gird"}, "tpe or random or grid"),
         ({"mode": "maximum"}, "min or max"),
+        ({"mode": ...}, "`monitor` and `mode` belong together"),
         ({"parameters": {"model.lr": 0.1}}, "parameters.model.lr is 0.1"),
         ({"parameters": {"model.lr": {"low": 0.1}}}, "low: 0.001, high: 0.1"),
         (
@@ -255,6 +258,23 @@ def test_a_sweep_from_flags_takes_the_metric_of_the_config_and_goes_on(
     assert [one["parameters"]["model.lr"] for one in told["trials"]] == [0.02, 1e-7]
     code, out, _ = say(capsys, "sweep", *flags)
     assert (code, out.splitlines()[0].endswith(": 2 trials, 2 done")) == (0, True)
+
+
+@pytest.mark.usefixtures("quick_starts")
+def test_a_sweep_file_without_a_metric_takes_that_of_its_config(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = {"trainer.max_epochs": 1, "trainer.limit_train_batches": 4, "model.width": 8}
+    lrs = {"model.lr": {"choices": [1e-6, 0.01]}}
+    written(
+        file, config="configs/text.yaml", sampler="grid", monitor=..., mode=..., overrides=overrides,
+        parameters=lrs,
+    )  # fmt: skip
+    code, out, err = say(capsys, "sweep", file, "--output_dir", file.parent, "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["monitor"] == "val/perplexity"
+    assert [one["parameters"]["model.lr"] for one in told["trials"]] == [0.01, 1e-6]
 
 
 @pytest.mark.usefixtures("quick_starts")

@@ -75,7 +75,10 @@ class Waves(LightningDataModule):
     def test_dataloader(self):
         return self.part(500, 600)
 """,
-    "__init__.py": "from project.data import Waves\nfrom project.model import WaveClassifier\n",
+    "__init__.py": (
+        "from project.data import Waves\nfrom project.model import WaveClassifier\n"
+        'LITTLE = ("--data.batch_size", "8")\n'
+    ),
     "mine.yaml": """
 model: {class_path: WaveClassifier}
 data: {class_path: Waves}

@@ -37,6 +37,7 @@ from support.small import difference, final_state, rows
 
 import savepoint
 from savepoint.checkpoint import store
+from savepoint.template.new import LEFT_OUT
 
 NEXT = "  cd {}\n  make train\n  make test\n"
 MOST_FILES, MOST_LINES = 45, 2500
@@ -137,6 +138,8 @@ def test_a_copy_is_thin(cats: Path) -> None:
         "configs", "pyproject.toml", "requirements.txt", "resume.py", "src", "tests", "train.py", "vendor",
     }  # fmt: skip
     assert {name.split("/")[1] for name in copied if name.startswith("src/")} == {"project"}
+    assert set(LEFT_OUT) & copied.keys() == set()
+    assert [name for name in LEFT_OUT if not (ROOT / name).is_file()] == []
     lines = sum(text.count(b"\n") for name, text in copied.items() if not name.endswith(".whl"))
     print(f"a copy: {len(copied)} files, {lines} lines and the wheel")
     assert len(copied) <= MOST_FILES

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.nn import RNNBase
 
 from savepoint.checkpoint.state.process import isolated_rng
 
@@ -147,7 +148,14 @@ def _forward(module: LightningModule, state_dict: Mapping[str, Any], example: An
     }
     # A forward may change a buffer in place: it gets copies.
     weights |= {name: weights.get(name, buffer).clone() for name, buffer in buffers.items()}
-    return _plain(torch.func.functional_call(module, weights, positional, named))
+    # A recurrent layer lists its weights, and would go on with a list of those that it is called
+    # with here.
+    lists = [(part, dict(vars(part))) for part in module.modules() if isinstance(part, RNNBase)]
+    try:
+        return _plain(torch.func.functional_call(module, weights, positional, named))
+    finally:
+        for part, attributes in lists:
+            vars(part).update(attributes)
 
 
 def _plain(output: Any) -> Any:

@@ -48,8 +48,7 @@ def _asked(given: Sequence[str]) -> tuple[Sweep, str]:
     """What to try, and the name of the sweep."""
     sweep.require_optuna()
     if not given or given[0].startswith("-"):
-        flags, name = sweep_file.of_flags(given)
-        return sweep.ranked_as_configured(flags), name
+        return sweep_file.of_flags(given)
     if len(given) > 1:
         raise ConfigError(
             f"A sweep file and more: {given[0]} {given[1]}. The file says what is tried "

@@ -21,6 +21,8 @@ COPIED = (
     "src/project", "tests/test_project.py", ".gitignore", ".pre-commit-config.yaml", "Dockerfile",
     ".dockerignore", ".ci/run", ".ci/environment.py", ".github/workflows/ci.yml",
 )  # fmt: skip
+LEFT_OUT = ("src/project/text.py", "configs/text.yaml")
+"""The second example, which nothing else needs: a copy has one example to replace."""
 LIBRARY = "src/savepoint"
 UNTYPED = "ignore_errors = true # without this line, what you annotate is checked"
 """Lightning's own types call much of what is written for it wrong: `self.hparams.lr`, a hook's
@@ -61,7 +63,7 @@ def new(name: str, destination: str, *, library: str = "wheel", wheel: Path | No
 
 
 def write_files(root: Path, commit: str, name: str, copy: Path) -> None:
-    extract(root, commit, COPIED, copy)
+    extract(root, commit, (*COPIED, *(f":(exclude){name}" for name in LEFT_OUT)), copy)
     pyproject = copy / "pyproject.toml"
     pyproject.write_text(renamed(pyproject.read_text(), name))
     readme = Path(__file__).with_name("README.md").read_text()
