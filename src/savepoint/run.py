@@ -293,6 +293,12 @@ class Run(LockedDirectory):
             raise unwritable(path, error) from error
 
 
+def test_metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the test has logged, under whatever names; older summaries name `test/...` alone."""
+    older = [name for name in summary if name.startswith("test/")]
+    return {name: summary[name] for name in summary.get("test_metrics", older) if name in summary}
+
+
 def resume_command(directory: Path) -> str:
     """The command that continues a run, from the working directory of this process."""
     return shlex.join([python(), show(project().root / "resume.py"), show(directory)])

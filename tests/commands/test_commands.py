@@ -263,6 +263,12 @@ def test_ls_tells_the_states_of_runs_apart(tmp_path: Path, capsys: Capture) -> N
     assert last.endswith(f"-m savepoint verify {tmp_path / 'broken'}")
 
 
+def test_ls_shows_what_the_test_logged_whatever_its_name(tmp_path: Path, capsys: Capture) -> None:
+    run = Run(make_run(tmp_path, ended="max_epochs"))
+    run.write_summary({"steps": 30, "loss_test": 0.5, "test_metrics": ["loss_test"]})
+    assert "loss_test 0.5000" in say(capsys, "ls", tmp_path)[1]
+
+
 def test_ls_shows_best_and_test_of_the_newest_state_alone(tmp_path: Path, capsys: Capture) -> None:
     finished = make_run(tmp_path, ended="max_epochs")
     make_run(tmp_path, "second", ended="max_epochs")
@@ -271,7 +277,9 @@ def test_ls_shows_best_and_test_of_the_newest_state_alone(tmp_path: Path, capsys
     code, out, _ = say(capsys, "ls", tmp_path)
     rows = {line.split()[0]: line.split()[1:-2] for line in out.splitlines()}
     assert code == 0
-    assert rows["first"] == ["fast", "val/loss", "10.0000", "50.00", "%", "30", "finished"]
+    assert rows["first"] == [
+        "fast", "val/loss", "10.0000", "accuracy", "50.00", "%", "30", "finished",
+    ]  # fmt: skip
     assert rows["second"][-3:] == ["-", "40", "stopped"]
     assert rows["third"][:3] == ["fork", "of", "first"]
 

@@ -13,7 +13,7 @@ from savepoint import find, words
 from savepoint.checkpoint import manifest
 from savepoint.commands import output
 from savepoint.errors import CheckpointNotFoundError
-from savepoint.run import Run
+from savepoint.run import Run, test_metrics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,8 +68,7 @@ def _run_facts(run: Run) -> dict[str, Any]:
             times.append(facts.get("created") or "")
         row["last"] = max(times, default="")
         if run.is_summarised():
-            summary = run.summary().items()
-            row["test"] = {key: value for key, value in summary if key.startswith("test/")}
+            row["test"] = test_metrics(run.summary())
     except OSError as error:
         row["reason"] = f"{error.filename}: {error.strerror}"
     return row
@@ -108,10 +107,13 @@ def _runs_text(rows: Sequence[dict[str, Any]]) -> str:
 
 def _test(measured: dict[str, Any]) -> str:
     """The accuracy where there is one; else the first metric."""
-    if isinstance(accuracy := measured.get("test/accuracy"), float):
-        return words.metric("accuracy", accuracy)
-    name, value = next(iter(measured.items()), ("", None))
-    return f"{name.removeprefix('test/')} {words.number(value)}" if name else "-"
+    if not measured:
+        return "-"
+    named = (name for name, value in measured.items() if name.endswith("accuracy"))
+    name = next(named, next(iter(measured)))
+    value = measured[name]
+    said = words.metric(name, value) if isinstance(value, float) else words.number(value)
+    return f"{name.removeprefix('test/')} {said}"
 
 
 # -- checkpoints ---------------------------------------------------------------------------------

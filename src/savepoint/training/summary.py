@@ -13,7 +13,7 @@ from savepoint import weights
 from savepoint.checkpoint import store
 from savepoint.checkpoint.facts import why_ended
 from savepoint.checkpoint.manifest import step_in_name
-from savepoint.run import resume_command
+from savepoint.run import resume_command, test_metrics
 from savepoint.training.build import Training
 from savepoint.words import metrics, plural, python, show
 
@@ -31,6 +31,7 @@ def summarise(training: Training, steps: int, epochs: int) -> dict[str, Any]:
             callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
             callbacks.append(weights.Once(lambda model: weights.restore(model, state)))
         results = dict(trainer.test(training.model, datamodule=training.data, verbose=False)[0])
+        results["test_metrics"] = list(results)
         limit = trainer.limit_test_batches
         if isinstance(limit, int) or limit != 1.0:  # 1 is a single batch, 1.0 all of them
             results["limit_test_batches"] = limit
@@ -63,7 +64,7 @@ def _best(training: Training) -> tuple[str | None, Mapping[str, Any] | None]:
 
 def table(training: Training, summary: Mapping[str, Any]) -> str:
     directory = show(training.run.directory)
-    rows = metrics((name, value) for name, value in summary.items() if name.startswith("test/"))
+    rows = metrics(test_metrics(summary).items())
     if "limit_test_batches" in summary:
         limit = f"trainer.limit_test_batches {summary['limit_test_batches']}"
         rows.append(("tested on", f"a part of the test data: {limit}"))
