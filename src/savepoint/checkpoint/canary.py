@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.nn import RNNBase
 
 from savepoint.checkpoint.state.process import isolated_rng
+from savepoint.look.baseline import Baseline
+from savepoint.look.walk import Look
 
 SEED = 0
 
@@ -49,6 +51,7 @@ def canary(
         return None
     # Not by `eval`, which a user's own class may do more in than `train` takes back.
     in_training = [part for part in module.modules() if part.training]
+    before = {}
     for part in in_training:
         part.training = False
     try:
@@ -61,6 +64,7 @@ def canary(
                 return None
             if _kinds[module] == "draws":
                 _seed()
+            before = _attributes(module)
             output = _forward(module, state_dict, example)
     # Whatever a forward raises that is not made for eval mode or for these inputs.
     except Exception:
@@ -69,9 +73,11 @@ def canary(
         _kinds[module] = "none"
         return None
     finally:
+        if _put_back(before):  # by a forward that does so from some epoch on
+            _kinds[module] = "none"
         for part in in_training:
             part.training = True
-    if not dict(tensors(output)):
+    if _kinds[module] == "none" or not dict(tensors(output)):
         return None
     drawn = {"seed": SEED, "device": module.device.type} if _kinds[module] == "draws" else {}
     return {"input": _moved(example, torch.device("cpu")), "output": output} | drawn
@@ -119,6 +125,8 @@ def tensors(output: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
 
 def _kind(module: LightningModule, state_dict: Mapping[str, Any], example: Any) -> Kind:
     before = _attributes(module)
+    look = Look({"model": module}, {}, state_dict)
+    inside = Baseline(look)  # of attributes: a meter's count, an array, a generator
     try:
         _seed()
         undrawn = _random_states(module.device)
@@ -126,6 +134,10 @@ def _kind(module: LightningModule, state_dict: Mapping[str, Any], example: Any) 
         drawn = _random_states(module.device) != undrawn
     finally:
         changed = _put_back(before)
+        look = Look({"model": module}, {}, state_dict)
+        if any(inside.changes(look)):
+            changed = True
+            inside.restore(look, [], module.device)
     if changed:
         return "none"
     _seed()

@@ -36,6 +36,7 @@ class Baseline:
         self.places: dict[Path, Place] = {}
         self.objects: dict[Path, type] = {}
         self._made: dict[Path, int] = {}  # what hooks of a start make, to be put something into
+        self._shares: dict[Path, Path | None] = {}  # where the first batch begins
         self._roots: set[str] = set()
         self._owners: set[Path] = set(first.owners)
         self._absent: set[Path] = set(first.absent)
@@ -87,6 +88,7 @@ class Baseline:
         self._absent |= look.absent
         self._alive += look.alive
         for path, place in look.places.items():
+            self._shares[path] = place.shares
             if place.what and path not in self.places:
                 self.places[path] = _without_large(place)
             elif place.needs_live:
@@ -109,7 +111,7 @@ class Baseline:
                     named.append(
                         f"{in_words(path)} (a generator or the like, made in mid-training)"
                     )
-                shared = before.shares if before else None
+                shared = self._shares.get(path, before.shares if before else None)
                 if place.shares and place.shares != shared:
                     named.append(
                         f"{in_words(path)} (shares its memory with {in_words(place.shares)})"

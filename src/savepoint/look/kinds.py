@@ -40,6 +40,9 @@ ATOMS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
         ),
     ),
 }
+WRITTEN_TO = (
+    list, dict, set, bytearray, collections.deque, np.ndarray, array.array, Tensor,
+)  # fmt: skip
 FACTORIES = {kind.__name__: kind for kind in (int, float, bool, str, list, dict, set, tuple)}
 
 

@@ -12,7 +12,6 @@ is imported for it, it is found among those that the process has. Long lists of 
 as a whole: the look at a data set's list of files must not hold up a save.
 """
 
-import array
 import collections
 import enum
 import random
@@ -29,6 +28,7 @@ from savepoint.look.generators import generator_state, is_generator, seeds_of
 from savepoint.look.kinds import (
     ATOMS,
     FACTORIES,
+    WRITTEN_TO,
     Unpackable,
     has_notes,
     is_atom,
@@ -47,9 +47,6 @@ _SHARED = frozenset((
     list, dict, set, bytearray, collections.deque, collections.OrderedDict,
     collections.defaultdict, collections.Counter,
 ))  # fmt: skip
-_WRITTEN_TO = (
-    list, dict, set, bytearray, collections.deque, np.ndarray, array.array, Tensor,
-)  # fmt: skip
 _UNFINISHED = object()
 _PLAIN = frozenset((list, tuple, dict, set, frozenset, collections.deque, np.ndarray))
 
@@ -59,12 +56,14 @@ class Packer:
 
     Attributes:
         inner: The addresses of the containers inside: others may hold them too.
+        tensors: That stand inside.
         needs_live: How many of its values can only be put into one that is there.
     """
 
     def __init__(self) -> None:
         self.values = self.bytes = self.needs_live = 0
         self.inner: list[int] = []
+        self.tensors: list[Tensor] = []
         self._packed: dict[int, tuple[Any, Any]] = {}
 
     def pack(self, value: Any) -> Any:
@@ -80,7 +79,7 @@ class Packer:
         kind = type(value)
         if kind in _AS_IT_IS or (kind is int and value.bit_length() < 64):
             return value
-        if not isinstance(value, _WRITTEN_TO):
+        if not isinstance(value, WRITTEN_TO):
             return self._pack(value, kind)
         seen = self._packed.get(id(value))
         if seen is None:
@@ -193,6 +192,7 @@ class Packer:
         name = kind.__name__ if kind in _SEQUENCES else "list"
         if hasattr(kind, "_fields"):
             name = "tuple"
+        self.tensors += [item for item in items if isinstance(item, Tensor)]
         packed = self._stacked(items)
         if packed is None:
             self.inner += [id(item) for item in items if type(item) in _SHARED]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from savepoint.look.kinds import base_of, keys_of, values_of
-from savepoint.look.unpack import unpack
+from savepoint.look.unpack import unpack_attribute
 
 # How to go on from an object: ("attr", name), ("item", key), ("nth", place), ("cell", place),
 # ("module", name), ("buffer", name), ("parameter", name), ("requires_grad", name), ("state", "").
@@ -153,7 +153,7 @@ def put_back(
     if isinstance(packed, dict) and packed["!"] == "same":
         value = resolve(roots, path_of(packed["of"]))
     else:
-        value = unpack(packed, live, device)
+        value = unpack_attribute(packed, live, device)
     if value is not live:
         _refuse_another_kind(live, value)
         set_value(roots, path, owner, value)

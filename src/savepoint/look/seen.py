@@ -4,14 +4,13 @@ import contextlib
 import contextvars
 import enum
 import io
-from collections.abc import Iterable
 from typing import Any
 
 from savepoint.look.classes import is_library
 from savepoint.look.kinds import SCALARS, Unpackable, keys_of, values_of
 from savepoint.look.marks import mark
 from savepoint.look.pack import Packer, pack
-from savepoint.look.places import Path, Place, memory_of
+from savepoint.look.places import Path, Place, memory_of, storage_of
 
 _SMALL_VALUES = 1_000  # of what the first look keeps a copy
 _SMALL_BYTES = 64 * 1024
@@ -24,12 +23,15 @@ class Seen:
 
     Attributes:
         first: The path to each object, by its address: the first one names it.
+        weights: By the memory of each weight that Lightning restores, its path: an attribute may be
+            a view.
         alive: What was seen, so that no address is given to a second object while marks hold it.
     """
 
     def __init__(self) -> None:
         self.places: dict[Path, Place] = {}
         self.first: dict[int, Path] = {}
+        self.weights: dict[int, Path] = {}
         self.alive: list[Any] = []
         self._memory: dict[int, Path] = {}
         self._inner: dict[int, Path] = {}  # containers inside of others, which are packed whole
@@ -63,7 +65,7 @@ class Seen:
             packed = packer.pack(value)
         except Unpackable as error:
             return error
-        self._hold(path, packer, packed, self._shares_inside(path, value, packer.inner))
+        self._hold(path, packer, packed, self._shares_inside(path, value, packer))
         if isinstance(value, dict) and any(key in self.first for key in _first_number(value)):
             self.places[path].what = "a dict that goes by the addresses of objects"
         return None
@@ -87,6 +89,18 @@ class Seen:
         except Unpackable:
             seen = id(value)
         self.places[path] = Place((len(items), seen), what=what)
+
+    def put_members(self, path: Path, value: Any, what: str) -> None:
+        """A set of objects: which they are, and what stands in those that are seen nowhere else."""
+        members = list(value)
+        self.alive += members
+        self.places[path] = Place(frozenset(map(self._member_mark, members)), what=what)
+
+    def _member_mark(self, member: Any) -> Any:
+        notes = {} if id(member) in self.first else getattr(member, "__dict__", {})
+        with contextlib.suppress(Unpackable):
+            return id(member), mark(Packer().pack(dict(notes)))
+        return id(member)
 
     def put_pointer(self, path: Path, value: Any) -> None:
         """What it leads to, which it does not hold."""
@@ -113,17 +127,21 @@ class Seen:
 
     def _shares(self, path: Path, value: Any) -> Path | None:
         memory = memory_of(value)
-        first = path if memory is None else self._memory.setdefault(memory, path)
+        if memory is None:
+            return None
+        first = self._memory.setdefault(memory, path)
         return None if first == path else first
 
-    def _shares_inside(self, path: Path, value: Any, inner: Iterable[int]) -> Path | None:
-        """Another place that holds this container too, or one that is inside: put back, they would
-        be two.
+    def _shares_inside(self, path: Path, value: Any, packer: Packer) -> Path | None:
+        """Another place that holds this container too, or one that is inside, or a weight that
+        stands inside: put back, they would be two.
         """
         shares = self._inner.get(id(value))
         firsts = self.first
         inners = self._inner
-        for one in inner:
+        for tensor in packer.tensors if shares is None else ():
+            shares = shares or self.weights.get(storage_of(tensor) or 0)
+        for one in packer.inner:
             first = firsts.get(one) or inners.setdefault(one, path)
             if first is not path and shares is None:
                 shares = first

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import logging
 import operator
 import os
 import sys
@@ -39,6 +40,12 @@ ENTERED = (
     types.SimpleNamespace, collections.UserDict, collections.UserList, collections.ChainMap,
     weakref.WeakKeyDictionary, weakref.WeakValueDictionary, threading.local,
 )  # fmt: skip
+IGNORED = (
+    weakref.ProxyType, weakref.CallableProxyType, logging.Logger, threading.Thread,
+    type(threading.Lock()), type(threading.RLock()), threading.Event, threading.Condition,
+)  # fmt: skip
+# What is read as code, not as a value.
+_STANDING = (types.FunctionType, property, classmethod, staticmethod, *ITSELF)
 _MOST_VALUES = 2_000  # how many objects of classes and modules are entered
 _DEPTH = 5  # how far an object that a class or a module holds is entered
 _WHAT = "shared by all that use it"
@@ -260,7 +267,7 @@ class Shared:
                 self.classes.add(value)
         elif isinstance(value, types.FunctionType):
             self._follow(value)
-        elif not isinstance(value, ITSELF):
+        if not isinstance(value, types.ModuleType):
             self._value((("module", module), ("attr", name)), value)
 
     # -- values -----------------------------------------------------------------------------------
@@ -268,14 +275,18 @@ class Shared:
     def _value(self, path: Path, value: Any) -> None:
         """Of a class or a module."""
         self._shared(path, value)
-        if not is_settled(value):
+        if path not in self._places and not isinstance(value, IGNORED):
+            # Seen elsewhere, or of a library, say: another one in its place would go unseen.
+            self._places[path] = Place(("itself", id(value)), what=_WHAT)
+            self._seen.alive.append(value)
+        if not isinstance(value, _STANDING) and not is_settled(value):
             self.gone_through.unsettled.append((path, value))
         elif path in self._places:
             self.gone_through.settled[path] = self._places[path]
 
     def _shared(self, path: Path, value: Any) -> None:
         seen_before = path in self._places or id(value) in self._seen.first
-        if seen_before or isinstance(value, property):
+        if seen_before or isinstance(value, (property, *ITSELF)):
             return
         if isinstance(value, types.FunctionType):
             self._follow(value)
@@ -306,6 +317,8 @@ class Shared:
             items = values_of(value) if isinstance(value, dict) else list(value)
             for place, item in enumerate(items[:_MOST_VALUES]):
                 self._shared((*path, ("nth", place)), item)
+        elif isinstance(value, set | frozenset):
+            self._seen.put_members(path, value, _WHAT)
         elif isinstance(value, functools.partial):
             parts = {"func": value.func, "args": value.args, "keywords": value.keywords}
             self._parts(path, parts)

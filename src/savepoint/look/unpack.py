@@ -4,6 +4,7 @@ import array
 import ast
 import collections
 import contextlib
+import copy
 import enum
 import random
 import types
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from savepoint.look.generators import is_generator, restore_generator, seeds_of
-from savepoint.look.kinds import ATOMS, FACTORIES, Unpackable, base_of, is_raw
+from savepoint.look.kinds import ATOMS, FACTORIES, WRITTEN_TO, Unpackable, base_of, is_raw
 
 
 def unpack(packed: Any, live: Any = None, device: torch.device | str = "cpu") -> Any:
@@ -29,8 +30,31 @@ def unpack(packed: Any, live: Any = None, device: torch.device | str = "cpu") ->
     if _unpacked is None:
         return _unpack(packed, live, device)
     if id(packed) not in _unpacked:
-        _unpacked[id(packed)] = _unpack(packed, live, device)
+        _unpacked[id(packed)] = _unpack(packed, _not_yet_filled(live), device)
     return _unpacked[id(packed)]
+
+
+def unpack_attribute(packed: Any, live: Any, device: torch.device | str) -> Any:
+    """As `unpack`; two values are not put into one object, as they were two in this attribute."""
+    global _filled
+    _filled = {}
+    try:
+        return unpack(packed, live, device)
+    finally:
+        _filled = None
+
+
+def _not_yet_filled(live: Any) -> Any:
+    """What stood twice, as all of `[zeros] * 4` does, takes one value only: the second one is
+    another object now.
+    """
+    if _filled is None or not isinstance(live, WRITTEN_TO):
+        return live
+    if id(live) not in _filled:
+        _filled[id(live)] = live
+        return live
+    # Which may have a function of its own for what is missing.
+    return copy.copy(live) if isinstance(live, collections.defaultdict) else None
 
 
 def _unpack(packed: Any, live: Any, device: torch.device | str) -> Any:
@@ -73,6 +97,7 @@ def _into_list_of_kind(packed: Any, live: Any, device: Any) -> Any:
 
 
 _unpacked: dict[int, Any] | None = None
+_filled: dict[int, Any] | None = None  # alive, as they are known by their addresses
 
 
 @contextlib.contextmanager
@@ -104,12 +129,12 @@ def _on_device(packed: Any, live: Any, device: Any) -> Any:
 
 
 def _into_tensor_of_a_class(packed: Any, live: Any, device: Any) -> Any:
-    value = unpack(packed["of"], live, device)
+    value = _unpack(packed["of"], live, device)
     return value if value is live else value.as_subclass(_kind_of(packed, Tensor, live))
 
 
 def _into_leaf(packed: Any, live: Any, device: Any) -> Any:
-    value = unpack(packed["of"], live, device)
+    value = _unpack(packed["of"], live, device)
     if value is not live:
         value = nn.Parameter(value) if packed["weight"] else value.requires_grad_()
     value.grad = unpack(packed["grad"], None, device)

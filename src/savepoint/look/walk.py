@@ -18,10 +18,8 @@ import datetime
 import functools
 import io
 import itertools
-import logging
 import operator
 import queue
-import threading
 import types
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -49,15 +47,11 @@ from savepoint.look.kinds import has_notes, is_atom, is_raw, keys_of, values_of
 from savepoint.look.marks import mark
 from savepoint.look.places import Path, Place, packed_path, path_below, storage_of
 from savepoint.look.seen import Seen, is_hidden_iterator, is_settled
-from savepoint.look.shared import ENTERED, ITSELF, GoneThrough, Shared
+from savepoint.look.shared import ENTERED, IGNORED, ITSELF, GoneThrough, Shared
 
 _THIRD_PARTY_VALUES = 500  # how far an object of a library is entered
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-_IGNORED = (
-    weakref.ProxyType, weakref.CallableProxyType, logging.Logger, threading.Thread,
-    type(threading.Lock()), type(threading.RLock()), threading.Event, threading.Condition,
-)  # fmt: skip
 _POINTERS = (weakref.ReferenceType, contextvars.ContextVar)
 _ONE_VALUE = (Tensor, np.ndarray, np.generic, PurePath)
 _PLAIN = (int, float, complex, str, bytes, datetime.date, datetime.time, datetime.timedelta)
@@ -96,7 +90,6 @@ class Look(Seen):
     Attributes:
         objects: The class of each object that was entered.
         dicts: That are seen key by key.
-        weights: The memory of the weights that Lightning restores: an attribute may be a view.
     """
 
     def __init__(
@@ -112,7 +105,6 @@ class Look(Seen):
         self.objects: dict[Path, type] = {}
         self.visited: set[Path] = set()
         self.dicts: set[Path] = set()
-        self.weights: set[int] = set()
         self._known = known
         self._persisted = frozenset(persisted)
         self._settled_before = before.settled
@@ -212,7 +204,7 @@ class Look(Seen):
                 self.first.setdefault(id(tensor), (*path, (kind, name)))
                 memory = None if is_lazy(tensor) else storage_of(tensor)
                 if memory is not None:
-                    self.weights.add(memory)
+                    self.weights.setdefault(memory, (*path, (kind, name)))
         for name, child in module._modules.items():
             if child is not None:
                 self._register(path_below(path, name), child)
@@ -289,7 +281,7 @@ class Look(Seen):
             self.put(path, value)
         elif isinstance(value, _POINTERS):
             self.put_pointer(path, value)
-        elif not isinstance(value, _IGNORED) and not self._is_seen(path, value):
+        elif not isinstance(value, IGNORED) and not self._is_seen(path, value):
             self.alive.append(value)
             if id(value) in self._known:
                 self.places[path] = Place(self._known[id(value)], what=self._known[id(value)])
@@ -322,6 +314,8 @@ class Look(Seen):
     def _plain_value(self, path: Path, value: Any) -> None:
         """Of a class of the user's own, say."""
         self.places[path] = Place((type(value), str(value)), what=f"a {type(value).__name__}")
+        if has_notes(value):
+            self._attributes_of(path, value, vars(value))
 
     def _unregistered(self, path: Path, value: nn.Module) -> None:
         """A module that stands in a list, say: no state_dict has its weights."""
@@ -354,7 +348,7 @@ class Look(Seen):
     def _items(self, path: Path, value: Any) -> None:
         """Item by item, where objects stand among the values."""
         if isinstance(value, set | frozenset):
-            self.places[path] = Place((id(value), len(value)), what="a set of objects")
+            self.put_members(path, value, "a set of objects")
             return
         if isinstance(value, dict):
             self.dicts.add(path)
