@@ -80,7 +80,9 @@ format: setup ## what ruff can mend by itself
 	$(VENV)/bin/python -m ruff check --fix-only . && $(VENV)/bin/python -m ruff format .
 
 lint: setup ## ruff and mypy
-	$(VENV)/bin/python -m ruff check . && $(VENV)/bin/python -m ruff format --check . && $(VENV)/bin/python -m mypy
+	$(VENV)/bin/python -m ruff check .
+	@$(VENV)/bin/python -m ruff format --check . || { echo 'Layout only: make format mends it.' >&2; exit 1; }
+	$(VENV)/bin/python -m mypy
 
 upgrade: setup ## in a copy: another version of the library, WHEEL=FILE
 	$(VENV)/bin/python -m savepoint.template upgrade -- $(or $(call quoted,$(WHEEL)),'')

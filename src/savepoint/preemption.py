@@ -12,6 +12,7 @@ signal to stop raises at once.
 A signal that was ignored when the process started (nohup, a background job) stays ignored.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -153,7 +154,8 @@ def _is_same(signum: int) -> bool:
 
 def _say(text: str) -> None:
     """By the system's own call: the handler may interrupt a print, whose buffer admits no other."""
-    if rank():
+    # A data worker inherits the handler, and gets what is typed at the terminal too.
+    if rank() or multiprocessing.parent_process() is not None:
         return
     descriptor = next((one for one in (2, 1) if os.isatty(one)), 2)
     # A bar may stand in this line of the terminal.

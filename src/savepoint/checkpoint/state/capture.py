@@ -1,6 +1,7 @@
 """The state of this process that Lightning does not save."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,10 +39,17 @@ _MOST_BUFFER_BYTES = 64 * 2**20  # of what is copied at each validation, and sav
 
 
 def capture(
-    trainer: Trainer, module: LightningModule, reads: tuple[bool, bool] = (True, True)
+    trainer: Trainer,
+    module: LightningModule,
+    reads: tuple[bool, bool] = (True, True),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The state of this process that Lightning leaves out: with the tensors themselves, for use
     before training goes on.
+
+    Args:
+        reads: What `reads_gradients` has found.
+        defaults: What `metric_defaults` was at the start.
     """
     connector = trainer._logger_connector
     fit = trainer.fit_loop
@@ -55,7 +63,7 @@ def capture(
         "metric_states": {
             name: _metric_state(part)
             for name, part in modules.items()
-            if isinstance(part, Metric) and not _is_reset(part)
+            if isinstance(part, Metric) and not _is_reset(part, defaults.get(name))
         },
         "trackers": {
             name: len(part) for name, part in modules.items() if isinstance(part, MetricTracker)
@@ -83,11 +91,32 @@ def _detached(tree: Any) -> Any:
     return tree
 
 
-def _is_reset(metric: Metric) -> bool:
-    """Whether it is as after its `reset`, as those of a validation are in a training epoch: each
-    tensor less is a thirtieth of a small save.
+def metric_defaults(module: LightningModule) -> dict[str, Any]:
+    """What stands for the states that each metric has after its `reset`, until it is changed."""
+    metrics = {name: part for name, part in module.named_modules() if isinstance(part, Metric)}
+    return {name: _default_marks(metric) for name, metric in metrics.items()}
+
+
+def changed_defaults(module: LightningModule, at_start: Mapping[str, Any]) -> list[str]:
+    """Words for metrics whose `reset` goes to another state than that of a fresh start."""
+    now = metric_defaults(module)
+    return [
+        f"model.{name} (another state to reset to than at the start)"
+        for name, marks in at_start.items()
+        if name in now and now[name] != marks
+    ]
+
+
+def _default_marks(metric: Metric) -> list[Any]:
+    return [(id(one), getattr(one, "_version", one)) for one in metric._defaults.values()]
+
+
+def _is_reset(metric: Metric, at_start: Any) -> bool:
+    """Whether it is as after the `reset` of a fresh start, as those of a validation are in a
+    training epoch: each tensor less is a thirtieth of a small save.
     """
-    return metric._update_count == 0 and all(
+    unused = metric._update_count == 0 and _default_marks(metric) == at_start
+    return unused and all(
         _is_default(getattr(metric, name), default) for name, default in metric._defaults.items()
     )
 

@@ -46,6 +46,7 @@ class TrainingState:
         self._shared: list[tuple[Any, Any, str]] = []
         self._accepted = False
         self._reads_gradients = (False, False)
+        self._metric_defaults: dict[str, Any] = {}
         self._numbers: dict[str, int] = {}
         self._drawn_anew: list[str] = []
         # What the running epoch goes by, and by what its loaders were made.
@@ -225,12 +226,14 @@ class TrainingState:
 
     def capture(self, at: Point | None) -> dict[str, Any]:
         trainer = self.trainer
-        own = capture.capture(trainer, trainer.lightning_module, self._reads_gradients)
+        module = trainer.lightning_module
+        own = capture.capture(trainer, module, self._reads_gradients, self._metric_defaults)
         own |= self._logged()
         own["unsaved"] = exactness.inexact(trainer, at)
         if self.ranks_changed:
             own["unsaved"].append("this epoch was begun by another number of processes")
         own["unsaved"] += self._drawn_anew
+        own["unsaved"] += capture.changed_defaults(module, self._metric_defaults)
         own["numbers"] = self._numbers
         own["attributes"] = []
         own["settings"] = {}
@@ -288,6 +291,7 @@ class TrainingState:
         self._settings = loops.settings(self.trainer) | self._bounds
         now = self.see()
         self._kinds = capture.kinds(self.trainer, now)
+        self._metric_defaults = capture.metric_defaults(self.trainer.lightning_module)
         self._reads_gradients = capture.reads_gradients(now)
         self._looked_at.accept(now)
         self._compare_numbers(now)
