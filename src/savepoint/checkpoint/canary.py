@@ -11,18 +11,19 @@ import copy
 import dataclasses
 import random
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import RNNBase
 
 from savepoint.checkpoint.state.process import isolated_rng
 from savepoint.look.baseline import Baseline
+from savepoint.look.classes import is_library
 from savepoint.look.walk import Look
 
 SEED = 0
@@ -64,7 +65,7 @@ def canary(
                 return None
             if _kinds[module] == "draws":
                 _seed()
-            before = _attributes(module)
+            before = _attributes(part for part in module.modules() if _is_own(part))
             output = _forward(module, state_dict, example)
     # Whatever a forward raises that is not made for eval mode or for these inputs.
     except Exception:
@@ -124,7 +125,7 @@ def tensors(output: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _kind(module: LightningModule, state_dict: Mapping[str, Any], example: Any) -> Kind:
-    before = _attributes(module)
+    before = _attributes(module.modules())
     look = Look({"model": module}, {}, state_dict)
     inside = Baseline(look)  # of attributes: a meter's count, an array, a generator
     try:
@@ -248,7 +249,11 @@ def _random_states(device: torch.device) -> list[Any]:
 _Contents = dict[torch.nn.Module, tuple[dict[str, Any], dict[str, Any]]]
 
 
-def _attributes(module: LightningModule) -> _Contents:
+def _is_own(part: nn.Module) -> bool:
+    return not is_library(type(part).__module__)
+
+
+def _attributes(parts: Iterable[nn.Module]) -> _Contents:
     """Of each part, its attributes, and copies of those that can change in place."""
     kinds = (list, dict, set, deque)
     return {
@@ -256,7 +261,7 @@ def _attributes(module: LightningModule) -> _Contents:
             dict(vars(part)),
             {k: copy.copy(v) for k, v in vars(part).items() if isinstance(v, kinds)},
         )
-        for part in module.modules()
+        for part in parts
     }
 
 
