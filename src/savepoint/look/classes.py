@@ -1,5 +1,6 @@
 """What a class is: which attributes a framework assigns, whose code it is."""
 
+import contextlib
 import dis
 import functools
 import inspect
@@ -124,6 +125,16 @@ def stored_by(code: types.CodeType) -> frozenset[str]:
     own = [one.argval for one in dis.get_instructions(code) if one.opname == "STORE_ATTR"]
     texts = code.co_consts if "setattr" in code.co_names else ()
     return frozenset(own).union([text for text in texts if type(text) is str], *inner)
+
+
+def own_attributes(value: Any) -> dict[str, Any]:
+    """Those of the object itself, in its `__dict__` and in slots, as far as they are set."""
+    own = dict(getattr(value, "__dict__", {}))
+    kind: Any = type(value)
+    for name in slots_of(kind):
+        with contextlib.suppress(AttributeError):
+            own[name] = getattr(value, name)
+    return own
 
 
 @functools.cache

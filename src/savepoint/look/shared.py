@@ -26,7 +26,7 @@ from savepoint.look.classes import (
     NO_STATE,
     is_library,
     names_in,
-    slots_of,
+    own_attributes,
     wrapped_functions_of,
 )
 from savepoint.look.kinds import SCALARS, Unpackable, has_notes, values_of
@@ -336,11 +336,7 @@ class Shared:
         kind: Any = type(value)
         if not is_library(kind.__module__):
             self.classes.add(kind)
-        own = dict(getattr(value, "__dict__", {}))
-        for name in slots_of(kind):
-            with contextlib.suppress(AttributeError):
-                own[name] = getattr(value, name)
-        self._parts(path, own)
+        self._parts(path, own_attributes(value))
 
     def _parts(self, path: Path, parts: Mapping[str, Any]) -> None:
         self.owners.add(path)

@@ -38,7 +38,7 @@ from savepoint.look.classes import (
     is_library,
     left_out_of,
     names_in,
-    slots_of,
+    own_attributes,
     stored_by,
     wrapped_functions_of,
 )
@@ -442,10 +442,7 @@ class Look(Seen):
     def _attributes(self, path: Path, value: Any, derived: frozenset[str] = frozenset()) -> None:
         kind: Any = type(value)
         self._met.classes.add(kind)
-        own = dict(getattr(value, "__dict__", {}))
-        for name in slots_of(kind):
-            with contextlib.suppress(AttributeError):
-                own[name] = getattr(value, name)
+        own = own_attributes(value)
         for name in derived:
             own.pop(name, None)
         self._attributes_of(path, value, own)

@@ -93,8 +93,11 @@ def _detached(tree: Any) -> Any:
 
 def metric_defaults(module: LightningModule) -> dict[str, Any]:
     """What stands for the states that each metric has after its `reset`, until it is changed."""
-    metrics = {name: part for name, part in module.named_modules() if isinstance(part, Metric)}
-    return {name: _default_marks(metric) for name, metric in metrics.items()}
+    return {name: _default_marks(metric) for name, metric in metrics_of(module).items()}
+
+
+def metrics_of(module: LightningModule) -> dict[str, Metric]:
+    return {name: part for name, part in module.named_modules() if isinstance(part, Metric)}
 
 
 def changed_defaults(module: LightningModule, at_start: Mapping[str, Any]) -> list[str]:

@@ -13,16 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from savepoint.checkpoint.state.capture import metrics_of
 from savepoint.checkpoint.state.exactness import versions
 from savepoint.checkpoint.state.loops import averaging, by_the_clock, put_settings
 from savepoint.checkpoint.state.process import restore_rng
 from savepoint.checkpoint.state.roots import own_optimizers
 from savepoint.look.baseline import Baseline
 from savepoint.look.walk import Look
-
-
-def _metrics(module: LightningModule) -> dict[str, Metric]:
-    return {name: part for name, part in module.named_modules() if isinstance(part, Metric)}
 
 
 def shared_groups(trainer: Trainer) -> list[tuple[Any, Any, str]]:
@@ -192,7 +189,7 @@ def _restore_gradients(module: LightningModule, gradients: Mapping[str, Tensor])
 
 def restore_metric_states(module: LightningModule, state: Mapping[str, Any]) -> None:
     state = move_data_to_device({"metric_states": state["metric_states"]}, module.device)
-    for name, metric in _metrics(module).items():
+    for name, metric in metrics_of(module).items():
         saved = dict(state["metric_states"].get(name) or _as_reset(metric))
         metric._update_count = saved.pop("updates")
         metric._computed = None
