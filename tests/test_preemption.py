@@ -1,11 +1,14 @@
 """Signals, in a process of their own."""
 
+import multiprocessing
 import signal
 import subprocess
 import sys
 
 import pytest
 from support.limits import HANG_SECS
+
+from savepoint import preemption
 
 HEAD = "import os, signal, sys, time\nfrom savepoint import preemption as p\n"
 
@@ -92,3 +95,13 @@ def test_a_signal_that_was_ignored_at_the_start_stays_ignored() -> None:
 def test_the_signal_to_save_is_noted() -> None:
     body = "p.install(); p.arm()\nos.kill(os.getpid(), signal.SIGUSR1)\nprint(p.requests.save, p.requests.stop)"
     assert run(body).stdout == "True 0\n"
+
+
+def test_a_data_worker_says_nothing_of_a_signal(capfd: pytest.CaptureFixture[str]) -> None:
+    context = multiprocessing.get_context("fork")
+    worker = context.Process(target=preemption._say, args=("Saving at the next step.",))
+    worker.start()
+    worker.join()
+    assert capfd.readouterr() == ("", "")
+    preemption._say("Saving at the next step.")
+    assert "Saving at the next step." in capfd.readouterr().err
