@@ -370,6 +370,80 @@ def test_empty_tensors_share_no_memory_and_views_of_the_same_memory_do() -> None
     assert base.changes(look(model))[1] == ["model.row (shares its memory with model.bank)"]
 
 
+class Holder(nn.Module):
+    def __init__(self, one: bool) -> None:
+        super().__init__()
+        self.bank = torch.zeros(2)
+        self.held = [self.bank if one else torch.zeros(2)]
+
+
+def resumed(model: Holder, base: Baseline, other: Holder) -> Holder:
+    """`other`, of another process, after a resume from where `model` is."""
+    saved, named = base.changes(look(model))
+    assert named == []
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    start = Baseline(look(other))
+    assert start.restore(look(other), torch.load(file, weights_only=True), CPU) == []
+    return other
+
+
+def test_what_comes_to_stand_in_two_attributes_is_one_after_a_resume() -> None:
+    model = Holder(one=False)
+    base = Baseline(look(model))
+    model.held.append(model.bank)  # which is as it was at the start, and is saved nevertheless
+    other = resumed(model, base, Holder(one=False))
+    assert other.held[1] is other.bank
+
+
+def test_what_stands_in_two_attributes_no_more_is_two_after_a_resume() -> None:
+    model = Holder(one=True)
+    base = Baseline(look(model))
+    model.bank = torch.ones(2)
+    other = resumed(model, base, Holder(one=True))
+    assert other.bank.tolist() == [1, 1]
+    assert other.held[0].tolist() == [0, 0]
+
+
+def test_two_that_change_places_are_each_put_into_an_object_of_its_own() -> None:
+    model = Holder(one=True)
+    base = Baseline(look(model))
+    model.held.insert(0, torch.ones(2))
+    other = resumed(model, base, Holder(one=True))
+    assert [one.tolist() for one in other.held] == [[1, 1], [0, 0]]
+    assert other.held[1] is other.bank
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array"])
+def test_a_view_that_stands_beside_its_base_is_named(kind: str) -> None:
+    model = Model()
+    base = Baseline(look(model))
+    whole: Any = torch.zeros(4)
+    whole += 1
+    if kind == "array":
+        whole = whole.numpy()
+    model.held = {"whole": whole, "first": whole[:2]}
+    assert base.changes(look(model))[1] == ["model.held (holds a view of model.held)"]
+
+
+def test_rows_of_a_batch_in_a_list_share_nothing() -> None:
+    model = Model()
+    base = Baseline(look(model))
+    batch = torch.zeros(4, 2)
+    batch += 1
+    model.held = [*batch, *batch.numpy().copy().T]
+    assert base.changes(look(model))[1] == []
+
+
+def test_what_nobody_writes_to_may_stand_in_a_list_without_its_gradient() -> None:
+    model = Model()
+    base = Baseline(look(model))
+    model.last = torch.zeros(4) * 2
+    model.held = [model.last.detach()]
+    assert base.changes(look(model))[1] == []
+
+
 def test_a_tensor_that_stands_twice_is_one_again_after_a_file(tmp_path: Path) -> None:
     best = torch.zeros(2)
     torch.save(pack({"last": best, "best": best, "other": torch.zeros(2)}), tmp_path / "file")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 import torchmetrics as tm
+from lightning import Callback
 from torch import Tensor
 
 from shapes.base import Net, Shape
@@ -280,6 +281,139 @@ class KeptArray(Scaled):
         return 1 + sum(float(one.sum()) for one in self.kept)
 
 
+class KeptElsewhere(Callback):
+    """Holds what the model holds, and is written to at one of the two."""
+
+    def __init__(self) -> None:
+        self.held: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        if trainer.global_step % 6 == 5:
+            self.held = [*self.held[-2:], module.sum]
+            module.sum = module.sum * 0
+        for one in self.held[-1:]:
+            one += 0.1
+        module.seen = self.held
+
+
+class SeenElsewhere(Scaled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sum = torch.zeros(4)
+        self.seen: list[Any] = []
+
+    def number(self, batch: Any) -> Any:
+        self.sum += batch[0].mean(0)
+        return 1 + sum(float(one.sum()) for one in self.seen) / 50
+
+
+class Turned(Scaled):
+    """Two that change places, in attributes and in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fast, self.slow = torch.zeros(4), torch.ones(4)
+        self.both = [self.fast, self.slow]
+
+    def number(self, batch: Any) -> Any:
+        if self.global_step % 5 == 3:
+            self.fast, self.slow = self.slow, self.fast
+        if self.global_step % 7 == 4:
+            self.both.reverse()
+        self.fast += batch[0].mean(0)
+        return 1 + float((self.both[0] - 0.5 * self.both[1]).sum()) / 50
+
+
+class Parted(Scaled):
+    """One list in two attributes, until one of them is given another one."""
+
+    def __init__(self, late: bool) -> None:
+        super().__init__()
+        self.numbers = [1.0]
+        self.table = {"numbers": self.numbers}
+        self.late = late
+
+    def number(self, batch: Any) -> Any:
+        if self.global_step == 4:
+            if self.late:
+                self.table = {"numbers": [2.0]}
+            else:
+                self.numbers = [2.0]
+        self.numbers.append(self.table["numbers"][-1] * 0.9)
+        self.table["numbers"][0] += 0.01
+        return sum(self.numbers) / 10
+
+
+class Ring(Scaled):
+    """A ring of buffers, of which one is written to: not the same one each time."""
+
+    def __init__(self, number: int, kind: str) -> None:
+        super().__init__()
+        make = np.zeros if kind == "array" else torch.zeros
+        self.ring = collections.deque(make(4) for _ in range(number))
+        self.current: Any = self.ring[0]
+
+    def number(self, batch: Any) -> Any:
+        self.ring.rotate(1)
+        self.current = self.ring[0]
+        mean = batch[0].mean(0)
+        self.current += mean.numpy() if isinstance(self.current, np.ndarray) else mean
+        return 1 + sum(float(one.sum()) for one in self.ring) / 50
+
+
+class Rows(Scaled):
+    """Rows of an array in a list: of a batch's, which nobody writes to, or of one's own."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.own = own
+        self.bank = torch.zeros(3, 4)
+        self.rows: list[Any] = []
+
+    def number(self, batch: Any) -> Any:
+        if self.own:
+            self.bank += batch[0].mean(0)
+        source = self.bank if self.own else batch[0]
+        self.rows = [*self.rows[-4:], source[0], source[1]]
+        return 1 + sum(float(one.sum()) for one in self.rows) / 50
+
+
+class Twofold(Scaled):
+    """A tensor and what `detach` makes of it, or an array and a tensor in its memory."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.last: Any = None
+        self.all: list[Any] = []
+
+    def number(self, batch: Any) -> Any:
+        value = batch[0].mean(0)
+        if self.kind == "detached":
+            self.last, other = value, value.detach()
+        else:
+            self.last = value.numpy().copy()
+            other = torch.from_numpy(self.last)
+            self.last += 0.1
+        self.all = [*self.all[-3:], other]
+        return 1 + sum(float(one.sum()) for one in self.all) / 50
+
+
+class KeptBuffer(Scaled):
+    """A buffer that no state_dict has, in a list too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4), persistent=False)
+        self.kept: list[Any] = []
+
+    def number(self, batch: Any) -> Any:
+        self.mean += batch[0].mean(0)
+        if self.global_step == 3:
+            self.kept = [self.mean]
+        return 1 + sum(float(one.sum()) for one in self.kept) / 50
+
+
 class Trained(Scaled):
     """Weights in a list, which the making of the optimizer fills."""
 
@@ -460,12 +594,20 @@ SHAPES = {
     "metric_default": Shape(Default),
     "metric_set_up": Shape(SetUpMetric),
     "metric_changed": Shape(ChangedState),
-}
-# What stands in a list and in an attribute, or as a view beside its base, is two after a resume,
-# and nothing says so yet: no test.
-OPEN = {
     "kept_array": Shape(lambda: KeptArray("array")),
     "kept_tensor": Shape(lambda: KeptArray("tensor")),
     "view_inside": Shape(lambda: ViewInside("tensor")),
     "view_inside_array": Shape(lambda: ViewInside("array")),
+    "kept_elsewhere": Shape(SeenElsewhere, callbacks=lambda: [KeptElsewhere()]),
+    "turned": Shape(Turned),
+    "parted": Shape(lambda: Parted(late=False)),
+    "parted_late": Shape(lambda: Parted(late=True)),
+    "ring": Shape(lambda: Ring(3, "tensor")),
+    "ring_of_arrays": Shape(lambda: Ring(3, "array")),
+    "ring_of_many": Shape(lambda: Ring(20, "tensor")),
+    "rows_of_batches": Shape(lambda: Rows(own=False)),
+    "rows_of_its_own": Shape(lambda: Rows(own=True)),
+    "detached": Shape(lambda: Twofold("detached")),
+    "array_and_tensor": Shape(lambda: Twofold("array")),
+    "kept_buffer": Shape(KeptBuffer),
 }

@@ -12,6 +12,7 @@ from savepoint.look.classes import is_library
 from savepoint.look.kinds import Unpackable
 from savepoint.look.marks import mark, sample_sum
 from savepoint.look.places import (
+    Memory,
     Path,
     Place,
     in_words,
@@ -36,7 +37,7 @@ class Baseline:
         self.places: dict[Path, Place] = {}
         self.objects: dict[Path, type] = {}
         self._made: dict[Path, int] = {}  # what hooks of a start make, to be put something into
-        self._shares: dict[Path, Path | None] = {}  # where the first batch begins
+        self._memory: dict[Path, Memory] = {}  # where the first batch begins
         self._roots: set[str] = set()
         self._owners: set[Path] = set(first.owners)
         self._absent: set[Path] = set(first.absent)
@@ -88,7 +89,7 @@ class Baseline:
         self._absent |= look.absent
         self._alive += look.alive
         for path, place in look.places.items():
-            self._shares[path] = place.shares
+            self._memory[path] = place.memory
             if place.what and path not in self.places:
                 self.places[path] = _without_large(place)
             elif place.needs_live:
@@ -98,29 +99,27 @@ class Baseline:
         """What has changed: [packed path, packed value] of each place, and words for what is no
         value.
         """
-        saved = []
-        named = []
+        packed: dict[Path, Any] = {}
+        named: list[str] = []
         for path, place in look.places.items():
             before = self.places.get(path)
             if before is place or (before is not None and before.mark == place.mark):
                 continue
             if not place.what:
-                saved.append([packed_path(path), place.packed])
-                there = before.needs_live if before else self._made.get(path, 0)
-                if place.needs_live != there:
-                    named.append(
-                        f"{in_words(path)} (a generator or the like, made in mid-training)"
-                    )
-                shared = self._shares.get(path, before.shares if before else None)
-                if place.shares and place.shares != shared:
-                    named.append(
-                        f"{in_words(path)} (shares its memory with {in_words(place.shares)})"
-                    )
-                elif shared and not place.shares:
-                    # What is put back is written into the memory of both.
-                    named.append(f"{in_words(path)} (shared its memory with {in_words(shared)})")
+                packed[path] = place.packed
+                named += self._cannot_be_put_back(path, place, before)
             elif before is not None or self._is_new(path):
                 named.append(f"{in_words(path)} ({place.what})")
+        waiting = list(packed)
+        while waiting:
+            path = waiting.pop()
+            # What is or was one with it: both are put back, or none.
+            one_with = look.places[path].memory.one_with | self._memory_at(path).one_with
+            for other in one_with & look.places.keys() - packed.keys():
+                if not look.places[other].what:
+                    packed[other] = look.places[other].packed
+                    waiting.append(other)
+        saved = [[packed_path(path), value] for path, value in packed.items()]
         # As a set, which takes over the hashes of the paths: there are hundreds.
         for path in sorted(set(self.places).difference(look.places), key=in_words):
             gone = path[-1][0] == "attr" and path not in look.visited and path[:-1] in look.objects
@@ -132,6 +131,30 @@ class Baseline:
             if self.objects.get(path) is not kind and path[-1][0] != "root":
                 named.append(f"{in_words(path)} (a new {kind.__name__})")
         return saved, named
+
+    def _cannot_be_put_back(self, path: Path, place: Place, before: Place | None) -> list[str]:
+        """Words for what a changed value is beside its numbers."""
+        named = []
+        there = before.needs_live if before else self._made.get(path, 0)
+        if place.needs_live != there:
+            named.append(f"{in_words(path)} (a generator or the like, made in mid-training)")
+        now = place.memory
+        then = self._memory_at(path)
+        met = {partner for partner, _ in then.overlaps}
+        views = [at for at, written_to in now.overlaps if written_to and at not in met]
+        if now.shares and now.shares != then.shares:
+            named.append(f"{in_words(path)} (shares its memory with {in_words(now.shares)})")
+        elif then.shares and not now.shares:
+            # What is put back is written into the memory of both.
+            named.append(f"{in_words(path)} (shared its memory with {in_words(then.shares)})")
+        elif views:
+            named.append(f"{in_words(path)} (holds a view of {min(map(in_words, views))})")
+        return named
+
+    def _memory_at(self, path: Path) -> Memory:
+        """Where the first batch begins, or as it was at the start."""
+        before = self.places.get(path)
+        return self._memory.get(path, before.memory if before else Memory())
 
     def _is_new(self, path: Path) -> bool:
         """Whether it was not there before: of a class or function that was not met, all is new."""

@@ -47,24 +47,31 @@ _SHARED = frozenset((
     list, dict, set, bytearray, collections.deque, collections.OrderedDict,
     collections.defaultdict, collections.Counter,
 ))  # fmt: skip
+_INNER = (Tensor, np.ndarray)
 _UNFINISHED = object()
 _PLAIN = frozenset((list, tuple, dict, set, frozenset, collections.deque, np.ndarray))
+
+Packed = dict[int, tuple[Any, Any]]  # by address: the value, so that it stays alive, and its packed
 
 
 class Packer:
     """Packs one attribute; counts what it has met.
 
+    Args:
+        packed: What other attributes hold, by address, with what was packed of it: what stands in
+            two attributes is packed once.
+
     Attributes:
-        inner: The addresses of the containers inside: others may hold them too.
-        tensors: That stand inside.
+        inner: The containers, tensors and arrays inside: others may hold them too.
+        stacked: The addresses of tensors that are packed as one.
         needs_live: How many of its values can only be put into one that is there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, packed: Packed | None = None) -> None:
         self.values = self.bytes = self.needs_live = 0
-        self.inner: list[int] = []
-        self.tensors: list[Tensor] = []
-        self._packed: dict[int, tuple[Any, Any]] = {}
+        self.inner: list[Any] = []
+        self.stacked: set[int] = set()
+        self._packed: Packed = {} if packed is None else packed
 
     def pack(self, value: Any) -> Any:
         """`value` with its tensors themselves: a copy is the caller's business.
@@ -83,12 +90,20 @@ class Packer:
             return self._pack(value, kind)
         seen = self._packed.get(id(value))
         if seen is None:
-            self._packed[id(value)] = (value, _UNFINISHED)  # alive, as it is known by its address
-            seen = (value, self._pack(value, kind))
-            self._packed[id(value)] = seen
+            return self._pack_once(value, kind)
         if seen[1] is _UNFINISHED:
             raise Unpackable("a container that holds itself")
         return seen[1]
+
+    def _pack_once(self, value: Any, kind: type[Any]) -> Any:
+        self._packed[id(value)] = (value, _UNFINISHED)
+        try:
+            packed = self._pack(value, kind)
+        except Unpackable:
+            del self._packed[id(value)]
+            raise
+        self._packed[id(value)] = (value, packed)
+        return packed
 
     def _pack(self, value: Any, kind: type[Any]) -> Any:
         if kind is int:
@@ -192,10 +207,10 @@ class Packer:
         name = kind.__name__ if kind in _SEQUENCES else "list"
         if hasattr(kind, "_fields"):
             name = "tuple"
-        self.tensors += [item for item in items if isinstance(item, Tensor)]
         packed = self._stacked(items)
+        if packed is None or packed["!"] == "stack":
+            self.inner += [one for one in items if type(one) in _SHARED or isinstance(one, _INNER)]
         if packed is None:
-            self.inner += [id(item) for item in items if type(item) in _SHARED]
             packed = [self.pack(item) for item in items]
         base = tuple if name == "tuple" else list
         own = {} if kind in _SEQUENCES else _kind(value, base)
@@ -231,10 +246,12 @@ class Packer:
             return self._numbers_or_texts(items)
         if type(first) is Tensor and first.layout is torch.strided and first.grad_fn is None:
             alike = (first.shape, first.dtype, first.device)
-            once = len(set(map(id, items))) == len(items)
+            addresses = set(map(id, items))
+            once = len(addresses) == len(items) and addresses.isdisjoint(self._packed)
             if once and all(
                 type(t) is Tensor and (t.shape, t.dtype, t.device) == alike for t in items
             ):
+                self.stacked |= addresses
                 self._count(len(items), first.nbytes * len(items))
                 stacked = torch.stack([item.detach() for item in items])
                 return {"!": "stack", "of": self._tensor(stacked)}

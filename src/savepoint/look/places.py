@@ -7,19 +7,37 @@ import inspect
 import types
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from savepoint.look.kinds import base_of, keys_of, values_of
-from savepoint.look.unpack import unpack_attribute
+from savepoint.look.unpack import unpack
 
 # How to go on from an object: ("attr", name), ("item", key), ("nth", place), ("cell", place),
 # ("module", name), ("buffer", name), ("parameter", name), ("requires_grad", name), ("state", "").
 Step = tuple[str, Any]
 Path = tuple[Step, ...]
+
+
+class Memory(NamedTuple):
+    """With whom a place has its memory.
+
+    Attributes:
+        shares: The place that was seen first of those that hold this very memory.
+        one_with: Places that hold the same container, tensor or array, here or inside.
+        overlaps: Places where a view of this memory stands, here or inside, and whether one of the
+            two was written to.
+    """
+
+    shares: Path | None = None
+    one_with: frozenset[Path] = frozenset()
+    overlaps: frozenset[tuple[Path, bool]] = frozenset()
+
+
+_OF_ITS_OWN = Memory()
 
 
 @dataclass(slots=True)
@@ -31,8 +49,6 @@ class Place:
         packed: What a checkpoint would hold; meaningless where `what` is given.
         what: Words for a value that no checkpoint can hold, else "".
         small: Whether the first look keeps a copy.
-        shares: The place that was seen first of those that hold this very memory, as a view and its
-            base do, or a container inside.
         needs_live: How many of its values can only be put into one that is there.
     """
 
@@ -40,8 +56,8 @@ class Place:
     packed: Any = None
     what: str = ""
     small: bool = False
-    shares: Path | None = None
     needs_live: int = 0
+    memory: Memory = _OF_ITS_OWN
 
     @property
     def is_alias(self) -> bool:
@@ -153,7 +169,7 @@ def put_back(
     if isinstance(packed, dict) and packed["!"] == "same":
         value = resolve(roots, path_of(packed["of"]))
     else:
-        value = unpack_attribute(packed, live, device)
+        value = unpack(packed, live, device)
     if value is not live:
         _refuse_another_kind(live, value)
         set_value(roots, path, owner, value)

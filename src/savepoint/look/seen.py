@@ -6,14 +6,19 @@ import enum
 import io
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from savepoint.look.classes import is_library
 from savepoint.look.kinds import SCALARS, Unpackable, keys_of, values_of
 from savepoint.look.marks import mark
-from savepoint.look.pack import Packer, pack
+from savepoint.look.overlaps import Extents, is_written_to
+from savepoint.look.pack import Packed, Packer, pack
 from savepoint.look.places import Path, Place, memory_of, storage_of
 
 _SMALL_VALUES = 1_000  # of what the first look keeps a copy
 _SMALL_BYTES = 64 * 1024
+_IN_MEMORY = (Tensor, np.ndarray)
 _FEW = 16  # items of a tuple that are looked at one by one
 _TRUE, _FALSE = (Place(("bool", value), value, small=True) for value in (True, False))
 
@@ -34,7 +39,10 @@ class Seen:
         self.weights: dict[int, Path] = {}
         self.alive: list[Any] = []
         self._memory: dict[int, Path] = {}
-        self._inner: dict[int, Path] = {}  # containers inside of others, which are packed whole
+        self._extents = Extents()
+        self._packed: Packed = {}
+        self._holders: dict[int, Path] = {}  # by the address of what is packed, who held it first
+        self._stacked: set[int] = set()
 
     def put(self, path: Path, value: Any) -> None:
         """A value that `is_settled`."""
@@ -46,13 +54,14 @@ class Seen:
 
     def put_packed(self, path: Path, value: Any) -> None:
         """A tensor, an array, a generator: one value, though a large one."""
-        packer = Packer()
+        packer = Packer(self._packed)
         try:
             packed = packer.pack(value)
         except Unpackable as error:
             self.put_opaque(path, value, _words(error.args[0]))
             return
-        self._hold(path, packer, packed, self._shares(path, value))
+        self._hold(path, value, packer, packed)
+        self._share(path, self._shares(path, value))
 
     def put_container(self, path: Path, value: Any) -> Unpackable | None:
         """A container of plain values.
@@ -60,12 +69,12 @@ class Seen:
         Returns:
             Why it is none: what stands in it is no plain value, or there is too much of it.
         """
-        packer = Packer()
+        packer = Packer(self._packed)
         try:
             packed = packer.pack(value)
         except Unpackable as error:
             return error
-        self._hold(path, packer, packed, self._shares_inside(path, value, packer))
+        self._hold(path, value, packer, packed)
         if isinstance(value, dict) and any(key in self.first for key in _first_number(value)):
             self.places[path].what = "a dict that goes by the addresses of objects"
         return None
@@ -116,14 +125,44 @@ class Seen:
                 seen = mark(pack(target))
         self.places[path] = Place((what, seen), what=what)
 
-    def _hold(self, path: Path, packer: Packer, packed: Any, shares: Path | None) -> None:
+    def _hold(self, path: Path, value: Any, packer: Packer, packed: Any) -> None:
         self.places[path] = Place(
             mark(packed),
             packed,
             small=packer.values <= _SMALL_VALUES and packer.bytes <= _SMALL_BYTES,
-            shares=shares,
             needs_live=packer.needs_live,
         )
+        self._stacked |= packer.stacked
+        for one in (value, *packer.inner):
+            holder = self._holders.setdefault(id(one), path)
+            if holder is not path:
+                self._join(path, holder, one)
+            elif isinstance(one, _IN_MEMORY):
+                self._extents.add(path, one)
+                if one is not value and storage_of(one) in self.weights:
+                    self._share(path, self.weights[storage_of(one) or 0])
+
+    def _join(self, path: Path, holder: Path, value: Any) -> None:
+        """What two places hold is one again if both are in the file."""
+        if id(value) in self._stacked or self.places[holder].what:
+            self._share(path, holder)
+            return
+        for at, partner in ((path, holder), (holder, path)):
+            memory = self.places[at].memory
+            self.places[at].memory = memory._replace(one_with=memory.one_with | {partner})
+
+    def _share(self, path: Path, shares: Path | None) -> None:
+        if shares is not None:
+            self.places[path].memory = self.places[path].memory._replace(shares=shares)
+
+    def see_overlaps(self) -> None:
+        """Put back, a view and its base are two."""
+        for one, other in self._extents.overlapping():
+            written_to = is_written_to(one.value) or is_written_to(other.value)
+            for at, partner in ((one.path, other.path), (other.path, one.path)):
+                memory = self.places[at].memory
+                overlaps = memory.overlaps | {(partner, written_to)}
+                self.places[at].memory = memory._replace(overlaps=overlaps)
 
     def _shares(self, path: Path, value: Any) -> Path | None:
         memory = memory_of(value)
@@ -131,21 +170,6 @@ class Seen:
             return None
         first = self._memory.setdefault(memory, path)
         return None if first == path else first
-
-    def _shares_inside(self, path: Path, value: Any, packer: Packer) -> Path | None:
-        """Another place that holds this container too, or one that is inside, or a weight that
-        stands inside: put back, they would be two.
-        """
-        shares = self._inner.get(id(value))
-        firsts = self.first
-        inners = self._inner
-        for tensor in packer.tensors if shares is None else ():
-            shares = shares or self.weights.get(storage_of(tensor) or 0)
-        for one in packer.inner:
-            first = firsts.get(one) or inners.setdefault(one, path)
-            if first is not path and shares is None:
-                shares = first
-        return shares
 
 
 def is_settled(value: Any) -> bool:

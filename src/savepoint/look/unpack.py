@@ -34,16 +34,6 @@ def unpack(packed: Any, live: Any = None, device: torch.device | str = "cpu") ->
     return _unpacked[id(packed)]
 
 
-def unpack_attribute(packed: Any, live: Any, device: torch.device | str) -> Any:
-    """As `unpack`; two values are not put into one object, as they were two in this attribute."""
-    global _filled
-    _filled = {}
-    try:
-        return unpack(packed, live, device)
-    finally:
-        _filled = None
-
-
 def _not_yet_filled(live: Any) -> Any:
     """What stood twice, as all of `[zeros] * 4` does, takes one value only: the second one is
     another object now.
@@ -102,15 +92,16 @@ _filled: dict[int, Any] | None = None  # alive, as they are known by their addre
 
 @contextlib.contextmanager
 def each_once() -> Iterator[None]:
-    """Inside, a packed value that stands twice is unpacked once. All that is unpacked must live as
-    long, as it is known by its address.
+    """Inside, a packed value that stands twice is unpacked once, and two are not put into one
+    object. All that is unpacked must live as long, as it is known by its address.
     """
-    global _unpacked
+    global _unpacked, _filled
     _unpacked = {}
+    _filled = {}
     try:
         yield
     finally:
-        _unpacked = None
+        _unpacked = _filled = None
 
 
 def _into_tensor(packed: Tensor, live: Any) -> Any:

@@ -121,6 +121,7 @@ class Look(Seen):
         self._met = Shared(self, self._met, self._entered).look(before.gone_through)
         for name, holder in noted.items():
             self._notes((("root", name),), holder)
+        self.see_overlaps()
 
     @property
     def owners(self) -> set[Path]:
@@ -271,7 +272,7 @@ class Look(Seen):
             self._attributes_of(path, tensor, tensor.__dict__)
         if not persisted and not is_lazy(tensor):
             self.first.setdefault(id(tensor), path)
-            self.put_packed(path, tensor.detach())
+            self.put_packed(path, tensor.detach() if tensor.requires_grad else tensor)
 
     # -- everything else --------------------------------------------------------------------------
 
