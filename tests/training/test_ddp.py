@@ -70,6 +70,12 @@ def goes_on_as(straight: Path, run_dir: Path) -> None:
     assert store.CheckpointStore(run_dir / "checkpoints").rejected() == []
 
 
+def find_support(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a config of the programs name what stands in tests/support/."""
+    path = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_both_ranks_resume_exactly_after_a_signal_and_after_a_kill(
     straight: Path, tmp_path: Path, signum: signal.Signals
@@ -138,10 +144,7 @@ def test_a_signal_to_rank_1_before_and_after_the_training_ends_both(
     where: str, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Lightning's handlers would wait for the other rank, which waits for this one."""
-    monkeypatch.setenv(
-        "PYTHONPATH",
-        os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
-    )
+    find_support(monkeypatch)
     waiting = f"{{class_path: support.waiting.Waiting, init_args: {{where: {where}, mark: {tmp_path / 'there'}}}}}"
     command = [
         *TWO,
@@ -165,6 +168,21 @@ def test_a_signal_to_rank_1_before_and_after_the_training_ends_both(
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run" / "summary.json").exists()
     assert rows(straight) == rows(tmp_path / "run")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_where_the_weights_of_one_rank_are_not_finite_both_end_and_nothing_is_saved(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_support(monkeypatch)
+    breaking = f"{{class_path: support.breaking.Breaking, init_args: {{rank: {rank}, step: 4}}}}"
+    more = ["--checkpoint.save_every_steps", "2", "--trainer.callbacks+", breaking]
+    done = run("train.py", *TWO, "--output_dir", str(tmp_path), "--run_name", "broken", *more)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.count("The weights are not finite at step 4") == 1
+    newest = store.CheckpointStore(tmp_path / "broken" / "checkpoints").latest()
+    assert newest is not None
+    assert newest.step == 2
 
 
 def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
