@@ -1,6 +1,7 @@
 """A training loop of one's own, with a `Saver`: when it saves, and what a failed save means."""
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,15 @@ def test_a_state_with_a_nan_is_never_saved(
     with pytest.raises(NonFiniteLossError):
         Saver(store, save_every_steps=1).poll(1, state(float("nan")))
     assert steps(store) == []
+
+
+def test_where_the_state_is_not_finite_the_next_try_is_the_next_interval(
+    store: CheckpointStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saver = Saver(store, save_every_steps=3, on_nan="warn")
+    for step in range(1, 8):
+        saver.poll(step, state(float("nan")))
+    assert re.findall(r"not finite at step (\d)", capsys.readouterr().err) == ["3", "6"]
 
 
 def test_an_infinite_mask_is_no_reason(store: CheckpointStore) -> None:

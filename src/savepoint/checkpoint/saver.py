@@ -38,7 +38,7 @@ class Saver:
 
     Attributes:
         failure: Of the newest save; None once a later one succeeded.
-        saved_step: The step of the newest save.
+        saved_step: The step of the newest save, also of one that failed.
 
     Raises:
         ConfigError: An interval is not more than 0.
@@ -213,16 +213,16 @@ class Saver:
             NonFiniteLossError: With `on_nan="stop"`.
         """
         unsound = self.watch.check_weights(*weights, step, self.store, reduce, speaks)
+        self.saved_step = step  # or a save that fails would be due again at each step
         if unsound:
-            self.fail(unsound)
+            self.fail(unsound, speaks)
             return False
         self._saved = (step, at)
-        self.saved_step = step
         preemption.requests.save = False
         try:
             write()
         except (OSError, CheckpointContentError) as error:
-            self.fail(error)
+            self.fail(error, speaks)
             return False
         finally:
             self._saved_at = time.monotonic()
@@ -247,15 +247,13 @@ class Saver:
             flush=True,
         )
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: Exception, speaks: bool = True) -> None:
         self.failure = error
         self._saved = None
         self._saved_at = time.monotonic()
-        print(
-            f"{error} Training goes on; the checkpoints before it are intact.",
-            file=sys.stderr,
-            flush=True,
-        )
+        said = f"{error} Training goes on; the checkpoints before it are intact."
+        if speaks:
+            print(said, file=sys.stderr, flush=True)
 
     @property
     def _request(self) -> Path:

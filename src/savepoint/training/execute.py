@@ -103,7 +103,8 @@ def _is_raised_by_lightning(error: Exception) -> bool:
 def _finish(training: Training, step: int, epoch: int) -> int:
     """Test the best weights, write summary.json, print the table."""
     failure = training.checkpointing.saver.failure
-    if failure is not None:  # printed before the test, which a full disk may end
+    # Printed before the test, which a full disk may end.
+    if failure is not None and training.trainer.is_global_zero:
         print(f"The newest state of this run is not saved. {failure}", file=sys.stderr, flush=True)
     try:
         training.run.check()  # or the test would read and write whatever lies there now
