@@ -45,6 +45,18 @@ def test_in_mlflow_each_start_of_a_run_is_the_same_run(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.filterwarnings("ignore")  # of MLflow's own
+def test_mlflow_goes_where_its_environment_variable_leads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow", reason="needs: make extras")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'theirs.db'}")
+    RunMLFlowLogger().log_metrics({"loss": 1.0}, step=0)
+    assert (tmp_path / "theirs.db").is_file()
+    assert not (tmp_path / "outputs").exists()
+
+
 @pytest.mark.filterwarnings("ignore")  # of wandb's own
 def test_in_wandb_each_start_of_a_run_is_the_same_run(tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb", reason="needs: make extras")

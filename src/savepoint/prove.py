@@ -70,13 +70,18 @@ def kill_and_resume(
         while process.poll() is None and newest_step(run) <= before:
             time.sleep(0.01)
         time.sleep(dice.uniform(0.0, 1.5))
+        name = signal.Signals(signum).name
         if process.poll() is not None:
+            print(f"  {name} would have come after its end: one kill less", flush=True)
             break
         process.send_signal(signum)
         code = process.wait()
-        name = signal.Signals(signum).name
         secs = time.monotonic() - begun
-        outcome = f"exit {code}, resumes from step {newest_step(run)}"
+        step = newest_step(run)
+        # By a signal, as a shell gives it.
+        outcome = f"exit {128 - code if code < 0 else code}, resumes from step {step}"
+        if code == 0:
+            outcome = f"after its last step, {step}: the resume has nothing left to train"
         print(f"  {name} {secs:5.1f} s after its start: {outcome}", flush=True)
         process = start("resume.py", str(run), log=log)
     end(process, "killed and resumed", log)

@@ -51,6 +51,7 @@ def with_start(record: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
     entry = {
         "time": _now(),
         "argv": sys.argv,
+        "default_config": str(project().default_config),
         "git": _git(),
         "versions": _versions(),
         "host": socket.gethostname(),

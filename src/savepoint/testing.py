@@ -83,10 +83,12 @@ def resumes_exactly(config: Path | str, directory: Path, *flags: str) -> list[st
         AssertionError: a run ended in another way than it should; with its output.
     """
     command = [*_named(config), *QUICK, *flags, "--output_dir", str(directory)]
-    _run("train.py", *command, "--run_name", "straight")
-    with _signal_after_batch(1):
-        _run("train.py", *command, "--run_name", "stopped", expected=128 + signal.SIGTERM)
-    _run("resume.py", str(directory / "stopped"))
+    tracking = f"sqlite:///{directory / 'mlflow.db'}"  # not in the project's own outputs/
+    with patch.dict(os.environ, MLFLOW_TRACKING_URI=tracking):
+        _run("train.py", *command, "--run_name", "straight")
+        with _signal_after_batch(1):
+            _run("train.py", *command, "--run_name", "stopped", expected=128 + signal.SIGTERM)
+        _run("resume.py", str(directory / "stopped"))
     straight = directory / "straight"
     stopped = directory / "stopped"
     differences = list(difference(final_state(straight), final_state(stopped)))

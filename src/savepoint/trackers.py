@@ -5,6 +5,7 @@ They need an extra: `pip install 'savepoint-lightning[wandb]'` or `[mlflow]`. me
 record: rows that a resume logs again stand twice in a tracker, which cannot take rows back.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from savepoint.errors import ConfigError
 
 _TAG = "savepoint.run"
+_LOCAL = "sqlite:///outputs/mlflow.db"
 
 
 class RunWandbLogger(WandbLogger):
@@ -54,17 +56,15 @@ class RunMLFlowLogger(MLFlowLogger):
 
     Args:
         experiment_name: Where the run is listed.
-        tracking_uri: A server, or a local database such as sqlite:///outputs/mlflow.db.
+        tracking_uri: A server, or a local database; None: what MLFLOW_TRACKING_URI names, else
+            sqlite:///outputs/mlflow.db.
     """
 
-    def __init__(
-        self, experiment_name: str = "savepoint", tracking_uri: str = "sqlite:///outputs/mlflow.db"
-    ) -> None:
+    def __init__(self, experiment_name: str = "savepoint", tracking_uri: str | None = None) -> None:
+        where = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _LOCAL
         _needs(
             "mlflow",
-            lambda: super(RunMLFlowLogger, self).__init__(
-                experiment_name, tracking_uri=tracking_uri
-            ),
+            lambda: super(RunMLFlowLogger, self).__init__(experiment_name, tracking_uri=where),
         )
 
     def join(self, run_id: str, directory: Path) -> None:

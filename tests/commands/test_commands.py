@@ -12,7 +12,7 @@ import pytest
 from support.checkpoint_files import facts, names, small_state
 from support.run_dirs import flip, fork, latest, make_run, say, store, training_in, truncate
 
-from savepoint import commands, entry, words
+from savepoint import commands, entry, words, workspace
 from savepoint.errors import RunLockedError
 from savepoint.run import Run
 
@@ -501,6 +501,18 @@ def test_a_full_disk_behind_the_output_is_no_success(command: str, run_dir: Path
     assert done.returncode == 2
     assert "The output could not be written: No space left on device" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_that_named_no_config_is_listed_with_the_default_one(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--run_name", "first"])
+    with monkeypatch.context() as as_train:
+        entered = workspace.Project(tmp_path, Path("configs/mine.yaml"))
+        as_train.setattr(workspace, "_entered", entered)
+        make_run(tmp_path)
+    (row,) = json.loads(say(capsys, "ls", tmp_path, "--json")[1])
+    assert row["config"] == "mine"
 
 
 def test_a_name_that_has_to_be_escaped_moves_no_column(tmp_path: Path, capsys: Capture) -> None:

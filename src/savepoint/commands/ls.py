@@ -82,7 +82,9 @@ def _config(run: Run) -> str | None:
     if first is None:
         return None
     if not first.get("checkpoint"):
-        return config_name([str(word) for word in first["argv"]])
+        return config_name(
+            [str(word) for word in first["argv"]], str(first.get("default_config", ""))
+        )
     parent = first.get("parent")
     name = parent.get("name") if isinstance(parent, dict) else None
     return f"fork of {name}" if name else "a fork"

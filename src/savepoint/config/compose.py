@@ -84,7 +84,7 @@ def compose(argv: Sequence[str], *, base: str | None = None) -> Composed:
     if composed.wants_help:
         return composed
     files = [(_read_config(Path(name)), Path(name)) for name in configs]
-    composed.name = config_name(argv)
+    composed.name = config_name(argv, project().default_config)
     if base is not None:
         source = "the checkpoint's config"
         _lay(composed, parse_yaml(base, source), Path(), source)
@@ -159,11 +159,11 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from leaves(inner, f"{key}.{name}" if key else str(name))
 
 
-def config_name(argv: Sequence[str]) -> str:
+def config_name(argv: Sequence[str], default: str | Path) -> str:
     """The name of the last `--config` file, the default one's where none is given."""
     names = [after for before, after in pairwise(argv) if before in ("-c", "--config")]
     names += [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
-    return Path(names[-1] if names else project().default_config).stem
+    return Path(names[-1] if names else default).stem
 
 
 # --- the command line ---

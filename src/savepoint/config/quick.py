@@ -32,7 +32,7 @@ keys: seed_everything, output_dir, run_name, init_from, init_strict, threads,
       checkpoint.* (when to save, which to keep)
 
   --print_config                 every key with the value it has now
-  --model.help ImageClassifier   what a class takes; likewise --data.help, --trainer.logger.help ...
+  --model.help CLASS             what a class takes; likewise --data.help, --trainer.logger.help ...
 
 order: files, then groups, then single values, wherever they stand in the command; a later one wins.
 """

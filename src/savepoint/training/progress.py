@@ -129,8 +129,10 @@ class Lines(Callback):
         if trainer.is_global_zero:
             place = f"step {trainer.global_step}, epoch {trainer.current_epoch}"
             number = trainer.num_training_batches
-            batches = "a stream" if number == math.inf else plural(int(number), "batch", "es")
-            print(f"training from {place}: {batches} an epoch", flush=True)
+            length = "a stream of batches without an end"
+            if number != math.inf:
+                length = f"{plural(int(number), 'batch', 'es')} an epoch"
+            print(f"training from {place}: {length}", flush=True)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._say(trainer)
