@@ -77,7 +77,7 @@ test: setup ## the tests; ARGS="-k name", ARGS="-n 0 -m slow -s"
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 format: setup ## what ruff can mend by itself
-	$(VENV)/bin/python -m ruff check --fix-only . && $(VENV)/bin/python -m ruff format .
+	$(VENV)/bin/python -m ruff check --fix-only . && $(VENV)/bin/python -m ruff format --config 'format.exclude=[]' .
 
 lint: setup ## ruff and mypy
 	$(VENV)/bin/python -m ruff check .

@@ -47,7 +47,7 @@ TRAINING = [
 ]  # fmt: skip
 # Right, and nothing that mypy would take: as Lightning's own examples are written.
 ORDINARY = """
-from typing import Any, Dict, List
+from typing import Dict, List
 
 import torch, torchvision
 from lightning.pytorch import LightningModule
@@ -173,6 +173,15 @@ def test_the_code_of_a_copy_is_as_typed_as_its_owner_likes(cats: Path) -> None:
         "project.*",
         True,
     )
+
+
+def test_the_linters_let_the_owner_of_a_copy_lay_out_his_code(cats: Path) -> None:
+    ordinary = cats / "src/project/ordinary.py"
+    ordinary.write_text(ORDINARY)
+    ruff = [sys.executable, "-m", "ruff"]
+    for check in (["check", "."], ["format", "--check", "."]):
+        done = subprocess.run([*ruff, *check], cwd=cats, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_what_the_readme_of_a_copy_removes_is_the_example_and_no_more(copy: Path) -> None:
@@ -606,7 +615,7 @@ def test_a_copy_sets_itself_up_is_linted_tested_and_upgraded(
 
     where = "import savepoint, project; print(savepoint.__file__, project.__file__, savepoint.__version__)"
     (copy / "src/project/ordinary.py").write_text(ORDINARY)
-    run("make", "setup", "extras", "format", "lint")
+    run("make", "setup", "extras", "lint", "format", "lint")
     (copy / "src/project/ordinary.py").unlink()
     assert f"{copy}/src/project/__init__.py" in run(".venv/bin/python", "-c", where)
     assert " passed" in run("make", "test")

@@ -28,6 +28,7 @@ UNTYPED = "ignore_errors = true # without this line, what you annotate is checke
 """Lightning's own types call much of what is written for it wrong: `self.hparams.lr`, a hook's
 arguments.
 """
+UNFORMATTED = 'exclude = ["src/project/*"] # yours: make format lays it out all the same'
 SOURCE_LINE = f"-e ./{LIBRARY}"
 """The line of the sources in requirements.txt."""
 
@@ -112,7 +113,9 @@ def first_commit(copy: Path, name: str, message: str) -> None:
 
 
 def renamed(pyproject: str, name: str) -> str:
-    """With the project's own metadata in place of the template's, and its code free of types."""
+    """With the project's own metadata in place of the template's, and its code free of types and of
+    a layout.
+    """
     own = {
         "name": name,
         "version": "0.1.0",
@@ -121,6 +124,7 @@ def renamed(pyproject: str, name: str) -> str:
     for key in ("name", "version", "description", "license", "authors"):
         line = f'{key} = "{own[key]}"\n' if key in own else ""
         pyproject = re.sub(rf"^{key} = .*\n", line, pyproject, count=1, flags=re.MULTILINE)
+    pyproject = re.sub(r"(?m)^exclude = \[\].*", UNFORMATTED, pyproject)
     return re.sub(r"(?m)^ignore_errors = .*", UNTYPED, pyproject)
 
 
