@@ -175,12 +175,12 @@ def test_the_code_of_a_copy_is_as_typed_as_its_owner_likes(cats: Path) -> None:
     )
 
 
-def test_the_linters_let_the_owner_of_a_copy_lay_out_his_code(cats: Path) -> None:
-    ordinary = cats / "src/project/ordinary.py"
+def test_the_linters_let_the_owner_of_a_copy_lay_out_his_code(copy: Path) -> None:
+    ordinary = copy / "src/project/ordinary.py"
     ordinary.write_text(ORDINARY)
     ruff = [sys.executable, "-m", "ruff"]
     for check in (["check", "."], ["format", "--check", "."]):
-        done = subprocess.run([*ruff, *check], cwd=cats, capture_output=True, text=True)
+        done = subprocess.run([*ruff, *check], cwd=copy, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
