@@ -25,7 +25,7 @@ SAVEPOINT = sorted(m for m in MODULES if m.split(".")[0] == "savepoint")
 FLOORS = [
     ["__main__", "testing", "prove"],
     ["commands.*"],
-    ["commands", "sweep", "report.page"],
+    ["commands", "sweep", "report.page", "replay.*"],
     ["resume.start"],
     ["resume.*", "evaluate", "export", "report.*", "sweep_file"],
     ["rebuilding"],

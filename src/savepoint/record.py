@@ -52,7 +52,7 @@ def with_start(record: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
         "time": _now(),
         "argv": sys.argv,
         "default_config": str(project().default_config),
-        "git": _git(),
+        "git": git(),
         "versions": _versions(),
         "host": socket.gethostname(),
     }
@@ -71,7 +71,7 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _git() -> dict[str, Any] | None:
+def git() -> dict[str, Any] | None:
     def ask(*arguments: str) -> str | None:
         command = ["git", *arguments]
         here = project().root

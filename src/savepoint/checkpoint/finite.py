@@ -10,9 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from savepoint import record
 from savepoint.checkpoint import format
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.errors import CheckpointSaveError, NonFiniteLossError
+from savepoint.words import python, show
 
 NEVER = 2**62  # the step of the first non-finite loss, while there is none
 _SMALL = (torch.float16, torch.bfloat16)  # whose sums would overflow, or be those of few values
@@ -58,7 +60,7 @@ class FiniteWatch:
         first = int(reduce(self._first_bad) if reduce else self._first_bad)
         if first == NEVER:
             return None
-        message = _message(f"The training loss is not finite: first at step {first}.", store)
+        message = _message(f"The training loss is not finite: first at step {first}.", store, first)
         if self.on_nan == "stop":
             raise NonFiniteLossError(message)
         if self._told != first and speaks:
@@ -93,7 +95,8 @@ class FiniteWatch:
             self._first_bad.fill_(NEVER)  # at most a bad batch, left out by a gradient scaler
             return None
         began = f" (the training loss: first at step {first})" if first is not None else ""
-        message = _message(f"The weights are not finite at step {step}{began}.", store)
+        what = f"The weights are not finite at step {step}{began}."
+        message = _message(what, store, step if first is None else first)
         if self.on_nan == "stop":
             raise NonFiniteLossError(message)
         return CheckpointSaveError(message, store.directory)
@@ -125,14 +128,18 @@ def _finite(weights: Tensor) -> bool:
     )
 
 
-def _message(what: str, store: CheckpointStore) -> str:
+def _message(what: str, store: CheckpointStore, step: int) -> str:
     if (latest := store.latest()) is None:
         return (
             f"{what} No training recovers from it. There is no checkpoint yet. Start again with a "
             "lower learning rate."
         )
     where = f"The last checkpoint is from before it: {latest.path}"
+    run = store.directory.parent
+    look = ""
+    if (run / record.NAME).is_file():  # not of a training loop of one's own
+        look = f" Look at that step: {python()} -m savepoint replay {show(run)} --step {step}"
     return (
         f"{what} No training recovers from it. {where}. Go on from there with a lower learning "
-        "rate (--allow model.lr)."
+        f"rate (--allow model.lr).{look}"
     )

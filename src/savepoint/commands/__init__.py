@@ -25,6 +25,8 @@ COMMANDS = {
     "gc": "delete the checkpoints that retention prunes, and the temps of dead processes",
     "eval": "test a checkpoint: metrics, and what the project's callbacks report",
     "export": "write a checkpoint's model in a format that others read, and compare the two",
+    "replay": "train a run again up to a step, compare it with the log, and look at that step",
+    "audit": "train each part between two checkpoints again: does the run come out equal here?",
     "report": "write one HTML file that shows a run: curves, pictures, checkpoints, config",
     "sweep": "try values of config keys, each trial a run; the same command goes on",
 }

@@ -49,6 +49,10 @@ class Batches(Resumable):
         share = self._share(self.samples)
         return self._shuffled(self.samples)[self.rank : share * self.world_size : self.world_size]
 
+    def indices(self, batch: int) -> list[Any]:
+        samples: list[Any] = self.order()[batch * self.batch_size :][: self.batch_size].tolist()
+        return samples
+
     def user_parts(self) -> dict[str, Any]:
         return {"augment": self.augment}
 

@@ -74,6 +74,10 @@ class Resumable:
         if not self._given:
             self._seed = state.get("seed", self._seed)
 
+    def indices(self, batch: int) -> list[Any] | None:
+        """Of the samples in a batch of the running epoch; None where nobody knows them."""
+        return None
+
     def user_parts(self) -> dict[str, Any]:
         """The user's objects, which `look` watches for changes during a training."""
         return {}

@@ -118,6 +118,12 @@ class ResumableLoader(Resumable):
             return share // self._size
         return math.ceil(share / self._size)
 
+    def indices(self, batch: int) -> list[Any] | None:
+        if self._order is None:
+            return None
+        found = next(islice(self._cut(iter(self._order)), batch, None), None)
+        return found if isinstance(found, list | None) else [found]
+
     def user_parts(self) -> dict[str, Any]:
         return {
             "dataset": self.loader.dataset,

@@ -48,7 +48,7 @@ def go_on(request: Request, config: Any, run: Run | None) -> int:
         print(plan(request, source, changed, config), flush=True)
     if request.plan:
         return 0
-    begin = _start(request, source, changed, run)
+    begin = start_from(request, source, changed, run)
     run = run or _new_run(request, source)
     path = source.path
     try:
@@ -62,7 +62,7 @@ def go_on(request: Request, config: Any, run: Run | None) -> int:
         raise
 
 
-def _start(
+def start_from(
     request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]], run: Run | None
 ) -> build.Start:
     """The start from a checkpoint: in its own run, or without `run` in a new one."""

@@ -186,7 +186,7 @@ def _notes(
             f"not the newest of its run, which is at {source.newest_step}: it goes on with --fork "
             "or --rewind only"
         )
-    notes += _notes_of_environment(facts, asked)
+    notes += notes_of_environment(facts, asked)
     if request.run_dir and request.fork is None:
         notes += _notes_of_record(Run(request.run_dir), facts)
     if "world_size" in request.allow:
@@ -215,7 +215,7 @@ def _notes(
     return notes
 
 
-def _notes_of_environment(facts: Mapping[str, Any], asked: int | None) -> Iterator[str]:
+def notes_of_environment(facts: Mapping[str, Any], asked: int | None) -> Iterator[str]:
     import torch
 
     now = environment(torch.device("cpu"))

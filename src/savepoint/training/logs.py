@@ -186,7 +186,7 @@ class RunCSVLogger(Logger):
         first = not self._columns
         kept: list[dict[str, str]] = []
         if self.path.exists():
-            names, kept = _read(self.path)
+            names, kept = read_rows(self.path)
             columns = list(dict.fromkeys([*names, *columns]))
         if first:
             kept = kept[: self._keep]
@@ -207,7 +207,7 @@ class RunCSVLogger(Logger):
         self._columns = columns
 
 
-def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The columns and the rows of a metrics.csv."""
     with path.open(newline="", errors="replace") as file:
         names = next(csv.reader([file.readline()]), [])

@@ -1,0 +1,124 @@
+"""`savepoint audit [RUN]`: train each part between two kept checkpoints again, and compare its end
+with the next checkpoint: all values, and the log.
+
+The run is only read. Exit code 1 where a part comes out differently here.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+from contextlib import redirect_stdout
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from savepoint import entry, find, words
+from savepoint.commands import output
+from savepoint.commands.replay import ALLOWED
+from savepoint.errors import ConfigError
+from savepoint.run import Run
+from savepoint.words import plural, show
+
+if TYPE_CHECKING:
+    from savepoint.checkpoint.store import Checkpoint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    run = "a run directory; default: the newest run"
+    parser.add_argument("run", metavar="RUN", nargs="?", help=run)
+    sample = "K parts that are drawn, in place of all"
+    parser.add_argument("--sample", metavar="K", type=int, help=sample)
+    allow = "canary: though the model's code has changed; dataset: on other data"
+    parser.add_argument(
+        "--allow", choices=ALLOWED, action="append", default=[], metavar="WHAT", help=allow
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    run = find.run(arguments.run)
+    checkpoints = run.store.checkpoints()
+    # One that was made inside a validation is of no place where a training passes by itself.
+    parts = [
+        (one, other)
+        for one, other in pairwise(checkpoints)
+        if other.manifest.get("at") in ("batch", "epoch")
+    ]
+    if not parts:
+        raise ConfigError(
+            f"Nothing to audit: {show(run.directory)} has {plural(len(checkpoints), 'checkpoint')}"
+            ". Two of a training were expected, between which it is trained again. Let a run keep "
+            "more: --checkpoint.keep_last 5"
+        )
+    if arguments.sample is not None and arguments.sample < len(parts):
+        parts = sorted(random.sample(parts, max(1, arguments.sample)), key=lambda one: one[0].step)
+
+    with entry.importing():
+        import savepoint.replay.playing  # noqa: F401
+
+    rows = []
+    for number, (one, other) in enumerate(parts, 1):
+        print(f"part {number} of {len(parts)}", file=sys.stderr, flush=True)
+        rows.append(_audited(run, one, other, arguments.allow))
+    equal = sum(row["equal"] for row in rows)
+    if arguments.json:
+        output.put_json({"run": run.directory, "equal": equal == len(rows), "parts": rows})
+    else:
+        output.put(_text(rows, equal))
+    return 0 if equal == len(rows) else 1
+
+
+def _audited(run: Run, one: "Checkpoint", other: "Checkpoint", allow: list[str]) -> dict[str, Any]:
+    from savepoint.commands import diff
+    from savepoint.replay import choice, playing
+    from savepoint.replay import rows as logs
+
+    source = choice.load(one)
+    notes = list(choice.reservations(run, source, other.step))
+    skip = source.state.get("logged_rows") or 0
+    was, facts = find.load(other.path)
+    goal = playing.Goal(other.step, facts["at"], saves=True)
+    with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="audit-") as scratch:
+        played = playing.play(source, Path(scratch), "replay", goal, allow=allow)
+        made = played.store.latest()
+        now = find.load(made.path)[0] if made else {}
+        if "logged_rows" in now:
+            now["logged_rows"] += skip  # its log begins at the checkpoint
+        log = run.directory / "metrics.csv"
+        compared = logs.compare(log, skip, played.directory / "metrics.csv")
+    differences = diff.compare(was, now)
+    return {
+        "from": one.step,
+        "to": other.step,
+        "equal": compared.is_equal and not differences["parts"],
+        "state": differences["parts"],
+        "row": compared.differing,
+        "notes": notes,
+    }
+
+
+def _text(rows: list[dict[str, Any]], equal: int) -> str:
+    lines = []
+    for row in rows:
+        verdict = "equal" if row["equal"] else "DIFFERENT"
+        lines.append((f"{row['from']} to {row['to']}", verdict, _why(row)))
+    notes = dict.fromkeys(note for row in rows for note in row["notes"])
+    text = [words.table(("steps", "end and log", ""), lines), ""]
+    text += [f"note: {note}" for note in notes]
+    is_equal = "is" if equal == len(rows) else "is not"
+    text.append(
+        f"This run {is_equal} reproducible here: {equal} of {plural(len(rows), 'part')} equal."
+    )
+    return "\n".join(text)
+
+
+def _why(row: dict[str, Any]) -> str:
+    if row["equal"]:
+        return ""
+    reasons = []
+    if row["row"] is not None:
+        name, (was, now) = next(iter(row["row"]["values"].items()), ("?", (None, None)))
+        reasons.append(f"row of step {row['row']['step']}: {name} {was} then, {now} now")
+    if row["state"]:
+        reasons.append(f"state: {', '.join(row['state'][:5])}")
+    return "; ".join(reasons)

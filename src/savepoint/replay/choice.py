@@ -1,0 +1,76 @@
+"""From which checkpoint of a run a step is replayed, and what stands against an equal replay."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from savepoint import record
+from savepoint.checkpoint import store
+from savepoint.checkpoint.store import Checkpoint
+from savepoint.errors import ConfigError
+from savepoint.resume.plan import notes_of_environment
+from savepoint.resume.source import Source, require_facts
+from savepoint.run import Run
+from savepoint.words import show
+
+
+def before(run: Run, step: int) -> Checkpoint:
+    """The newest checkpoint from which the step is still to be trained.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    checkpoints = run.store.checkpoints()
+    earlier = [one for one in checkpoints if one.step < step]
+    if not earlier:
+        raise ConfigError(
+            f"No checkpoint before step {step}: {show(run.directory)} has those of "
+            f"{', '.join(str(one.step) for one in checkpoints) or 'no step'}. A replay begins at "
+            "one. Give a later step; checkpoint.keep_every_n_steps keeps more of them."
+        )
+    return earlier[-1]
+
+
+def load(checkpoint: Checkpoint) -> Source:
+    """Verifies it whole.
+
+    Raises:
+        ConfigError: It is of a training that cannot be replayed.
+    """
+    source = Source(checkpoint.path, *store.load(checkpoint.path))
+    require_facts(source)
+    ranks = source.manifest["world_size"]
+    if ranks != 1:
+        raise ConfigError(
+            f"A training of {ranks} processes: {show(checkpoint.path)}. A replay runs in one, and "
+            "their batches are not its own. Fork the run under its launcher instead: python "
+            f"resume.py {show(checkpoint.path)} --fork NAME"
+        )
+    return source
+
+
+def reservations(run: Run, source: Source, end: int) -> Iterator[str]:
+    """Why a replay up to step `end` may differ, in words."""
+    facts: Mapping[str, Any] = source.manifest
+    if not facts["exact"]:
+        reasons = facts.get("unsaved") or ["as Lightning resumes"]
+        yield f"{source.path.name} is not exact: {'; '.join(reasons[:3])}"
+    yield from notes_of_environment(facts, None)
+    yield from _notes_of_code(run, facts["step"])
+    for start in run.starts():
+        changed = start["changed"]
+        step = start.get("step")
+        if changed and isinstance(step, int) and facts["step"] <= step < end:
+            keys = ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())
+            yield f"the run was resumed at step {step} with {keys}; the replay is not"
+
+
+def _notes_of_code(run: Run, step: int) -> Iterator[str]:
+    """Where the run was trained by another commit than that of today."""
+    begun = [
+        one for one in run.starts() if isinstance(one.get("step"), int) and one["step"] <= step
+    ]
+    then = begun[-1]["git"] if begun else None
+    now = record.git()
+    if then and now and then.get("commit") != now["commit"]:
+        was = str(then.get("commit"))[:7]
+        yield f"the code is at {now['commit'][:7]}, and the run was trained at {was}"
