@@ -62,7 +62,7 @@ FLOORS = [
     ["checkpoint.state.*", "checkpoint.state", "checkpoint.format", "checkpoint.retention"],
     ["look.*", "look", "checkpoint.manifest", "loaders.*", "loaders"],
     ["checkpoint.diagnosis", "checkpoint.seal", "lock", "record", "schedules"],
-    ["files", "preemption"],
+    ["files", "preemption", "tail"],
     ["errors", "job", "words", "workspace"],
 ]
 

@@ -12,7 +12,8 @@ from support.small import read
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from savepoint.training.logs import RunCSVLogger, RunTensorBoardLogger, last_step
+from savepoint.tail import last_step
+from savepoint.training.logs import RunCSVLogger, RunTensorBoardLogger
 
 
 class Disk:

@@ -19,6 +19,7 @@ from savepoint.workspace import project
 
 COMMANDS = {
     "ls": "list runs with best score, test result and state, or the checkpoints of one",
+    "watch": "all runs of a directory, live: state, rate, time left, newest checkpoint",
     "show": "show what a checkpoint holds: facts, metrics, config, tensors; and its lineage",
     "diff": "compare two checkpoints: config, metrics, weights, optimizer, all other state",
     "verify": "look at every byte of checkpoints and at all of a run: what is wrong, what to do",

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    path = _directory(arguments.path)
+    path = directory(arguments.path)
     run = find.run_at(path)
     data, text, is_well = _checkpoints(run) if run else _runs(path)
     if arguments.json:
@@ -32,7 +32,7 @@ def main(arguments: argparse.Namespace) -> int:
     return 0 if is_well else 1
 
 
-def _directory(argument: str | None) -> Path:
+def directory(argument: str | None) -> Path:
     path = manifest.local_path("outputs" if argument is None else argument)
     if argument is None and not path.exists():
         hint = f"Start one: {words.python()} train.py"

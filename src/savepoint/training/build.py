@@ -17,9 +17,10 @@ from savepoint.checkpoint.facts import Provenance
 from savepoint.checkpoint.state.process import capture_rng, isolated_rng, restore_rng
 from savepoint.config import typed
 from savepoint.run import Run
+from savepoint.tail import last_step
 from savepoint.training import threads
 from savepoint.training.bar import display
-from savepoint.training.logs import RunCSVLogger, RunTensorBoardLogger, last_step
+from savepoint.training.logs import RunCSVLogger, RunTensorBoardLogger
 from savepoint.training.progress import Meter
 
 _CPU = torch.device("cpu")

@@ -26,7 +26,6 @@ from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
 from savepoint import files
 
-TAIL = 1 << 16
 """Bytes at the end of metrics.csv that hold its last row."""
 OURS = ".savepoint"
 """The end of the names of a run's own event files."""
@@ -217,19 +216,6 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     for row in rows:
         row.pop(None, None)  # surplus cells of a damaged row
     return names, rows
-
-
-def last_step(path: Path) -> int | None:
-    """The step in the last row of a metrics.csv; None where no step can be read."""
-    try:
-        with path.open("rb") as file:
-            column = file.readline().decode(errors="replace").rstrip("\n").split(",").index("step")
-            begin = file.tell()
-            file.seek(max(begin, file.seek(0, os.SEEK_END) - TAIL))
-            row = file.read().decode(errors="replace").rstrip("\n").rsplit("\n", 1)[-1]
-        return int(row.split(",")[column])
-    except (OSError, ValueError, IndexError):
-        return None
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
