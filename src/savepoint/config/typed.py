@@ -212,7 +212,11 @@ def instantiate(
         trainer_overrides["logger"] = logger
     with _quiet():
         cli = _Cli(
-            config, callbacks=callbacks, plugins=plugins, trainer_overrides=trainer_overrides
+            config,
+            callbacks=callbacks,
+            plugins=plugins,
+            trainer_overrides=trainer_overrides,
+            federated="federated" in config,
         )
     return cli.model, cli.datamodule, cli.trainer
 
@@ -229,10 +233,7 @@ class _Parser(LightningArgumentParser):
 @functools.cache
 def _parser(*, federated: bool = False) -> LightningArgumentParser:
     """The parser, made once: it reads the signatures of the Trainer and of its arguments."""
-    parser = _Cli().parser
-    if federated:
-        parser.add_class_arguments(Federation, "federated", instantiate=False)
-    return parser
+    return _Cli(federated=federated).parser
 
 
 class _Cli(LightningCLI):
@@ -245,7 +246,9 @@ class _Cli(LightningCLI):
         callbacks: Iterable[Callback] = (),
         plugins: Iterable[Any] = (),
         trainer_overrides: dict[str, Any] | None = None,
+        federated: bool = False,
     ) -> None:
+        self._federated = federated
         self._callbacks = list(callbacks)
         self._plugins = list(plugins)
         self._trainer_overrides = trainer_overrides or {}
@@ -268,6 +271,8 @@ class _Cli(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
+        if self._federated:
+            parser.add_class_arguments(Federation, "federated", instantiate=False)
 
     # LightningCLI does everything in its constructor. These are its steps; without a config they do
     # nothing. Its own parse_arguments warns about sys.argv, which must stay: the DDP launcher

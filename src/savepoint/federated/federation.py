@@ -44,8 +44,8 @@ class Federation:
         retries: How often those that did not reply are asked again.
         runtime: `local` in this process, `ray` in Flower's simulation.
         client_state_dir: Where clients of a deployment keep their state.
-        sync_clients: Whether a client's save is on disk before it replies. False, in a simulation:
-            all saves of a round are synced at once, before the server's.
+        mods: Flower's client mods, each with its module, as
+            [flwr.clientapp.mod.fixedclipping_mod]; the first is the outermost.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Federation:
         retries: int = 1,
         runtime: Literal["local", "ray"] = "local",
         client_state_dir: str = "client-states",
-        sync_clients: bool = True,
+        mods: list[str] | None = None,
     ) -> None:
         self.num_server_rounds = num_server_rounds
         self.num_clients = num_clients
@@ -96,7 +96,7 @@ class Federation:
         self.retries = retries
         self.runtime = runtime
         self.client_state_dir = client_state_dir
-        self.sync_clients = sync_clients
+        self.mods = mods or []
         self._check()
 
     def _check(self) -> None:

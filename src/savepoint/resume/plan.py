@@ -29,6 +29,13 @@ FREE = (
     "checkpoint",
     "data.root",
     "data.num_workers",
+    "federated.client_state_dir",
+    "federated.min_replies",
+    "federated.num_server_rounds",
+    "federated.retries",
+    "federated.runtime",
+    "federated.save_client_models",
+    "federated.timeout",
     "trainer.accelerator",
     "trainer.barebones",
     "trainer.default_root_dir",
@@ -88,7 +95,7 @@ def check_allowed(allow: Sequence[str], keys: Sequence[str]) -> None:
     """Raises ConfigError for a word after `--allow` that names nothing."""
     for name in allow:
         is_key = any(_named(key, [name]) for key in keys)
-        if name not in ("dataset", "world_size", "canary") and not is_key:
+        if name not in ("dataset", "world_size", "canary", "clients") and not is_key:
             near = difflib.get_close_matches(name, keys, n=1)
             hint = f"Did you mean {near[0]}?" if near else "The plan (--plan) names what differs."
             raise ConfigError(
@@ -186,9 +193,9 @@ def _notes(
             f"not the newest of its run, which is at {source.newest_step}: it goes on with --fork "
             "or --rewind only"
         )
-    notes += _notes_of_environment(facts, asked)
+    notes += notes_of_environment(facts, asked)
     if request.run_dir and request.fork is None:
-        notes += _notes_of_record(Run(request.run_dir), facts)
+        notes += notes_of_record(Run(request.run_dir), facts)
     if "world_size" in request.allow:
         notes.append(
             f"with more or fewer processes than {facts['world_size']}, random states, metric "
@@ -215,7 +222,7 @@ def _notes(
     return notes
 
 
-def _notes_of_environment(facts: Mapping[str, Any], asked: int | None) -> Iterator[str]:
+def notes_of_environment(facts: Mapping[str, Any], asked: int | None) -> Iterator[str]:
     import torch
 
     now = environment(torch.device("cpu"))
@@ -228,7 +235,7 @@ def _notes_of_environment(facts: Mapping[str, Any], asked: int | None) -> Iterat
             )
 
 
-def _notes_of_record(run: Run, facts: Mapping[str, Any]) -> Iterator[str]:
+def notes_of_record(run: Run, facts: Mapping[str, Any]) -> Iterator[str]:
     if run.record_damage():
         yield (
             "run.json is damaged: it is renamed once the training begins, and a new record begins"

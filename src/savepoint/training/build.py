@@ -52,6 +52,7 @@ class Training:
     trainer: Trainer
     checkpointing: CheckpointCallback
     meter: Meter
+    record: Mapping[str, Any]  # run.json, before this start
     last: Mapping[str, Any] | None = None  # the newest checkpoint, where there is nothing to fit
 
 
@@ -148,7 +149,7 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
         parent=start.digest,
         run={"id": record["id"], "name": run.directory.name},
     )
-    return Training(run, model, data, trainer, checkpointing, meter)
+    return Training(run, model, data, trainer, checkpointing, meter, record)
 
 
 def portable(config: Any) -> Any:
