@@ -67,7 +67,7 @@ class Federation:
         share_personal: bool = False,
         keep_optimizer: bool = False,
         save_client_models: int | None = None,
-        timeout: float = 600,
+        timeout: float = 600.0,
         min_replies: int | None = None,
         retries: int = 1,
         runtime: Literal["local", "ray"] = "local",
