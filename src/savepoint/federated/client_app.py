@@ -9,7 +9,6 @@ from typing import Any, cast
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from savepoint.checkpoint.canary import canary
 from savepoint.config import typed
 from savepoint.errors import (
     CheckpointSaveError,
@@ -189,5 +188,5 @@ def _whole(order: Order, training: LocalTraining, made: Trained) -> dict[str, An
         "optimizer_states": [],
         "lr_schedulers": [],
         "config": order.config,
-        "canary": canary(training.model, made.weights),
+        "canary": training.canary(made.weights),
     }

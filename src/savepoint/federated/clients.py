@@ -145,10 +145,13 @@ def folder_name(client: int) -> str:
 def in_directory(root: Path) -> Iterator[ClientStates]:
     """The clients that have a folder below `root`, by number."""
     names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-    for name in names:
-        number = name.removeprefix(_PREFIX)
-        if name.startswith(_PREFIX) and number.isdecimal():
-            yield ClientStates([root], int(number))
+    for name in filter(is_client, names):
+        yield ClientStates([root], int(name.removeprefix(_PREFIX)))
+
+
+def is_client(name: str) -> bool:
+    """Whether a folder has the name of a client's."""
+    return name.startswith(_PREFIX) and name.removeprefix(_PREFIX).isdecimal()
 
 
 def _name(kind: str, server_round: int) -> str:

@@ -18,7 +18,7 @@ from savepoint.errors import (
 from savepoint.federated import client_app, clients, plan, ray_runtime, summary
 from savepoint.federated.clients import ClientStates
 from savepoint.federated.local_grid import LocalGrid
-from savepoint.federated.server import Server, states_in
+from savepoint.federated.server import Server
 from savepoint.preemption import Preempted
 from savepoint.resume.go_on import new_run, set_aside_later
 from savepoint.resume.overrides import check_canary
@@ -169,7 +169,7 @@ def _check_states(server: Server) -> None:
     if not server.has_states_here or server.allows_lost:
         return
     for client, version in server.progress.states.items():
-        states_in(server.training.run.directory, client).find(version)
+        ClientStates([server.training.run.directory / clients.FOLDER], client).find(version)
 
 
 def _execute(server: Server, begin: Start, how: Play) -> int:

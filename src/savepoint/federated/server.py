@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -15,12 +14,12 @@ from torch import Tensor
 
 from savepoint import preemption
 from savepoint.checkpoint import facts, format
-from savepoint.checkpoint.canary import canary
 from savepoint.errors import ClientStateError, FederatedError
-from savepoint.federated import clients, results, strategy
+from savepoint.federated import results, strategy
 from savepoint.federated.asking import Clients, Replies
 from savepoint.federated.client_app import learning_rate
-from savepoint.federated.clients import ClientStates, Version
+from savepoint.federated.clients import Version
+from savepoint.federated.listing import versions_of
 from savepoint.federated.messages import SAMPLES, Order, arrays_of, tensors_of
 from savepoint.federated.saver import Made, RoundSaver
 from savepoint.federated.state import StrategyState
@@ -127,7 +126,7 @@ class Server:
             saved["round"],
             dict(state["state_dict"]),
             list(saved["history"]),
-            {client: Version(**one) for client, one in saved["clients"].items()},
+            versions_of(state),
             dict(saved["measured"]),
             state["callbacks"]["Meter"]["samples"],
             state["callbacks"]["Meter"]["secs"],
@@ -139,7 +138,8 @@ class Server:
         """Which states of clients the kept checkpoints name."""
         for one in self.saver.store.checkpoints():
             with suppress(OSError, ValueError):  # a damaged one names nothing
-                self._tables[one.step] = table_of(format.decode(one.path))
+                named = versions_of(format.decode(one.path))
+                self._tables[one.step] = {who: version.round for who, version in named.items()}
 
     # -- the rounds -------------------------------------------------------------------------------
 
@@ -292,7 +292,7 @@ class Server:
         names = ("train", "aggregate", "clients", "server")
         spans = zip(names, clock, clock[1:], strict=False)
         times = {f"time/{name}_secs": round(end - start, 3) for name, start, end in spans}
-        counts = {"failures": float(len(row["failures"]))}
+        counts = {"clients/failures": float(len(row["failures"]))}
         scores = self.training.checkpointing.scores
         scores.measure_validation({key: torch.tensor(one) for key, one in measured.items()}, number)
         for logger in self.training.trainer.loggers:
@@ -353,7 +353,7 @@ class Server:
             "callbacks": {"Meter": meter},
             "config": self.text,
             "run": dict(checkpointing.saver.provenance.run),
-            "canary": canary(self.training.model, state_dict),
+            "canary": self.local.canary(state_dict),
             checkpointing.scores.key: checkpointing.scores.best,
             "logged_rows": self._csv().rows,
             "events": self._events(),
@@ -408,16 +408,6 @@ class Server:
             results.run_config(self.federation, lr, batch_size),
             results.described_clients(self._counts, list(map(str, names)), self.progress.measured),
         )
-
-
-def table_of(state: Mapping[str, Any]) -> dict[int, int]:
-    """Client and round of each client's state that a checkpoint names."""
-    saved = state.get("federated", {}).get("clients", {})
-    return {int(client): int(one["round"]) for client, one in saved.items()}
-
-
-def states_in(directory: Path, client: int) -> ClientStates:
-    return ClientStates([directory / clients.FOLDER], client)
 
 
 def _plain(metrics: MetricRecord | None) -> dict[str, Any]:

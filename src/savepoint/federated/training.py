@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from savepoint import weights
+from savepoint.checkpoint.canary import canary
 from savepoint.config import typed
 from savepoint.errors import ConfigError
 from savepoint.federated.federation import Federation
@@ -94,6 +95,7 @@ class LocalTraining:
         data.prepare_data()
         data.setup("fit")
         self.local_trainer().precision_plugin.convert_module(self.model)
+        self._shown = copy.deepcopy(self.model).eval()
         given = self.federation
         self.partition = Partition(
             cast(Divisible, data).labels,
@@ -180,6 +182,11 @@ class LocalTraining:
         if hasattr(model, "client_state"):
             kept["user"] = _on_cpu(model.client_state())
         return kept
+
+    def canary(self, state_dict: Weights) -> dict[str, Any] | None:
+        """A sample of what these weights compute, in the model that a checkpoint is loaded into."""
+        self._shown.load_state_dict(dict(state_dict))
+        return canary(self._shown, self._shown.state_dict())
 
     # -- the server -------------------------------------------------------------------------------
 
