@@ -147,10 +147,10 @@ def _asked_factor(extra: ConfigRecord, config: Any) -> float:
 
 
 def _states(order: Order, context: Context, training: LocalTraining) -> ClientStates:
-    if order.directory:
+    given = context.node_config.get("client-state-dir")
+    if given is None and Path(order.directory).is_dir():
         return ClientStates([Path(order.directory) / clients.FOLDER], order.client)
-    given = context.node_config.get("client-state-dir", training.federation.client_state_dir)
-    root = Path(str(given)).expanduser()
+    root = Path(str(given or training.federation.client_state_dir)).expanduser()
     return ClientStates([root / name for name in order.run_ids], order.client)
 
 

@@ -9,6 +9,7 @@ from savepoint.errors import ConfigError
 Component = str | dict[str, Any]
 COMPONENTS = {"strategy": "FedAvg", "partitioner": "Dirichlet"}
 """The keys that name a class, with their defaults."""
+RUNTIMES = ("local", "ray")
 FLOWER = "flwr"
 RAY = "ray"
 
@@ -43,7 +44,8 @@ class Federation:
         min_replies: Replies that a round needs. Null: half of those asked.
         retries: How often those that did not reply are asked again.
         runtime: `local` in this process, `ray` in Flower's simulation.
-        client_state_dir: Where clients of a deployment keep their state.
+        client_state_dir: Where a client keeps its state that does not see the run directory, as in
+            a deployment; its SuperNode's node-config `client-state-dir` goes before.
         mods: Flower's client mods, each with its module, as
             [flwr.clientapp.mod.fixedclipping_mod]; the first is the outermost.
     """

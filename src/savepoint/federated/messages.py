@@ -29,7 +29,7 @@ class Order:
     Attributes:
         config: Of the run, as YAML text.
         run_ids: Of the run, and of those that it was forked from, the nearest first.
-        directory: Of the run, where the clients keep their states in it; "" in a deployment.
+        directory: Of the run: a client that sees it, as in a simulation, keeps its state in it.
         state_round: The round of the state to go on with; 0 for none.
         keep: The rounds of the states that checkpoints of the server still name.
         saves_model: Whether the whole model is to be kept.
@@ -41,7 +41,7 @@ class Order:
     server_round: int
     lr_factor: float
     run_ids: list[str]
-    directory: str = ""
+    directory: str
     state_round: int = 0
     state_digest: str = ""
     keep: list[int] = field(default_factory=list)

@@ -6,7 +6,7 @@ from typing import Any
 
 from savepoint.config import compose, typed
 from savepoint.errors import ConfigError
-from savepoint.federated.federation import require_flower
+from savepoint.federated.federation import RUNTIMES, require_flower
 from savepoint.federated.training import federation_of
 from savepoint.resume.plan import (
     check_allowed,
@@ -27,9 +27,17 @@ def configs(request: Request, source: Source, config: Any) -> tuple[str, Any]:
     """The config of the checkpoint, as text, and the one of this start."""
     was = typed.dump(typed.parse([], base=source.state["config"]))
     if config is None:
-        config = typed.parse(request.overrides, base=source.state["config"])
+        kept = _of_last_start(request)
+        config = typed.parse([*kept, *request.overrides], base=source.state["config"])
     require_flower(federation_of(config).runtime)
     return was, config
+
+
+def _of_last_start(request: Request) -> list[str]:
+    """The runtime of the run's last start: its checkpoints are the same on all of them."""
+    starts = Run(request.run_dir).starts() if request.run_dir and request.fork is None else []
+    runtime = starts[-1].get("runtime") if starts else None
+    return ["--federated.runtime", runtime] if runtime in RUNTIMES else []
 
 
 def changes(

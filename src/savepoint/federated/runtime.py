@@ -157,8 +157,8 @@ def _compare(server: Server, source: Source, allow: list[str]) -> None:
 
 def _adopt(server: Server, origin: Path, directory: Path) -> None:
     """Gives a fork the states that its checkpoint names, as links."""
-    if not server.has_states_here or server.allows_lost:
-        return
+    if server.allows_lost or not (origin / clients.FOLDER).is_dir():
+        return  # in a deployment clients look for the states of the run before
     roots = [directory / clients.FOLDER, origin / clients.FOLDER]
     for client, version in server.progress.states.items():
         ClientStates(roots, client).adopt(version)
@@ -166,10 +166,11 @@ def _adopt(server: Server, origin: Path, directory: Path) -> None:
 
 def _check_states(server: Server) -> None:
     """Looks for the states of a simulation before its first round."""
-    if not server.has_states_here or server.allows_lost:
+    root = server.training.run.directory / clients.FOLDER
+    if server.allows_lost or not root.is_dir():
         return
     for client, version in server.progress.states.items():
-        ClientStates([server.training.run.directory / clients.FOLDER], client).find(version)
+        ClientStates([root], client).find(version)
 
 
 def _execute(server: Server, begin: Start, how: Play) -> int:

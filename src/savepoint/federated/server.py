@@ -219,16 +219,13 @@ class Server:
             server_round=server_round,
             lr_factor=self.federation.lr_decay ** (server_round - 1),
             run_ids=self.run_ids,
-            directory=str(directory) if self.has_states_here else "",
+            directory=str(directory),
             state_round=version.round,
             state_digest=version.digest,
             keep=sorted(keep),
             saves_model=bool(every) and server_round % (every or 1) == 0,
             allows_lost=self.allows_lost,
         )
-
-    has_states_here = True
-    """Whether clients keep their states in the run directory: in a simulation."""
 
     def _sent(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: one for name, one in state_dict.items() if self.federation.sends(name)}

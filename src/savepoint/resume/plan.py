@@ -21,6 +21,7 @@ from savepoint.words import megabytes, plural, show
 
 # Keys without influence on the training: not compared at all.
 _LENGTH = {"trainer.max_epochs", "trainer.max_steps"}
+_OF_A_START = {"federated.runtime", "federated.client_state_dir"}
 NOT_COMPARED = ("run_name", "output_dir", "resume", "init_from", "init_strict", "threads")
 
 
@@ -29,11 +30,9 @@ FREE = (
     "checkpoint",
     "data.root",
     "data.num_workers",
-    "federated.client_state_dir",
     "federated.min_replies",
     "federated.num_server_rounds",
     "federated.retries",
-    "federated.runtime",
     "federated.save_client_models",
     "federated.timeout",
     "trainer.accelerator",
@@ -60,7 +59,8 @@ def differences(was: str, is_: str) -> dict[str, tuple[Any, Any]]:
     """Config key -> (value in the checkpoint, value now), for the keys that are compared."""
     old = compose.flatten(was)
     new = compose.flatten(is_)
-    keys = [key for key in {**old, **new} if key.split(".")[0] not in NOT_COMPARED]
+    keys = [key for key in {**old, **new} if key not in _OF_A_START]
+    keys = [key for key in keys if key.split(".")[0] not in NOT_COMPARED]
     return {
         key: (old.get(key), new.get(key))
         for key in keys

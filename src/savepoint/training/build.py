@@ -161,6 +161,9 @@ def portable(config: Any) -> Any:
     config.output_dir = "outputs"
     config.resume = None
     config.threads = None
+    if "federated" in config:
+        config.federated.runtime = "local"
+        config.federated.client_state_dir = "client-states"
     return config
 
 
