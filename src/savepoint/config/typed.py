@@ -79,6 +79,7 @@ def resolve(composed: compose.Composed) -> Namespace:
             config = parser.parse_args(layers + [f"--{key}={value}" for key, value in flags])
         except _ParseError as error:
             raise ConfigError(explain(str(error), composed)) from None
+    _keep_whole_numbers(config, composed)
     _refuse_nulls(config, composed)
     if composed.wants_config:
         print(dump(config), end="")
@@ -104,6 +105,19 @@ def _folded(composed: compose.Composed) -> tuple[dict[str, Any], list[tuple[str,
             data = {"class_path": chosen, "init_args": {**arguments, argument: data}}
         group[name] = data
     return {**composed.config, "federated": group}, flags
+
+
+def _keep_whole_numbers(config: Namespace, composed: compose.Composed) -> None:
+    """A whole number stays one where the Trainer takes both kinds. Python's `typing` remembers the
+    union of int and float in the order in which a process has met it first: after `import flwr`,
+    2 would be 2.0, and equal configs would differ.
+    """
+    flags = ((key, compose.parse_yaml(value, f"--{key}")) for key, value in composed.flags)
+    group = composed.config.get("trainer") or {}
+    given = [*((f"trainer.{name}", value) for name, value in group.items()), *flags]
+    for key, value in given:
+        if key.startswith("trainer.") and type(value) is int and type(config.get(key)) is float:
+            config[key] = value
 
 
 def check_keys(composed: compose.Composed) -> None:

@@ -162,6 +162,6 @@ def _first_line(reason: str) -> str:
 
 
 def _reasons(failures: Mapping[int, str]) -> str:
-    shown = [f"Client {client}: {why}" for client, why in sorted(failures.items())[:3]]
+    shown = [f"Client {client}: {why.rstrip('.')}" for client, why in sorted(failures.items())[:3]]
     more = f", and {len(failures) - 3} more" if len(failures) > 3 else ""
     return f"{'. '.join(shown)}{more}."

@@ -6,7 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 
 from savepoint.config import typed
@@ -18,12 +26,12 @@ from savepoint.errors import (
 )
 from savepoint.federated import clients, messages
 from savepoint.federated.clients import ClientStates, Version
-from savepoint.federated.messages import Answer, Order, arrays_of, tensors_of
+from savepoint.federated.messages import Answer, Order, arrays_of, tensors_of, without_ours
 from savepoint.federated.training import LocalTraining, Trained, seeded
 from savepoint.loaders.randomness import derive
 from savepoint.training import threads
 
-Handler = Callable[[Message, Context], Message]
+Handler = Callable[[Order, Message, Context], Message]
 
 app = ClientApp()
 _trainings: dict[str, LocalTraining] = {}
@@ -59,8 +67,11 @@ def _carried_out(message: Message, context: Context, handler: Handler) -> Messag
     try:
         order = Order.of(message.content)
         training = _training(order)
-        called: Any = handler
-        for name in reversed(training.federation.mods):
+        called: Any = partial(handler, order)
+        # Flower's mods expect the records of a strategy alone.
+        message.content = without_ours(message.content)
+        is_training = message.metadata.message_type.startswith(MessageType.TRAIN)
+        for name in reversed(training.federation.mods if is_training else []):
             called = partial(_mod(name), call_next=called)
         # For what a mod draws; a training has a seed of its own.
         with seeded(derive(training.config.seed_everything, order.server_round, order.client, 2)):
@@ -83,8 +94,7 @@ def _mod(name: str) -> Any:
         ) from error
 
 
-def _train(message: Message, context: Context) -> Message:
-    order = Order.of(message.content)
+def _train(order: Order, message: Message, context: Context) -> Message:
     training = _training(order)
     state, anew = _state(order, context, training)
     extra = cast(ConfigRecord, message.content.get(messages.CONFIG, ConfigRecord()))
@@ -104,8 +114,7 @@ def _train(message: Message, context: Context) -> Message:
     return Message(RecordDict({**content, messages.RECORD: answer.record()}), reply_to=message)
 
 
-def _evaluate(message: Message, context: Context) -> Message:
-    order = Order.of(message.content)
+def _evaluate(order: Order, message: Message, context: Context) -> Message:
     training = _training(order)
     state, anew = _state(order, context, training)
     received = _received(message, training)

@@ -46,7 +46,7 @@ class Federation:
         runtime: `local` in this process, `ray` in Flower's simulation.
         client_state_dir: Where a client keeps its state that does not see the run directory, as in
             a deployment; its SuperNode's node-config `client-state-dir` goes before.
-        mods: Flower's client mods, each with its module, as
+        mods: Flower's client mods around each training, with their modules, as
             [flwr.clientapp.mod.fixedclipping_mod]; the first is the outermost.
     """
 

@@ -81,6 +81,10 @@ class Answer:
         return cls(**dict(content[RECORD]))
 
 
+def without_ours(content: RecordDict) -> RecordDict:
+    return RecordDict({key: one for key, one in content.items() if key != RECORD})
+
+
 def arrays_of(state: Mapping[str, Tensor]) -> ArrayRecord:
     """As they are sent: NumPy has no bfloat16, and half a precision is not averaged well."""
     small = (torch.bfloat16, torch.float16)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import flwr.serverapp.strategy as flowers
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.run import Run
@@ -106,8 +106,7 @@ class Repeatable:
 
 def _plain(message: Message) -> Message:
     """Without our record, so that no strategy stumbles over it."""
-    kept = {key: one for key, one in message.content.items() if key != messages.RECORD}
-    message.content = RecordDict(kept)
+    message.content = messages.without_ours(message.content)
     return message
 
 
