@@ -182,9 +182,7 @@ class ImageData(LightningDataModule):
         assert self._once is not None
         return self._once.labels
 
-    def part(
-        self, indices: np.ndarray[Any, Any], seed: int | None
-    ) -> Batches | ResumableLoader:
+    def part(self, indices: np.ndarray[Any, Any], seed: int | None) -> Batches | ResumableLoader:
         """Batches of the training images at `indices`: with a seed shuffled and shifted by it,
         without one in order and as they are.
         """

@@ -15,7 +15,10 @@ from savepoint.federated.clients import ClientStates, Version
 
 
 def state(value: float) -> dict[str, object]:
-    return {"state_dict": {"head.weight": torch.full((3, 2), value)}, "user": {"visits": int(value)}}
+    return {
+        "state_dict": {"head.weight": torch.full((3, 2), value)},
+        "user": {"visits": int(value)},
+    }
 
 
 @pytest.fixture
@@ -39,12 +42,14 @@ def test_equal_states_have_equal_digests_in_any_run(states: ClientStates, tmp_pa
 def test_another_state_under_the_name_is_refused(states: ClientStates) -> None:
     version = states.save(state(1), 5, "run")
     states.save(state(2), 5, "run")
-    with pytest.raises(ClientStateError, match="client 12 .*another state stands there"):
+    with pytest.raises(ClientStateError, match=r"client 12 .*another state stands there"):
         states.load(version)
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, Path.unlink])
-def test_a_state_that_is_damaged_or_gone_is_refused_and_no_older_one_taken(states: ClientStates, damage) -> None:
+def test_a_state_that_is_damaged_or_gone_is_refused_and_no_older_one_taken(
+    states: ClientStates, damage
+) -> None:
     states.save(state(1), 4, "run")
     version = states.save(state(2), 5, "run", keep=[4])
     damage(states.directory / "step-00000005.ckpt")
@@ -59,7 +64,9 @@ def test_only_the_versions_that_checkpoints_name_stay(states: ClientStates) -> N
     assert [number for number, _ in states.versions()] == [2, 6, 9]
 
 
-def test_a_full_disk_leaves_the_version_of_before(states: ClientStates, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_version_of_before(
+    states: ClientStates, monkeypatch: pytest.MonkeyPatch
+) -> None:
     version = states.save(state(1), 5, "run")
 
     def full(*_: object) -> None:

@@ -12,7 +12,7 @@ pytest.importorskip("flwr")
 
 from flwr.app import Message
 from support import federated, rounds
-from support.rounds import KEEPS, error, is_of, resume, spoilt, straight, train
+from support.rounds import KEEPS, error, is_of, resume, spoilt, train
 from support.run_dirs import flip
 
 from savepoint import files
@@ -78,7 +78,9 @@ def test_a_lost_reply_counts_as_a_failure(straight: Path, tmp_path: Path) -> Non
     assert rounds.history(tmp_path / "run")[1]["failures"] == {str(client): "no reply"}
 
 
-def test_those_that_failed_are_asked_again_where_too_few_replied(straight: Path, tmp_path: Path) -> None:
+def test_those_that_failed_are_asked_again_where_too_few_replied(
+    straight: Path, tmp_path: Path
+) -> None:
     """And the run ends as one without the failure."""
     client = first_asked(straight, 2)
     grids: list[Any] = []
@@ -114,7 +116,9 @@ def test_a_run_whose_round_failed_and_was_resumed_equals_one_without_the_failure
     federated.assert_equal(straight, tmp_path / "run")
 
 
-def test_too_few_clients_end_the_run_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_clients_end_the_run_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(asking, "LOOK_SECS", 0.01)
 
     class Few(LocalGrid):
@@ -126,7 +130,9 @@ def test_too_few_clients_end_the_run_in_time(tmp_path: Path, monkeypatch: pytest
         train(tmp_path / "run", "--federated.timeout", "0.1", how=how)
 
 
-def test_a_client_that_is_too_slow_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_is_too_slow_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Slow(LocalGrid):
         def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
             messages = list(messages)
@@ -136,7 +142,6 @@ def test_a_client_that_is_too_slow_is_left_out(tmp_path: Path, monkeypatch: pyte
     how = rounds.on(lambda server: Slow(client_app.app, 5))
     assert train(tmp_path / "run", how=how) == 0
     assert list(rounds.history(tmp_path / "run")[1]["failures"].values()) == ["no reply"]
-
 
 
 # -- the states of clients -----------------------------------------------------------------------
@@ -179,7 +184,7 @@ def test_a_state_that_is_lost_or_of_another_run_ends_a_resume_before_its_first_r
 def test_a_damaged_state_ends_the_run_when_it_is_read(stopped: Path) -> None:
     for path in (stopped / "clients").rglob("step-*.ckpt"):
         flip(path)
-    with pytest.raises(ClientStateError, match="damaged.*--allow clients"):
+    with pytest.raises(ClientStateError, match=r"damaged.*--allow clients"):
         resume(stopped, *MORE)
 
 
@@ -248,7 +253,9 @@ def test_two_servers_on_one_run_are_refused(stopped: Path) -> None:
         holder.unlock()
 
 
-def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_not_finite_are_never_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = LocalTraining.train
 
     def diverges(self: LocalTraining, client: int, number: int, *more: Any, **named: Any) -> Any:
@@ -263,7 +270,9 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
     assert federated.newest(tmp_path / "run").name == "step-00000002.ckpt"
 
 
-def test_a_strategy_that_makes_no_model_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_strategy_that_makes_no_model_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from flwr.serverapp.strategy import FedAvg
 
     monkeypatch.setattr(FedAvg, "aggregate_train", lambda *_: (None, None))
@@ -271,7 +280,9 @@ def test_a_strategy_that_makes_no_model_ends_the_run(tmp_path: Path, monkeypatch
         train(tmp_path / "run")
 
 
-def test_a_data_module_that_cannot_be_divided_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_data_module_that_cannot_be_divided_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from project.data import ImageData
 
     monkeypatch.delattr(ImageData, "part")

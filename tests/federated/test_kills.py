@@ -42,8 +42,12 @@ def resumed_or_begun(directory: Path, variant: str) -> tuple[int, str]:
     return federated.train(directory, *VARIANTS[variant], "--resume", "auto")
 
 
-@pytest.mark.parametrize("place", ["after a client has saved", "before the seal", "before the results"])
-def test_a_run_that_was_killed_in_its_third_round_ends_as_a_straight_one(straight, tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize(
+    "place", ["after a client has saved", "before the seal", "before the results"]
+)
+def test_a_run_that_was_killed_in_its_third_round_ends_as_a_straight_one(
+    straight, tmp_path: Path, place: str
+) -> None:
     variant = "head and optimizer"
     assert_survives(straight(variant), tmp_path / "killed", variant, place, 3)
 
@@ -51,7 +55,9 @@ def test_a_run_that_was_killed_in_its_third_round_ends_as_a_straight_one(straigh
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_each_variant_survives_each_place(straight, tmp_path: Path, variant: str, place: str) -> None:
+def test_each_variant_survives_each_place(
+    straight, tmp_path: Path, variant: str, place: str
+) -> None:
     # Of the variant that saves every second round the other places are in a round that is saved.
     number = 3 if variant != "every second round" or place in PLACES[:2] else 2
     assert_survives(straight(variant), tmp_path / "killed", variant, place, number)
@@ -63,7 +69,15 @@ def test_kills_at_random_moments_leave_no_trace(straight, tmp_path: Path, seed: 
     variant = "head and optimizer"
     whole = straight(variant)
     directory = tmp_path / "killed"
-    command = ["train.py", *TINY, *VARIANTS[variant], "--output_dir", str(tmp_path), "--run_name", "killed"]
+    command = [
+        "train.py",
+        *TINY,
+        *VARIANTS[variant],
+        "--output_dir",
+        str(tmp_path),
+        "--run_name",
+        "killed",
+    ]
     with Program([*command, "--resume", "auto"], directory.with_suffix(".log")) as program:
         program.wait_for(lambda: program.saved)
         time.sleep(random.Random(seed).uniform(0, 2))
@@ -75,19 +89,29 @@ def test_kills_at_random_moments_leave_no_trace(straight, tmp_path: Path, seed: 
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM])
-def test_a_signal_stops_at_the_end_of_the_round(straight, tmp_path: Path, signum: signal.Signals) -> None:
+def test_a_signal_stops_at_the_end_of_the_round(
+    straight, tmp_path: Path, signum: signal.Signals
+) -> None:
     assert_stops(straight("head and optimizer"), tmp_path / "stopped", signum, 0.0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wait", [0.0, 0.3, 0.6, 0.9])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_stops_whenever_it_comes(straight, tmp_path: Path, signum: signal.Signals, wait: float) -> None:
+def test_a_signal_stops_whenever_it_comes(
+    straight, tmp_path: Path, signum: signal.Signals, wait: float
+) -> None:
     assert_stops(straight("head and optimizer"), tmp_path / "stopped", signum, wait)
 
 
 def assert_stops(whole: Path, directory: Path, signum: signal.Signals, wait: float) -> None:
-    command = ["train.py", *TINY, *VARIANTS["head and optimizer"], "--output_dir", str(directory.parent)]
+    command = [
+        "train.py",
+        *TINY,
+        *VARIANTS["head and optimizer"],
+        "--output_dir",
+        str(directory.parent),
+    ]
     log = directory.with_suffix(".log")
     with Program([*command, "--run_name", directory.name], log) as program:
         program.wait_for(lambda: program.saved)

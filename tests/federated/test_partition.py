@@ -15,7 +15,9 @@ LABELS = np.random.RandomState(0).randint(0, 10, 6000)
 KINDS = ["Dirichlet", "Iid", "ByLabel"]
 
 
-def divided(given="Dirichlet", number: int = 10, seed: int = 0, labels=LABELS, test_fraction: float = 0.2) -> Partition:
+def divided(
+    given="Dirichlet", number: int = 10, seed: int = 0, labels=LABELS, test_fraction: float = 0.2
+) -> Partition:
     return Partition(labels, given, number, test_fraction, seed)
 
 
@@ -42,7 +44,9 @@ def test_what_a_client_evaluates_on_it_never_trains_on() -> None:
 def test_a_small_alpha_gives_each_client_few_labels() -> None:
     few = divided({"class_path": "Dirichlet", "init_args": {"alpha": 0.1}}).counts()
     many = divided({"class_path": "Dirichlet", "init_args": {"alpha": 100.0}}).counts()
-    assert (few > few.sum(1, keepdims=True) / 20).sum() < (many > many.sum(1, keepdims=True) / 20).sum()
+    assert (few > few.sum(1, keepdims=True) / 20).sum() < (
+        many > many.sum(1, keepdims=True) / 20
+    ).sum()
 
 
 def test_by_label_gives_each_client_as_many_labels_as_shards_at_most() -> None:
@@ -54,7 +58,7 @@ def test_by_label_gives_each_client_as_many_labels_as_shards_at_most() -> None:
 def test_a_division_that_is_not_found_ends_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partition, "MOST_SECS", 0.1)
     given = {"class_path": "Dirichlet", "init_args": {"alpha": 0.01, "min_partition_size": 50}}
-    with pytest.raises(ConfigError, match="No such division was found.*alpha"):
+    with pytest.raises(ConfigError, match=r"No such division was found.*alpha"):
         divided(given, number=100)
 
 
@@ -67,8 +71,14 @@ def test_a_division_that_cannot_be_is_refused_at_once() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("Dirichlett", "No such class for federated.partitioner: Dirichlett. Did you mean Dirichlet"),
-        ({"class_path": "Iid", "init_args": {"alpha": 1}}, "Unknown key: federated.partitioner.alpha"),
+        (
+            "Dirichlett",
+            "No such class for federated.partitioner: Dirichlett. Did you mean Dirichlet",
+        ),
+        (
+            {"class_path": "Iid", "init_args": {"alpha": 1}},
+            "Unknown key: federated.partitioner.alpha",
+        ),
         ({"class_path": "Dirichlet", "init_args": {"alpha": 0}}, "alpha is 0"),
         ({"init_args": {}}, "Not a class"),
     ],
@@ -89,5 +99,7 @@ def test_ten_thousand_clients_are_divided_without_torch() -> None:
         "p = Partition(np.arange(60000) % 10, 'Iid', 10000, 0.2, 0);"
         "print(json.dumps([len(p), [m for m in ('torch', 'flwr', 'lightning') if m in sys.modules]]))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stdout) == [10000, []]

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("flwr")
 
 from support import federated, rounds
-from support.rounds import KEEPS, resume, straight, train
+from support.rounds import KEEPS, resume, train
 
 from savepoint import commands
 from savepoint.checkpoint import store
@@ -24,7 +24,9 @@ def copy(straight: Path, tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-def test_more_rounds_end_as_a_run_of_that_length(straight: Path, copy: Path, tmp_path: Path) -> None:
+def test_more_rounds_end_as_a_run_of_that_length(
+    straight: Path, copy: Path, tmp_path: Path
+) -> None:
     assert resume(copy, *SIX) == 0
     assert train(tmp_path / "six", *KEEPS, *SIX) == 0
     one, other = (store.load(federated.newest(d))[0] for d in (copy, tmp_path / "six"))
@@ -57,7 +59,7 @@ def test_a_run_that_was_killed_before_its_test_is_completed(copy: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_changes_the_trajectory_is_refused(copy: Path, flag: str, value: str) -> None:
-    with pytest.raises(ConfigMismatchError, match=f"federated.{flag}.*\n.*--allow"):
+    with pytest.raises(ConfigMismatchError, match=rf"federated.{flag}.*\n.*--allow"):
         resume(copy, *SIX, f"--federated.{flag}", value)
 
 
@@ -73,7 +75,7 @@ def test_what_changes_no_round_is_free(copy: Path, flag: str) -> None:
 
 
 def test_fewer_rounds_than_were_played_are_refused(copy: Path) -> None:
-    with pytest.raises(ConfigError, match="Past that already.*round 4"):
+    with pytest.raises(ConfigError, match=r"Past that already.*round 4"):
         resume(copy, "--federated.num_server_rounds", "2", "--fork", "less")
 
 
@@ -81,7 +83,7 @@ def test_other_parts_are_refused_as_other_data(copy: Path, monkeypatch: pytest.M
     from savepoint.federated import partition
 
     monkeypatch.setattr(partition, "_digest", lambda parts: "0" * 64)
-    with pytest.raises(ConfigMismatchError, match="Another data set: .*its parts 000000000000"):
+    with pytest.raises(ConfigMismatchError, match=r"Another data set: .*its parts 000000000000"):
         resume(copy, *SIX)
 
 
@@ -131,6 +133,11 @@ def test_rot_in_the_newest_checkpoint_costs_a_round_and_its_states_are_found(
 ) -> None:
     from support.run_dirs import flip
 
+    for name in (
+        "last.ckpt",
+        "best.ckpt",
+    ):  # of a copied run whole files, which would take its place
+        (copy / "checkpoints" / name).unlink()
     flip(copy / "checkpoints/step-00000004.ckpt")
     assert resume(copy) == 0
     assert "costs 1 steps" in capsys.readouterr().out
@@ -148,7 +155,9 @@ def test_states_stay_as_few_as_checkpoints_name(straight: Path) -> None:
         assert len(list(folder.glob("step-*.ckpt"))) <= kept + 1
 
 
-def test_a_run_can_begin_with_the_weights_of_another_alone(straight: Path, tmp_path: Path, capsys) -> None:
+def test_a_run_can_begin_with_the_weights_of_another_alone(
+    straight: Path, tmp_path: Path, capsys
+) -> None:
     best = straight / "checkpoints/best.ckpt"
     assert train(tmp_path / "new", "--init_from", str(best)) == 0
     assert "its rounds begin anew" in capsys.readouterr().out

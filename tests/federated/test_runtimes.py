@@ -24,7 +24,7 @@ TWO = (
 
 def straight(directory: Path, *flags: str) -> Path:
     """The same run in this process."""
-    words = KEPT.split() + ["--federated.timeout", "3000"]
+    words = [*KEPT.split(), "--federated.timeout", "3000"]
     given = ["--federated.fraction_train", "1.0", "--federated.fraction_evaluate", "1.0"]
     from savepoint.config import typed
     from savepoint.federated import runtime
@@ -68,13 +68,17 @@ def test_flwr_run_makes_the_same_run_directory(tmp_path: Path) -> None:
     said = deployment.call(str(deployment.BIN / "flwr"), *words, *size, at=deployment.ROOT, env=env)
     try:
         assert "round 2/2" in said
-        here = straight(tmp_path / "here", "--federated.num_server_rounds", "2", "--federated.num_clients", "2")
+        here = straight(
+            tmp_path / "here", "--federated.num_server_rounds", "2", "--federated.num_clients", "2"
+        )
         federated.assert_equal(here, tmp_path / "flower")
     finally:
         deployment.stop_daemon(env)
 
 
-@pytest.mark.skipif(not (shutil.which("openssl") and shutil.which("ssh-keygen")), reason="no openssl")
+@pytest.mark.skipif(
+    not (shutil.which("openssl") and shutil.which("ssh-keygen")), reason="no openssl"
+)
 def test_a_deployment_with_tls_and_keys_ends_as_the_run_in_this_process(tmp_path: Path) -> None:
     """And goes on, after its SuperLink and a SuperNode were stopped, from the same states."""
     deployed = Deployment(tmp_path / "flower")

@@ -57,7 +57,14 @@ def test_all_but_those_of_trees_are_known_here() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_run_with_each_strategy_ends_and_repeats_itself(name: str, tmp_path: Path) -> None:
-    flags = ["--federated.strategy", name, "--federated.num_server_rounds", "2", "--federated.fraction_train", "1.0"]
+    flags = [
+        "--federated.strategy",
+        name,
+        "--federated.num_server_rounds",
+        "2",
+        "--federated.fraction_train",
+        "1.0",
+    ]
     for key, value in FAMILY[name].items():
         flags += [f"--federated.strategy.{key}", str(value)]
     for run in ("one", "two"):
@@ -158,7 +165,9 @@ def test_only_what_has_changed_is_saved_and_is_put_back() -> None:
 
 
 def test_what_a_config_overrides_on_a_resume_is_not_undone() -> None:
-    old, new = (strategy.build(Federation(strategy=given("FedAdam", eta=eta))) for eta in (0.1, 0.5))
+    old, new = (
+        strategy.build(Federation(strategy=given("FedAdam", eta=eta))) for eta in (0.1, 0.5)
+    )
     state = StrategyState(old)
     old.m_t = {"w": np.ones(2)}
     StrategyState(new).restore(state.capture())
@@ -174,7 +183,12 @@ def test_a_state_that_cannot_be_saved_is_named() -> None:
 
 def test_a_strategy_inside_another_is_saved_too() -> None:
     inner = given("FedAdam")
-    wrapped = given("DifferentialPrivacyServerSideAdaptiveClipping", strategy=inner, noise_multiplier=0.1, num_sampled_clients=3)
+    wrapped = given(
+        "DifferentialPrivacyServerSideAdaptiveClipping",
+        strategy=inner,
+        noise_multiplier=0.1,
+        num_sampled_clients=3,
+    )
     made: Any = strategy.build(Federation(strategy=wrapped))
     state = StrategyState(made)
     made.clipping_norm = 0.7
@@ -215,7 +229,12 @@ def test_privacy_at_the_server_and_at_clients_repeats_itself(tmp_path: Path) -> 
     name = "DifferentialPrivacyClientSideFixedClipping"
     inner = "{class_path: FedAvg}"
     flags = ["--federated.strategy", name, "--federated.strategy.strategy", inner]
-    flags += ["--federated.strategy.noise_multiplier", "0.1", "--federated.strategy.clipping_norm", "1.0"]
+    flags += [
+        "--federated.strategy.noise_multiplier",
+        "0.1",
+        "--federated.strategy.clipping_norm",
+        "1.0",
+    ]
     flags += ["--federated.strategy.num_sampled_clients", "3", "--federated.num_server_rounds", "2"]
     flags += ["--federated.mods", "[flwr.clientapp.mod.fixedclipping_mod]"]
     for run in ("one", "two"):

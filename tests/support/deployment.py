@@ -63,8 +63,12 @@ class Deployment:
         )
 
     def _certificates(self) -> None:
-        self._openssl("req -x509 -newkey rsa:2048 -nodes -days 1 -keyout ca.key -out ca.pem -subj /CN=tests")
-        self._openssl("req -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN=localhost")
+        self._openssl(
+            "req -x509 -newkey rsa:2048 -nodes -days 1 -keyout ca.key -out ca.pem -subj /CN=tests"
+        )
+        self._openssl(
+            "req -newkey rsa:2048 -nodes -keyout server.key -out server.csr -subj /CN=localhost"
+        )
         (self.folder / "ext").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
         signed = "-CA ca.pem -CAkey ca.key -CAcreateserial -days 1 -extfile ext -out server.pem"
         self._openssl(f"x509 -req -in server.csr {signed}")
@@ -78,7 +82,9 @@ class Deployment:
     @contextmanager
     def superlink(self) -> Iterator[subprocess.Popen[bytes]]:
         tls = "--ssl-ca-certfile ca.pem --ssl-certfile server.pem --ssl-keyfile server.key"
-        words = f"{tls} --enable-supernode-auth --database {self.folder / 'link.db'} --port {self.port}"
+        words = (
+            f"{tls} --enable-supernode-auth --database {self.folder / 'link.db'} --port {self.port}"
+        )
         with self._started("flower-superlink", words.split(), "superlink") as process:
             until = time.monotonic() + HANG_SECS
             while "SuperNode" not in self.flwr("supernode", "list", "here", check=False):
@@ -98,11 +104,22 @@ class Deployment:
     def supernode(self, number: int) -> AbstractContextManager[subprocess.Popen[bytes]]:
         config = f"partition-id={number} num-partitions=2 client-state-dir='{self.folder / f'states{number}'}'"
         tls = ["--root-certificates", "ca.pem", "--auth-supernode-private-key", f"node{number}"]
-        where = ["--superlink", f"127.0.0.1:{self.port}", "--host", "127.0.0.1", "--port", str(free_port())]
-        return self._started("flower-supernode", [*tls, *where, "--node-config", config], f"node{number}")
+        where = [
+            "--superlink",
+            f"127.0.0.1:{self.port}",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(free_port()),
+        ]
+        return self._started(
+            "flower-supernode", [*tls, *where, "--node-config", config], f"node{number}"
+        )
 
     @contextmanager
-    def _started(self, program: str, words: list[str], name: str) -> Iterator[subprocess.Popen[bytes]]:
+    def _started(
+        self, program: str, words: list[str], name: str
+    ) -> Iterator[subprocess.Popen[bytes]]:
         with (self.folder / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
                 [str(BIN / program), *words], cwd=self.folder, env=self.env, stdout=log, stderr=log
@@ -131,5 +148,7 @@ def stop_daemon(env: dict[str, str]) -> None:
         except OSError:
             continue
         is_ours = f"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT={port}" in variables.split("\0")
-        if is_ours and any(word.endswith(("flower-superlink", "flower-superexec")) for word in words):
+        if is_ours and any(
+            word.endswith(("flower-superlink", "flower-superexec")) for word in words
+        ):
             os.kill(int(folder.name), signal.SIGTERM)

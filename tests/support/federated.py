@@ -44,14 +44,18 @@ PLACES = (
 )
 
 
-def train(directory: Path, *flags: str, before: Callable[[], None] | None = None) -> tuple[int, str]:
+def train(
+    directory: Path, *flags: str, before: Callable[[], None] | None = None
+) -> tuple[int, str]:
     """A run in `directory`; exit code and output."""
     where = ["--output_dir", str(directory.parent), "--run_name", directory.name]
     command = ["train.py", *TINY, *where, *flags]
     return run(command, directory.with_suffix(".log"), before)
 
 
-def resume(directory: Path, *flags: str, before: Callable[[], None] | None = None) -> tuple[int, str]:
+def resume(
+    directory: Path, *flags: str, before: Callable[[], None] | None = None
+) -> tuple[int, str]:
     return run(["resume.py", str(directory), *flags], directory.with_suffix(".log"), before)
 
 
@@ -74,7 +78,12 @@ def _strike(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _patch(owner: Any, name: str, before: Callable[..., Any] | None, after: Callable[..., Any] | None = None) -> None:
+def _patch(
+    owner: Any,
+    name: str,
+    before: Callable[..., Any] | None,
+    after: Callable[..., Any] | None = None,
+) -> None:
     real = getattr(owner, name)
 
     def patched(*args: Any, **named: Any) -> Any:
@@ -123,7 +132,11 @@ def _a_save(number: int) -> None:
 def _a_seal(number: int) -> None:
     from savepoint.checkpoint import manifest
 
-    _patch(manifest, "append", lambda file, facts: facts.get("kind") == "federated" and facts["step"] == number)
+    _patch(
+        manifest,
+        "append",
+        lambda file, facts: facts.get("kind") == "federated" and facts["step"] == number,
+    )
 
 
 def _a_commit(number: int) -> None:
@@ -145,7 +158,11 @@ def _a_whole_save(number: int) -> None:
 
 
 WATCHED: dict[str, Callable[[int], None]] = dict(
-    zip(PLACES, (_a_client, _a_saved_client, _a_save, _a_seal, _a_commit, _results, _a_whole_save), strict=True)
+    zip(
+        PLACES,
+        (_a_client, _a_saved_client, _a_save, _a_seal, _a_commit, _results, _a_whole_save),
+        strict=True,
+    )
 )
 
 
@@ -154,7 +171,10 @@ WATCHED: dict[str, Callable[[int], None]] = dict(
 
 def rows(directory: Path) -> list[dict[str, str]]:
     with (directory / "metrics.csv").open(newline="") as file:
-        return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if not k.startswith("time/")}
+            for row in csv.DictReader(file)
+        ]
 
 
 def newest(directory: Path) -> Path:

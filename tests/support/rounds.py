@@ -33,7 +33,9 @@ class SpoiltGrid(LocalGrid):
         self.spoil = spoil
         self.asked: list[tuple[str, int, int]] = []
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
         messages = list(messages)
         for one in messages:
             if one.metadata.message_type != "query.partition":

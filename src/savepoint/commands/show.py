@@ -91,7 +91,7 @@ def _clients(state: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     saved = state.get("federated")
     if saved is None:
         return None
-    nothing = {"round": None, "digest": None, "metrics": {}}
+    nothing: dict[str, Any] = {"round": None, "digest": None, "metrics": {}}
     rows = []
     for client in sorted({*saved["clients"], *saved["measured"]}):
         kept = saved["clients"].get(client, nothing)

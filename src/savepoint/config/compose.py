@@ -11,9 +11,9 @@ From weakest to strongest, in any order on the command line:
     --model.lr 0.01     a single value; two of the same key: the later
 
 Replace, never mix: a later `model` or `data` replaces the earlier one whole, so no value of one
-class survives in another. `trainer`, `checkpoint` and `federated` belong to one class each and are merged
-key by key; a value in them is replaced whole, unless a file writes the key with a plus, as in
-`callbacks+`: then it is added to the list. A flag that names a class drops the values that the
+class survives in another. `trainer`, `checkpoint` and `federated` belong to one class each and are
+merged key by key; a value in them is replaced whole, unless a file writes the key with a plus, as
+in `callbacks+`: then it is added to the list. A flag that names a class drops the values that the
 files gave to the class before it.
 """
 

@@ -121,8 +121,8 @@ def _keep_whole_numbers(config: Namespace, composed: compose.Composed) -> None:
 
 
 def check_keys(composed: compose.Composed) -> None:
-    """Raises ConfigError for unknown keys of `trainer`, `checkpoint` and `federated`, and for flags that name
-    nothing.
+    """Raises ConfigError for unknown keys of `trainer`, `checkpoint` and `federated`, and for flags
+    that name nothing.
     """
     for group in compose.MERGED:
         for name in composed.config.get(group, {}):

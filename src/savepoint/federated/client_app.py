@@ -1,5 +1,8 @@
 """Flower's ClientApp: carries out the server's orders, in whatever process it runs."""
 
+# mypy: disable-error-code="import-not-found,misc,no-any-return,unused-ignore,untyped-decorator"
+# Without Flower, which is optional, its types are Any.
+
 import importlib
 from collections.abc import Callable
 from functools import partial
@@ -63,7 +66,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _carried_out(message: Message, context: Context, handler: Handler) -> Message:
-    """The reply; an error of ours in words, as not every runtime of Flower tells what was raised."""
+    """The reply; an error of ours in words: not every runtime of Flower tells what was raised."""
     try:
         order = Order.of(message.content)
         training = _training(order)
@@ -110,7 +113,7 @@ def _train(order: Order, message: Message, context: Context) -> Message:
     answer = Answer(state_round=saved.round, state_digest=saved.digest, anew=anew)
     sent = {name: one for name, one in made.weights.items() if training.federation.sends(name)}
     metrics = MetricRecord({**made.metrics, messages.SAMPLES: made.samples})
-    content = {messages.ARRAYS: arrays_of(sent), messages.METRICS: metrics}
+    content: Any = {messages.ARRAYS: arrays_of(sent), messages.METRICS: metrics}
     return Message(RecordDict({**content, messages.RECORD: answer.record()}), reply_to=message)
 
 
@@ -121,7 +124,7 @@ def _evaluate(order: Order, message: Message, context: Context) -> Message:
     measured, samples = training.evaluate(order.client, order.server_round, received, state)
     metrics = MetricRecord({**measured, messages.SAMPLES: samples})
     answer = Answer(state_round=order.state_round, state_digest=order.state_digest, anew=anew)
-    content = {messages.METRICS: metrics, messages.RECORD: answer.record()}
+    content: Any = {messages.METRICS: metrics, messages.RECORD: answer.record()}
     return Message(RecordDict(content), reply_to=message)
 
 

@@ -4,6 +4,9 @@ A message to a client has the records of the strategy and one of ours, `savepoin
 reply has one too: what became of the order.
 """
 
+# mypy: disable-error-code="import-not-found,misc,no-any-return,unused-ignore,untyped-decorator"
+# Without Flower, which is optional, its types are Any.
+
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -53,7 +56,8 @@ class Order:
 
     @classmethod
     def of(cls, content: RecordDict) -> "Order":
-        return cls(**dict(content[RECORD]))
+        values: Any = dict(content[RECORD])
+        return cls(**values)
 
 
 @dataclass
@@ -78,7 +82,8 @@ class Answer:
 
     @classmethod
     def of(cls, content: RecordDict) -> "Answer":
-        return cls(**dict(content[RECORD]))
+        values: Any = dict(content[RECORD])
+        return cls(**values)
 
 
 def without_ours(content: RecordDict) -> RecordDict:

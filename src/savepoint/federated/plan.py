@@ -1,5 +1,4 @@
-"""A resume of a federated run, in words: what is compared, restored, and left. Nothing is written.
-"""
+"""A resume of a federated run, in words: what is compared, restored, left. Nothing is written."""
 
 from collections.abc import Mapping
 from typing import Any

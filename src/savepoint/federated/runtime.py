@@ -1,5 +1,8 @@
 """A federated run from its config to an exit code: new, or going on from a checkpoint."""
 
+# mypy: disable-error-code="import-not-found,misc,no-any-return,unused-ignore,untyped-decorator"
+# Without Flower, which is optional, its types are Any.
+
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,9 +49,7 @@ def play(server: Server) -> None:
         client_app.use("", None)
 
 
-def train(
-    config: Any, config_name: str, *, reuse: Path | None = None, how: Play = play
-) -> int:
+def train(config: Any, config_name: str, *, reuse: Path | None = None, how: Play = play) -> int:
     """A new run. `reuse` is a directory that may exist already, of a run that was killed before its
     first checkpoint.
     """
@@ -115,9 +116,7 @@ def _start(source: Source, changed: Mapping[str, Any], run: Run | None) -> Start
     return begin
 
 
-def _restored(
-    run: Run, config: Any, source: Source, begin: Start, allow: list[str]
-) -> Server:
+def _restored(run: Run, config: Any, source: Source, begin: Start, allow: list[str]) -> Server:
     training = build.build(config, run, begin)
     made_by = source.state["run"]
     own = training.record["id"]

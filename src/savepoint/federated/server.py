@@ -1,5 +1,8 @@
 """The rounds of a federated run, on any of Flower's grids: ask, aggregate, evaluate, log, save."""
 
+# mypy: disable-error-code="import-not-found,misc,no-any-return,unused-ignore,untyped-decorator"
+# Without Flower, which is optional, its types are Any.
+
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -304,7 +307,7 @@ class Server:
             said.append(plural(len(row["failures"]), "failure"))
         local = {f"clients/{key}": one for key, one in row["evaluate_metrics_clientapp"].items()}
         for name, one in {**row["evaluate_metrics_serverapp"], **local}.items():
-            if name.endswith("accuracy") or name.endswith("loss"):
+            if name.endswith(("accuracy", "loss")):
                 said.append(f"{name} {metric(name, one)}")
         total = self.federation.num_server_rounds
         rest = f" ({duration(left)} left)" if number < total else ""
@@ -369,9 +372,7 @@ class Server:
                 "number": len(self.local.partition),
                 "sha256": self.local.partition.sha256,
             },
-            "clients": {
-                client: one._asdict() for client, one in sorted(progress.states.items())
-            },
+            "clients": {client: one._asdict() for client, one in sorted(progress.states.items())},
             "measured": dict(sorted(progress.measured.items())),
             "scores": self.training.checkpointing.scores.state_dict(),
         }
@@ -414,5 +415,3 @@ def _plain(metrics: MetricRecord | None) -> dict[str, Any]:
 def _number(content: Any, key: str) -> float:
     [metrics] = content.metric_records.values()
     return float(metrics[key])
-
-

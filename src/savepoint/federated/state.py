@@ -5,6 +5,9 @@ from the config. One that no checkpoint can hold is named in words before the fi
 `savepoint_skip = frozenset({"name"})` in its class says that it is no state.
 """
 
+# mypy: disable-error-code="import-not-found,misc,no-any-return,unused-ignore,untyped-decorator"
+# Without Flower, which is optional, its types are Any.
+
 import logging
 import types
 from collections.abc import Callable, Mapping
@@ -61,8 +64,9 @@ def _packed(strategy: Strategy, prefix: str = "") -> dict[str, Any]:
     """Each attribute; those of a strategy inside under `strategy.NAME`."""
     found: dict[str, Any] = {}
     unsaved = []
+    kind: Any = type(strategy)
     for name, value in vars(strategy).items():
-        if name in left_out_of(type(strategy)):
+        if name in left_out_of(kind):
             continue
         if isinstance(value, Strategy):
             found |= _packed(value, f"{prefix}{name}.")
@@ -72,18 +76,18 @@ def _packed(strategy: Strategy, prefix: str = "") -> dict[str, Any]:
         except Unpackable:
             unsaved.append(f"{prefix}{name} (a {type(value).__name__})")
     if unsaved:
-        kind = type(strategy).__name__
+        named = kind.__name__
         raise ConfigError(
-            f"A strategy whose state cannot be saved: {kind} has {', '.join(unsaved)}. A run that "
+            f"A strategy whose state cannot be saved: {named} has {', '.join(unsaved)}. A run that "
             "is resumed needs all of it: numbers, texts, arrays, Flower's records and containers "
-            f"of these. What is no state can be named in the class {kind}: "
+            f"of these. What is no state can be named in the class {named}: "
             'savepoint_skip = frozenset({"NAME"})'
         )
     return found
 
 
 def _pack(value: Any) -> Any:
-    if isinstance(value, _CONSTANT) or isinstance(value, types.MethodType):
+    if isinstance(value, (_CONSTANT, types.MethodType)):
         return {"!": "constant", "of": getattr(value, "__qualname__", str(value))}
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return {"!": "array", "of": torch.from_numpy(np.array(value))}

@@ -7,6 +7,9 @@ it holds for the classes of Flower, for those that wrap another (differential pr
 user's own.
 """
 
+# mypy: disable-error-code="import-not-found,misc,no-any-return,unused-ignore,untyped-decorator"
+# Without Flower, which is optional, its types are Any.
+
 import importlib
 import inspect
 import logging

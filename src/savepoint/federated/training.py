@@ -96,6 +96,7 @@ class LocalTraining:
         data.setup("fit")
         self.local_trainer().precision_plugin.convert_module(self.model)
         self._shown = copy.deepcopy(self.model).eval()
+        self._shared_evaluator: Trainer | None = None
         given = self.federation
         self.partition = Partition(
             cast(Divisible, data).labels,
@@ -116,6 +117,16 @@ class LocalTraining:
         own: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         own += callbacks
         return trainer
+
+    def _evaluator(self) -> Trainer:
+        """One for all, as making it takes longer than to evaluate a small part; callbacks of the
+        config are new for each.
+        """
+        if self.config.trainer.callbacks:
+            return self.local_trainer()
+        if self._shared_evaluator is None:
+            self._shared_evaluator = self.local_trainer()
+        return self._shared_evaluator
 
     # -- a client ---------------------------------------------------------------------------------
 
@@ -160,7 +171,7 @@ class LocalTraining:
         with seeded(derive(self.config.seed_everything, server_round, client, 1)):
             model = self._model_of(received, state)
             loader = cast(Divisible, self.data).part(indices, None)
-            [measured] = self.local_trainer().validate(model, loader, verbose=False)
+            [measured] = self._evaluator().validate(model, loader, verbose=False)
         return {name: float(value) for name, value in measured.items()}, len(indices)
 
     def _model_of(self, received: Weights, state: Mapping[str, Any]) -> LightningModule:
@@ -180,7 +191,7 @@ class LocalTraining:
             states = [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
             kept["optimizer_states"] = [_on_cpu(state) for state in states]
         if hasattr(model, "client_state"):
-            kept["user"] = _on_cpu(model.client_state())
+            kept["user"] = _on_cpu(cast(Any, model).client_state())
         return kept
 
     def canary(self, state_dict: Weights) -> dict[str, Any] | None:
@@ -198,7 +209,7 @@ class LocalTraining:
         with seeded(derive(self.config.seed_everything, server_round)):
             model = copy.deepcopy(self.model)
             model.load_state_dict(dict(state_dict))
-            trainer = self.local_trainer()
+            trainer = self._evaluator()
             [measured, *others] = trainer.validate(model, datamodule=self.data, verbose=False)
             self.data.trainer = None
         for more in others:

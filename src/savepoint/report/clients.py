@@ -46,8 +46,7 @@ class Clients:
         names = described["labels"]
         self.labels = [(name, _hue(place, len(names))) for place, name in enumerate(names)]
         self.rows = [
-            (one["client"], one["samples"], one["round"], _metrics(one["metrics"]))
-            for one in shown
+            (one["client"], one["samples"], one["round"], _metrics(one["metrics"])) for one in shown
         ]
         self.failures = [
             (row["round"], client, why)
