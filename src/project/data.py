@@ -190,7 +190,11 @@ class ImageData(LightningDataModule):
         assert self._once is not None
         augment = RandomShift(self.shift) if self.shift and seed is not None else None
         data = self._once.pick(indices)
-        return self._cut(data, seed or 0, shuffle=seed is not None, augment=augment)
+        size = self.batch_size
+        # Of a single image batch norm has no statistics.
+        while len(indices) > 1 and len(indices) % size == 1:
+            size += 1
+        return self._cut(data, seed or 0, seed is not None, augment, batch_size=size)
 
     def _loader(
         self, part: str, shuffle: bool = False, shift: int = 0
@@ -212,11 +216,13 @@ class ImageData(LightningDataModule):
         augment: "RandomShift | None",
         rank: int = 0,
         world_size: int = 1,
+        batch_size: int | None = None,
     ) -> Batches | ResumableLoader:
+        batch_size = batch_size or self.batch_size
         if not self.in_memory:
             loader = DataLoader(
                 OneByOne(data, augment),
-                batch_size=self.batch_size,
+                batch_size=batch_size,
                 shuffle=shuffle,
                 num_workers=self.num_workers,
             )
@@ -224,7 +230,7 @@ class ImageData(LightningDataModule):
         return Batches(
             data.images,
             data.labels,
-            batch_size=self.batch_size,
+            batch_size=batch_size,
             seed=seed,
             shuffle=shuffle,
             augment=augment,

@@ -69,6 +69,7 @@ class Clients:
             if len(good) >= needed:
                 break
         replies.good = sorted(good.items())
+        _keep_common_metrics([message for _, message in replies.good])
         if len(good) < needed:
             raise FederatedError(
                 f"Too few replies in round {server_round}: {len(good)} of {len(sent)}, after "
@@ -143,6 +144,17 @@ class Clients:
                 f"is {self.federation.num_clients}. It is not asked.",
                 flush=True,
             )
+
+
+def _keep_common_metrics(replies: list[Message]) -> None:
+    """What not all have measured has no mean: a metric that is logged every so many steps, say."""
+    records = [record for reply in replies for record in reply.content.metric_records.values()]
+    if not records:
+        return
+    common = set(records[0]).intersection(*records)
+    for record in records:
+        for name in set(record) - common:
+            del record[name]
 
 
 def _addressed(message: Message, node: int, server_round: int, order: Order) -> Message:

@@ -108,7 +108,7 @@ class LocalGrid(Grid):
         )
         try:
             return self.client_app(message, context)
-        except Exception as error:  # noqa: BLE001 - as Flower's runtimes do, whatever a client raises
+        except Exception as error:  # noqa: BLE001 - as Flower's own runtimes do
             if not self._shown:  # the server tells only what was raised
                 self._shown = True
                 traceback.print_exc()
