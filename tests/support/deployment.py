@@ -87,8 +87,10 @@ class Deployment:
         )
         with self._started("flower-superlink", words.split(), "superlink") as process:
             until = time.monotonic() + HANG_SECS
-            while "SuperNode" not in self.flwr("supernode", "list", "here", check=False):
+            look = [str(BIN / "flwr"), "supernode", "list", "here"]
+            while subprocess.run(look, cwd=ROOT, env=self.env, capture_output=True).returncode:
                 assert time.monotonic() < until
+                assert process.poll() is None, (self.folder / "superlink.log").read_text()
                 time.sleep(0.5)
             yield process
 

@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 from flwr.app import Context
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from savepoint.federated import client_app
@@ -26,9 +27,6 @@ def play(server: Server) -> None:
 
     Raises: what `Server.run` raises.
     """
-    os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
-    from flwr.simulation import run_simulation
-
     app = ServerApp()
     raised: list[BaseException] = []
 
@@ -40,14 +38,22 @@ def play(server: Server) -> None:
         except BaseException as error:  # noqa: BLE001
             raised.append(error)
 
-    gpus = 1.0 if server.config.trainer.accelerator in ("gpu", "cuda") else 0.0
+    simulate(app, client_app.app, server.federation.num_clients, server.config)
+    if raised:
+        raise raised[0]
+
+
+def simulate(server: ServerApp, clients: ClientApp, number: int, config: Any) -> None:
+    """Flower's simulation of so many clients, each on one core of those that are there."""
+    os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
+    from flwr.simulation import run_simulation
+
+    gpus = 1.0 if config.trainer.accelerator in ("gpu", "cuda") else 0.0
     resources: Any = {"num_cpus": 1, "num_gpus": gpus}
     with warnings.catch_warnings(action="ignore"):
         run_simulation(
-            app,
-            client_app.app,
-            server.federation.num_clients,
+            server,
+            clients,
+            number,
             backend_config={"client_resources": resources, "init_args": {"num_cpus": cores()}},
         )
-    if raised:
-        raise raised[0]
