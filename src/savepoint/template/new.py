@@ -22,7 +22,9 @@ COPIED = (
     ".dockerignore", ".ci/run", ".ci/environment.py", ".github/workflows/ci.yml",
 )  # fmt: skip
 LEFT_OUT = (
-    "src/project/text.py", "configs/text.yaml", "src/project/flower.py", "configs/federated",
+    "src/project/text.py", "configs/text.yaml", "src/project/flower.py",
+    "configs/federated/digits.yaml", "configs/federated/fashion.yaml",
+    "configs/federated/mnist.yaml", "configs/federated/personal.yaml",
 )  # fmt: skip
 """The second example, and Flower's app with its configs, which nothing else needs: a copy has one
 example to replace.
