@@ -82,26 +82,26 @@ def test_flwr_run_makes_the_same_run_directory(tmp_path: Path) -> None:
 def test_a_deployment_with_tls_and_keys_ends_as_the_run_in_this_process(tmp_path: Path) -> None:
     """And goes on, after its SuperLink and a SuperNode were stopped, from the same states."""
     deployed = Deployment(tmp_path / "flower")
-    given = TWO.replace("RUN", "run").replace("OUT", str(tmp_path))
+    given = TWO.replace("RUN", "run").replace("OUT", str(tmp_path)).replace("rounds=2", "rounds=1")
     with deployed.superlink():
         deployed.register()
         with deployed.supernodes():
             deployed.flwr("run", ".", "here", "--stream", "--run-config", given)
         assert deployed.status() == "finished:completed"
     more = ["--federated.num_clients", "2"]
-    here = straight(tmp_path / "here", "--federated.num_server_rounds", "2", *more)
+    here = straight(tmp_path / "here", "--federated.num_server_rounds", "1", *more)
     assert commands.main(["diff", str(here), str(tmp_path / "run")]) == 0
     assert (here / "results.json").read_bytes() == (tmp_path / "run" / "results.json").read_bytes()
     assert not (tmp_path / "run" / "clients").exists()
     kept = list((tmp_path / "flower").glob("states*/*/partition-*/step-*.ckpt"))
     assert {store.load(path)[1]["digest"] for path in kept} >= set(digests(here).values())
-    go_on = f"resume='{tmp_path / 'run'}' num-server-rounds=3"
+    go_on = f"resume='{tmp_path / 'run'}' num-server-rounds=2"
     with deployed.superlink(), deployed.supernodes():
         deployed.flwr("run", ".", "here", "--stream", "--run-config", go_on)
         assert deployed.status() == "finished:completed"
-    three = straight(tmp_path / "three", "--federated.num_server_rounds", "3", *more)
-    assert digests(three) == digests(tmp_path / "run")
-    assert rounds.history(three) == rounds.history(tmp_path / "run")
+    two = straight(tmp_path / "two", "--federated.num_server_rounds", "2", *more)
+    assert digests(two) == digests(tmp_path / "run")
+    assert rounds.history(two) == rounds.history(tmp_path / "run")
 
 
 def test_a_deployment_that_fails_says_so_in_its_status(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from support.limits import HANG_SECS
+from support.limits import HANG_SECS, LONGER_SECS
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -43,7 +43,7 @@ def free_port() -> int:
 
 def call(*command: str, at: Path, env: dict[str, str], check: bool = True) -> str:
     done = subprocess.run(
-        command, cwd=at, env=env, capture_output=True, text=True, timeout=HANG_SECS, check=False
+        command, cwd=at, env=env, capture_output=True, text=True, timeout=LONGER_SECS, check=False
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
