@@ -127,4 +127,5 @@ def test_what_a_client_raises_comes_back_as_an_error() -> None:
     names = list(grid.push_messages(questions[:1]))
     assert [one.content["is"]["n"] for one in grid.pull_messages(names)] == [1]
     assert list(grid.pull_messages(names)) == []
-    assert list(grid.send_and_receive(questions, timeout=0.0)) == []
+    at_once = 0.0
+    assert list(grid.send_and_receive(questions, timeout=at_once)) == []
