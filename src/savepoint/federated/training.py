@@ -3,6 +3,7 @@ Lightning Trainer does both. No Flower.
 """
 
 import copy
+import signal
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,10 +13,11 @@ from typing import Any, Protocol, cast
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from savepoint import weights
+from savepoint import preemption, weights
 from savepoint.checkpoint.canary import canary
 from savepoint.config import typed
 from savepoint.errors import ConfigError
@@ -156,7 +158,16 @@ class LocalTraining:
             trainer = self.local_trainer(
                 local, max_epochs=self.federation.local_epochs, limit_val_batches=0
             )
-            trainer.fit(model, cast(Divisible, self.data).part(indices, seed))
+            try:
+                trainer.fit(model, cast(Divisible, self.data).part(indices, seed))
+            except SIGTERMException:
+                if not preemption.requests.armed:
+                    raise
+                # It came before our handler was back: the client trains again, and the server
+                # stops after the round.
+                preemption.requests.stop = signal.SIGTERM
+                again = {"lr_factor": lr_factor, "proximal_mu": proximal_mu}
+                return self.train(client, server_round, received, state, **again)
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         made = _on_cpu(model.state_dict())
         return Trained(made, metrics, len(indices), self._kept(model, trainer, made))
@@ -231,6 +242,8 @@ class _Local(Callback):
         self._received: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if preemption.requests.armed:  # the server is in this process: it stops after the round
+            preemption.install()  # Lightning has just put its own handler in the place of ours
         for optimizer, state in zip(trainer.optimizers, self.optimizer_states, strict=False):
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
