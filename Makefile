@@ -25,7 +25,7 @@ stoppable = $(info $(1))@trap : HUP INT TERM; $(1); code=$$?; \
 	case $$code in 129|130|143) kill -$$((code - 128)) $$PPID; sleep 0.3; exit 0;; esac; exit $$code
 
 .DEFAULT_GOAL := help
-.PHONY: help setup extras train resume eval predict export report ls sweep test format lint tensorboard prove upgrade clean
+.PHONY: help setup extras extras-federated train federate resume eval predict export report ls sweep test format lint tensorboard prove upgrade clean
 
 help:
 	@awk -F ':[^#]*## ' '/^##@ / {print "\n" substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-11s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ train: setup ## start a run and test it: CONFIG=configs/x.yaml, ARGS
 
 resume: setup ## go on with a run: CKPT, ARGS
 	$(call stoppable,$(VENV)/bin/python resume.py $(call quoted,$(CKPT)) $(ARGS))
+
+federate: extras-federated ## train by many clients, with Flower: CONFIG=configs/federated/x.yaml, ARGS
+	$(call stoppable,$(VENV)/bin/python train.py --config $(or $(call quoted,$(CONFIG)),configs/federated/digits.yaml) $(ARGS))
 
 sweep: setup ## try values: CONFIG=configs/sweep/lr.yaml, or ARGS
 	$(call stoppable,$(VENV)/bin/python -m savepoint sweep $(call quoted,$(CONFIG)) $(ARGS))
@@ -72,6 +75,10 @@ setup: ## the environment in .venv, once; the others call it
 
 extras: setup ## what is optional: Optuna, ONNX, Weights & Biases, MLflow
 	$(INSTALL) 'savepoint-lightning[sweep,onnx,wandb,mlflow]'
+
+extras-federated: setup ## Flower with Ray: lowers protobuf, rich and packaging, within our ranges
+	@$(VENV)/bin/python -c 'import flwr, ray' 2>/dev/null || { echo 'Flower lowers protobuf to 6, rich to 14 and packaging to 25: all within our ranges.'; \
+	  $(INSTALL) 'savepoint-lightning[federated-ray]'; }
 
 test: setup ## the tests; ARGS="-k name", ARGS="-n 0 -m slow -s"
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)

@@ -27,6 +27,11 @@ FLOORS = [
     ["commands.*"],
     ["commands", "sweep", "report.page", "replay.*"],
     ["resume.start"],
+    ["federated.server_app"],
+    ["federated.runtime"],
+    ["federated.summary", "federated.ray_runtime"],
+    ["federated.server"],
+    ["federated.*"],
     ["resume.*", "evaluate", "export", "report.*", "sweep_file"],
     ["rebuilding"],
     ["training.execute", "training.summary"],
@@ -58,10 +63,14 @@ FLOORS = [
         "checkpoint.foreign",
         "checkpoint.facts",
     ],
+    ["federated.listing"],
+    ["federated.clients"],
     ["checkpoint.store", "checkpoint.canary"],
     ["checkpoint.state.*", "checkpoint.state", "checkpoint.format", "checkpoint.retention"],
     ["look.*", "look", "checkpoint.manifest", "loaders.*", "loaders"],
     ["checkpoint.diagnosis", "checkpoint.seal", "lock", "record", "schedules"],
+    ["federated.partition"],
+    ["federated.federation", "federated"],
     ["files", "preemption", "tail"],
     ["errors", "job", "words", "workspace"],
 ]
@@ -147,7 +156,15 @@ PACKAGES = {
     "savepoint",
     *(
         f"savepoint.{name}"
-        for name in ("checkpoint", "config", "report", "resume", "template", "training")
+        for name in (
+            "checkpoint",
+            "config",
+            "federated",
+            "report",
+            "resume",
+            "template",
+            "training",
+        )
     ),
 }
 
@@ -292,6 +309,32 @@ def test_what_must_start_at_once_needs_the_standard_library_only(module: str) ->
 @pytest.mark.parametrize("module", ["config.compose", "config.quick"])
 def test_the_check_before_lightning_needs_yaml_only(module: str) -> None:
     assert libraries(f"savepoint.{module}", when_loaded=True) == {"yaml"}
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"project.flower"}))
+def test_flower_and_ray_are_named_below_one_package_alone(module: str) -> None:
+    names = {name.split(".")[0] for name in imported(module)}
+    assert module.startswith("savepoint.federated.") or not names & {"flwr", "ray"}
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [
+        ("federation", set()),
+        ("partition", {"numpy"}),
+        ("clients", set()),
+        ("listing", set()),
+    ],
+)
+def test_what_commands_ask_of_federated_runs_needs_neither_torch_nor_flower(
+    module: str, allowed: set[str]
+) -> None:
+    assert libraries(f"savepoint.federated.{module}", when_loaded=True) == allowed
+
+
+@pytest.mark.parametrize("module", [m for m in SAVEPOINT if "federated" not in m])
+def test_what_is_loaded_without_a_federated_config_does_not_load_flower(module: str) -> None:
+    assert not libraries(module, when_loaded=True) & {"flwr", "ray"}
 
 
 KNOW_JSONARGPARSE = {"savepoint.config.typed", "savepoint.config.classes"}

@@ -236,7 +236,8 @@ def test_every_figure_has_a_command_that_is_there() -> None:
     assert len(FIGURES) >= 15
     for figure in FIGURES:
         command = figure.split("|")[-2].strip()
-        known = r"`((FULL=1 )?make (bench|drill|setup|test)\b.*|python benchmarks/\w+\.py.*|cd tests; .* -m shapes\.runner)`"
+        made = r"(FULL=1 )?make (bench|drill|federate|setup|test)\b.*"
+        known = rf"`({made}|python benchmarks/\w+\.py.*|cd tests; .* -m shapes\.runner)`"
         assert re.fullmatch(known, command), figure
 
 

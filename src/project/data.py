@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -94,6 +94,7 @@ class ImageData(LightningDataModule):
         self.fingerprint = ""
         self.raw = self.root / self.name / "raw"
         self._parts: dict[str, Images] = {}
+        self._once: Images | None = None  # the training images without repeats
         self._seed = 0
         self._not_downloaded = (
             "downloading was not tried" if download else "--data.download is false"
@@ -121,6 +122,7 @@ class ImageData(LightningDataModule):
         train = train.pick(order[held_out:])
         self.fingerprint = _fingerprint(train)
         self._seed = torch.initial_seed()
+        self._once = train
         repeats = EMBEDDED_REPEATS if self.name == EMBEDDED else 1
         self._parts = {"train": train.repeat(repeats), "val": val, "test": test}
 
@@ -171,29 +173,65 @@ class ImageData(LightningDataModule):
             "DATA_ROOT."
         )
 
+    # -- the two members that a federated run asks for ------------------------------------------
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64, of the training images: clients divide them by label."""
+        self.setup()
+        assert self._once is not None
+        return self._once.labels
+
+    def part(self, indices: np.ndarray[Any, Any], seed: int | None) -> Batches | ResumableLoader:
+        """Batches of the training images at `indices`: with a seed shuffled and shifted by it,
+        without one in order and as they are.
+        """
+        self.setup()
+        assert self._once is not None
+        augment = RandomShift(self.shift) if self.shift and seed is not None else None
+        data = self._once.pick(indices)
+        size = self.batch_size
+        # Of a single image batch norm has no statistics.
+        while len(indices) > 1 and len(indices) % size == 1:
+            size += 1
+        return self._cut(data, seed or 0, seed is not None, augment, batch_size=size)
+
     def _loader(
         self, part: str, shuffle: bool = False, shift: int = 0
     ) -> Batches | ResumableLoader:
         self.setup()
+        augment = RandomShift(shift) if shift else None
         data = self._parts[part]
+        if self.trainer and self.in_memory and _fits(data, self.trainer.strategy.root_device):
+            data = data.to(self.trainer.strategy.root_device)
         rank = self.trainer.global_rank if self.trainer else 0
         world_size = self.trainer.world_size if self.trainer else 1
-        augment = RandomShift(shift) if shift else None
+        return self._cut(data, self._seed, shuffle, augment, rank, world_size)
+
+    def _cut(
+        self,
+        data: Images,
+        seed: int,
+        shuffle: bool,
+        augment: "RandomShift | None",
+        rank: int = 0,
+        world_size: int = 1,
+        batch_size: int | None = None,
+    ) -> Batches | ResumableLoader:
+        batch_size = batch_size or self.batch_size
         if not self.in_memory:
             loader = DataLoader(
                 OneByOne(data, augment),
-                batch_size=self.batch_size,
+                batch_size=batch_size,
                 shuffle=shuffle,
                 num_workers=self.num_workers,
             )
-            return resumable(loader, seed=self._seed, rank=rank, world_size=world_size)
-        if self.trainer and _fits(data, self.trainer.strategy.root_device):
-            data = data.to(self.trainer.strategy.root_device)
+            return resumable(loader, seed=seed, rank=rank, world_size=world_size)
         return Batches(
             data.images,
             data.labels,
-            batch_size=self.batch_size,
-            seed=self._seed,
+            batch_size=batch_size,
+            seed=seed,
             shuffle=shuffle,
             augment=augment,
             rank=rank,

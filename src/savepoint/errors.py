@@ -14,6 +14,8 @@ catches it too.
     ├── CheckpointVersionError(ValueError)           written by a newer Savepoint
     ├── CheckpointContentError(TypeError)            a value that cannot be read back safely
     ├── CheckpointSaveError(OSError)                 a failed save; the previous one is intact
+    ├── ClientStateError(ValueError)                 a federated client's state: lost or another one
+    ├── FederatedError(RuntimeError)                 a round that too few clients took part in
     └── NonFiniteLossError(ArithmeticError)          the training loss became NaN or infinite
 
 Every message reads `<what happened>: <path or value>. <what was expected>. <what to do>.`
@@ -94,4 +96,11 @@ class CheckpointSaveError(CheckpointError, OSError):
 
 
 class NonFiniteLossError(SavepointError, ArithmeticError):
+    exit_code = 1
+
+
+class ClientStateError(SavepointError, ValueError): ...
+
+
+class FederatedError(SavepointError, RuntimeError):
     exit_code = 1

@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,6 +29,7 @@ from savepoint import files
 from savepoint.checkpoint import canary
 from savepoint.checkpoint.format import fingerprint
 from savepoint.errors import ConfigError, SavepointError
+from savepoint.federated import clients, listing
 from savepoint.rebuilding import Rebuilt
 from savepoint.resume.overrides import plain_name, under_names_of
 
@@ -148,6 +149,44 @@ def describe(rebuilt: Rebuilt) -> dict[str, Any]:
         "model": rebuilt.config.model.as_dict(),
     }
     return {key: value for key, value in described.items() if value is not None}
+
+
+def write_facts(rebuilt: Rebuilt, path: Path) -> None:
+    """What is known of a checkpoint beside its weights, as JSON: of a federated run also the rounds
+    and what each client's state is.
+    """
+    saved = rebuilt.state.get("federated") or {}
+    keys = ("round", "history", "partition", "clients", "measured")
+    facts = describe(rebuilt) | {key: saved[key] for key in keys if key in saved}
+    facts["hyper_parameters"] = rebuilt.config.as_dict()
+    with files.replacing(path) as file:
+        file.write((json.dumps(facts, indent=2, default=str) + "\n").encode())
+
+
+def clients_of(rebuilt: Rebuilt) -> Iterator[tuple[str, Rebuilt]]:
+    """`global` and its model, then `clients/00012` and the model of each client that keeps weights:
+    the global one with what is the client's own in it.
+
+    Raises:
+        ConfigError: No client keeps weights, or their states are elsewhere.
+        ClientStateError: A state is not the one that the checkpoint names.
+    """
+    yield "global", rebuilt
+    root = rebuilt.path.absolute().parent.parent / clients.FOLDER
+    found = False
+    for client, version in listing.versions_of(rebuilt.state).items():
+        own = clients.ClientStates([root], client).load(version).get("state_dict")
+        if own is not None:
+            found = True
+            # Without the canary, which is the global model's.
+            state = {"state_dict": {**rebuilt.state["state_dict"], **own}}
+            yield f"clients/{client:05d}", replace(rebuilt, state=state)
+    if not found:
+        raise ConfigError(
+            f"No client's weights: {rebuilt.path}. Clients keep some where federated.personal "
+            "names them; whole models are in clients/ where federated.save_client_models asks for "
+            "them. Leave --clients out for the global model."
+        )
 
 
 def _input(rebuilt: Rebuilt) -> str | None:

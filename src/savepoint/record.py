@@ -88,7 +88,7 @@ def git() -> dict[str, Any] | None:
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch", "torchvision", "lightning", "torchmetrics", "numpy")
+    names = ("torch", "torchvision", "lightning", "torchmetrics", "numpy", "flwr", "ray")
     versions = {"python": platform.python_version(), "savepoint": savepoint.__version__}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):

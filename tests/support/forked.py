@@ -20,7 +20,8 @@ from support.limits import HANG_SECS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["savepoint.resume.start", "project"])
+# Without Flower the last one is left out.
+CONTEXT.set_forkserver_preload(["savepoint.resume.start", "project", "savepoint.federated.runtime"])
 
 
 class Program:

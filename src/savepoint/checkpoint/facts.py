@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
@@ -26,7 +27,7 @@ class Provenance:
 
     config: str = ""
     parent: str | None = None
-    run: Mapping[str, str] = field(default_factory=dict)
+    run: Mapping[str, Any] = field(default_factory=dict)
 
 
 def gather(trainer: Trainer, provenance: Provenance) -> dict[str, Any]:
@@ -36,12 +37,19 @@ def gather(trainer: Trainer, provenance: Provenance) -> dict[str, Any]:
         "step": trainer.global_step,
         "logged_step": loops.logged_step(trainer),
         "epoch": trainer.current_epoch,
+        "world_size": trainer.world_size,
+        **of_run(provenance, data, trainer.strategy.root_device),
+    }
+
+
+def of_run(provenance: Provenance, data: Any, device: torch.device) -> dict[str, Any]:
+    """What holds for any training: whose it is, of which data, when and where."""
+    return {
         "run_id": provenance.run.get("id"),
         "parent": provenance.parent,
         "dataset": {key: getattr(data, key, None) for key in ("name", "fingerprint")},
-        "world_size": trainer.world_size,
         "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
-    } | environment(trainer.strategy.root_device)
+    } | environment(device)
 
 
 def why_ended(trainer: Trainer) -> str:

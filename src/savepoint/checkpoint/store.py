@@ -34,6 +34,7 @@ from savepoint.errors import (
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
+_ENDS = ("epoch", "round")  # a round of a federated run is an epoch of its server
 _UNREADABLE = (CheckpointCorruptError, CheckpointForeignError, CheckpointVersionError, OSError)
 
 
@@ -503,7 +504,7 @@ class CheckpointStore:
 
 def _facts(listed: Iterable[Checkpoint], monitor: str | None) -> list[Facts]:
     return [
-        Facts(one.step, one.epoch, one.score_of(monitor), one.manifest.get("at") == "epoch")
+        Facts(one.step, one.epoch, one.score_of(monitor), one.manifest.get("at") in _ENDS)
         for one in listed
     ]
 

@@ -19,20 +19,24 @@ if TYPE_CHECKING:
 SUFFIXES = {
     "safetensors": ".safetensors",
     "npz": ".npz",
+    "json": ".json",
     "state_dict": ".pt",
     "pt2": ".pt2",
     "onnx": ".onnx",
 }
+WEIGHTS = ("npz", "state_dict", "safetensors")
 ONNX = ("onnx", "onnxruntime", "onnxscript")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     ckpt = "a file, or a run: its best; the newest run under outputs/"
     parser.add_argument("ckpt", metavar="CKPT", nargs="?", help=ckpt)
-    kind = "pt2 and onnx hold the model, the others weights"
+    kind = "pt2 and onnx hold the model, json its facts, the others weights"
     parser.add_argument("--format", required=True, choices=SUFFIXES, help=kind)
     file = "default: in the run directory, by the step"
     parser.add_argument("-o", dest="file", metavar="FILE", type=Path, help=file)
+    clients = "of a federated run: the global model and each client's, into a new directory"
+    parser.add_argument("--clients", metavar="DIR", type=Path, help=clients)
     parser.add_argument("--force", action="store_true", help="replace FILE if it is there")
     allow = "go on though the model's code has changed"
     parser.add_argument("--allow", choices=["canary"], default="", help=allow)
@@ -40,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     path, source = find.file_or_best(arguments.ckpt)
+    if arguments.clients:
+        return _export_clients(arguments, path, source)
     target: Path = arguments.file or find.beside(path, path.stem + SUFFIXES[arguments.format])
     _check(target, arguments.format, force=arguments.force)
 
@@ -47,6 +53,10 @@ def main(arguments: argparse.Namespace) -> int:
         from savepoint import export, rebuilding
 
     rebuilt = rebuilding.rebuild(path, allow=[arguments.allow])
+    if arguments.format == "json":
+        export.write_facts(rebuilt, target)
+        output.put(f"{source}\nwritten: {show(target)}")
+        return 0
     parity = export.export(rebuilt, target, arguments.format)
     metadata = export.describe(rebuilt)
     if arguments.json:
@@ -62,6 +72,36 @@ def main(arguments: argparse.Namespace) -> int:
     if shape := metadata.get("input"):
         lines += [f"input: {shape}, as the model's forward takes it"]
     output.put("\n".join(lines))
+    return 0
+
+
+def _export_clients(arguments: argparse.Namespace, path: Path, source: str) -> int:
+    """The global model and, for each client that keeps weights, its own."""
+    folder: Path = arguments.clients
+    if folder.exists() and any(folder.iterdir()) and not arguments.force:
+        raise ConfigError(
+            f"Not empty: {show(folder)}. The models of all clients go there. Name a new directory, "
+            "or give --force"
+        )
+    if arguments.format not in WEIGHTS:
+        raise ConfigError(
+            f"Not for clients: --format {arguments.format}. Their weights are written as one of "
+            f"{', '.join(WEIGHTS)}. Give one of them."
+        )
+    with entry.importing():
+        from savepoint import export, rebuilding
+
+    rebuilt = rebuilding.rebuild(path, allow=[arguments.allow])
+    suffix = SUFFIXES[arguments.format]
+    number = 0
+    for name, model in export.clients_of(rebuilt):
+        export.export(model, folder / f"{name}{suffix}", arguments.format)
+        number += 1
+    export.write_facts(rebuilt, folder / "facts.json")
+    if arguments.json:
+        output.put_json({"checkpoint": path, "directory": folder, "models": number})
+    else:
+        output.put(f"{source}\nwritten: {words.plural(number, 'model')} in {show(folder)}/")
     return 0
 
 

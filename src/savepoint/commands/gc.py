@@ -1,8 +1,9 @@
 """`savepoint gc [RUN_DIR]`: the store deletes the checkpoints that the run's retention prunes, as
 after a save.
 
-The newest and the best always stay; external and damaged files are never touched. Exit code 1 if a
-checkpoint that stays does not verify: then nothing is deleted, as the others may be needed.
+Of a federated run also the states of clients that no checkpoint names any more. The newest and the
+best always stay; external and damaged files are never touched. Exit code 1 if a checkpoint that
+stays does not verify: then nothing is deleted, as the others may be needed.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from savepoint.checkpoint.retention import RULES, Retention
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.commands import output
 from savepoint.errors import CheckpointError, CheckpointNotFoundError, ConfigError
+from savepoint.federated import listing
 from savepoint.run import Run
 from savepoint.words import plural
 
@@ -55,9 +57,13 @@ def main(arguments: argparse.Namespace) -> int:
     with contextlib.nullcontext() if arguments.dry_run else run.locked():
         rows = _plan(store)
         damaged = [row for row in rows if row["damage"]]
+        rows += [] if damaged else _clients(run, store)
         if not damaged and not arguments.dry_run:
             store.commit()
             store.sweep(alone=True)
+            for path in (run.directory / row["file"] for row in rows if row["is_client"]):
+                with files.saving(path):
+                    path.unlink(missing_ok=True)
     if arguments.json:
         output.put_json({"run_dir": run.directory, "dry_run": arguments.dry_run, "files": rows})
     else:
@@ -127,6 +133,20 @@ def _plan(store: CheckpointStore) -> list[dict[str, Any]]:
     return rows
 
 
+def _clients(run: Run, store: CheckpointStore) -> list[dict[str, Any]]:
+    """The states of clients that no checkpoint that stays names."""
+    is_federated = run.latest is not None and run.latest.manifest.get("kind") == "federated"
+    if not is_federated or listing.summary(run.directory) is None:
+        return []
+    kept = store.reasons()
+    paths = (one.path for one in store.checkpoints() if one.step in kept)
+    rows = []
+    for path in listing.orphans(run.directory, paths):
+        row = _row(path, goes=True, why=["no checkpoint names it"])
+        rows.append(row | {"file": str(path.relative_to(run.directory)), "is_client": True})
+    return rows
+
+
 def _row(
     path: Path,
     step: int | None = None,
@@ -136,7 +156,7 @@ def _row(
     damage: str | None = None,
 ) -> dict[str, Any]:
     size = find.size(path) or 0
-    row = {"file": path.name, "step": step, "bytes": size}
+    row = {"file": path.name, "step": step, "bytes": size, "is_client": False}
     return row | {"goes": goes, "why": why, "damage": damage}
 
 

@@ -13,6 +13,7 @@ from savepoint import find, words
 from savepoint.checkpoint import manifest
 from savepoint.commands import output
 from savepoint.errors import CheckpointNotFoundError
+from savepoint.federated import listing as clients
 from savepoint.run import Run, test_metrics
 
 
@@ -127,7 +128,13 @@ def _checkpoints(run: Run) -> tuple[Any, str, bool]:
     is_wrong = any(not row["verifies"] and not row["set_aside"] for row in rows)
     is_well = not is_wrong and any(row["verifies"] for row in rows)
     text = _checkpoints_text(rows) if rows else f"{run.shown}: no checkpoints"
-    return {"run_dir": run.directory, "checkpoints": rows}, text, is_well
+    data: dict[str, Any] = {"run_dir": run.directory, "checkpoints": rows}
+    if found := clients.summary(run.directory):
+        data["clients"] = found
+        states = words.plural(found["states"], "state")
+        many = words.plural(found["clients"], "client")
+        text += f"\nclients: {states} of {many}, newest round {found['newest_round']}"
+    return data, text, is_well
 
 
 def listing(run: Run) -> list[dict[str, Any]]:

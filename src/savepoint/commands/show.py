@@ -20,7 +20,7 @@ from savepoint.run import Run
 if TYPE_CHECKING:
     from torch import Tensor
 
-PARTS = ("facts", "metrics", "config", "tensors", "lineage")
+PARTS = ("facts", "metrics", "config", "tensors", "clients", "lineage")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
     elif arguments.only:
         output.put(_text(arguments.only, content[arguments.only]))
     else:
-        shown = [_text(part, content[part]) for part in parts]
+        shown = [_text(part, content[part]) for part in parts if content[part] is not None]
         output.put("\n\n".join([str(content["file"]), *shown]))
     return 0
 
@@ -62,6 +62,8 @@ def _text(part: str, content: Any) -> str:
     if part == "metrics":
         rows = [(key, words.number(one["value"]), str(one["step"])) for key, one in content.items()]
         return words.table(("metric", "value", "measured at step"), rows)
+    if part == "clients":
+        return _clients_text(content)
     if part == "config":
         return str(content).rstrip()
     return _tensors_text(content) if part == "tensors" else _lineage_text(content)
@@ -73,14 +75,39 @@ def _text(part: str, content: Any) -> str:
 def _contents(path: Path, parts: list[str]) -> dict[str, Any]:
     facts = manifest.read(path)
     state = dict[str, Any]()
-    if "config" in parts or "tensors" in parts:
+    if {"config", "tensors", "clients"} & set(parts):
         state, facts = find.load(path)
     plain = {key: value for key, value in facts.items() if key != "metrics"}
     content = {"facts": {"bytes": path.stat().st_size} | plain, "metrics": facts.get("metrics", {})}
     content["config"] = state.get("config", "")
+    content["clients"] = _clients(state)
     if "tensors" in parts:
         content["tensors"] = tensors(state)
     return {part: content[part] for part in parts if part in content}
+
+
+def _clients(state: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Of a federated run: the newest state and metrics of each client; None for any other."""
+    saved = state.get("federated")
+    if saved is None:
+        return None
+    nothing: dict[str, Any] = {"round": None, "digest": None, "metrics": {}}
+    rows = []
+    for client in sorted({*saved["clients"], *saved["measured"]}):
+        kept = saved["clients"].get(client, nothing)
+        measured = saved["measured"].get(client, nothing)
+        row = {"client": client, "state_round": kept["round"], "digest": kept["digest"]}
+        rows.append(row | {"measured_in": measured["round"], "metrics": measured["metrics"]})
+    return rows
+
+
+def _clients_text(rows: list[dict[str, Any]] | None) -> str:
+    lines = []
+    for row in rows or ():
+        metrics = ", ".join(f"{name} {words.number(one)}" for name, one in row["metrics"].items())
+        line = [row["client"], row["state_round"], (row["digest"] or "-")[:12], row["measured_in"]]
+        lines.append([*map(words.number, line), metrics or "-"])
+    return words.table(("client", "state of round", "digest", "measured in", "metrics"), lines)
 
 
 def tensors(state: Mapping[str, Any]) -> dict[str, Any]:

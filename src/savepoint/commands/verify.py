@@ -27,6 +27,7 @@ from savepoint.errors import (
     CheckpointVersionError,
     ConfigError,
 )
+from savepoint.federated import listing
 from savepoint.run import Run
 from savepoint.words import plural, python
 
@@ -233,6 +234,7 @@ def _findings(run: Run, results: Sequence[Mapping[str, Any]]) -> Iterator[Findin
         yield from _pointers(run)
         yield from _left_over(run)
         yield from _lost_rows(run, results)
+        yield from _clients(run)
         yield from _room(run)
 
 
@@ -341,6 +343,22 @@ def _lost_rows(run: Run, results: Sequence[Mapping[str, Any]]) -> Iterator[Findi
         what = f"metrics.csv has {there} of the {counted}: the others are lost."
         do = "Put a copy of it back. Without one the curve has a gap; the training is the same."
         yield Finding(True, what, do)
+
+
+def _clients(run: Run) -> Iterator[Finding]:
+    """The states of the clients of a federated run, and whether the newest checkpoint finds its."""
+    found = listing.summary(run.directory)
+    if found is None:
+        return
+    bad = list(listing.damaged(run.directory))
+    for path, reason in bad:
+        yield Finding(True, f"{path.relative_to(run.directory)} does not verify: {reason}.")
+    is_whole = run.latest is not None and run.latest.manifest.get("kind") == "federated"
+    for _, why in listing.lost(run.directory, run.latest.path) if run.latest and is_whole else ():
+        yield Finding(True, why)
+    if not bad:
+        states = plural(found["states"], "state")
+        yield Finding(False, f"{states} of {plural(found['clients'], 'client')}: all verify.")
 
 
 def _rows(path: Path) -> int:

@@ -22,6 +22,7 @@ from torch import nn
 
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.config import compose
+from savepoint.federated.federation import Federation
 
 _LIBRARIES = ("torch", "torchvision", "torchmetrics", "lightning", "jsonargparse", "savepoint")
 
@@ -140,7 +141,12 @@ class Scalars:
 # The groups whose class is not chosen.
 
 
-FIXED: dict[str, type] = {"": Scalars, "trainer": Trainer, "checkpoint": CheckpointCallback}
+FIXED: dict[str, type] = {
+    "": Scalars,
+    "trainer": Trainer,
+    "checkpoint": CheckpointCallback,
+    "federated": Federation,
+}
 
 
 def own_classes(key: str) -> set[str]:

@@ -6,13 +6,14 @@ From weakest to strongest, in any order on the command line:
     the base            a checkpoint's config; else the project's default where no --config file
                         chooses a model or data
     --config FILE       any number of them, the later over the earlier
-    --model, --data, --checkpoint, --trainer    a group: a file, a class name, or YAML text
+    --model, --data, --checkpoint, --trainer, --federated
+                        a group: a file, a class name, or YAML text
     --model.lr 0.01     a single value; two of the same key: the later
 
 Replace, never mix: a later `model` or `data` replaces the earlier one whole, so no value of one
-class survives in another. `trainer` and `checkpoint` belong to one class each and are merged key by
-key; a value in them is replaced whole, unless a file writes the key with a plus, as in
-`callbacks+`: then it is added to the list. A flag that names a class drops the values that the
+class survives in another. `trainer`, `checkpoint` and `federated` belong to one class each and are
+merged key by key; a value in them is replaced whole, unless a file writes the key with a plus, as
+in `callbacks+`: then it is added to the list. A flag that names a class drops the values that the
 files gave to the class before it.
 """
 
@@ -33,7 +34,7 @@ from savepoint.words import nearest
 from savepoint.workspace import project
 
 REPLACED = ("model", "data")
-MERGED = ("trainer", "checkpoint")
+MERGED = ("trainer", "checkpoint", "federated")
 GROUPS = REPLACED + MERGED
 SCALARS = (
     "seed_everything",

@@ -14,6 +14,7 @@ from savepoint import files, words
 from savepoint.checkpoint import manifest
 from savepoint.config import compose
 from savepoint.errors import CheckpointForeignError, ConfigError
+from savepoint.federated import federation
 from savepoint.job import rank, requeued
 from savepoint.run import Run, check_name, is_empty
 
@@ -29,7 +30,7 @@ usage: python train.py [--config FILE]... [--KEY VALUE]...
 
 keys: seed_everything, output_dir, run_name, init_from, init_strict, threads,
       resume (never, auto, must), model.*, data.*, trainer.* (Lightning's Trainer),
-      checkpoint.* (when to save, which to keep)
+      checkpoint.* (when to save, which to keep), federated.* (with Flower, by many clients)
 
   --print_config                 every key with the value it has now
   --model.help CLASS             what a class takes; likewise --data.help, --trainer.logger.help ...
@@ -49,9 +50,17 @@ def check(argv: Sequence[str], *, base: str | None = None, usage: str = USAGE) -
         print(usage, end="")
         raise SystemExit(0)
     check_keys(composed)
+    if federation.is_wanted(composed.config, composed.flags) and not composed.wants_config:
+        federation.require_flower(_federated(composed, "runtime"))
     if base is None:
         _check_start(composed)
     return composed
+
+
+def _federated(composed: compose.Composed, key: str) -> str:
+    """The value of a key of `federated`, by a flag or a file; "" for the default."""
+    group = composed.config.get("federated") or {}
+    return str(dict(composed.flags).get(f"federated.{key}") or group.get(key) or "")
 
 
 def check_keys(composed: compose.Composed) -> None:

@@ -35,6 +35,8 @@ from savepoint.config import compose, quick
 from savepoint.config.classes import FIXED, Scalars, arguments_of, class_at, resolve_class
 from savepoint.config.mistakes import explain, print_class_help, readable
 from savepoint.errors import ConfigError, SavepointError
+from savepoint.federated import federation
+from savepoint.federated.federation import Federation
 
 # jsonargparse writes defaults with yaml, and fails at an Enum: Lightning's Timer has one as the
 # default of a text argument.
@@ -69,14 +71,15 @@ def resolve(composed: compose.Composed) -> Namespace:
         raise SystemExit(0)
     check_keys(composed)
     with _quiet():
-        parser = _parser()
-        layers = ["--config", compose.to_yaml(composed.config)]
+        federated = federation.is_wanted(composed.config, composed.flags)
+        parser = _parser(federated=federated)
+        plain, flags = _folded(composed) if federated else (composed.config, composed.flags)
+        layers = ["--config", compose.to_yaml(plain)]
         try:
-            config = parser.parse_args(
-                layers + [f"--{key}={value}" for key, value in composed.flags]
-            )
+            config = parser.parse_args(layers + [f"--{key}={value}" for key, value in flags])
         except _ParseError as error:
             raise ConfigError(explain(str(error), composed)) from None
+    _keep_whole_numbers(config, composed)
     _refuse_nulls(config, composed)
     if composed.wants_config:
         print(dump(config), end="")
@@ -84,9 +87,42 @@ def resolve(composed: compose.Composed) -> Namespace:
     return config
 
 
+def _folded(composed: compose.Composed) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Config and flags, with the flags of a component of `federated` as its class and arguments:
+    no class is imported for it, so that a config reads without Flower.
+    """
+    group = dict(composed.config.get("federated") or {})
+    flags = []
+    for key, value in composed.flags:
+        name, _, argument = key.removeprefix("federated.").partition(".")
+        if name not in federation.COMPONENTS or not key.startswith("federated."):
+            flags.append((key, value))
+            continue
+        data = compose.parse_yaml(value, f"--{key}")
+        given = group.get(name) or federation.COMPONENTS[name]
+        if argument:
+            chosen, arguments = federation.component(given, f"federated.{name}")
+            data = {"class_path": chosen, "init_args": {**arguments, argument: data}}
+        group[name] = data
+    return {**composed.config, "federated": group}, flags
+
+
+def _keep_whole_numbers(config: Namespace, composed: compose.Composed) -> None:
+    """A whole number stays one where the Trainer takes both kinds. Python's `typing` remembers the
+    union of int and float in the order in which a process has met it first: after `import flwr`,
+    2 would be 2.0, and equal configs would differ.
+    """
+    flags = ((key, compose.parse_yaml(value, f"--{key}")) for key, value in composed.flags)
+    group = composed.config.get("trainer") or {}
+    given = [*((f"trainer.{name}", value) for name, value in group.items()), *flags]
+    for key, value in given:
+        if key.startswith("trainer.") and type(value) is int and type(config.get(key)) is float:
+            config[key] = value
+
+
 def check_keys(composed: compose.Composed) -> None:
-    """Raises ConfigError for unknown keys of `trainer` and `checkpoint`, and for flags that name
-    nothing.
+    """Raises ConfigError for unknown keys of `trainer`, `checkpoint` and `federated`, and for flags
+    that name nothing.
     """
     for group in compose.MERGED:
         for name in composed.config.get(group, {}):
@@ -133,10 +169,12 @@ def dump(config: Namespace) -> str:
     """
     with _quiet():
         # A key that is null must be written: it may stand against a default that is not.
+        parser = _parser(federated="federated" in config)
         written = json.loads(
-            _parser().dump(config, format="json", skip_unset=False, skip_validation=True)
+            parser.dump(config, format="json", skip_unset=False, skip_validation=True)
         )
-    return compose.to_yaml({key: _exact(config[key], written[key]) for key in compose.KEYS})
+    keys = [key for key in compose.KEYS if key in config]
+    return compose.to_yaml({key: _exact(config[key], written[key]) for key in keys})
 
 
 def _exact(value: Any, written: Any) -> Any:
@@ -147,6 +185,25 @@ def _exact(value: Any, written: Any) -> Any:
         return [_exact(*pair) for pair in zip(value, written, strict=True)]
     is_plain = isinstance(value, str | int | float) and not isinstance(value, Enum)
     return value if is_plain else written
+
+
+def federation_of(config: Namespace) -> Federation | None:
+    """The group `federated` of a configuration; None where it has none."""
+    return Federation(**config.federated.as_dict()) if "federated" in config else None
+
+
+def local_trainer(config: Namespace, **overrides: Any) -> Trainer:
+    """A Trainer of the group `trainer`, without logger and checkpoints, and with new callbacks.
+
+    Raises:
+        ConfigError: Lightning refuses a value.
+    """
+    with _quiet():
+        chosen = Namespace(trainer=config.trainer.clone())  # type: ignore[no-untyped-call]
+        arguments = _parser().instantiate_classes(chosen).trainer.as_dict()
+        arguments |= {"logger": False, "enable_checkpointing": False} | overrides
+        with _refused_by_lightning():
+            return Trainer(**arguments)
 
 
 def instantiate(
@@ -169,7 +226,11 @@ def instantiate(
         trainer_overrides["logger"] = logger
     with _quiet():
         cli = _Cli(
-            config, callbacks=callbacks, plugins=plugins, trainer_overrides=trainer_overrides
+            config,
+            callbacks=callbacks,
+            plugins=plugins,
+            trainer_overrides=trainer_overrides,
+            federated="federated" in config,
         )
     return cli.model, cli.datamodule, cli.trainer
 
@@ -184,9 +245,9 @@ class _Parser(LightningArgumentParser):
 
 
 @functools.cache
-def _parser() -> LightningArgumentParser:
+def _parser(*, federated: bool = False) -> LightningArgumentParser:
     """The parser, made once: it reads the signatures of the Trainer and of its arguments."""
-    return _Cli().parser
+    return _Cli(federated=federated).parser
 
 
 class _Cli(LightningCLI):
@@ -199,7 +260,9 @@ class _Cli(LightningCLI):
         callbacks: Iterable[Callback] = (),
         plugins: Iterable[Any] = (),
         trainer_overrides: dict[str, Any] | None = None,
+        federated: bool = False,
     ) -> None:
+        self._federated = federated
         self._callbacks = list(callbacks)
         self._plugins = list(plugins)
         self._trainer_overrides = trainer_overrides or {}
@@ -222,6 +285,8 @@ class _Cli(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(CheckpointCallback, "checkpoint")
+        if self._federated:
+            parser.add_class_arguments(Federation, "federated", instantiate=False)
 
     # LightningCLI does everything in its constructor. These are its steps; without a config they do
     # nothing. Its own parse_arguments warns about sys.argv, which must stay: the DDP launcher
@@ -265,12 +330,18 @@ class _Cli(LightningCLI):
             lists["logger"] = _as_list(self._trainer_overrides.pop("logger")) + _as_list(
                 given
             )  # beside those of the run
-        try:
+        with _refused_by_lightning():
             return super().instantiate_trainer(**{**lists, **self._trainer_overrides, **kwargs})
-        except (MisconfigurationException, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"Lightning's Trainer refuses its settings: {' '.join(str(error).split())}"
-            ) from error
+
+
+@contextmanager
+def _refused_by_lightning() -> Iterator[None]:
+    try:
+        yield
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"Lightning's Trainer refuses its settings: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _as_list(value: Any) -> list[Any]:

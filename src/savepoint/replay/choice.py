@@ -37,6 +37,12 @@ def load(checkpoint: Checkpoint) -> Source:
         ConfigError: It is of a training that cannot be replayed.
     """
     source = Source(checkpoint.path, *store.load(checkpoint.path))
+    if source.manifest.get("kind") == "federated":
+        raise ConfigError(
+            f"A federated run: {show(checkpoint.path)}. Its rounds are played by a server and its "
+            "clients; a training in one process was expected. Fork it to play them again: python "
+            f"resume.py {show(checkpoint.path)} --fork NAME"
+        )
     require_facts(source)
     ranks = source.manifest["world_size"]
     if ranks != 1:

@@ -23,6 +23,7 @@ ROLES = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 EVERY = ("step", "epoch")
+CLIENTS = "clients/"
 NO_METRICS = ("step", "epoch", "time/secs", "", None)
 ORDER = ("train", "val", "test", "other")
 LARGEST = 1e200  # a larger value has no place in a chart, like NaN
@@ -137,6 +138,9 @@ def series_of(name: str) -> Series:
     """An empty series. `train/loss_step`, `loss_train_step` and `Train.Loss_step` measure "loss",
     and have the label "train each step"; with two such words, or none, a name is its own label.
     """
+    if name.startswith(CLIENTS):  # the mean of what clients of a federated run have measured
+        own = series_of(name.removeprefix(CLIENTS))
+        return Series(name, own.quantity, "clients", "other")
     match = LOADER.fullmatch(name)
     stem, number = match.groups() if match else (name, None)
     pieces = SEPARATOR.split(stem)

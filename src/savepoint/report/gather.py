@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.retention import RULES, Retention
 from savepoint.checkpoint.store import Checkpoint, CheckpointStore
-from savepoint.report import pictures
+from savepoint.report import clients, pictures
 from savepoint.report.curves import Curves, series_of, steps_by
 from savepoint.run import Run
 from savepoint.words import plural
@@ -72,6 +72,8 @@ class Report:
         lanes: The files with a step, by place.
         last_step: The end of every step axis.
         per_batch: Steps of optimizers for each that the log counts.
+        clients: Of a federated run; None for any other.
+        unit: What a step is called.
     """
 
     def __init__(self, run: Run) -> None:
@@ -95,6 +97,8 @@ class Report:
         self.marks = sorted([*_marks_of_starts(self.starts), *_marks_of_files(self.files)])
         self.curves = Curves(run.directory / "metrics.csv", self.latest.get("monitor"), to_step)
         self.pictures = list(pictures.read(run.directory, self.missing))
+        self.clients = clients.read(run.directory)
+        self.unit = "round" if self.latest.get("kind") == "federated" else "step"
         self._place_test()
         self.command = _command(run, self.state)
         known = [file for file in self.files if file.step is not None]
@@ -283,4 +287,7 @@ def _command(run: Run, state: str) -> tuple[str, str]:
     if state == "finished" and ended in limits:
         twice = 2 * max(1, limits[ended])
         return "Train longer", f"{run.command('resume.py')} --trainer.{ended} {twice}"
+    if state == "finished" and ended == "num_server_rounds":
+        twice = 2 * run.latest.step
+        return "More rounds", f"{run.command('resume.py')} --federated.{ended} {twice}"
     return "Go on", run.command("resume.py")

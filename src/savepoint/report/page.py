@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from savepoint import words
-from savepoint.report import chart
+from savepoint.report import chart, clients
 from savepoint.report.curves import series_of
 from savepoint.report.gather import Report
 
@@ -33,6 +33,7 @@ def page(report: Report) -> str:
         "steps": steps,
         "numbers": list(_numbers(report)),
         "environment": list(_environment(report)),
+        "client_height": clients.HIGH,
         "now": words.moment(datetime.now(UTC).isoformat()),
     }
     return _templates().get_template("page.html").render(vars(report) | own | shown)

@@ -49,7 +49,7 @@ def go_on(request: Request, config: Any, run: Run | None) -> int:
     if request.plan:
         return 0
     begin = start_from(request, source, changed, run)
-    run = run or _new_run(request, source)
+    run = run or new_run(request, source)
     path = source.path
     try:
         training = build.build(config, run, begin)
@@ -110,7 +110,7 @@ def _complete(run: Run, source: Source, config: Any) -> int:
     return execute(training, trained=reached)
 
 
-def _new_run(request: Request, source: Source) -> Run:
+def new_run(request: Request, source: Source) -> Run:
     origin = source.state["run"].get("name") or source.path.stem
     suffix = "-fork" if request.fork is not None else ""
     if request.fork and _is_begun(fork := Path(request.output_dir) / request.fork, source):
@@ -141,21 +141,27 @@ class _Rewind(Checkpoint):
         self.step = step
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        checkpoints = store.CheckpointStore(self.run.directory / "checkpoints")
-        later = checkpoints.latest()
-        if not trainer.is_global_zero or later is None or later.step <= self.step:
-            return
-        name = f"{time.strftime('%Y%m%d-%H%M%S')}-from-step-{later.step}"
-        aside = self.run.directory / "rewound" / name
-        with files.saving(aside):
-            files.make_directory(aside)
-            log = [self.run.directory / "metrics.csv", *event_files(self.run.directory)]
-            for path in filter(Path.exists, log):
-                copy = aside / path.relative_to(self.run.directory)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(path, copy)
-        moved = checkpoints.set_aside_after(self.step, aside)
-        print(
-            f"Set aside in {show(aside)}: {', '.join(path.name for path in moved)}, metrics.csv",
-            flush=True,
-        )
+        if trainer.is_global_zero:
+            set_aside_later(self.run, self.step)
+
+
+def set_aside_later(run: Run, step: int) -> None:
+    """Moves the checkpoints after `step`, and a copy of the log, to rewound/."""
+    checkpoints = store.CheckpointStore(run.directory / "checkpoints")
+    later = checkpoints.latest()
+    if later is None or later.step <= step:
+        return
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-from-step-{later.step}"
+    aside = run.directory / "rewound" / name
+    with files.saving(aside):
+        files.make_directory(aside)
+        log = [run.directory / "metrics.csv", *event_files(run.directory)]
+        for path in filter(Path.exists, log):
+            copy = aside / path.relative_to(run.directory)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, copy)
+    moved = checkpoints.set_aside_after(step, aside)
+    print(
+        f"Set aside in {show(aside)}: {', '.join(path.name for path in moved)}, metrics.csv",
+        flush=True,
+    )

@@ -21,6 +21,7 @@ from savepoint.words import megabytes, plural, show
 
 # Keys without influence on the training: not compared at all.
 _LENGTH = {"trainer.max_epochs", "trainer.max_steps"}
+_OF_A_START = {"federated.runtime", "federated.client_state_dir"}
 NOT_COMPARED = ("run_name", "output_dir", "resume", "init_from", "init_strict", "threads")
 
 
@@ -29,6 +30,11 @@ FREE = (
     "checkpoint",
     "data.root",
     "data.num_workers",
+    "federated.min_replies",
+    "federated.num_server_rounds",
+    "federated.retries",
+    "federated.save_client_models",
+    "federated.timeout",
     "trainer.accelerator",
     "trainer.barebones",
     "trainer.default_root_dir",
@@ -53,7 +59,8 @@ def differences(was: str, is_: str) -> dict[str, tuple[Any, Any]]:
     """Config key -> (value in the checkpoint, value now), for the keys that are compared."""
     old = compose.flatten(was)
     new = compose.flatten(is_)
-    keys = [key for key in {**old, **new} if key.split(".")[0] not in NOT_COMPARED]
+    keys = [key for key in {**old, **new} if key not in _OF_A_START]
+    keys = [key for key in keys if key.split(".")[0] not in NOT_COMPARED]
     return {
         key: (old.get(key), new.get(key))
         for key in keys
@@ -88,7 +95,7 @@ def check_allowed(allow: Sequence[str], keys: Sequence[str]) -> None:
     """Raises ConfigError for a word after `--allow` that names nothing."""
     for name in allow:
         is_key = any(_named(key, [name]) for key in keys)
-        if name not in ("dataset", "world_size", "canary") and not is_key:
+        if name not in ("dataset", "world_size", "canary", "clients") and not is_key:
             near = difflib.get_close_matches(name, keys, n=1)
             hint = f"Did you mean {near[0]}?" if near else "The plan (--plan) names what differs."
             raise ConfigError(
@@ -188,7 +195,7 @@ def _notes(
         )
     notes += notes_of_environment(facts, asked)
     if request.run_dir and request.fork is None:
-        notes += _notes_of_record(Run(request.run_dir), facts)
+        notes += notes_of_record(Run(request.run_dir), facts)
     if "world_size" in request.allow:
         notes.append(
             f"with more or fewer processes than {facts['world_size']}, random states, metric "
@@ -228,7 +235,7 @@ def notes_of_environment(facts: Mapping[str, Any], asked: int | None) -> Iterato
             )
 
 
-def _notes_of_record(run: Run, facts: Mapping[str, Any]) -> Iterator[str]:
+def notes_of_record(run: Run, facts: Mapping[str, Any]) -> Iterator[str]:
     if run.record_damage():
         yield (
             "run.json is damaged: it is renamed once the training begins, and a new record begins"

@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from savepoint.checkpoint import manifest
 from savepoint.checkpoint.manifest import step_files
 from savepoint.config import compose, typed
 from savepoint.errors import CheckpointNotFoundError, ConfigError
+from savepoint.federated import federation
 from savepoint.job import requeued, scheduled
 from savepoint.resume import external
 from savepoint.resume.go_on import go_on
@@ -21,7 +23,7 @@ def start(composed: compose.Composed) -> int:
     config = typed.resolve(composed)
     mode = config.resume or ("auto" if requeued() else "never")
     if mode == "never":
-        return train(config, composed.name)
+        return _train(config, composed.name)
     run_dir = Path(config.output_dir) / (
         config.run_name or _name_of_job(composed.name, config, mode)
     )
@@ -41,7 +43,15 @@ def start(composed: compose.Composed) -> int:
             "run. Start it with --resume auto.",
             run_dir,
         )
-    return train(config, composed.name, reuse=run_dir)
+    return _train(config, composed.name, reuse=run_dir)
+
+
+def _train(config: Any, name: str, *, reuse: Path | None = None) -> int:
+    if "federated" not in config:
+        return train(config, name, reuse=reuse)
+    from savepoint.federated import runtime  # Flower is optional
+
+    return runtime.train(config, name, reuse=reuse)
 
 
 def _name_of_job(config_name: str, config: Any, mode: str) -> str:
@@ -71,7 +81,21 @@ def _continue(request: Request, config: Any) -> int:
     in_place = request.run_dir is not None and request.fork is None and not request.plan
     run = Run.open(request.run_dir) if in_place and request.run_dir else None
     try:
-        return go_on(request, config, run)
+        if _kind(request) != "federated":
+            return go_on(request, config, run)
+        federation.require_flower()
+        from savepoint.federated import runtime
+
+        return runtime.go_on(request, config, run)
     finally:
         if run:
             run.unlock()
+
+
+def _kind(request: Request) -> str | None:
+    """Of the training, by the manifest of any of its checkpoints."""
+    if request.file is not None:
+        return manifest.read(request.file).get("kind")
+    assert request.run_dir is not None
+    latest = Run(request.run_dir).latest
+    return latest.manifest.get("kind") if latest else None

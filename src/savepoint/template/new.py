@@ -21,8 +21,16 @@ COPIED = (
     "src/project", "tests/test_project.py", ".gitignore", ".pre-commit-config.yaml", "Dockerfile",
     ".dockerignore", ".ci/run", ".ci/environment.py", ".github/workflows/ci.yml",
 )  # fmt: skip
-LEFT_OUT = ("src/project/text.py", "configs/text.yaml")
-"""The second example, which nothing else needs: a copy has one example to replace."""
+LEFT_OUT = (
+    "src/project/text.py", "configs/text.yaml", "src/project/flower.py",
+    "configs/federated/digits.yaml", "configs/federated/fashion.yaml",
+    "configs/federated/mnist.yaml", "configs/federated/personal.yaml",
+)  # fmt: skip
+"""The second example, and Flower's app with its configs, which nothing else needs: a copy has one
+example to replace.
+"""
+FLOWER = r"(?s)# `flwr run \.`.*?(?=\[tool\.ruff\])"
+"""The tables of pyproject.toml that Flower's app has."""
 LIBRARY = "src/savepoint"
 UNTYPED = "ignore_errors = true # without this line, what you annotate is checked"
 """Lightning's own types call much of what is written for it wrong: `self.hparams.lr`, a hook's
@@ -125,6 +133,7 @@ def renamed(pyproject: str, name: str) -> str:
         line = f'{key} = "{own[key]}"\n' if key in own else ""
         pyproject = re.sub(rf"^{key} = .*\n", line, pyproject, count=1, flags=re.MULTILINE)
     pyproject = re.sub(r"(?m)^exclude = \[\].*", UNFORMATTED, pyproject)
+    pyproject = re.sub(FLOWER, "", pyproject)
     return re.sub(r"(?m)^ignore_errors = .*", UNTYPED, pyproject)
 
 

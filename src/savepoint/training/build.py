@@ -53,6 +53,7 @@ class Training:
     trainer: Trainer
     checkpointing: CheckpointCallback
     meter: Meter
+    record: Mapping[str, Any]  # run.json, before this start
     last: Mapping[str, Any] | None = None  # the newest checkpoint, where there is nothing to fit
 
 
@@ -149,7 +150,7 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
         parent=start.digest,
         run={"id": record["id"], "name": run.directory.name},
     )
-    return Training(run, model, data, trainer, checkpointing, meter)
+    return Training(run, model, data, trainer, checkpointing, meter, record)
 
 
 def portable(config: Any) -> Any:
@@ -161,6 +162,9 @@ def portable(config: Any) -> Any:
     config.output_dir = "outputs"
     config.resume = None
     config.threads = None
+    if "federated" in config:
+        config.federated.runtime = "local"
+        config.federated.client_state_dir = "client-states"
     return config
 
 

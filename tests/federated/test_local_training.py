@@ -1,0 +1,131 @@
+"""One client's training and evaluation, and Flower's grid in this process."""
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr")
+
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from support.federated import TINY
+
+import project
+from savepoint.config import typed
+from savepoint.federated.local_grid import FAILED, LocalGrid
+from savepoint.federated.training import LocalTraining
+
+# As in any process that builds one; here each test has filters of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+
+
+class Counting(project.ImageClassifier):
+    """Keeps a state of its own: in how many rounds it has trained."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.visits = 0
+
+    def on_train_start(self) -> None:
+        self.visits += 1
+
+    def client_state(self) -> dict[str, int]:
+        return {"visits": self.visits}
+
+    def load_client_state(self, state: dict[str, int]) -> None:
+        self.visits = state["visits"]
+
+
+def local(*flags: str) -> LocalTraining:
+    return LocalTraining(typed.parse([*TINY, *flags]))
+
+
+@pytest.fixture(scope="module")
+def training() -> LocalTraining:
+    return local("--federated.personal", "[net.classify]", "--federated.keep_optimizer", "true")
+
+
+def sent(training: LocalTraining) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in training.model.state_dict().items() if training.federation.sends(n)}
+
+
+def test_a_round_of_a_client_repeats_itself_and_touches_nothing(training: LocalTraining) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    one = training.train(1, 2, sent(training), {})
+    torch.rand(5)
+    two = training.train(1, 2, sent(training), {})
+    assert one.metrics == two.metrics
+    assert all(torch.equal(one.weights[name], two.weights[name]) for name in one.weights)
+    torch.manual_seed(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    other = training.train(1, 3, sent(training), {})
+    assert other.metrics != one.metrics
+
+
+def test_a_client_goes_on_with_its_own_head_and_optimizer(training: LocalTraining) -> None:
+    first = training.train(1, 1, sent(training), {})
+    assert set(first.keeps["state_dict"]) == {"net.classify.weight", "net.classify.bias"}
+    assert first.keeps["optimizer_states"][0]
+    with_state = training.train(1, 2, sent(training), first.keeps)
+    without = training.train(1, 2, sent(training), {})
+    assert not torch.equal(
+        with_state.weights["net.classify.bias"], without.weights["net.classify.bias"]
+    )
+    only_head = {"state_dict": first.keeps["state_dict"]}
+    assert with_state.metrics != training.train(1, 2, sent(training), only_head).metrics
+
+
+def test_the_learning_rate_of_a_round_is_scaled(training: LocalTraining) -> None:
+    still = training.train(1, 1, sent(training), {}, lr_factor=1e-12)
+    for name, _ in training.model.named_parameters():
+        assert torch.allclose(still.weights[name], training.model.state_dict()[name], atol=1e-8)
+
+
+def test_fedprox_holds_the_weights_near_the_received_ones(training: LocalTraining) -> None:
+    def moved(mu: float) -> float:
+        made = training.train(1, 1, sent(training), {}, proximal_mu=mu)
+        pairs = ((made.weights[n], p.detach()) for n, p in training.model.named_parameters())
+        return sum(float((one - other).norm()) for one, other in pairs)
+
+    assert moved(10.0) < moved(0.0)
+
+
+def test_a_model_may_keep_any_plain_state_at_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(project, "Counting", Counting, raising=False)
+    monkeypatch.setattr(Counting, "__module__", "project")
+    text = "{class_path: project.Counting, init_args: {net: {class_path: ConvNet}, schedule: constant}}"
+    base = ["--config", "configs/federated/digits.yaml", "--trainer.limit_train_batches", "2"]
+    training = LocalTraining(typed.parse([*base, "--model", text]))
+    state: dict[str, Any] = {}
+    for number in (1, 2):
+        state = training.train(1, number, sent(training), state).keeps
+        assert state == {"user": {"visits": number}}
+    assert training.model.visits == 0
+
+
+def test_what_a_client_raises_comes_back_as_an_error() -> None:
+    app = ClientApp()
+
+    @app.query()
+    def ask(message: Message, context: Any) -> Message:
+        if context.node_config["partition-id"] == 1:
+            raise KeyError("broken")
+        return Message(RecordDict({"is": ConfigRecord({"n": 1})}), reply_to=message)
+
+    grid = LocalGrid(app, 2)
+    questions = [
+        Message(RecordDict(), dst_node_id=node, message_type="query")
+        for node in grid.get_node_ids()
+    ]
+    good, bad = grid.send_and_receive(questions)
+    assert good.content["is"]["n"] == 1
+    assert good.metadata.src_node_id == 1
+    assert good.metadata.reply_to_message_id
+    assert (bad.error.code, "broken" in bad.error.reason) == (FAILED, True)
+    names = list(grid.push_messages(questions[:1]))
+    assert [one.content["is"]["n"] for one in grid.pull_messages(names)] == [1]
+    assert list(grid.pull_messages(names)) == []
+    at_once = 0.0
+    assert list(grid.send_and_receive(questions, timeout=at_once)) == []
