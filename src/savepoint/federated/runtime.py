@@ -28,9 +28,9 @@ from savepoint.resume.overrides import check_canary
 from savepoint.resume.request import Request
 from savepoint.resume.source import Source, choose
 from savepoint.run import Run, resume_command
+from savepoint.tail import last_step
 from savepoint.training import build
 from savepoint.training.build import Start
-from savepoint.training.logs import last_step
 from savepoint.words import plural, show
 
 Play = Callable[[Server], None]
