@@ -182,7 +182,9 @@ class LocalTraining:
         with seeded(derive(self.config.seed_everything, server_round, client, 1)):
             model = self._model_of(received, state)
             loader = cast(Divisible, self.data).part(indices, None)
-            [measured] = self._evaluator().validate(model, loader, verbose=False)
+            trainer = self._evaluator()
+            [measured] = trainer.validate(model, loader, verbose=False)
+        _pass_on(trainer)
         return {name: float(value) for name, value in measured.items()}, len(indices)
 
     def _model_of(self, received: Weights, state: Mapping[str, Any]) -> LightningModule:
@@ -223,6 +225,7 @@ class LocalTraining:
             trainer = self._evaluator()
             [measured, *others] = trainer.validate(model, datamodule=self.data, verbose=False)
             self.data.trainer = None
+        _pass_on(trainer)
         for more in others:
             measured = {**measured, **more}
         return {name: float(value) for name, value in measured.items()}
@@ -266,6 +269,12 @@ class _Local(Callback):
         for now, received in zip(pl_module.parameters(), self._received, strict=True):
             if now.grad is not None:
                 now.grad.add_(now.detach() - received, alpha=self.proximal_mu)
+
+
+def _pass_on(trainer: Trainer) -> None:
+    """A SIGTERM that Lightning's own handler has taken, which an evaluation does not act on."""
+    if preemption.requests.armed and trainer.received_sigterm:
+        preemption.requests.stop = signal.SIGTERM
 
 
 def federation_of(config: Any) -> Federation:
