@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +61,26 @@ def _watch(directory: Path, every: float) -> None:
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    return [
-        (
-            row["run"],
-            row["state"],
-            words.number(row["step"]),
-            "-" if row["rate"] is None else f"{row['rate']:.3g}",
-            "-" if row["left"] is None else words.duration(row["left"]),
-            "-" if row["saved"] is None else f"{row['saved']}, {words.age(row['saved_at'])}",
-            "-" if row["best"] is None else f"{row['monitor'] or ''} {words.number(row['best'])}",
-            row["last"] or "-",
-            "-" if row["room"] is None else f"{row['room']} more",
-        )
-        for row in rows
-    ]
+    return [_line(row) for row in rows]
+
+
+def _line(row: dict[str, Any]) -> tuple[str, ...]:
+    monitor = row["monitor"] or ""
+    return (
+        row["run"],
+        row["state"],
+        words.number(row["step"]),
+        _or_none(row["rate"], "{:.3g}".format),
+        _or_none(row["left"], words.duration),
+        _or_none(row["saved"], lambda step: f"{step}, {words.age(row['saved_at'])}"),
+        _or_none(row["best"], lambda best: f"{monitor} {words.number(best)}".strip()),
+        row["last"] or "-",
+        _or_none(row["room"], "{} more".format),
+    )
+
+
+def _or_none(value: Any, text: Callable[[Any], str]) -> str:
+    return "-" if value is None else text(value)
 
 
 def look(directory: Path) -> list[dict[str, Any]]:
