@@ -49,6 +49,21 @@ def test_a_row_a_round_is_logged_with_the_modules_own_names(straight: Path) -> N
     assert rows[-1]["test/accuracy"]
 
 
+def test_weights_and_biases_gets_central_and_federated_metrics_in_one_run(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="needs: make extras")
+    run = tmp_path / "run"
+    tracked = ["--config", "configs/logger/wandb.yaml", "--federated.num_server_rounds", "1"]
+    code, said = federated.train(run, *tracked)
+    assert code == 0, said
+    code, said = federated.resume(run, "--federated.num_server_rounds", "2")
+    assert code == 0, said
+    files = sorted(run.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2
+    assert len({path.name for path in files}) == 1  # by the id of the run
+    names = ("val/accuracy", "val/loss", "clients/val/accuracy", "clients/val/loss")
+    assert all(name.encode() in path.read_bytes() for path in files for name in names)
+
+
 @pytest.mark.parametrize("kind", ["npz", "state_dict"])
 def test_the_global_model_is_read_by_numpy_or_torch_alone(
     straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
