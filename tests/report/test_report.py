@@ -808,3 +808,10 @@ def test_markup_in_a_name_does_nothing_in_a_browser(
     assert browser.ask("document.querySelectorAll('script').length") == 2
     assert browser.ask("document.documentElement.scrollWidth") == 400
     assert browser.said == []
+
+
+def test_clients_have_a_colour_of_their_own_and_times_are_of_the_clock() -> None:
+    clients = series_of("clients/val/loss")
+    assert (clients.quantity, clients.role, clients.label) == ("loss", "clients", "clients")
+    assert Chart("time/train_secs", [series_of("time/train_secs")]).by_the_clock
+    assert series_of("time/train_secs").quantity == "time/train_secs"

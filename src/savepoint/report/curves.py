@@ -24,8 +24,9 @@ ROLES = {
 }
 EVERY = ("step", "epoch")
 CLIENTS = "clients/"
+CLOCK = "time/"
 NO_METRICS = ("step", "epoch", "time/secs", "", None)
-ORDER = ("train", "val", "test", "other")
+ORDER = ("train", "val", "test", "clients", "other")
 LARGEST = 1e200  # a larger value has no place in a chart, like NaN
 LONG = 300  # points; longer series get a line of their mean too
 
@@ -85,7 +86,7 @@ class Chart:
         longest = max(len(one.points) for one in self.series)
         self.is_curve = longest > 1
         self.is_long = longest > LONG
-        self.by_the_clock = quantity.startswith("time/")
+        self.by_the_clock = quantity.startswith(CLOCK)
 
     def last(self, series: Series) -> str:
         points = series.finite()
@@ -140,7 +141,9 @@ def series_of(name: str) -> Series:
     """
     if name.startswith(CLIENTS):  # the mean of what clients of a federated run have measured
         own = series_of(name.removeprefix(CLIENTS))
-        return Series(name, own.quantity, "clients", "other")
+        return Series(name, own.quantity, "clients", "clients")
+    if name.startswith(CLOCK):
+        return Series(name, name, name, "other")
     match = LOADER.fullmatch(name)
     stem, number = match.groups() if match else (name, None)
     pieces = SEPARATOR.split(stem)
