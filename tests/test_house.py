@@ -25,7 +25,7 @@ SAVEPOINT = sorted(m for m in MODULES if m.split(".")[0] == "savepoint")
 FLOORS = [
     ["__main__", "testing", "prove"],
     ["commands.*"],
-    ["commands", "sweep", "report.page"],
+    ["commands", "commands.output", "commands.mirrored", "sweep", "report.page"],
     ["resume.start"],
     ["resume.*", "evaluate", "export", "report.*", "sweep_file"],
     ["rebuilding"],
@@ -34,7 +34,7 @@ FLOORS = [
     ["config.typed"],
     ["config.mistakes"],
     ["config.classes"],
-    ["config.quick", "find", "weights"],
+    ["config.quick", "find", "weights", "mirror.fetch", "mirror.shadow"],
     [
         "run",
         "resume.overrides",
@@ -58,10 +58,12 @@ FLOORS = [
         "checkpoint.foreign",
         "checkpoint.facts",
     ],
-    ["checkpoint.store", "checkpoint.canary"],
+    ["mirror.uploader", "mirror.held"],
+    ["checkpoint.store", "checkpoint.canary", "mirror.lease", "mirror.settings"],
     ["checkpoint.state.*", "checkpoint.state", "checkpoint.format", "checkpoint.retention"],
     ["look.*", "look", "checkpoint.manifest", "loaders.*", "loaders"],
     ["checkpoint.diagnosis", "checkpoint.seal", "lock", "record", "schedules"],
+    ["mirror.remote"],
     ["files", "preemption"],
     ["errors", "job", "words", "workspace"],
 ]
@@ -147,7 +149,7 @@ PACKAGES = {
     "savepoint",
     *(
         f"savepoint.{name}"
-        for name in ("checkpoint", "config", "report", "resume", "template", "training")
+        for name in ("checkpoint", "config", "mirror", "report", "resume", "template", "training")
     ),
 }
 
@@ -294,6 +296,20 @@ def test_the_check_before_lightning_needs_yaml_only(module: str) -> None:
     assert libraries(f"savepoint.{module}", when_loaded=True) == {"yaml"}
 
 
+FILE_SYSTEMS = ("fsspec", "s3fs", "gcsfs", "adlfs", "boto", "aiobotocore")
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"savepoint.mirror.remote"}))
+def test_one_file_knows_the_file_systems_behind_urls(module: str) -> None:
+    strings = {
+        node.value
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    named = imported(module) | strings  # `importlib.import_module("fsspec.core")`
+    assert not [name for name in named if name.split(".")[0] in FILE_SYSTEMS]
+
+
 KNOW_JSONARGPARSE = {"savepoint.config.typed", "savepoint.config.classes"}
 
 
@@ -416,9 +432,12 @@ def test_a_checkpoint_preset_names_every_key_so_that_none_of_another_preset_stay
     from savepoint.checkpoint.callback import CheckpointCallback
     from savepoint.config import compose
 
-    # What ranks them depends on the model.
+    # What ranks them depends on the model; where they are mirrored, on the place: a preset of its own.
     keys = set(inspect.signature(CheckpointCallback).parameters) - {"monitor", "mode"}
-    assert set(compose.read(ROOT / config)) == keys
+    of_a_mirror = {key for key in keys if key.startswith("mirror")}
+    assert of_a_mirror
+    is_mirror = Path(config).name == "mirror.yaml"
+    assert set(compose.read(ROOT / config)) == (of_a_mirror if is_mirror else keys - of_a_mirror)
 
 
 def test_the_time_limits_of_tests_are_there_to_end_a_hang() -> None:

@@ -71,7 +71,7 @@ def _look(path: Path, *, deep: bool, quiet: bool) -> dict[str, Any]:
     if not run and not results:
         what = f"No checkpoint there: {path}. A run directory has checkpoints/step-*.ckpt in it."
         message = f"savepoint verify: {what} {find.instead(path)}"
-        print(words.printable(message), file=sys.stderr)
+        print(output.named(words.printable(message)), file=sys.stderr)
     is_well = all(one["verifies"] and one["finite"] is not False for one in results)
     is_well = is_well and not any(one.wrong for one in findings) and bool(run or results)
     if run:
