@@ -71,7 +71,15 @@ class Server:
             (self.directory / BUCKET).mkdir(exist_ok=True)
             place = ["--addr", f"127.0.0.1:{self.port}", "--auth-key", f"{KEY},{KEY}"]
             rclone = shutil.which("rclone", path=str(binaries)) or "rclone"
-            command = [rclone, "serve", "s3", str(self.directory), *place, "--vfs-cache-mode", "off"]
+            command = [
+                rclone,
+                "serve",
+                "s3",
+                str(self.directory),
+                *place,
+                "--vfs-cache-mode",
+                "off",
+            ]
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.directory
         )
@@ -84,14 +92,21 @@ class Server:
         while time.monotonic() < until:
             assert self.process is not None
             assert self.process.poll() is None, f"{self.kind} ended with {self.process.returncode}"
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", self.port), 1),
+            ):
                 return
             time.sleep(0.05)
 
     def _make_bucket(self) -> None:
         import s3fs
 
-        options = {"key": KEY, "secret": KEY, "client_kwargs": {"endpoint_url": self.environment["AWS_ENDPOINT_URL"]}}
+        options = {
+            "key": KEY,
+            "secret": KEY,
+            "client_kwargs": {"endpoint_url": self.environment["AWS_ENDPOINT_URL"]},
+        }
         s3fs.S3FileSystem(skip_instance_cache=True, **options).mkdir(BUCKET)
 
     def stop(self) -> None:
