@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,14 +101,11 @@ class Server:
             time.sleep(0.05)
 
     def _make_bucket(self) -> None:
-        import s3fs
-
-        options = {
-            "key": KEY,
-            "secret": KEY,
-            "client_kwargs": {"endpoint_url": self.environment["AWS_ENDPOINT_URL"]},
-        }
-        s3fs.S3FileSystem(skip_instance_cache=True, **options).mkdir(BUCKET)
+        # No client here: a test may fork, which its threads would not survive.
+        request = urllib.request.Request(
+            f"{self.environment['AWS_ENDPOINT_URL']}/{BUCKET}", method="PUT"
+        )
+        urllib.request.urlopen(request).close()
 
     def stop(self) -> None:
         if self.process is not None:

@@ -335,7 +335,8 @@ class _S3(Remote):
         they cost money.
         """
         bucket, prefix = self._place(key)
-        with self._asking(key):
+        # Some servers say that there is no such upload where there is none at all.
+        with self._asking(key), contextlib.suppress(FileNotFoundError):
             found = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
             for one in found.get("Uploads") or []:
                 self._fs.call_s3(

@@ -178,8 +178,7 @@ class Uploader:
         if self._lease is None:
             self._lease = Lease(remote, self._run)
         self._lease.take()
-        remote.sweep(self._run)
-        remote.sweep(f"{self._run}/{held.CHECKPOINTS}")
+        self._sweep(remote)
         there = held.listed(remote, self._run).checkpoints
         self._refuse_if_ahead(remote, there)
         self._remote = remote
@@ -189,6 +188,16 @@ class Uploader:
                 f"begin at the same moment may both upload to {self.url}.",
                 flush=True,
             )
+
+    def _sweep(self, remote: Remote) -> None:
+        try:
+            for key in (self._run, f"{self._run}/{held.CHECKPOINTS}"):
+                remote.sweep(key)
+        except MirrorError as error:
+            if not error.refused:
+                raise
+            left = "What an upload that was cut off has left there may stay, and cost money."
+            print(f"{error} {left}", file=sys.stderr, flush=True)
 
     def _refuse_another_run(self, remote: Remote) -> None:
         try:
