@@ -70,8 +70,8 @@ setup: ## the environment in .venv, once; the others call it
 	@$(or $(PYTHON),false) -c '$(RECENT)' || { echo "No Python that is recent enough: $$($(or $(PYTHON),python3) --version 2>&1). Expected 3.11 or newer. Name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(INSTALL)
 
-extras: setup ## what is optional: Optuna, ONNX, Weights & Biases, MLflow
-	$(INSTALL) 'savepoint-lightning[sweep,onnx,wandb,mlflow]'
+extras: setup ## what is optional: Optuna, ONNX, Weights & Biases, MLflow, S3
+	$(INSTALL) 'savepoint-lightning[sweep,onnx,wandb,mlflow,remote]'
 
 test: setup ## the tests; ARGS="-k name", ARGS="-n 0 -m slow -s"
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)

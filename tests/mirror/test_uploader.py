@@ -346,3 +346,15 @@ def test_a_handover_does_no_work(run_dir: Path, url: str, monkeypatch: pytest.Mo
 def test_a_setting_that_means_nothing_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         Mirroring("file:///tmp/x", **wrong)
+
+
+def test_an_upload_that_its_time_runs_out_for_is_left_and_its_thread_ends(
+    run_dir: Path, url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    goes_on = threading.Event()
+    monkeypatch.setattr(remotes._Local, "put_file", lambda *_: goes_on.wait())
+    with uploading(run_dir, url, grace_secs=0.1) as mirror:
+        mirror.catch_up()
+    assert "The mirror has nothing of it, the run at step 10" in capsys.readouterr().out
+    goes_on.set()
+    wait_until(lambda: not [one for one in threading.enumerate() if one.name.startswith("mirror")])

@@ -69,14 +69,14 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="mirror-lease", daemon=True)
         self._thread.start()
 
-    def release(self) -> None:
+    def release(self, *, delete: bool = True) -> None:
         """Never raises: a lease that stays costs the next start a wait."""
         if self._thread is None:
             return
         self._ended.set()
         self._thread.join(timeout=1)
         with contextlib.suppress(MirrorError):
-            if not self.lost and self._is_mine(self._read()):
+            if delete and not self.lost and self._is_mine(self._read()):
                 self._remote.delete(self._key)
 
     def _renew(self) -> None:

@@ -29,8 +29,8 @@ _S3_OPTIONS = {
     "use_listings_cache": False,
     "config_kwargs": {
         "connect_timeout": 5,
-        "read_timeout": 30,
-        "retries": {"max_attempts": 1},
+        "read_timeout": 20,
+        "retries": {"total_max_attempts": 1},
         # Some servers send the sum of the whole object with a part of it. Every byte is looked at
         # here anyway.
         "response_checksum_validation": "when_required",

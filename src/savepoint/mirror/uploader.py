@@ -70,6 +70,7 @@ class Uploader:
         self._resume_from = resume_from
         self._store = CheckpointStore(directory / "checkpoints")
         self._remote: Remote | None = None
+        self._is_prepared = False
         self._lease: Lease | None = None
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
@@ -79,6 +80,7 @@ class Uploader:
         self._wants_best = False
         self._best: Path | None = None  # where the best goes next, which was left out before
         self._closing = False
+        self._abandoned = False  # its time at the end is over
         self._failure: Exception | None = None
         self._sent: dict[str, bytes] = {}  # the records, as they are in the mirror
 
@@ -147,8 +149,10 @@ class Uploader:
             left = until - time.monotonic()
             print(f"Uploading to the mirror, for {left:.0f} s at most ...", flush=True)
             self._thread.join(left)
-        if not self._thread.is_alive() and self._lease is not None:
-            self._lease.release()
+        self._abandoned = self._thread.is_alive()
+        if self._lease is not None:
+            # What is still being uploaded is this run's until the lease has lapsed.
+            self._lease.release(delete=not self._abandoned)
         self._note()
         print(self._sentence(), flush=True)
         self._thread = None
@@ -172,7 +176,9 @@ class Uploader:
     # -- the start --------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        remote = connect(self.settings.url)
+        # Once: a client takes most of a second to make, which each try would take from the training.
+        remote = self._remote or connect(self.settings.url)
+        self._remote = remote
         ignored = remote.probe(self._run)
         self._refuse_another_run(remote)
         if self._lease is None:
@@ -181,7 +187,7 @@ class Uploader:
         self._sweep(remote)
         there = held.listed(remote, self._run).checkpoints
         self._refuse_if_ahead(remote, there)
-        self._remote = remote
+        self._is_prepared = True
         if ignored:
             print(
                 f"The mirror's server keeps no {' and no '.join(ignored)}: two processes that "
@@ -247,7 +253,7 @@ class Uploader:
 
     def _work(self) -> None:
         pause = _FIRST_PAUSE_SECS
-        while True:
+        while not self._abandoned:
             try:
                 is_idle = self._one_step()
             except _FINAL as error:
@@ -276,7 +282,7 @@ class Uploader:
 
     def _one_step(self) -> bool:
         """Uploads one checkpoint; True where there is none to upload."""
-        if self._remote is None:
+        if not self._is_prepared:
             self._prepare()
         assert self._lease is not None
         assert self._remote is not None
