@@ -138,6 +138,9 @@ def test_a_run_that_trains_here_is_not_filled_from_below(url: str, tmp_path: Pat
 def test_a_url_of_nothing_names_the_runs_that_are_there(url: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"Runs in .*: first\."):
         fetch(url.replace("first", "frist"), tmp_path / "outputs")
+    file = [f"{url}/checkpoints/step-00000030.ckpt", "--output_dir", str(tmp_path)]
+    with pytest.raises(CheckpointNotFoundError, match="No checkpoint is loaded from a URL"):
+        request.requested(file)
     with pytest.raises(CheckpointNotFoundError, match="Not a run but one of its checkpoints"):
         fetch(f"{url}/checkpoints/step-00000030.ckpt", tmp_path / "outputs")
 

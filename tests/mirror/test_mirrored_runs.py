@@ -114,7 +114,7 @@ def test_a_run_comes_back_out_of_an_s3_server(
         said = program.said
     assert "Fetched step" in said
     assert ("keeps no If-None-Match" in said) == (server.kind == "rclone")
-    assert said.splitlines()[-1] == f"Step 12 is in the mirror: {url}/run"
+    assert said.splitlines()[-1] == f"Step 12 is in the mirror: {url}/run", said
     check_equal(straight, tmp_path / "outputs" / "run")
 
 
@@ -144,8 +144,7 @@ def test_a_second_machine_is_refused_while_the_first_trains(server: Server, tmp_
     with Program(first, tmp_path / "log", with_s3, **env) as program:
         program.wait_for(lambda: program.saved)
         program.wait_for(lambda: "step" in str(connect(url).names("run/checkpoints")))
-        second = command(tmp_path / "other", url, "--resume", "auto")
-        (tmp_path / "other").mkdir()
+        second = [*first, "--resume", "auto", "--output_dir", str(tmp_path / "other")]
         with Program(second, tmp_path / "log2", with_s3, **env) as other:
             assert other.wait() == 2, other.said
             assert f"held by pid {program.pid} on {os.uname().nodename}" in other.said

@@ -130,7 +130,7 @@ def test_an_object_reads_as_a_file_and_only_where_it_is_read(place: Remote) -> N
     assert file.seen == [(90, bytes(range(90, 100))), (5, bytes([5, 6]))]
 
 
-@pytest.mark.parametrize("url", ["/mnt/mirror", "outputs", "s3:/bucket"])
+@pytest.mark.parametrize("url", ["/mnt/mirror", "outputs", "s3:/bucket", "https://example.org/a"])
 def test_what_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match=r"Not a URL: checkpoint\.mirror is"):
         require(url)

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from savepoint import files
+from savepoint.checkpoint.manifest import STEP_NAME
 from savepoint.commands import output
 from savepoint.mirror.shadow import shadow
 
@@ -17,8 +18,11 @@ def copy(
     arguments: argparse.Namespace, path: str | None, copies: contextlib.ExitStack
 ) -> str | None:
     """A local copy of what a URL names, until `copies` closes; any other path as it is."""
-    if path is None or not files.is_url(path):
+    if path is None or not files.is_url(path) or path.startswith("http"):
         return path
+    is_file = path.endswith(".ckpt")
+    if is_file and ("paths" not in arguments or not STEP_NAME.fullmatch(path.rpartition("/")[2])):
+        return path  # refused by the command: a file elsewhere is no checkpoint of a mirror
     verifies = "deep" in arguments
     shows = "only" in arguments
     directory = copies.enter_context(tempfile.TemporaryDirectory(prefix="savepoint-mirror-"))
@@ -30,5 +34,4 @@ def copy(
         beside=shows,
     )
     output.name(directory, made.url)
-    is_file = verifies and made.path.is_file()
     return str(made.path.parent if is_file else made.path)

@@ -44,7 +44,7 @@ def require(url: str, given: str = "checkpoint.mirror") -> None:
     nothing.
     """
     protocol = url.partition("://")[0]
-    if not files.is_url(url) or "://" not in url:
+    if not files.is_url(url) or "://" not in url or protocol in ("http", "https"):
         raise ConfigError(
             f"Not a URL: {given} is {url}. Expected s3://BUCKET/PREFIX, or any other that fsspec "
             "knows, such as file:///DIRECTORY. Give one, or null for no mirror."

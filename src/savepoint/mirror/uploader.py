@@ -81,7 +81,7 @@ class Uploader:
         self._best: Path | None = None  # where the best goes next, which was left out before
         self._closing = False
         self._abandoned = False  # its time at the end is over
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._sent: dict[str, bytes] = {}  # the records, as they are in the mirror
 
     @property
@@ -164,7 +164,7 @@ class Uploader:
         if self.step == newest and self._failure is None:
             return f"Step {newest} is in the mirror: {self.url}"
         where = "has nothing of it" if self.step is None else f"is at step {self.step}"
-        why = f" {self._failure}" if self._failure else ""
+        why = f" {str(self._failure) or repr(self._failure)}" if self._failure else ""
         return f"The mirror {where}, the run at step {newest}: {self.url}.{why}"
 
     def _newest_step(self) -> int | None:
@@ -252,6 +252,13 @@ class Uploader:
             self._changed.notify()
 
     def _work(self) -> None:
+        try:
+            self._upload_all()
+        except BaseException as error:  # a fault of ours: the last line is to say so
+            self._failure = error
+            raise
+
+    def _upload_all(self) -> None:
         pause = _FIRST_PAUSE_SECS
         while not self._abandoned:
             try:

@@ -188,7 +188,8 @@ def _refuse_unknown(flag: str) -> None:
 
 def _find(request: Request, target: str) -> None:
     """Sets the run directory, or the file that is verified here."""
-    if files.is_url(target):
+    # A file elsewhere, and whatever a web server has, is no mirrored run: refused below.
+    if files.is_url(target) and not target.startswith("http") and not target.endswith(".ckpt"):
         target = str(fetch(target, Path(request.output_dir)))
     path = manifest.local_path(target)
     try:
