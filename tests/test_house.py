@@ -25,7 +25,7 @@ SAVEPOINT = sorted(m for m in MODULES if m.split(".")[0] == "savepoint")
 FLOORS = [
     ["__main__", "testing", "prove"],
     ["commands.*"],
-    ["commands", "sweep", "report.page", "replay.*"],
+    ["commands", "commands.output", "commands.mirrored", "sweep", "report.page", "replay.*"],
     ["resume.start"],
     ["federated.server_app"],
     ["federated.runtime"],
@@ -39,7 +39,7 @@ FLOORS = [
     ["config.typed"],
     ["config.mistakes"],
     ["config.classes"],
-    ["config.quick", "find", "weights"],
+    ["config.quick", "find", "weights", "mirror.fetch", "mirror.shadow"],
     [
         "run",
         "resume.overrides",
@@ -65,11 +65,12 @@ FLOORS = [
     ],
     ["federated.listing"],
     ["federated.clients"],
-    ["checkpoint.store", "checkpoint.canary"],
+    ["mirror.uploader", "mirror.held"],
+    ["checkpoint.store", "checkpoint.canary", "mirror.lease", "mirror.settings"],
     ["checkpoint.state.*", "checkpoint.state", "checkpoint.format", "checkpoint.retention"],
     ["look.*", "look", "checkpoint.manifest", "loaders.*", "loaders"],
     ["checkpoint.diagnosis", "checkpoint.seal", "lock", "record", "schedules"],
-    ["federated.partition"],
+    ["mirror.remote", "federated.partition"],
     ["federated.federation", "federated"],
     ["files", "preemption", "tail"],
     ["errors", "job", "words", "workspace"],
@@ -160,6 +161,7 @@ PACKAGES = {
             "checkpoint",
             "config",
             "federated",
+            "mirror",
             "report",
             "resume",
             "template",
@@ -337,6 +339,20 @@ def test_what_is_loaded_without_a_federated_config_does_not_load_flower(module: 
     assert not libraries(module, when_loaded=True) & {"flwr", "ray"}
 
 
+FILE_SYSTEMS = ("fsspec", "s3fs", "gcsfs", "adlfs", "boto", "aiobotocore")
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"savepoint.mirror.remote"}))
+def test_one_file_knows_the_file_systems_behind_urls(module: str) -> None:
+    strings = {
+        node.value
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    named = imported(module) | strings  # `importlib.import_module("fsspec.core")`
+    assert not [name for name in named if name.split(".")[0] in FILE_SYSTEMS]
+
+
 KNOW_JSONARGPARSE = {"savepoint.config.typed", "savepoint.config.classes"}
 
 
@@ -459,9 +475,12 @@ def test_a_checkpoint_preset_names_every_key_so_that_none_of_another_preset_stay
     from savepoint.checkpoint.callback import CheckpointCallback
     from savepoint.config import compose
 
-    # What ranks them depends on the model.
+    # What ranks them depends on the model; where they are mirrored, on the place: a preset of its own.
     keys = set(inspect.signature(CheckpointCallback).parameters) - {"monitor", "mode"}
-    assert set(compose.read(ROOT / config)) == keys
+    of_a_mirror = {key for key in keys if key.startswith("mirror")}
+    assert of_a_mirror
+    is_mirror = Path(config).name == "mirror.yaml"
+    assert set(compose.read(ROOT / config)) == (of_a_mirror if is_mirror else keys - of_a_mirror)
 
 
 def test_the_time_limits_of_tests_are_there_to_end_a_hang() -> None:

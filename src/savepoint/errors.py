@@ -8,6 +8,7 @@ catches it too.
     ├── RunExistsError(FileExistsError)              a new run under a name that is taken
     ├── RunLockedError(RuntimeError)                 another process trains in this run directory
     ├── RunDirectoryError(OSError)                   a run directory that cannot be written
+    ├── MirrorError(OSError)                         a mirror that is not reached, or refuses
     ├── CheckpointNotFoundError(FileNotFoundError)   nothing there to load
     ├── CheckpointCorruptError(ValueError)           a checkpoint that does not verify
     ├── CheckpointForeignError(ValueError)           a readable file that Savepoint did not write
@@ -48,6 +49,14 @@ class RunLockedError(SavepointError, RuntimeError): ...
 
 
 class RunDirectoryError(SavepointError, OSError): ...
+
+
+class MirrorError(SavepointError, OSError):
+    """`refused`: the server has answered, and waiting changes nothing."""
+
+    def __init__(self, message: str, *, refused: bool = False) -> None:
+        super().__init__(message)
+        self.refused = refused
 
 
 class CheckpointError(SavepointError):

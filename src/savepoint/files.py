@@ -66,6 +66,20 @@ def rewriting(path: Path) -> Iterator[BinaryIO]:
     sync_directory(path.parent)
 
 
+@contextlib.contextmanager
+def arriving(path: Path) -> Iterator[Path]:
+    """As `rewriting`, for what is looked at before it gets its name: an empty temporary file."""
+    make_directory(path.parent)
+    with _temp_for(path) as temp:
+        temp.touch(exist_ok=False)
+        yield temp
+        with temp.open("rb") as file:
+            os.fsync(file.fileno())
+        # A crash before this line costs the new file: a temp is left for the next sweep.
+        os.replace(temp, path)
+    sync_directory(path.parent)
+
+
 def is_url(path: Path | str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
 

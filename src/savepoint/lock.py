@@ -60,7 +60,7 @@ class LockedDirectory:
             os.close(descriptor)
             raise unwritable(path, error) from error
         before = _content(descriptor)
-        mine = {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": _boot_id()}
+        mine = {"host": socket.gethostname(), "pid": os.getpid(), "boot_id": boot_id()}
         try:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(mine).encode(), 0)
@@ -211,6 +211,6 @@ def _holder(text: str) -> str:
         return "a process that left no name"
 
 
-def _boot_id() -> str:
+def boot_id() -> str:
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else ""

@@ -299,6 +299,9 @@ def test_metrics(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {name: summary[name] for name in summary.get("test_metrics", older) if name in summary}
 
 
-def resume_command(directory: Path) -> str:
-    """The command that continues a run, from the working directory of this process."""
-    return shlex.join([python(), show(project().root / "resume.py"), show(directory)])
+def resume_command(directory: Path | str) -> str:
+    """The command that continues a run, from the working directory of this process; a text is a
+    URL.
+    """
+    named = directory if isinstance(directory, str) else show(directory)
+    return shlex.join([python(), show(project().root / "resume.py"), named])

@@ -26,7 +26,8 @@ from savepoint.checkpoint.state.points import Points
 from savepoint.checkpoint.state.training import TrainingState
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.checkpoint.trainer_saver import TrainerSaver
-from savepoint.errors import CheckpointNotFoundError
+from savepoint.errors import CheckpointNotFoundError, ConfigError
+from savepoint.mirror.settings import Mirroring
 
 
 class CheckpointCallback(Checkpoint):
@@ -49,6 +50,12 @@ class CheckpointCallback(Checkpoint):
             memory.
         on_nan: What a NaN or infinite training loss does: stop the run, or warn and save nothing
             until the weights are finite.
+        mirror: URL below which a thread keeps a copy of the run, such as s3://BUCKET/PREFIX; null
+            for none.
+        mirror_every: Upload every n-th checkpoint that is saved; the last one in any case.
+        mirror_keep_last: Newest checkpoints to keep in the mirror.
+        mirror_keep_best: Best checkpoints to keep in the mirror.
+        mirror_grace_secs: Seconds that the end of a run waits for the last upload.
     """
 
     def __init__(
@@ -64,6 +71,11 @@ class CheckpointCallback(Checkpoint):
         keep_every_n_steps: int | None = None,
         async_save: bool = False,
         on_nan: Literal["stop", "warn"] = "stop",
+        mirror: str | None = None,
+        mirror_every: int = 1,
+        mirror_keep_last: int = 2,
+        mirror_keep_best: int = 1,
+        mirror_grace_secs: float = 90.0,
     ) -> None:
         # `load_last` finds it then.
         warnings.filterwarnings(
@@ -78,6 +90,11 @@ class CheckpointCallback(Checkpoint):
             keep_every_n_epochs=keep_every_n_epochs,
             keep_every_n_steps=keep_every_n_steps,
         )
+        self.mirroring: Mirroring | None = None  # `training.build` sees to it
+        if mirror is not None:
+            self.mirroring = Mirroring(
+                mirror, mirror_every, mirror_keep_last, mirror_keep_best, mirror_grace_secs
+            )
         self.scores = Scores(monitor, mode)
         self.saver = TrainerSaver(
             self._store(Path("checkpoints")),
@@ -120,6 +137,7 @@ class CheckpointCallback(Checkpoint):
             files.refuse_url(trainer.default_root_dir, "trainer.default_root_dir")
             ranks.refuse_shards(trainer)
             ranks.refuse_different_starts(trainer)
+            self._refuse_lone_mirror(trainer)
         if stage == "fit" or not self._has_directory:
             self.use(trainer.strategy.broadcast(Path(trainer.default_root_dir) / "checkpoints"))
         if not isinstance(trainer.strategy.checkpoint_io, CheckpointIO):
@@ -133,6 +151,13 @@ class CheckpointCallback(Checkpoint):
         self.saver.training = None
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.saver.training = TrainingState(trainer)
+
+    def _refuse_lone_mirror(self, trainer: Trainer) -> None:
+        if self.mirroring and self.saver.committed is None and trainer.is_global_zero:
+            raise ConfigError(
+                f"Nothing would be uploaded to {self.mirroring.url}: checkpoint.mirror is for runs "
+                "of train.py, which have a name and an id. Leave it out in a Trainer of your own."
+            )
 
     @property
     def best_model_path(self) -> str:

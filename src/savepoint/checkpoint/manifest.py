@@ -98,6 +98,17 @@ def read(path: Path | str) -> dict[str, Any]:
         return _read_tail(path, file).facts
 
 
+def read_sealed(file: BinaryIO, name: str) -> dict[str, Any]:
+    """As `read`, of a file that may lie elsewhere, and that no other program can have written."""
+    try:
+        facts = _sealed_tail(file).facts
+    except (ValueError, RecursionError) as error:
+        raise corrupt(Path(name), f"no seal that holds: {error}".rstrip(" :")) from None
+    if wrong := _wrong(facts):
+        raise corrupt(Path(name), wrong)
+    return facts
+
+
 def verify(path: Path | str) -> dict[str, Any]:
     """The manifest of `path` after a look at every byte of the file. Raises what `read` raises."""
     path = local_path(path)

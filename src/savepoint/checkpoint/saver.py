@@ -39,6 +39,7 @@ class Saver:
     Attributes:
         failure: Of the newest save; None once a later one succeeded.
         saved_step: The step of the newest save, also of one that failed.
+        committed: Called with each file once it is saved; must do no work.
 
     Raises:
         ConfigError: An interval is not more than 0.
@@ -71,6 +72,7 @@ class Saver:
         self.watch = FiniteWatch(on_nan)
         self.failure: Exception | None = None
         self.saved_step = 0
+        self.committed: Callable[[Path], None] | None = None
         self._saved: tuple[int, str | None] | None = None  # step and point of the newest save
         self._saved_at = time.monotonic()
         self._polled = False
@@ -241,6 +243,8 @@ class Saver:
             started: When, by `time.perf_counter`.
         """
         self.failure = None
+        if self.committed is not None:
+            self.committed(path)
         milliseconds = 1000 * (time.perf_counter() - started)
         print(
             f"{said}saved {path.name} ({megabytes(path.stat().st_size)}, {milliseconds:.0f} ms)",

@@ -7,13 +7,15 @@ input.
 """
 
 import argparse
+import contextlib
 import importlib
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from savepoint import entry, words
+from savepoint import entry, files, words
+from savepoint.commands import output
 from savepoint.errors import CheckpointSaveError, ConfigError, SavepointError
 from savepoint.workspace import project
 
@@ -31,6 +33,9 @@ COMMANDS = {
     "report": "write one HTML file that shows a run: curves, pictures, checkpoints, config",
     "sweep": "try values of config keys, each trial a run; the same command goes on",
 }
+
+READ_MIRRORS = ("ls", "show", "verify")
+"""The commands whose paths may be URLs of a mirror."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,8 +79,27 @@ def usage() -> str:
 
 def _execute(name: str, args: Sequence[str]) -> int:
     module = importlib.import_module(f"savepoint.commands.{name}")
-    code: int = module.main(_parse(name, module, args))
+    arguments = _parse(name, module, args)
+    with contextlib.ExitStack() as copies:
+        if name in READ_MIRRORS:
+            _copy_urls(arguments, copies)
+        code: int = module.main(arguments)
     return code
+
+
+def _copy_urls(arguments: argparse.Namespace, copies: contextlib.ExitStack) -> None:
+    """Puts local copies in the place of URLs of a mirror."""
+    several = getattr(arguments, "paths", None)
+    paths = [arguments.path] if several is None else several
+    if not any(path and files.is_url(path) for path in paths):
+        return
+    from savepoint.commands import mirrored
+
+    found = [mirrored.copy(arguments, path, copies) for path in paths]
+    if several is None:
+        [arguments.path] = found
+    else:
+        arguments.paths = found
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,5 +133,5 @@ def _parse(name: str, module: ModuleType, args: Sequence[str]) -> argparse.Names
 
 
 def _refuse(name: str, message: str, code: int) -> int:
-    print(words.printable(f"savepoint {name}: {message}"), file=sys.stderr)
+    print(output.named(words.printable(f"savepoint {name}: {message}")), file=sys.stderr)
     return code

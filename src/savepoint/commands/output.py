@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,16 +10,31 @@ from typing import Any
 
 from savepoint.words import printable
 
+_names: dict[str, str] = {}
+
+
+def name(path: str, url: str) -> None:
+    """From here on what lies below `path` is printed as below `url`, from which it was copied."""
+    _names[path] = url
+    # As it is shown where the working directory is around it.
+    _names[os.path.relpath(path)] = url
+
+
+def named(text: str) -> str:
+    for path, url in _names.items():
+        text = text.replace(path, url)
+    return text
+
 
 def put(text: str) -> None:
-    sys.stdout.write(printable(text) + "\n")
+    sys.stdout.write(named(printable(text)) + "\n")
 
 
 def put_json(data: Any) -> None:
     """Prints data as JSON. NaN and infinities, which JSON lacks, become the texts "nan", "inf" and
     "-inf", as in a manifest.
     """
-    sys.stdout.write(json.dumps(_plain(data), indent=2, allow_nan=False) + "\n")
+    sys.stdout.write(named(json.dumps(_plain(data), indent=2, allow_nan=False)) + "\n")
 
 
 def _plain(data: Any) -> Any:

@@ -7,6 +7,7 @@ holds no checkpoint, 2 for a wrong path. Nothing is changed; each finding says w
 import argparse
 import contextlib
 import csv
+import json
 import os
 import shlex
 import sys
@@ -72,7 +73,7 @@ def _look(path: Path, *, deep: bool, quiet: bool) -> dict[str, Any]:
     if not run and not results:
         what = f"No checkpoint there: {path}. A run directory has checkpoints/step-*.ckpt in it."
         message = f"savepoint verify: {what} {find.instead(path)}"
-        print(words.printable(message), file=sys.stderr)
+        print(output.named(words.printable(message)), file=sys.stderr)
     is_well = all(one["verifies"] and one["finite"] is not False for one in results)
     is_well = is_well and not any(one.wrong for one in findings) and bool(run or results)
     if run:
@@ -230,6 +231,7 @@ def _findings(run: Run, results: Sequence[Mapping[str, Any]]) -> Iterator[Findin
     yield from _process(run)
     yield from _quarantined(run)
     yield from _records(run)
+    yield from _mirror(run)
     if not run.holder():  # a process that trains changes these files
         yield from _pointers(run)
         yield from _left_over(run)
@@ -253,6 +255,17 @@ def _process(run: Run) -> Iterator[Finding]:
         if not os.access(directory, os.W_OK):
             what = f"This user cannot write in {directory}: it cannot go on here."
             yield Finding(True, what, shlex.join(["chmod", "u+w", str(directory)]))
+
+
+def _mirror(run: Run) -> Iterator[Finding]:
+    """By what the run itself has noted; the mirror is not asked."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        noted = json.loads((run.directory / "mirror.json").read_text())
+        step = noted["step"]
+        if run.latest is not None and step != run.latest.step:
+            where = "has nothing of it" if step is None else f"is at step {step}"
+            what = f"The mirror {where}, the run at step {run.latest.step}: {noted['url']}."
+            yield Finding(False, what, noted.get("failure") or "")
 
 
 def _directories(run: Run) -> list[Path]:

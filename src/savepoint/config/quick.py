@@ -16,6 +16,7 @@ from savepoint.config import compose
 from savepoint.errors import CheckpointForeignError, ConfigError
 from savepoint.federated import federation
 from savepoint.job import rank, requeued
+from savepoint.mirror.remote import require
 from savepoint.run import Run, check_name, is_empty
 
 USAGE = """\
@@ -127,6 +128,8 @@ def _check_saving(composed: compose.Composed) -> None:
     values = dict(compose.leaves(composed.config)) | dict(composed.flags)
     for key in ("output_dir", "trainer.default_root_dir"):
         files.refuse_url(str(values.get(key)), key)
+    if (mirror := values.get("checkpoint.mirror")) not in (None, "null", ""):
+        require(str(mirror))
     if str(values.get("trainer.enable_checkpointing")).lower() == "false":
         raise ConfigError(
             "Saving cannot be off: trainer.enable_checkpointing is false. A run without a "

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from savepoint import preemption
 from savepoint.checkpoint import facts, format
-from savepoint.errors import ClientStateError, FederatedError
+from savepoint.errors import ClientStateError, ConfigError, FederatedError
 from savepoint.federated import results, strategy
 from savepoint.federated.asking import Clients, Replies
 from savepoint.federated.client_app import learning_rate
@@ -69,6 +69,12 @@ class Server:
     def __init__(
         self, training: Training, config: Any, run_ids: list[str], allow: list[str] | None = None
     ) -> None:
+        if config.checkpoint.mirror:
+            raise ConfigError(
+                f"A mirror of a federated run: checkpoint.mirror is {config.checkpoint.mirror}. "
+                "The states of its clients would not be in it, and without them it cannot go on. "
+                "Leave it away: --checkpoint.mirror null"
+            )
         self.training = training
         self.config = config
         self.run_ids = run_ids

@@ -88,6 +88,7 @@ def play(
     """
     config = typed.parse([], base=source.state["config"])
     config.trainer.logger = None  # a tracker would take the replay for the run
+    config.checkpoint.mirror = None
     run = Run.create(str(output_dir), name, "replay")
     begin = start_from(Request(allow=list(allow)), source, {}, None)
     try:

@@ -12,6 +12,7 @@ from savepoint.config import compose, quick
 from savepoint.errors import CheckpointForeignError, CheckpointNotFoundError, ConfigError
 from savepoint.find import newest_run, run_directory, two_checkpoints
 from savepoint.job import requeued
+from savepoint.mirror.fetch import fetch
 from savepoint.run import Run, check_name
 from savepoint.words import nearest, python, show
 
@@ -187,6 +188,9 @@ def _refuse_unknown(flag: str) -> None:
 
 def _find(request: Request, target: str) -> None:
     """Sets the run directory, or the file that is verified here."""
+    # A file elsewhere, and whatever a web server has, is no mirrored run: refused below.
+    if files.is_url(target) and not target.startswith("http") and not target.endswith(".ckpt"):
+        target = str(fetch(target, Path(request.output_dir)))
     path = manifest.local_path(target)
     try:
         is_directory = path.is_dir()

@@ -1,14 +1,16 @@
 """The starts of train.py and resume.py: a new run, or one that goes on."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.manifest import step_files
 from savepoint.config import compose, typed
-from savepoint.errors import CheckpointNotFoundError, ConfigError
+from savepoint.errors import CheckpointNotFoundError, ConfigError, MirrorError
 from savepoint.federated import federation
-from savepoint.job import requeued, scheduled
+from savepoint.job import rank, requeued, scheduled
+from savepoint.mirror.fetch import fetch, has
 from savepoint.resume import external
 from savepoint.resume.go_on import go_on
 from savepoint.resume.request import Request
@@ -27,6 +29,8 @@ def start(composed: compose.Composed) -> int:
     run_dir = Path(config.output_dir) / (
         config.run_name or _name_of_job(composed.name, config, mode)
     )
+    if mirror := config.checkpoint.mirror:
+        _fetch_newer(f"{mirror.rstrip('/')}/{run_dir.name}", run_dir.parent)
     if step_files(run_dir / "checkpoints"):
         return _continue(Request(run_dir=run_dir), config)
     if damaged := sorted((run_dir / "checkpoints").glob("*.corrupt")):
@@ -52,6 +56,21 @@ def _train(config: Any, name: str, *, reuse: Path | None = None) -> int:
     from savepoint.federated import runtime  # Flower is optional
 
     return runtime.train(config, name, reuse=reuse)
+
+
+def _fetch_newer(url: str, output_dir: Path) -> None:
+    """What the mirror has beyond the run directory, which may be gone. A mirror that is not reached
+    holds up only a run that is not here: it would begin anew.
+    """
+    is_here = bool(step_files(output_dir / url.rpartition("/")[2] / "checkpoints"))
+    try:
+        if has(url):
+            fetch(url, output_dir)
+    except MirrorError as error:
+        if not is_here:
+            raise
+        if rank() == 0:
+            print(f"{error} Going on with what is here.", file=sys.stderr, flush=True)
 
 
 def _name_of_job(config_name: str, config: Any, mode: str) -> str:

@@ -16,7 +16,9 @@ from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.checkpoint.facts import Provenance
 from savepoint.checkpoint.state.process import capture_rng, isolated_rng, restore_rng
 from savepoint.config import typed
-from savepoint.run import Run
+from savepoint.job import rank
+from savepoint.mirror.uploader import Uploader
+from savepoint.run import Run, resume_command
 from savepoint.tail import last_step
 from savepoint.training import threads
 from savepoint.training.bar import display
@@ -54,6 +56,7 @@ class Training:
     checkpointing: CheckpointCallback
     meter: Meter
     record: Mapping[str, Any]  # run.json, before this start
+    uploader: Uploader | None = None
     last: Mapping[str, Any] | None = None  # the newest checkpoint, where there is nothing to fit
 
 
@@ -112,6 +115,16 @@ class _Recorder(Checkpoint):
             )
 
 
+class _CatchUp(Checkpoint):
+    """Has what was saved before this start uploaded. After `_Rewind` and `_Recorder`."""
+
+    def __init__(self, uploader: Uploader) -> None:
+        self.uploader = uploader
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.uploader.catch_up()
+
+
 def build(config: Any, run: Run, start: Start | None = None) -> Training:
     """Model, data and trainer of a config, wired to a run directory. Nothing is written yet.
 
@@ -150,7 +163,26 @@ def build(config: Any, run: Run, start: Start | None = None) -> Training:
         parent=start.digest,
         run={"id": record["id"], "name": run.directory.name},
     )
-    return Training(run, model, data, trainer, checkpointing, meter, record)
+    uploader = _uploader(run, record["id"], start, checkpointing)
+    if uploader is not None:
+        checkpointing.saver.committed = uploader.take
+        every.append(_CatchUp(uploader))
+    return Training(run, model, data, trainer, checkpointing, meter, record, uploader=uploader)
+
+
+def _uploader(
+    run: Run, run_id: str, start: Start, checkpointing: CheckpointCallback
+) -> Uploader | None:
+    if checkpointing.mirroring is None or rank():
+        return None
+    return Uploader(
+        checkpointing.mirroring,
+        run.directory,
+        run_id,
+        resumed=start.digest,
+        rewinds=bool(start.begun),
+        resume_from=resume_command,
+    )
 
 
 def portable(config: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from savepoint import weights
+from savepoint import preemption, weights
 from savepoint.checkpoint import watched
 from savepoint.checkpoint.scores import never_logged
 from savepoint.errors import ConfigError, RunDirectoryError, SavepointError
@@ -54,6 +54,8 @@ def execute(
     """
     trainer = training.trainer
     try:
+        if training.uploader is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            training.uploader.begin(is_new=checkpoint is None and trained is None)
         if trained is None:
             trainer.fit(training.model, datamodule=training.data, ckpt_path=checkpoint)
         return _finish(training, *(trained or (trainer.global_step, trainer.current_epoch)))
@@ -76,6 +78,8 @@ def execute(
             print(f"{saved}. Continue with: {command}", flush=True)
         raise
     finally:
+        if training.uploader is not None:
+            training.uploader.close(preemption.requests.since or None)
         training.run.unlock()
 
 
