@@ -120,7 +120,7 @@ def test_a_mirror_has_a_retention_of_its_own(run_dir: Path, cloud: Path, url: st
 
 
 def test_what_another_has_put_there_is_never_deleted(run_dir: Path, cloud: Path, url: str) -> None:
-    other = make_run(cloud.parent / "others", "other", steps=(5, 6))
+    other = make_run(cloud.parent / "others", "other", steps=(15, 16))
     there = cloud / "first" / "checkpoints"
     there.mkdir(parents=True)
     foreign = latest(other).path

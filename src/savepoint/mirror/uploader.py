@@ -229,7 +229,7 @@ class Uploader:
         for one in reversed(there):
             if one.step <= newest or self._rewinds:
                 break
-            if self._is_whole(remote, one):
+            if one.manifest.get("run_id") == self._id and self._is_whole(remote, one):
                 raise ConfigMismatchError(
                     f"The mirror is ahead of this directory: step {one.step} in {self.url}, step "
                     f"{newest} in {self.directory}. Steps would be trained twice.\n"
