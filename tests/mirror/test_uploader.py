@@ -120,7 +120,7 @@ def test_a_mirror_has_a_retention_of_its_own(run_dir: Path, cloud: Path, url: st
 
 
 def test_what_another_has_put_there_is_never_deleted(run_dir: Path, cloud: Path, url: str) -> None:
-    other = make_run(cloud.parent / "others", "other", steps=(5, 6))
+    other = make_run(cloud.parent / "others", "other", steps=(15, 16))
     there = cloud / "first" / "checkpoints"
     there.mkdir(parents=True)
     foreign = latest(other).path
@@ -358,3 +358,12 @@ def test_an_upload_that_its_time_runs_out_for_is_left_and_its_thread_ends(
     assert "The mirror has nothing of it, the run at step 10" in capsys.readouterr().out
     goes_on.set()
     wait_until(lambda: not [one for one in threading.enumerate() if one.name.startswith("mirror")])
+
+
+def test_a_run_that_hands_nothing_over_is_uploaded_at_its_end(
+    run_dir: Path, cloud: Path, url: str
+) -> None:
+    """One that had ended, and is only tested again."""
+    with uploading(run_dir, url):
+        pass
+    assert steps(cloud) == [10]

@@ -140,9 +140,11 @@ class Uploader:
                 self._lease.release()
             return
         until = (since or time.monotonic()) + self.settings.grace_secs
+        latest = self._latest()
         with self._changed:
             self._closing = True
-            self._wanted = self._newest or self._wanted
+            # A run that had ended before, and was only tested now, has handed nothing over.
+            self._wanted = latest.path if latest else None
             self._changed.notify()
         self._thread.join(min(2.0, max(0.0, until - time.monotonic())))
         if self._thread.is_alive() and until > time.monotonic():
@@ -167,11 +169,14 @@ class Uploader:
         why = f" {str(self._failure) or repr(self._failure)}" if self._failure else ""
         return f"The mirror {where}, the run at step {newest}: {self.url}.{why}"
 
-    def _newest_step(self) -> int | None:
+    def _latest(self) -> Checkpoint | None:
         with contextlib.suppress(OSError):
-            latest = self._store.latest()
-            return latest.step if latest else None
+            return self._store.latest()
         return None
+
+    def _newest_step(self) -> int | None:
+        latest = self._latest()
+        return latest.step if latest else None
 
     # -- the start --------------------------------------------------------------------------------
 
@@ -224,7 +229,7 @@ class Uploader:
         for one in reversed(there):
             if one.step <= newest or self._rewinds:
                 break
-            if self._is_whole(remote, one):
+            if one.manifest.get("run_id") == self._id and self._is_whole(remote, one):
                 raise ConfigMismatchError(
                     f"The mirror is ahead of this directory: step {one.step} in {self.url}, step "
                     f"{newest} in {self.directory}. Steps would be trained twice.\n"
