@@ -39,7 +39,7 @@ train: setup ## start a run and test it: CONFIG=configs/x.yaml, ARGS
 resume: setup ## go on with a run: CKPT, ARGS
 	$(call stoppable,$(VENV)/bin/python resume.py $(call quoted,$(CKPT)) $(ARGS))
 
-federate: extras-federated ## train by many clients, with Flower: CONFIG=configs/federated/x.yaml, ARGS
+federate: extras-federated ## many clients, with Flower: CONFIG=configs/federated/x.yaml
 	$(call stoppable,$(VENV)/bin/python train.py --config $(or $(call quoted,$(CONFIG)),configs/federated/digits.yaml) $(ARGS))
 
 sweep: setup ## try values: CONFIG=configs/sweep/lr.yaml, or ARGS
@@ -76,7 +76,7 @@ setup: ## the environment in .venv, once; the others call it
 extras: setup ## what is optional: Optuna, ONNX, Weights & Biases, MLflow, S3
 	$(INSTALL) 'savepoint-lightning[sweep,onnx,wandb,mlflow,remote]'
 
-extras-federated: setup ## Flower with Ray: lowers protobuf, rich and packaging, within our ranges
+extras-federated: setup ## Flower, Ray; protobuf, rich, packaging go down
 	@$(VENV)/bin/python -c 'import flwr, ray' 2>/dev/null || { echo 'Flower lowers protobuf to 6, rich to 14 and packaging to 25: all within our ranges.'; \
 	  $(INSTALL) 'savepoint-lightning[federated-ray]'; }
 
