@@ -112,10 +112,10 @@ def _keep_whole_numbers(config: Namespace, composed: compose.Composed) -> None:
     union of int and float in the order in which a process has met it first: after `import flwr`,
     2 would be 2.0, and equal configs would differ.
     """
-    flags = ((key, compose.parse_yaml(value, f"--{key}")) for key, value in composed.flags)
     group = composed.config.get("trainer") or {}
-    given = [*((f"trainer.{name}", value) for name, value in group.items()), *flags]
-    for key, value in given:
+    given = {f"trainer.{name}": value for name, value in group.items()}
+    given |= {key: compose.parse_yaml(value, f"--{key}") for key, value in composed.flags}
+    for key, value in given.items():
         if key.startswith("trainer.") and type(value) is int and type(config.get(key)) is float:
             config[key] = value
 
