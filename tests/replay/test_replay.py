@@ -180,7 +180,7 @@ def test_a_debugger_stops_in_the_training_step(
 # -- what a step shows ---------------------------------------------------------------------------
 
 
-class Broken(SmallModel):
+class DividesByZero(SmallModel):
     def __init__(self) -> None:
         super().__init__()
         self.root = nn.Module()
@@ -196,7 +196,7 @@ class Broken(SmallModel):
 def test_the_first_module_whose_output_is_not_finite_is_named(tmp_path: Path) -> None:
     look = StepLook(5)
     with pytest.raises(NonFiniteLossError):
-        fit(tmp_path, model=Broken, callbacks=lambda: [look], max_epochs=1)
+        fit(tmp_path, model=DividesByZero, callbacks=lambda: [look], max_epochs=1)
     assert look.found["not_finite"] == "root"
     assert not any(row["finite"] for row in look.found["layers"].values())
 
@@ -230,6 +230,16 @@ def test_the_part_that_comes_out_differently_is_named(run_dir: Path, capsys: Cap
     parts = json.loads(out)["parts"]
     assert [(part["from"], part["equal"]) for part in parts] == [(4, False), (8, False)]
     assert parts[0]["state"] == ["state_dict"]
+
+
+def test_a_log_that_lacks_rows_is_not_what_the_run_has_logged(
+    run_dir: Path, capsys: Capture
+) -> None:
+    log = run_dir / "metrics.csv"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]))
+    code, out, _ = say(capsys, "audit", str(run_dir), "--json")
+    assert code == 1
+    assert [part["missing_rows"] > 0 for part in json.loads(out)["parts"]] == [True, True]
 
 
 def test_one_checkpoint_alone_is_nothing_to_audit(run_dir: Path, capsys: Capture) -> None:

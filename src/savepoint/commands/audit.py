@@ -90,9 +90,10 @@ def _audited(run: Run, one: "Checkpoint", other: "Checkpoint", allow: list[str])
     return {
         "from": one.step,
         "to": other.step,
-        "equal": compared.is_equal and not differences["parts"],
+        "equal": compared.is_equal and not compared.missing and not differences["parts"],
         "state": differences["parts"],
         "row": compared.differing,
+        "missing_rows": compared.missing,
         "notes": notes,
     }
 
@@ -119,6 +120,8 @@ def _why(row: dict[str, Any]) -> str:
     if row["row"] is not None:
         name, (was, now) = next(iter(row["row"]["values"].items()), ("?", (None, None)))
         reasons.append(f"row of step {row['row']['step']}: {name} {was} then, {now} now")
+    if row["missing_rows"]:
+        reasons.append(f"{plural(row['missing_rows'], 'row')} the log does not have")
     if row["state"]:
         reasons.append(f"state: {', '.join(row['state'][:5])}")
     return "; ".join(reasons)

@@ -10,8 +10,7 @@ from savepoint.federated.training import federation_of
 from savepoint.resume.plan import (
     check_allowed,
     differences,
-    notes_of_environment,
-    notes_of_record,
+    notes_of_source,
     refuse,
 )
 from savepoint.resume.request import Request
@@ -116,18 +115,9 @@ def _restored(source: Source) -> str:
 
 
 def _notes(request: Request, source: Source, config: Any) -> list[str]:
-    facts = source.manifest
-    notes = []
-    if source.newest_step > facts["step"] and request.fork is None and not request.rewind:
-        notes.append(
-            f"not the newest of its run, which is of round {source.newest_step}: it goes on with "
-            "--fork or --rewind only"
-        )
-    notes += notes_of_environment(facts, config.threads)
+    notes = list(notes_of_source(request, source, config.threads))
     if request.run_dir and request.fork is None:
-        run = Run(request.run_dir)
-        notes += notes_of_record(run, facts)
-        notes += [f"start {len(run.starts()) + 1} of the run"]
+        notes.append(f"start {len(Run(request.run_dir).starts()) + 1} of the run")
     if "clients" in request.allow:
         notes.append("a client whose state is lost begins anew")
     return notes

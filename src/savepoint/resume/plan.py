@@ -187,15 +187,7 @@ def _notes(
     request: Request, source: Source, changed: Mapping[str, tuple[Any, Any]], asked: int | None
 ) -> list[str]:
     facts = source.manifest
-    notes = []
-    if source.newest_step > facts["step"] and request.fork is None and not request.rewind:
-        notes.append(
-            f"not the newest of its run, which is at {source.newest_step}: it goes on with --fork "
-            "or --rewind only"
-        )
-    notes += notes_of_environment(facts, asked)
-    if request.run_dir and request.fork is None:
-        notes += notes_of_record(Run(request.run_dir), facts)
+    notes = list(notes_of_source(request, source, asked))
     if "world_size" in request.allow:
         notes.append(
             f"with more or fewer processes than {facts['world_size']}, random states, metric "
@@ -220,6 +212,19 @@ def _notes(
     if any(key.startswith("data.") for key in changed):
         notes.append("batches come from the data set as it is now; the place in the epoch is kept")
     return notes
+
+
+def notes_of_source(request: Request, source: Source, asked: int | None) -> Iterator[str]:
+    """What holds for a resume of any kind of run."""
+    facts = source.manifest
+    if source.newest_step > facts["step"] and request.fork is None and not request.rewind:
+        yield (
+            f"not the newest of its run, which is at {source.newest_step}: it goes on with --fork "
+            "or --rewind only"
+        )
+    yield from notes_of_environment(facts, asked)
+    if request.run_dir and request.fork is None:
+        yield from notes_of_record(Run(request.run_dir), facts)
 
 
 def notes_of_environment(facts: Mapping[str, Any], asked: int | None) -> Iterator[str]:
