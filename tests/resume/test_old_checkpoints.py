@@ -28,5 +28,8 @@ def test_a_checkpoint_of_the_version_before_ends_as_that_version_ended(tmp_path:
     assert now["global_step"] == was["global_step"] == 8
     if facts["versions"]["torch"] != torch.__version__:
         return  # another torch may compute otherwise
-    for part in ("state_dict", "optimizer_states", "lr_schedulers", "rng", "best_accuracy"):
+    for part in ("lr_schedulers", "rng", "best_accuracy"):
         assert list(difference(was[part], now[part], part)) == []
+    # The last bits of a sum are the processor's, and the file does not say which one it was.
+    for part in ("state_dict", "optimizer_states"):
+        torch.testing.assert_close(now[part], was[part], rtol=1e-4, atol=1e-6)

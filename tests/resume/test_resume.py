@@ -21,6 +21,7 @@ from support.small import rows
 
 import project
 from savepoint.checkpoint import format, store
+from savepoint.checkpoint.state import process
 from savepoint.errors import (
     CheckpointCorruptError,
     CheckpointForeignError,
@@ -147,6 +148,18 @@ class TestChoosing:
         assert go(str(alone), "--output_dir", str(tmp_path / "elsewhere")) == 0
         made = next((tmp_path / "elsewhere").iterdir())
         assert steps(made) == [12]
+
+    def test_the_plan_names_a_processor_that_may_compute_otherwise(
+        self,
+        at_epoch_2: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        assert go(str(at_epoch_2), "--plan") == 0
+        assert "processor" not in capsys.readouterr().out
+        monkeypatch.setattr(process, "processor", lambda: "another")
+        assert go(str(at_epoch_2), "--plan") == 0
+        assert "-> another: not bit-equal" in capsys.readouterr().out
 
     def test_the_plan_is_printed_and_nothing_changes(
         self, at_epoch_2: Path, capsys: pytest.CaptureFixture[str]

@@ -304,7 +304,9 @@ _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epoch": (lambda value: value is None or _is_count(value), "a whole number from 0 on"),
     "body": (lambda value: isinstance(value, str), "a sha256"),
     "digest": (lambda value: isinstance(value, str), "a sha256"),
-    **dict.fromkeys(("at", "reason", "ended", "run_id", "parent", "created", "device"), _TEXT),
+    **dict.fromkeys(
+        ("at", "reason", "ended", "run_id", "parent", "created", "device", "processor"), _TEXT
+    ),
     "exact": (lambda value: value is None or isinstance(value, bool), "true or false"),
     "unsaved": (
         lambda value: isinstance(value, list) and all(map(_is_text, value)),

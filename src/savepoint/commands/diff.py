@@ -20,7 +20,17 @@ if TYPE_CHECKING:
 
 MAY_DIFFER = ("manifest", "run", "events")
 CLOCK = "Meter"
-FACTS = ("step", "epoch", "exact", "dataset", "world_size", "versions", "threads", "device")
+FACTS = (
+    "step",
+    "epoch",
+    "exact",
+    "dataset",
+    "world_size",
+    "versions",
+    "threads",
+    "processor",
+    "device",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -232,12 +232,10 @@ def notes_of_environment(facts: Mapping[str, Any], asked: int | None) -> Iterato
 
     now = environment(torch.device("cpu"))
     now["threads"] = threads.chosen(asked, facts.get("threads"), job.local_processes())
-    for key in ("versions", "threads"):
-        if facts.get(key) != now[key]:
-            yield (
-                f"{key} {facts.get(key)} -> {now[key]}: not bit-equal to a run that was never "
-                "stopped"
-            )
+    for key in ("versions", "threads", "processor"):
+        was = facts.get(key, "unknown")
+        if was != now[key]:
+            yield f"{key} {was} -> {now[key]}: not bit-equal to a run that was never stopped"
 
 
 def notes_of_record(run: Run, facts: Mapping[str, Any]) -> Iterator[str]:

@@ -1,9 +1,12 @@
-"""This process: its random states, versions, threads and device."""
+"""This process: its random states, versions, threads, processor and device."""
 
+import hashlib
+import json
 import platform
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import lightning
@@ -66,6 +69,18 @@ def isolated_rng(device: torch.device) -> Iterator[None]:
             accelerator.set_rng_state(on_device)
 
 
+@cache
+def processor() -> str:
+    """The processor's name and what it can do: its instruction sets and the sizes of its caches
+    choose the kernels, and another kernel adds in another order.
+    """
+    able = torch.cpu.get_capabilities()
+    name = able.get("cpu_name", platform.machine())
+    kernels = {key: value for key, value in able.items() if not key.startswith("num_")}
+    digest = hashlib.sha256(json.dumps(kernels, sort_keys=True).encode()).hexdigest()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}, {digest[:8]})"
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What a resume says when it differs, and never refuses: bit equality needs the same."""
     return {
@@ -76,6 +91,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "threads": torch.get_num_threads(),
+        "processor": processor(),
         "device": device.type
         if device.type == "cpu"
         else torch.get_device_module(device).get_device_name(device),
