@@ -556,6 +556,7 @@ def test_the_tests_of_a_copy_see_a_resume_that_is_not_exact(copy: Path, library:
     assert "1 failed, 1 passed" in said
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_old_library_resumes_with_the_new_one(
     trained: Trained, library: Path, newer: Path, tmp_path: Path
 ) -> None:
