@@ -93,7 +93,7 @@ with entry.importing():
         (False, "xterm", "", ""),
     ],
 )
-def test_the_imports_are_announced_on_a_terminal_alone(
+def test_the_imports_are_announced_once_on_a_terminal_alone(
     isatty: bool, term: str, during: str, after: str
 ) -> None:
     body = f"""
@@ -102,7 +102,7 @@ from savepoint import entry
 class Shown(io.StringIO):
     def isatty(self): return {isatty}
 sys.stderr = Shown()
-with entry.importing():
+with entry.importing(), entry.importing():  # what is imported may say so itself
     print(repr(sys.stderr.getvalue()))
 print(repr(sys.stderr.getvalue()))
 """

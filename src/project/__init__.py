@@ -5,8 +5,11 @@ Configs and flags may give the names below without a package path (`--model.net 
 other classes they give the whole one.
 """
 
-from project.data import ImageData
-from project.model import ClassicNet, ConvNet, ImageClassifier
+from savepoint import entry
+
+with entry.importing():  # seconds, also before `python -m project.predict` has begun
+    from project.data import ImageData
+    from project.model import ClassicNet, ConvNet, ImageClassifier
 
 __all__ = ["ClassicNet", "ConvNet", "ImageClassifier", "ImageData"]
 

@@ -159,7 +159,8 @@ def importing() -> Iterator[None]:
     a million objects that stay; collections over them would cost a sixth of the start, and time at
     every later collection.
     """
-    if "torch" in sys.modules:
+    is_inside_another = not gc.isenabled()
+    if "torch" in sys.modules or is_inside_another:
         yield
         return
     gc.disable()

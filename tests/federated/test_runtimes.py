@@ -1,6 +1,8 @@
 """One app on three runtimes: the same bits. Minutes: a deployment starts a process a message."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -76,9 +78,12 @@ def test_flwr_run_makes_the_same_run_directory(tmp_path: Path) -> None:
         deployment.stop_daemon(env)
 
 
-@pytest.mark.skipif(
+needs_keys = pytest.mark.skipif(
     not (shutil.which("openssl") and shutil.which("ssh-keygen")), reason="no openssl"
 )
+
+
+@needs_keys
 def test_a_deployment_with_tls_and_keys_ends_as_the_run_in_this_process(tmp_path: Path) -> None:
     """And goes on, after its SuperLink and a SuperNode were stopped, from the same states."""
     deployed = Deployment(tmp_path / "flower")
@@ -102,6 +107,56 @@ def test_a_deployment_with_tls_and_keys_ends_as_the_run_in_this_process(tmp_path
     two = straight(tmp_path / "two", "--federated.num_server_rounds", "2", *more)
     assert digests(two) == digests(tmp_path / "run")
     assert rounds.history(two) == rounds.history(tmp_path / "run")
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [one.step for one in store.CheckpointStore(run_dir / "checkpoints").checkpoints()]
+
+
+@needs_keys
+@pytest.mark.parametrize(
+    "programs",
+    [("flwr-serverapp",), ("flower-superlink", "flower-superexec", "flwr-serverapp")],
+    ids=["the ServerApp", "the SuperLink"],
+)
+def test_a_run_whose_server_died_in_a_round_goes_on_and_ends_as_a_straight_one(
+    programs: tuple[str, ...], tmp_path: Path
+) -> None:
+    deployed = Deployment(tmp_path / "flower")
+    given = TWO.replace("RUN", "run").replace("OUT", str(tmp_path)).replace("3000", "300")
+    with deployed.superlink():
+        deployed.register()
+        with deployed.supernodes(), deployed.run(given) as run:
+            deployed.wait_until(lambda: steps(tmp_path / "run") == [1])
+            for pid in deployment.processes(deployed.env, *programs):
+                os.kill(pid, signal.SIGKILL)
+            deployed.wait_until(lambda: run.poll() is not None)
+    assert steps(tmp_path / "run") == [1]
+    with deployed.superlink(), deployed.supernodes():
+        go_on = f"resume='{tmp_path / 'run'}' num-server-rounds=2"
+        deployed.flwr("run", ".", "here", "--stream", "--run-config", go_on)
+        assert deployed.status() == "finished:completed"
+    two = ["--federated.num_server_rounds", "2", "--federated.num_clients", "2"]
+    here = straight(tmp_path / "here", *two)
+    assert digests(here) == digests(tmp_path / "run")
+    assert rounds.history(here) == rounds.history(tmp_path / "run")
+
+
+@needs_keys
+def test_a_supernode_that_died_in_a_round_is_a_failure_and_the_run_goes_on(tmp_path: Path) -> None:
+    deployed = Deployment(tmp_path / "flower")
+    given = TWO.replace("RUN", "run").replace("OUT", str(tmp_path)).replace("3000", "40")
+    with deployed.superlink():
+        deployed.register()
+        with deployed.supernodes() as nodes, deployed.run(given) as run:
+            deployed.wait_until(lambda: steps(tmp_path / "run") == [1])
+            nodes[1].kill()
+            deployed.wait_until(lambda: run.poll() is not None)
+        assert deployed.status() == "finished:completed"
+    assert steps(tmp_path / "run")[-1] == 2
+    first, second = rounds.history(tmp_path / "run")
+    assert not first["failures"]
+    assert second["failures"]
 
 
 def test_a_deployment_that_fails_says_so_in_its_status(tmp_path: Path) -> None:

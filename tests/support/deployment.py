@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from support.limits import HANG_SECS, LONGER_SECS
 
@@ -132,6 +133,26 @@ class Deployment:
                 process.terminate()
                 process.wait(HANG_SECS)
 
+    @contextmanager
+    def run(self, given: str) -> Iterator[subprocess.Popen[bytes]]:
+        """`flwr run`, which streams what the app prints into flwr.log."""
+        words = ["run", ".", "here", "--stream", "--run-config", given]
+        with (self.folder / "flwr.log").open("ab") as log:
+            process = subprocess.Popen(
+                [str(BIN / "flwr"), *words], cwd=ROOT, env=self.env, stdout=log, stderr=log
+            )
+            try:
+                yield process
+            finally:
+                process.kill()
+                process.wait(HANG_SECS)
+
+    def wait_until(self, holds: Callable[[], Any]) -> None:
+        until = time.monotonic() + HANG_SECS
+        while not holds():
+            assert time.monotonic() < until, (self.folder / "flwr.log").read_text()
+            time.sleep(0.1)
+
     def flwr(self, *words: str, check: bool = True) -> str:
         return call(str(BIN / "flwr"), *words, at=ROOT, env=self.env, check=check)
 
@@ -140,17 +161,22 @@ class Deployment:
         return str(found["runs"][0]["status"])
 
 
-def stop_daemon(env: dict[str, str]) -> None:
-    """Ends the local SuperLink that `flwr run` has left, which listens at a port of its own."""
-    port = env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"]
+def processes(env: dict[str, str], *programs: str) -> list[int]:
+    """Of these programs, those that run with this home of Flower's, by their ids."""
+    home = f"FLWR_HOME={env['FLWR_HOME']}"
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().decode().split("\0")
-            variables = (folder / "environ").read_bytes().decode(errors="replace")
+            variables = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        is_ours = f"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT={port}" in variables.split("\0")
-        if is_ours and any(
-            word.endswith(("flower-superlink", "flower-superexec")) for word in words
-        ):
-            os.kill(int(folder.name), signal.SIGTERM)
+        if home in variables and any(word.endswith(programs) for word in words):
+            found.append(int(folder.name))
+    return found
+
+
+def stop_daemon(env: dict[str, str]) -> None:
+    """Ends the local SuperLink that `flwr run` has left."""
+    for pid in processes(env, "flower-superlink", "flower-superexec"):
+        os.kill(pid, signal.SIGTERM)
