@@ -346,7 +346,7 @@ def _ends(sides: Sequence[Recorded], end: Pair | None) -> dict[str, list[str]]:
 
 def _sizes(first: First, one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Kind -> how far its first place is apart; {} where it was equal this time."""
-    sizes = {}
+    sizes: dict[str, dict[str, Any]] = {}
     for kind, names in first.places.items():
         sides = [side.get(kind, {}) for side in (one, other)]
         if kind == "random state":
