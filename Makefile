@@ -73,8 +73,8 @@ setup: ## the environment in .venv, once; the others call it
 	@$(or $(PYTHON),false) -c '$(RECENT)' || { echo "No Python that is recent enough: $$($(or $(PYTHON),python3) --version 2>&1). Expected 3.11 or newer. Name one: make setup PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@$(INSTALL)
 
-extras: setup ## what is optional: Optuna, ONNX, Weights & Biases, MLflow, S3
-	$(INSTALL) 'savepoint-lightning[sweep,onnx,wandb,mlflow,remote]'
+extras: setup ## what is optional: Optuna, ONNX, wandb, MLflow, S3, Keras
+	$(INSTALL) 'savepoint-lightning[sweep,onnx,wandb,mlflow,remote,keras,flax]'
 
 extras-federated: setup ## Flower, Ray; protobuf, rich, packaging go down
 	@$(VENV)/bin/python -c 'import flwr, ray' 2>/dev/null || { echo 'Flower lowers protobuf to 6, rich to 14 and packaging to 25: all within our ranges.'; \

@@ -39,7 +39,7 @@ FLOORS = [
     ["config.typed"],
     ["config.mistakes"],
     ["config.classes"],
-    ["config.quick", "find", "weights", "mirror.fetch", "mirror.shadow"],
+    ["config.quick", "find", "weights", "layouts", "mirror.fetch", "mirror.shadow"],
     [
         "run",
         "resume.overrides",
@@ -61,6 +61,7 @@ FLOORS = [
         "checkpoint.scores",
         "checkpoint.watched",
         "checkpoint.foreign",
+        "checkpoint.arrays",
         "checkpoint.facts",
     ],
     ["federated.listing"],

@@ -36,7 +36,7 @@ def commands_in(text: str) -> list[str]:
 
 README = (ROOT / "README.md").read_text()
 # In the order in which the README names them: so they are read, and so their commands are run.
-DOCS = list(dict.fromkeys(re.findall(r"\]\((docs/\w+\.md)\)", README)))
+DOCS = list(dict.fromkeys(re.findall(r"\]\((docs/[\w-]+\.md)\)", README)))
 PAGES = {name: (ROOT / name).read_text() for name in ["README.md", *DOCS, "CONTRIBUTING.md"]}
 COMMANDS = {name: commands_in(text) for name, text in PAGES.items()}
 PROMISES = re.split(
@@ -215,7 +215,7 @@ def test_every_link_leads_somewhere(name: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_every_path_that_a_page_names_is_there(name: str) -> None:
     for path in re.findall(
-        r"(?<![\w./])(?:src|tests|configs|docs|benchmarks)/[\w./]*\w", PAGES[name]
+        r"(?<![\w./])(?:src|tests|configs|docs|benchmarks)/[\w./-]*\w", PAGES[name]
     ):
         assert (ROOT / path).exists() or path == "configs/mine.yaml", path
 

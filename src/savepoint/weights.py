@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from savepoint.checkpoint import foreign
+from savepoint import layouts, words
+from savepoint.checkpoint import arrays, foreign
 from savepoint.errors import ConfigMismatchError
 from savepoint.job import rank
 from savepoint.resume.overrides import (
@@ -76,10 +77,17 @@ def load_fitting(model: LightningModule, weights: Mapping[str, Any]) -> None:
     model.load_state_dict(weights, strict=model.strict_loading)
 
 
-def read(path: Path) -> Mapping[str, Tensor]:
-    """The state_dict of a checkpoint of ours or of another program."""
-    weights: Mapping[str, Tensor] = foreign.read(path)["state_dict"]
-    return weights
+def of_model(content: Mapping[str, Any], model: LightningModule) -> tuple[dict[str, Any], str]:
+    """The weights in what `foreign.read` gives, under the model's names; and of arrays of another
+    framework a table of what was mapped where.
+    """
+    target = model.state_dict()
+    weights = under_names_of(fit_names(content["state_dict"], target), target)
+    if content["kind"] not in arrays.KINDS or any(name in target for name in weights):
+        return weights, ""
+    mapped = layouts.onto(model, content["state_dict"])
+    header = ("in the file", "", "in the model", "", "")
+    return mapped.weights, words.table(header, mapped.rows) if mapped.rows else ""
 
 
 def fit_names(weights: Mapping[str, Tensor], model: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,7 +113,7 @@ def initialise(model: LightningModule, path: str | Path, *, strict: bool) -> Non
         ConfigMismatchError: no weight fits or, with `strict`, not all.
     """
     target = model.state_dict()
-    weights = under_names_of(fit_names(read(Path(path)), target), target)
+    weights, mapping = of_model(foreign.read(path), model)
     given = shapes(weights)
     wanted = shapes(target)
     names = [name for name in given if name in target and given[name] == wanted[name]]
@@ -120,5 +128,7 @@ def initialise(model: LightningModule, path: str | Path, *, strict: bool) -> Non
     model.load_state_dict(fits, strict=False)
     if rank() == 0:
         print(f"Weights from {path}: {len(fits)} of {len(target)} tensors")
+        if mapping:
+            print(mapping)
         if lines:
             print("\n".join(["not loaded:", *lines]), flush=True)

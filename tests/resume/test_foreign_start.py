@@ -150,3 +150,30 @@ class TestInitFrom:
         said = capsys.readouterr().out
         assert "net.fc1.weight [128, 9216]: not in the file (nearest: net.fc1.wieght)" in said
         assert "net.fc2.weight: [3, 128] in the file, [10, 128] in the model" in said
+
+
+def test_a_flat_npz_of_another_framework_goes_on_with_a_table_of_what_went_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = project.ClassicNet().state_dict()
+    arrays = {}
+    for place, name in {
+        "Conv_0": "conv1",
+        "Conv_1": "conv2",
+        "Dense_0": "fc1",
+        "Dense_1": "fc2",
+    }.items():
+        weight = net[f"{name}.weight"]
+        kernel = weight.permute(2, 3, 1, 0) if weight.dim() == 4 else weight.t()
+        arrays |= {
+            f"params/{place}/kernel": kernel.numpy(),
+            f"params/{place}/bias": net[f"{name}.bias"].numpy(),
+        }
+    np.savez(tmp_path / "net.npz", **arrays)
+    words = [*CLASSIC, *BRIEF, "--output_dir", str(tmp_path), "--run_name", "on"]
+    assert go(str(tmp_path / "net.npz"), *words) == 0
+    said = capsys.readouterr().out
+    assert "net.npz (npz): weights. It lacks epoch, best_accuracy, optimizer" in said
+    [kernel] = [line for line in said.splitlines() if line.startswith("params/Dense_0/kernel")]
+    assert kernel.split()[1:6] == ["[9216,", "128]", "net.fc1.weight", "[128,", "9216]"]
+    assert steps(tmp_path / "on") == [4]

@@ -25,10 +25,11 @@ _LEGACY_TORCH = b"l\xfc\x9cF\xf9 j\xa8P\x19"
 
 
 _OTHERS = {
-    "an HDF5 file": (b"\x89HDF",),
     "an image": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8"),
     "an array of NumPy": (b"\x93NUMPY",),
 }
+KERAS_WEIGHTS = "model.weights.h5"  # in a .keras archive
+HDF5 = b"\x89HDF\r\n\x1a\n"
 _NAME_ANOTHER = "Name a checkpoint."
 _SAVE_WEIGHTS = (
     "Where it was made, save its weights: torch.save(model.state_dict(), FILE). Name that."
@@ -93,6 +94,10 @@ def _examine_zip(path: Path, file: BinaryIO, size: int) -> Finding:
             True,
             _TAKE_MORE,
         )
+    if KERAS_WEIGHTS in names:
+        return Finding("a model of Keras", True, _TAKE_WEIGHTS)
+    if names and all(name.endswith(".npy") for name in names):
+        return Finding("arrays of NumPy (npz)", True, _TAKE_WEIGHTS)
     return Finding("a zip archive of something else", True)
 
 
@@ -182,6 +187,10 @@ def _examine_other(head: bytes) -> Finding:
         if _LEGACY_TORCH[1:] in head[:32]:
             return Finding("a torch.save file of the old format, before zip", True, _TAKE_MORE)
         return Finding("a pickled object", True, _SAVE_WEIGHTS)
+    if head.startswith(HDF5):
+        return Finding("an HDF5 file, such as Keras writes", True, _TAKE_WEIGHTS)
+    if is_map(head):
+        return Finding("a msgpack file, such as Flax writes", True, _TAKE_WEIGHTS)
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         return Finding(
             "a compressed file: unpack it first", True, "Unpack it, and name what comes out."
@@ -194,6 +203,15 @@ def _examine_other(head: bytes) -> Finding:
     if _is_text(head):
         return Finding("a text file", True)
     return Finding(f"no zip archive: it begins with the bytes {head[:4].hex(' ')}", False)
+
+
+def is_map(head: bytes) -> bool:
+    """Whether bytes begin like a msgpack map whose first key is a text."""
+    if head[:1] in (b"\xde", b"\xdf"):
+        head = head[2:] if head[:1] == b"\xde" else head[4:]
+    elif not b"\x81" <= head[:1] <= b"\x8f":
+        return False
+    return b"\xa1" <= head[1:2] <= b"\xbf" or head[1:2] in (b"\xd9", b"\xda")
 
 
 def _is_text(head: bytes) -> bool:

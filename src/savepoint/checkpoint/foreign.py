@@ -1,8 +1,8 @@
 """Other people's files: FloydHub and imagenet dictionaries, bare state_dicts, stock Lightning
-checkpoints, safetensors.
+checkpoints, safetensors; the arrays of Keras, NumPy and Flax.
 
-All are read by torch's safe loader alone: tensors, plain values and, for the scores in old scripts,
-numpy scalars.
+Torch's own are read by its safe loader alone: tensors, plain values and, for the scores in old
+scripts, numpy scalars. No reader runs what a file says.
 """
 
 import importlib
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from savepoint.checkpoint import manifest, store
+from savepoint.checkpoint import arrays, manifest, store
 from savepoint.errors import CheckpointForeignError
 
 _WEIGHTS = ("state_dict", "model_state_dict", "model", "net")
@@ -31,7 +31,8 @@ def read(path: Path | str) -> dict[str, Any]:
         `state_dict`: names without the prefixes that DataParallel and torch.compile put before
             them; `epoch`,
         `best_accuracy` (int, float) and `optimizer`: None where the file has none; `kind`:
-        "savepoint", "lightning", "dictionary", "state_dict" or "safetensors".
+        "savepoint", "lightning", "dictionary", "state_dict", "safetensors", or one of
+        `arrays.KINDS`, whose names and layouts are those of the file.
 
     Raises:
         CheckpointForeignError: nothing here that can be read safely, and why.
@@ -44,6 +45,8 @@ def read(path: Path | str) -> dict[str, Any]:
         pass
     if _is_safetensors(path):
         return _found("safetensors", _load_safetensors(path))
+    if kind := arrays.kind_of(path):
+        return _found(kind, _load_arrays(path, kind))
     content = load_plain(path)
     if _is_weights(content):
         return _found("state_dict", content)
@@ -176,6 +179,16 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:
         raise _refused(path, str(error)) from error
     return weights
+
+
+def _load_arrays(path: Path, kind: str) -> dict[str, Tensor]:
+    try:
+        found = arrays.read(path, kind)
+    except arrays.Unreadable as error:
+        raise _refused(path, str(error)) from error
+    if not found:
+        raise _refused(path, "it holds no arrays")
+    return found
 
 
 def _cause(error: pickle.UnpicklingError, path: Path) -> str:

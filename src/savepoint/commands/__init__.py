@@ -30,6 +30,7 @@ COMMANDS = {
     "export": "write a checkpoint's model in a format that others read, and compare the two",
     "replay": "train a run again up to a step, compare it with the log, and look at that step",
     "audit": "train each part between two checkpoints again: does the run come out equal here?",
+    "bisect": "the first step at which two runs differ, and what differs there first",
     "report": "write one HTML file that shows a run: curves, pictures, checkpoints, config",
     "sweep": "try values of config keys, each trial a run; the same command goes on",
 }

@@ -73,7 +73,7 @@ def _audited(run: Run, one: "Checkpoint", other: "Checkpoint", allow: list[str])
     from savepoint.replay import choice, playing
     from savepoint.replay import rows as logs
 
-    source = choice.load(one)
+    source = choice.load(one.path)
     notes = list(choice.reservations(run, source, other.step))
     skip = source.state.get("logged_rows") or 0
     was, facts = find.load(other.path)

@@ -61,7 +61,7 @@ def main(arguments: argparse.Namespace) -> int:
     look = looking.StepLook(
         arguments.step, look=_user_function(arguments.code), debug=arguments.debug
     )
-    source = choice.load(checkpoint)
+    source = choice.load(checkpoint.path)
     notes = list(choice.reservations(run, source, end))
     skip = source.state.get("logged_rows") or 0
     # The result alone goes to standard output.

@@ -1,6 +1,7 @@
 """From which checkpoint of a run a step is replayed, and what stands against an equal replay."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from savepoint import record
@@ -30,34 +31,38 @@ def before(run: Run, step: int) -> Checkpoint:
     return earlier[-1]
 
 
-def load(checkpoint: Checkpoint) -> Source:
-    """Verifies it whole.
+def load(path: Path) -> Source:
+    """Verifies the checkpoint whole.
 
     Raises:
         ConfigError: It is of a training that cannot be replayed.
     """
-    source = Source(checkpoint.path, *store.load(checkpoint.path))
+    source = Source(path, *store.load(path))
     if source.manifest.get("kind") == "federated":
         raise ConfigError(
-            f"A federated run: {show(checkpoint.path)}. Its rounds are played by a server and its "
+            f"A federated run: {show(path)}. Its rounds are played by a server and its "
             "clients; a training in one process was expected. Fork it to play them again: python "
-            f"resume.py {show(checkpoint.path)} --fork NAME"
+            f"resume.py {show(path)} --fork NAME"
         )
     require_facts(source)
     ranks = source.manifest["world_size"]
     if ranks != 1:
         raise ConfigError(
-            f"A training of {ranks} processes: {show(checkpoint.path)}. A replay runs in one, and "
+            f"A training of {ranks} processes: {show(path)}. A replay runs in one, and "
             "their batches are not its own. Fork the run under its launcher instead: python "
-            f"resume.py {show(checkpoint.path)} --fork NAME"
+            f"resume.py {show(path)} --fork NAME"
         )
     return source
 
 
-def reservations(run: Run, source: Source, end: int) -> Iterator[str]:
-    """Why a replay up to step `end` may differ, in words."""
+def reservations(run: Run, source: Source, end: int, *, anew: bool = False) -> Iterator[str]:
+    """Why a replay up to step `end` may differ, in words.
+
+    Args:
+        anew: It begins at step 0, and takes nothing but the config from the checkpoint.
+    """
     facts: Mapping[str, Any] = source.manifest
-    if not facts["exact"]:
+    if not facts["exact"] and not anew:
         reasons = facts.get("unsaved") or ["as Lightning resumes"]
         yield f"{source.path.name} is not exact: {'; '.join(reasons[:3])}"
     yield from notes_of_environment(facts, None)

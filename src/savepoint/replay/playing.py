@@ -11,10 +11,12 @@ from savepoint.checkpoint.state.points import Point
 from savepoint.checkpoint.trainer_saver import TrainerSaver
 from savepoint.config import typed
 from savepoint.resume.go_on import start_from
+from savepoint.resume.plan import differences
 from savepoint.resume.request import Request
 from savepoint.resume.source import Source
 from savepoint.run import Run
 from savepoint.training import build
+from savepoint.training.execute import take_weights
 
 
 @dataclass(frozen=True)
@@ -76,28 +78,40 @@ def play(
     *,
     callbacks: Sequence[Callback] = (),
     allow: Sequence[str] = (),
+    config: str | None = None,
+    anew: bool = False,
 ) -> Run:
     """Trains from `source` to the goal, as a run of its own.
 
     Args:
         callbacks: Called after all others.
         allow: What `--allow` names.
+        config: In place of the checkpoint's: that of a resume, which had changed it.
+        anew: Begins at step 0, as the run of the checkpoint once did.
 
     Returns:
         The run, whose log begins at the checkpoint.
     """
-    config = typed.parse([], base=source.state["config"])
-    config.trainer.logger = None  # a tracker would take the replay for the run
-    config.checkpoint.mirror = None
+    was = typed.parse([], base=source.state["config"])
+    settings = typed.parse([], base=config) if config else was
+    changed = differences(typed.dump(was), typed.dump(settings)) if config else {}
+    settings.trainer.logger = None  # a tracker would take the replay for the run
+    settings.checkpoint.mirror = None
     run = Run.create(str(output_dir), name, "replay")
-    begin = start_from(Request(allow=list(allow)), source, {}, None)
+    if anew:
+        begin = build.Start(threads=source.manifest.get("threads"))
+    else:
+        begin = start_from(Request(allow=list(allow)), source, changed, None)
     try:
-        training = build.build(config, run, begin)
+        training = build.build(settings, run, begin)
         begin.state = None  # it is as large as the model
+        if anew:
+            take_weights(training, settings)
         every: list[Any] = training.trainer.callbacks  # type: ignore[attr-defined]
         every += callbacks
         _Until(training.checkpointing.saver, goal)
-        training.trainer.fit(training.model, datamodule=training.data, ckpt_path=source.path)
+        path = None if anew else source.path
+        training.trainer.fit(training.model, datamodule=training.data, ckpt_path=path)
     except _Reached:
         pass
     except BaseException:

@@ -33,14 +33,19 @@ class Compared:
         return self.differing is None
 
 
-def compare(log: Path, skip: int, replayed: Path) -> Compared:
+def compare(log: Path, skip: int, replayed: Path, skip_replayed: int = 0) -> Compared:
     """Row by row, values of the clock left out.
 
     Args:
         log: The run's metrics.csv, and `skip`: its rows up to the checkpoint.
+        skip_replayed: As `skip`, of the other log.
     """
     was = [_values(row) for row in read_rows(log)[1][skip:]] if log.is_file() else []
-    now = [_values(row) for row in read_rows(replayed)[1]] if replayed.is_file() else []
+    now = (
+        [_values(row) for row in read_rows(replayed)[1][skip_replayed:]]
+        if replayed.is_file()
+        else []
+    )
     both = list(zip(was, now, strict=False))
     wrong = next((number for number, (one, other) in enumerate(both) if one != other), None)
     equal = len(both) if wrong is None else wrong

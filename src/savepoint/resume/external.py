@@ -12,11 +12,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from savepoint.checkpoint import foreign
 from savepoint.checkpoint.state import loops
-from savepoint.resume.overrides import under_names_of
+from savepoint.job import rank
 from savepoint.run import Run
 from savepoint.training import build
 from savepoint.training.execute import execute
-from savepoint.weights import fit_names, load_fitting, when_made
+from savepoint.weights import load_fitting, of_model, when_made
 from savepoint.words import SHARE, show
 
 
@@ -30,8 +30,10 @@ def start(path: Path, config: Any, config_name: str) -> int:
     content = foreign.read(path)
 
     def load(model: LightningModule) -> None:
-        target = model.state_dict()
-        load_fitting(model, under_names_of(fit_names(content["state_dict"], target), target))
+        weights, mapping = of_model(content, model)
+        load_fitting(model, weights)
+        if mapping and rank() == 0:
+            print(mapping, flush=True)
 
     # Lightning restores its own files: counters, optimizers, schedules, callbacks.
     is_lightnings = content["kind"] == "lightning"

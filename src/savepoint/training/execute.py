@@ -27,20 +27,25 @@ def train(config: Any, config_name: str, *, reuse: Path | None = None) -> int:
     run = run or Run.create(config.output_dir, config.run_name, config_name)
     try:
         training = build(config, run)
-        if config.init_from:
-            path = config.init_from
-            strict = config.init_strict
-            weights.when_made(
-                training.trainer,
-                training.model,
-                lambda model: weights.initialise(model, path, strict=strict),
-            )
+        take_weights(training, config)
         if rank() == 0:
             print(f"Run {show(run.directory)}", flush=True)
         return execute(training)
     except BaseException:
         run.discard()
         raise
+
+
+def take_weights(training: Training, config: Any) -> None:
+    """Those of `init_from`, where the config names a file."""
+    if config.init_from:
+        path = config.init_from
+        strict = config.init_strict
+        weights.when_made(
+            training.trainer,
+            training.model,
+            lambda model: weights.initialise(model, path, strict=strict),
+        )
 
 
 def execute(

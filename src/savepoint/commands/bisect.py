@@ -1,0 +1,508 @@
+"""`savepoint bisect A B`: the first step at which two runs differ, and what differs there first.
+
+Checkpoints that both runs have are compared, and both are trained again between the last ones that
+agree and the first ones that do not. The runs are only read. Exit code 0 where they are equal, 1
+where they differ.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from savepoint import entry, find, words
+from savepoint.commands import output
+from savepoint.commands.replay import ALLOWED
+from savepoint.errors import ConfigError
+from savepoint.replay.side import KINDS, Keep, Part, Recorded, record
+from savepoint.run import Run
+from savepoint.words import plural, show
+
+if TYPE_CHECKING:
+    from savepoint.checkpoint.store import Checkpoint
+
+SHOWN = 12
+# Config and log of two runs are compared by themselves.
+OWN = ("config", "hyper_parameters", "datamodule_hyper_parameters", "logged_rows")
+
+Pair = tuple["Checkpoint", "Checkpoint"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    for name in "ab":
+        parser.add_argument(name, metavar=name.upper(), help="a run directory")
+    python = "the interpreter that B is trained with: of another environment"
+    parser.add_argument("--python", metavar="PATH", type=Path, help=python)
+    allow = "canary: though the model's code has changed; dataset: on other data"
+    parser.add_argument(
+        "--allow", choices=ALLOWED, action="append", default=[], metavar="WHAT", help=allow
+    )
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What is trained again.
+
+    Attributes:
+        begin: A checkpoint of each run: where they agree, or, with `anew`, whose config is that of
+            step 0.
+        step: The end, and `at`: the point there, where the runs have checkpoints of it: `end`.
+        parts: The parts of these that differ.
+        configs: In place of those of `begin`.
+    """
+
+    begin: Pair
+    step: int
+    at: str | None = None
+    end: Pair | None = None
+    anew: bool = False
+    parts: Sequence[str] = ()
+    configs: tuple[str | None, str | None] = (None, None)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    runs = [find.run(arguments.a), find.run(arguments.b)]
+    if arguments.python is not None and not arguments.python.is_file():
+        raise ConfigError(
+            f"No interpreter there: {arguments.python}. A program such as .venv/bin/python was "
+            "expected. Name one."
+        )
+    for run in runs:
+        if not run.store.checkpoints():
+            raise ConfigError(
+                f"No checkpoint to begin at: {show(run.directory)}. Two runs with checkpoints were "
+                "expected. To compare their configs: diff A/config.yaml B/config.yaml"
+            )
+
+    with entry.importing():
+        import savepoint.replay.recording  # noqa: F401
+
+    found = _bisected(runs, arguments)
+    if arguments.json:
+        output.put_json(found)
+    else:
+        output.put(_text(found))
+    return 0 if found["equal"] else 1
+
+
+def _bisected(runs: Sequence[Run], arguments: argparse.Namespace) -> dict[str, Any]:
+    from savepoint.replay import choice
+
+    a, b = runs
+    found: dict[str, Any] = {"a": a.directory, "b": b.directory, "equal": True, "notes": []}
+    sources = [
+        choice.load(run.store.checkpoints()[0].path) for run in runs
+    ]  # refuses what cannot be
+    found["config"] = _configs(*(source.state for source in sources))
+    agreed, differing, parts = _compared(a, b)
+    row = _first_row(runs, agreed)
+    found |= {"agree": agreed[-1][0].step if agreed else None, "row": row, "parts": parts}
+    found["differ"] = differing[0].step if differing else None
+    stretch = _stretch(runs, agreed, differing, parts, replays=arguments.python is not None)
+    if stretch is None:
+        found["equal"] = row is None
+        return found
+    found |= {"from": 0 if stretch.anew else stretch.begin[0].step, "to": stretch.step}
+    found["notes"] = list(_notes(runs, stretch))
+    with tempfile.TemporaryDirectory(prefix="bisect-") as scratch:
+        found |= _trained(runs, stretch, Path(scratch), arguments)
+    wrong = (row, found["differ"], found["first"], found["replayed_row"])
+    found["equal"] = not any(wrong) and not found["ends"]["each other"]
+    return found
+
+
+# -- what the runs have ---------------------------------------------------------------------------
+
+
+def _configs(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    from savepoint.resume.plan import differences
+
+    return {key: list(pair) for key, pair in differences(one["config"], other["config"]).items()}
+
+
+def _compared(a: Run, b: Run) -> tuple[list[Pair], Pair | None, list[str]]:
+    """The checkpoints of the same steps that agree in all values, up to the first that do not;
+    these; and the parts in which they differ.
+    """
+    others = {_place(one): one for one in b.store.checkpoints()}
+    pairs = [(one, others[_place(one)]) for one in a.store.checkpoints() if _place(one) in others]
+    agreed: list[Pair] = []
+    for one, other in pairs:
+        print(f"Comparing the checkpoints of step {one.step}", file=sys.stderr, flush=True)
+        if parts := _differences(find.load(one.path)[0], find.load(other.path)[0]):
+            return agreed, (one, other), parts
+        agreed.append((one, other))
+    return agreed, None, []
+
+
+def _place(one: "Checkpoint") -> tuple[int, Any]:
+    return one.step, one.manifest.get("at")
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    from savepoint.commands import diff
+
+    parts: list[str] = diff.compare(one, other)["parts"]
+    return [part for part in parts if part not in OWN]
+
+
+def _first_row(runs: Sequence[Run], agreed: Sequence[Pair]) -> dict[str, Any] | None:
+    """The first row in which the logs differ. That of a fork begins at its checkpoint."""
+    from savepoint.replay import rows
+
+    skips = [0, 0]
+    if any(start.get("checkpoint") for run in runs for start in run.starts()[:1]):
+        if not agreed:
+            return None
+        skips = [find.load(one.path)[0].get("logged_rows") or 0 for one in agreed[0]]
+    logs = [run.directory / "metrics.csv" for run in runs]
+    return rows.compare(logs[0], skips[0], logs[1], skips[1]).differing
+
+
+def _stretch(
+    runs: Sequence[Run],
+    agreed: Sequence[Pair],
+    differing: Pair | None,
+    parts: Sequence[str],
+    *,
+    replays: bool,
+) -> Stretch | None:
+    """What is to be trained again; None where the checkpoints say that the runs are equal.
+
+    Args:
+        replays: Whether to train also where all of them agree.
+    """
+    lasts = [run.store.checkpoints()[-1] for run in runs]
+    step = differing[0].step if differing else min(one.step for one in lasts)
+    at = differing[0].manifest["at"] if differing else None
+    end = {"end": differing} if at in ("batch", "epoch") else {"end": None}
+    ends: dict[str, Any] = {"step": step, "at": at if end["end"] else None, "parts": parts} | end
+    if agreed:
+        begin = agreed[-1] if differing or agreed[-1][0].step < step else agreed[0]
+        if not differing and begin is agreed[0] and not replays and step == agreed[-1][0].step:
+            return None
+        if begin[0].step >= step:
+            return None
+        return _with_configs_of_resumes(runs, Stretch(begin, **ends))
+    for one, other in ((0, 1), (1, 0)):
+        origin = _origin(runs[one], runs[other])
+        if origin is not None and origin.step < step:
+            config = find.load(runs[other].store.checkpoints()[0].path)[0]["config"]
+            configs = (None, config) if other else (config, None)
+            return Stretch((origin, origin), configs=configs, **ends)
+    for run in runs:
+        _require_start(run)
+    firsts = [run.store.checkpoints()[0] for run in runs]
+    return Stretch((firsts[0], firsts[1]), anew=True, **ends)
+
+
+def _with_configs_of_resumes(runs: Sequence[Run], stretch: Stretch) -> Stretch:
+    """A run that was resumed at the beginning with another config is trained with that one."""
+    configs: list[str | None] = [None, None]
+    for number, run in enumerate(runs):
+        begin = stretch.begin[number]
+        if any(start["changed"] and start.get("step") == begin.step for start in run.starts()):
+            later = next(one for one in run.store.checkpoints() if one.step > begin.step)
+            configs[number] = find.load(later.path)[0]["config"]
+    return replace(stretch, configs=(configs[0], configs[1]))
+
+
+def _origin(run: Run, fork: Run) -> "Checkpoint | None":
+    """The checkpoint of a run from which the other one was forked."""
+    starts = fork.starts()
+    parent = (starts[0].get("parent") if starts else None) or {}
+    if run.id() is None or parent.get("id") != run.id():
+        return None
+    name = starts[0].get("checkpoint")
+    return next((one for one in run.store.checkpoints() if one.path.name == name), None)
+
+
+def _require_start(run: Run) -> None:
+    """Raises ConfigError where a run cannot be trained from step 0 again."""
+    starts = run.starts()
+    first: Mapping[str, Any] = starts[0] if starts else {}
+    program = Path((first.get("argv") or [""])[0]).name
+    why = ""
+    if not starts:
+        why = "it has no record of its start"
+    elif first.get("checkpoint"):
+        why = f"it began at {first['checkpoint']} of another run"
+    elif program == "resume.py":
+        why = "it began with a file of another program"
+    if why:
+        raise ConfigError(
+            f"No checkpoint in which the two agree, and {show(run.directory)} cannot be trained "
+            f"from step 0: {why}. Runs that agree somewhere were expected. To see what differs: "
+            "python -m savepoint diff A B"
+        )
+
+
+def _notes(runs: Sequence[Run], stretch: Stretch) -> Iterator[str]:
+    from savepoint.replay import choice
+
+    for name, run, begin, config in zip("AB", runs, stretch.begin, stretch.configs, strict=True):
+        source = choice.load(begin.path)
+        # A changed config of a resume is no reservation where the replay has it, too.
+        end = source.manifest["step"] if config or stretch.anew else stretch.step
+        for note in choice.reservations(run, source, end, anew=stretch.anew):
+            yield f"{name}: {note}"
+
+
+# -- what comes out again -------------------------------------------------------------------------
+
+
+def _trained(
+    runs: Sequence[Run], stretch: Stretch, scratch: Path, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    from savepoint.replay import rows
+
+    parts = [
+        Part(
+            str(begin.path.absolute()),
+            stretch.step,
+            stretch.at,
+            anew=stretch.anew,
+            config=config,
+            allow=arguments.allow,
+        )
+        for begin, config in zip(stretch.begin, stretch.configs, strict=True)
+    ]
+    pythons = (None, arguments.python)
+    sides = []
+    for name, run, part, python in zip("ab", runs, parts, pythons, strict=True):
+        _say(f"Training {name.upper()}, {show(run.directory)}", stretch)
+        sides.append(record(part, scratch / name, python=python))
+    first = _first(*(side.batches for side in sides))
+    log = rows.compare(sides[0].log, 0, sides[1].log)
+    found: dict[str, Any] = {
+        "first": first and asdict(first),
+        "replayed_row": log.differing,
+        "ends": _ends(sides, stretch.end),
+        "environment": [side.environment for side in sides],
+        "unstable": [],
+    }
+    if first is None:
+        return found
+    again = []
+    keep = Keep(first.line, [(kind, names[0]) for kind, names in first.places.items()])
+    for name, part, python in zip("ab", parts, pythons, strict=True):
+        _say(f"Training {name.upper()} again, for the values", replace(stretch, step=first.step))
+        shorter = replace(part, step=first.step, at=None)
+        again.append(record(shorter, scratch / f"{name}-again", keep=keep, python=python))
+    for name, side, other in zip("AB", sides, again, strict=True):
+        own = _first(side.batches[: len(other.batches)], other.batches)
+        if own is not None:
+            found["unstable"].append({"run": name, **asdict(own)})
+    found["sizes"] = _sizes(first, *(side.kept() for side in again))
+    return found
+
+
+def _say(what: str, stretch: Stretch) -> None:
+    begin = 0 if stretch.anew else stretch.begin[0].step
+    print(f"{what}: steps {begin + 1} to {stretch.step}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class First:
+    """The first batch in which two records differ, and where: kind -> names.
+
+    `line` is its place in the records.
+    """
+
+    line: int
+    step: int
+    epoch: int
+    batch: int
+    places: dict[str, list[str]]
+
+
+def _first(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> First | None:
+    for line, (one, other) in enumerate(zip(a, b, strict=False)):
+        places = {}
+        for kind in KINDS:
+            was = one["values"][kind]
+            now = other["values"][kind]
+            if names := [name for name in {**was, **now} if was.get(name) != now.get(name)]:
+                places[kind] = names
+        if places:
+            return First(line, one["step"], one["epoch"], one["batch"], places)
+    return None
+
+
+def _ends(sides: Sequence[Recorded], end: Pair | None) -> dict[str, list[str]]:
+    """The parts in which the states at the end differ: from each other, and from the checkpoints of
+    the runs there.
+    """
+    states = [find.load(side.end.path)[0] if side.end else {} for side in sides]
+    ends = {"each other": _differences(*states)}
+    if end is not None:
+        for name, state, one in zip("AB", states, end, strict=True):
+            ends[name] = _differences(find.load(one.path)[0], state)
+    return ends
+
+
+def _sizes(first: First, one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Kind -> how far its first place is apart; {} where it was equal this time."""
+    sizes: dict[str, dict[str, Any]] = {}
+    for kind, names in first.places.items():
+        sides = [side.get(kind, {}) for side in (one, other)]
+        if kind == "random state":
+            sizes[kind] = {"values": [None, None]}
+        elif lacking := [
+            name for name, side in zip("AB", sides, strict=True) if names[0] not in side
+        ]:
+            sizes[kind] = {"missing": lacking[0]}
+        else:
+            sizes[kind] = _size(*(side[names[0]] for side in sides))
+    return sizes
+
+
+def _size(one: Any, other: Any) -> dict[str, Any]:
+    import torch
+
+    from savepoint.checkpoint.format import dense, fingerprint
+    from savepoint.commands.diff import relative_change
+
+    if fingerprint(one) == fingerprint(other):
+        return {}
+    both = (one, other)
+    if not all(isinstance(side, torch.Tensor) and side.numel() != 1 for side in both):
+        return {"values": [_plain(side) for side in both]}
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return {"values": [f"{list(side.shape)} {side.dtype}" for side in both]}
+    distance = (dense(one).double() - dense(other).double()).abs()
+    return {
+        "largest": float(distance.max()) if distance.numel() else 0.0,
+        "relative": relative_change(one, other),
+        "differing": int((distance != 0).sum()),
+        "of": one.numel(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A value that a line has room for; else None."""
+    import torch
+
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, int | float | None):
+        return value
+    if isinstance(value, list) and all(isinstance(one, int | float) for one in value):
+        more = ", ..." if len(value) > SHOWN else ""
+        return ", ".join(map(str, value[:SHOWN])) + more
+    text = str(value)
+    return text if len(text) < 80 else None
+
+
+# -- the text -------------------------------------------------------------------------------------
+
+
+def _text(found: Mapping[str, Any]) -> str:
+    lines = [words.table((), [("A", str(found["a"])), ("B", str(found["b"]))])]
+    if found["config"]:
+        rows = [(key, str(was), str(now)) for key, (was, now) in found["config"].items()]
+        lines += ["", words.table(("config", "A", "B"), rows)]
+    lines += ["", *(f"note: {note}" for note in found["notes"]), *_environments(found)]
+    lines += [_checkpoints(found)]
+    if found["row"]:
+        lines.append(f"The first row of their logs that differs: {_row(found['row'])}.")
+    if "first" in found:
+        lines += ["", *_outcome(found)]
+    elif not found["equal"]:
+        lines.append("All their checkpoints are equal: the log alone is not.")
+    return "\n".join(lines)
+
+
+def _environments(found: Mapping[str, Any]) -> Iterator[str]:
+    if "environment" not in found:
+        return
+    one, other = found["environment"]
+    for key, was in one.items():
+        now = other[key]
+        if isinstance(was, Mapping):
+            names = [name for name in was if was[name] != now.get(name)]
+            for name in names:
+                yield f"environment: {name} {was[name]} for A, {now.get(name)} for B"
+        elif was != now:
+            yield f"environment: {key} {was} for A, {now} for B"
+
+
+def _checkpoints(found: Mapping[str, Any]) -> str:
+    agree = found["agree"]
+    if found["differ"] is None and agree is not None:
+        return f"Equal up to step {agree}: all values of all checkpoints that both have."
+    last = "They agree in no checkpoint." if agree is None else f"They agree at step {agree}."
+    if found["differ"] is None:
+        return f"{last} They have none of the same step."
+    return f"{last} At step {found['differ']} they do not: {', '.join(found['parts'][:5])}."
+
+
+def _outcome(found: Mapping[str, Any]) -> Iterator[str]:
+    first = found["first"]
+    stretch = f"trained again from step {found['from']} to {found['to']}"
+    if first is None:
+        yield from _nothing_found(found, stretch)
+        return
+    kind, *others = first["places"]
+    place = f"step {first['step']} (epoch {first['epoch'] + 1}, batch {first['batch'] + 1})"
+    yield f"First difference: {place}, {stretch}"
+    yield f"  {_named(kind, first['places'][kind])}: {_shown(found['sizes'][kind])}"
+    for other in others:
+        yield f"  then {_named(other, first['places'][other])}: {_shown(found['sizes'][other])}"
+    for one in found["unstable"]:
+        kind, *_ = one["places"]
+        yield (
+            f"{one['run']} is not deterministic: trained twice, it differs from itself at step "
+            f"{one['step']}, {_named(kind, one['places'][kind])}."
+        )
+
+
+def _nothing_found(found: Mapping[str, Any], stretch: str) -> Iterator[str]:
+    ends = found["ends"]
+    if found["replayed_row"]:
+        yield f"Every batch is equal, {stretch}; a row of the logs is not: "
+        yield f"  {_row(found['replayed_row'])}"
+    if ends["each other"]:
+        yield f"Every batch is equal, {stretch}. The state at the end is not: "
+        yield f"  {', '.join(ends['each other'])}"
+        return
+    yield f"Equal, {stretch}: every batch, and the state at the end."
+    wrong = {name: parts for name, parts in ends.items() if parts}
+    for name, parts in wrong.items():
+        yield (
+            f"{name}'s checkpoint of step {found['to']} does not come out again: "
+            f"{', '.join(parts[:5])} differ from what was saved."
+        )
+    if wrong and found["differ"] is not None:
+        yield (
+            "What made the difference is not in the training as it runs here: other code or "
+            "packages then, a change of the file, or an operation that is not deterministic."
+        )
+
+
+def _named(kind: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{kind} of {names[0]}{more}"
+
+
+def _shown(size: Mapping[str, Any]) -> str:
+    if not size:
+        return "equal when it was trained again"
+    if "missing" in size:
+        return f"not in {size['missing']}"
+    if "values" in size:
+        was, now = size["values"]
+        return "other values" if was is now is None else f"{was} in A, {now} in B"
+    relative = words.number(size["relative"])
+    apart = f"largest difference {size['largest']:.3g}, relative {relative}"
+    return f"{apart}, {size['differing']:,} of {plural(size['of'], 'value')}"
+
+
+def _row(row: Mapping[str, Any]) -> str:
+    values = "; ".join(
+        f"{name} {was} in A, {now} in B" for name, (was, now) in list(row["values"].items())[:3]
+    )
+    return f"step {row['step']}, {values}"
