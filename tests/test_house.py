@@ -53,6 +53,7 @@ FLOORS = [
     ],
     ["checkpoint.callback", "resume.reschedule"],
     ["checkpoint.trainer_saver"],
+    ["sharded.strategy"],
     [
         "checkpoint.saver",
         "checkpoint.ckpt_path",
@@ -65,14 +66,15 @@ FLOORS = [
     ],
     ["federated.listing"],
     ["federated.clients"],
-    ["mirror.uploader", "mirror.held"],
+    ["mirror.uploader", "mirror.held", "sharded.saving"],
     ["checkpoint.store", "checkpoint.canary", "mirror.lease", "mirror.settings"],
+    ["sharded.pieces"],
     ["checkpoint.state.*", "checkpoint.state", "checkpoint.format", "checkpoint.retention"],
     ["look.*", "look", "checkpoint.manifest", "loaders.*", "loaders"],
     ["checkpoint.diagnosis", "checkpoint.seal", "lock", "record", "schedules"],
     ["mirror.remote", "federated.partition"],
     ["federated.federation", "federated"],
-    ["files", "preemption", "tail"],
+    ["files", "preemption", "tail", "sharded.together", "sharded"],
     ["errors", "job", "words", "workspace"],
 ]
 
@@ -164,6 +166,7 @@ PACKAGES = {
             "mirror",
             "report",
             "resume",
+            "sharded",
             "template",
             "training",
         )

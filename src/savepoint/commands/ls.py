@@ -39,7 +39,7 @@ def directory(argument: str | None) -> Path:
         hint = f"Start one: {words.python()} train.py"
         what = f"No runs yet: {path.absolute()}. The first run makes this directory. {hint}"
         raise CheckpointNotFoundError(what, path)
-    if not path.is_dir():
+    if not find.is_folder(path):
         raise find.missing(path, "a run directory or a directory of runs")
     return path
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from savepoint import find, words
+from savepoint import files, find, words
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.store import Checkpoint
 from savepoint.commands import output
@@ -50,7 +50,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _target(argument: str | None) -> tuple[Run, Path | None]:
-    if argument is None or manifest.local_path(argument).is_dir():
+    if argument is None or find.is_folder(manifest.local_path(argument)):
         return find.run(argument), None
     file = find.file_or_latest(argument)
     return find.run_of(file) or Run(file.absolute().parent), file
@@ -78,7 +78,7 @@ def _contents(path: Path, parts: list[str]) -> dict[str, Any]:
     if {"config", "tensors", "clients"} & set(parts):
         state, facts = find.load(path)
     plain = {key: value for key, value in facts.items() if key != "metrics"}
-    content = {"facts": {"bytes": path.stat().st_size} | plain, "metrics": facts.get("metrics", {})}
+    content = {"facts": {"bytes": files.size(path)} | plain, "metrics": facts.get("metrics", {})}
     content["config"] = state.get("config", "")
     content["clients"] = _clients(state)
     if "tensors" in parts:

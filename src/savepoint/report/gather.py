@@ -47,8 +47,7 @@ class File:
 
     @property
     def size_bytes(self) -> int | None:
-        stat = _stat(self.path)
-        return stat.st_size if stat else None
+        return find.size(self.path)
 
 
 class Mark(NamedTuple):
