@@ -79,7 +79,7 @@ def test_a_whole_shard_of_another_save_is_found(tmp_path: Path) -> None:
     write_halves(tmp_path / "other.ckpt", value=2.0)
     shutil.copy(tmp_path / "other.ckpt" / "shard-00001.ckpt", tmp_path / STEP)
     assert manifest.read(tmp_path / STEP)["step"] == 30
-    with pytest.raises(CheckpointCorruptError, match="of another save than common.ckpt"):
+    with pytest.raises(CheckpointCorruptError, match="of another save than common"):
         store.load(tmp_path / STEP)
 
 
@@ -95,7 +95,7 @@ def test_the_digest_is_of_the_content_of_all_parts_whatever_they_are_called(
 def test_a_part_by_itself_is_no_checkpoint(tmp_path: Path) -> None:
     write_halves(tmp_path / STEP)
     for name in ("shard-00000.ckpt", "common.ckpt"):
-        with pytest.raises(CheckpointNotFoundError, match=f"A part of .* Name that: .*{STEP}"):
+        with pytest.raises(CheckpointNotFoundError, match=rf"A part of .* Name that: .*{STEP}"):
             store.load(tmp_path / STEP / name)
 
 
@@ -103,7 +103,7 @@ def test_a_manifest_names_no_file_elsewhere(tmp_path: Path) -> None:
     write_halves(tmp_path / STEP)
     named = {"../../secret.ckpt": {"bytes": 1, "digest": ""}}
     store.write(tmp_path / STEP / "common.ckpt", {}, {"step": 30, "shards": named})
-    with pytest.raises(CheckpointCorruptError, match="says shards .* not a table of shards"):
+    with pytest.raises(CheckpointCorruptError, match=r"says shards .* not a table of shards"):
         manifest.read(tmp_path / STEP)
 
 
@@ -165,9 +165,13 @@ def test_one_process_that_saves_the_step_again_replaces_it_in_one_step(tmp_path:
 
 
 def test_a_directory_that_fails_to_be_filled_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointSaveError), files.filling(tmp_path / STEP) as temp:
-        (temp / "shard-00000.ckpt").write_bytes(b"half")
-        raise CheckpointSaveError("full", tmp_path)
+    def fill() -> None:
+        with files.filling(tmp_path / STEP) as temp:
+            (temp / "shard-00000.ckpt").write_bytes(b"half")
+            raise CheckpointSaveError("full", tmp_path)
+
+    with pytest.raises(CheckpointSaveError):
+        fill()
     assert names(tmp_path) == []
 
 

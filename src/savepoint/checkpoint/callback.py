@@ -150,7 +150,8 @@ class CheckpointCallback(Checkpoint):
         if not isinstance(trainer.strategy.checkpoint_io, CheckpointIO):
             trainer.strategy.checkpoint_io = CheckpointIO(async_save=self.async_save)
         trainer.strategy.checkpoint_io.store = self.store
-        if ranks.is_spread(trainer):
+        known = self.saver.sharding
+        if ranks.is_spread(trainer) and (known is None or known.trainer is not trainer):
             self.saver.sharding = Sharding(trainer, in_parts=self.sharded is not False)
         load_last(trainer, self.store)
         if stage != "fit":

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import RNNBase
 
 from savepoint.checkpoint.state.process import isolated_rng
@@ -126,6 +127,8 @@ def tensors(output: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _kind(module: LightningModule, state_dict: Mapping[str, Any], example: Any) -> Kind:
+    if _is_spread(module):
+        _forward(module, state_dict, example)  # the first one of FSDP sets up what stays
     before = _attributes(module.modules())
     look = Look({"model": module}, {}, state_dict)
     inside = Baseline(look)  # of attributes: a meter's count, an array, a generator
@@ -157,7 +160,7 @@ def _forward(module: LightningModule, state_dict: Mapping[str, Any], example: An
     named = dict(example) if isinstance(example, Mapping) else {}
     buffers = dict(module.named_buffers())
     wanted = {name for name, _ in module.named_parameters()} | buffers.keys()
-    if any(own_part(value) is not value for value in module.parameters()):
+    if _is_spread(module):
         return _spread_forward(module, positional, named)
     weights = {
         name: value.to(module.device) for name, value in state_dict.items() if name in wanted
@@ -174,6 +177,10 @@ def _forward(module: LightningModule, state_dict: Mapping[str, Any], example: An
             vars(part).update(attributes)
 
 
+def _is_spread(module: LightningModule) -> bool:
+    return any(own_part(parameter) is not parameter for parameter in module.parameters())
+
+
 def _spread_forward(module: LightningModule, positional: Any, named: Any) -> Any:
     """With the weights as they are, which are those in the file: gathered by hooks, from all ranks,
     and let go again.
@@ -182,7 +189,7 @@ def _spread_forward(module: LightningModule, positional: Any, named: Any) -> Any
         return _plain(module(*positional, **named))
     finally:
         for part in module.modules():
-            if hasattr(part, "reshard"):
+            if isinstance(part, FSDPModule):
                 part.reshard()
 
 

@@ -326,9 +326,10 @@ def _read_tail(path: Path, file: BinaryIO) -> _Tail:
         tail = _sealed_tail(file)
     except (ValueError, RecursionError) as error:
         raise _refusal(path, sealed=not isinstance(error, _NoSealError)) from None
-    if (version := tail.facts["format_version"]) > PARTS_VERSION:
+    newest = PARTS_VERSION if "shards" in tail.facts else FORMAT_VERSION
+    if (version := tail.facts["format_version"]) > newest:
         raise CheckpointVersionError(
-            f"Written by a newer Savepoint: {path}. Format {PARTS_VERSION} or older was "
+            f"Written by a newer Savepoint: {path}. Format {newest} or older was "
             f"expected, this is {version}. Update Savepoint.",
             path,
         )

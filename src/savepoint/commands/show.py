@@ -58,7 +58,7 @@ def _target(argument: str | None) -> tuple[Run, Path | None]:
 
 def _text(part: str, content: Any) -> str:
     if part == "facts":
-        return words.table((), [(key, _fact(value)) for key, value in content.items()])
+        return words.table((), [(key, _fact(value, key)) for key, value in content.items()])
     if part == "metrics":
         rows = [(key, words.number(one["value"]), str(one["step"])) for key, one in content.items()]
         return words.table(("metric", "value", "measured at step"), rows)
@@ -140,7 +140,10 @@ def norm(tensor: "Tensor") -> float:
     return float(format.dense(tensor).to(kind).norm())
 
 
-def _fact(value: Any) -> str:
+def _fact(value: Any, key: str = "") -> str:
+    if key == "shards":
+        sizes = [f"{name} {words.megabytes(one['bytes'])}" for name, one in value.items()]
+        return ", ".join(sizes) or "none: all is in common.ckpt"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {inner}" for key, inner in value.items())
     return words.number(value)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from savepoint import entry, files, find, record, words
-from savepoint.checkpoint import manifest
+from savepoint.checkpoint import manifest, store
 from savepoint.checkpoint.store import BEST, LAST
 from savepoint.commands import output
 from savepoint.errors import (
@@ -176,7 +176,7 @@ def _inside(path: Path) -> dict[str, Any]:
 
         from savepoint.checkpoint import format
 
-    state = format.decode(path)
+    state = store.decode(path, manifest.read(path))
     leaves = format.leaves({key: state.get(key) for key in ("state_dict", "optimizer_states")})
     tensors = [(key, leaf) for key, leaf in leaves if isinstance(leaf, torch.Tensor)]
     bad = [key for key, one in tensors if not bool(torch.isfinite(format.numbers(one)).all())]

@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from savepoint import find
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.retention import RULES, Retention
 from savepoint.checkpoint.store import Checkpoint, CheckpointStore

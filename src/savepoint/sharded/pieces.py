@@ -12,7 +12,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def whole(state: Any, *, keep: bool) -> Any:
     gathered: Replacing = {}
     for _, leaf in format.leaves(state):
         if isinstance(leaf, DTensor) and id(leaf) not in gathered:
-            full = leaf.detach().full_tensor()
+            full = cast(DTensor, leaf.detach()).full_tensor()
             gathered[id(leaf)] = full.cpu() if keep else None
     return replaced(state, gathered) if keep else None
 
@@ -92,7 +92,7 @@ def _offsets(key: str, tensor: DTensor) -> list[int]:
             key,
         )
     # The protocol that torch's own distributed checkpoints go by.
-    chunks = tensor.__create_chunk_list__()
+    chunks: Any = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
     return list(chunks[0].offsets) if chunks else [0] * tensor.dim()
 
 
@@ -202,15 +202,15 @@ def placed(
     ]
     found: Replacing = {}
     for key, leaf in format.leaves(state):
-        if not isinstance(leaf, Tensor):
+        if not isinstance(leaf, Tensor) or isinstance(leaf, DTensor):
             continue
         like = _target(_OF_ANOTHER_RANK.sub("", key), targets, parameters)
         if isinstance(like, DTensor) and (like.shape == leaf.shape or leaf.is_meta):
             found[id(leaf)] = _part_like(like, key, leaf, shards)
-        elif leaf.is_meta and shards is not None:
+        elif leaf.is_meta and shards is not None and not _OF_PARAMETER.match(key):
             found[id(leaf)] = torch.empty(leaf.shape, dtype=leaf.dtype)
             shards.read(key, found[id(leaf)], [0] * leaf.dim())
-    result: dict[str, Any] = replaced(state, found)
+    result: dict[str, Any] = replaced(state, found) if found else dict(state)
     return result
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
-from savepoint.checkpoint import manifest
+from savepoint.checkpoint import manifest, store
 from savepoint.checkpoint.io import CheckpointIO
 from savepoint.sharded import pieces, saving
 from savepoint.sharded.together import Ranks
@@ -68,10 +69,24 @@ class Sharding:
             facts = manifest.read(path)
             shards = pieces.Shards(path, facts)
             state = dict(state) | pieces.own_of(shards, facts, self.ranks.rank)
-        return pieces.placed(state, shards, self._module.state_dict(), self.trainer.optimizers)
+        return self._placed(state, shards)
 
-    def _load_weights(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+    def _placed(self, state: Mapping[str, Any], shards: pieces.Shards | None) -> dict[str, Any]:
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        optimizers = self.trainer.optimizers if fits else []
+        return pieces.placed(state, shards, self._module.state_dict(), optimizers)
+
+    def _load_weights(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        # Of a whole one that lay ready, for `ckpt_path="last"`.
+        checkpoint.update(self._placed(checkpoint, None))
         self._module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def weights_of(self, path: Path) -> dict[str, Any]:
+        """The checkpoint, with this rank's part of each weight; its other tensors are left out."""
+        state, facts = store.load(path, whole=False)
+        shards = pieces.Shards(path, facts) if manifest.has_parts(path) else None
+        weights = {"state_dict": state["state_dict"]}
+        return state | pieces.placed(weights, shards, self._module.state_dict())
 
     def load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
         """Lightning leaves these to the strategy, before callbacks have added groups to them."""

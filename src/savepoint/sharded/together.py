@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed import ProcessGroup
 
 from savepoint.errors import CheckpointContentError, CheckpointSaveError
 
@@ -26,7 +25,7 @@ class Ranks:
     def __init__(self) -> None:
         self.rank = 0
         self.number = 1
-        self._group: ProcessGroup | None = None
+        self._group: Any = None
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.rank = torch.distributed.get_rank()
             self.number = torch.distributed.get_world_size()
