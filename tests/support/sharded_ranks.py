@@ -4,9 +4,11 @@ test_sharded_exact.py.
 python -m support.sharded_ranks DIRECTORY RANKS KIND EVERY      with LOCAL_RANK, MASTER_ADDR and
                                                                 MASTER_PORT set
 
-EVERY 1 takes each safe point, 2 every second one.
+EVERY 1 takes each safe point, 2 every second one. With the KIND "load" it loads each checkpoint in
+DIRECTORY/saved instead, and writes what it has then.
 """
 
+import copy
 import json
 import shutil
 import sys
@@ -14,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 
 from savepoint.checkpoint import store
+from savepoint.sharded import pieces
 from savepoint.testing import difference, final_state
 from support.small import EveryPoint, SmallData, SmallModel, fit, rows
 
@@ -53,7 +57,38 @@ def small_data() -> SmallData:
     return SmallData(samples=60)
 
 
+class Loaded(Callback):
+    """What the training has before its first step: weights and optimizers, all of it."""
+
+    def __init__(self) -> None:
+        self.state: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
+        state = {"state_dict": pl_module.state_dict(), "optimizer_states": optimizers}
+        self.state = copy.deepcopy(pieces.whole(state, keep=True))
+        trainer.should_stop = True
+
+
+def load(directory: Path, ranks: int) -> None:
+    for file in sorted((directory / "saved").iterdir()):
+        strategy: Any = "auto"  # one process holds all of the model
+        if ranks > 1:
+            strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
+        loaded = Loaded()
+        given = {"max_epochs": 2, "devices": ranks, "strategy": strategy, "min_epochs": 0}
+        work = directory / f"{file.stem}-on-{ranks}"
+        callbacks = {"callbacks": lambda: [loaded]}  # noqa: B023 - called at once
+        trainer = fit(work, model=Sharded, data=small_data, ckpt_path=file, **callbacks, **given)
+        if trainer.is_global_zero:
+            torch.save(loaded.state, directory / f"{file.stem}-on-{ranks}.pt")
+
+
 def main(directory: Path, ranks: int, kind: str, every: int) -> None:
+    torch.set_num_threads(1)
+    if kind == "load":
+        load(directory, ranks)
+        return
     model, arguments, saving = KINDS[kind]
 
     def train(directory: Path, **more: Any) -> Trainer:
@@ -61,7 +96,6 @@ def main(directory: Path, ranks: int, kind: str, every: int) -> None:
         given = {"max_epochs": 2, "devices": ranks, "strategy": strategy, **arguments, **more}
         return fit(directory, model=model, data=small_data, **given)
 
-    torch.set_num_threads(1)
     straight = directory / "straight"
     checkpointing = EveryPoint(directory / "points", monitor="val/loss", mode="min", **saving)
     trainer = train(straight, checkpointing=checkpointing)

@@ -185,6 +185,7 @@ class CheckpointCallback(Checkpoint):
             "checkpoint.async_save": self.async_save,
             "checkpoint.mirror": self.mirroring is not None and with_shards,
             "a finder of learning rates or batch sizes": bool(capture.finders(trainer)),
+            "an average of the weights": bool(loops.averaging(trainer)),
         }
         for what in [name for name, is_there in refused.items() if is_there]:
             raise ConfigError(
