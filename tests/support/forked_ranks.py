@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # which DTensors import, each child by itself otherwise
 import torch.distributed as dist
-import torch.distributed.checkpoint  # which DTensors import, each child by itself otherwise
+import torch.distributed.checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -216,7 +217,9 @@ def full_disk(directory: Path, ranks: int, times: int, seed: int) -> State:
             os.fsync = full
             known = {**facts(step, 1.0 / step), "world_size": ranks}
             try:
-                saving.save(together, own.path(step), spread(whole_state(step), mesh), {}, known, own)
+                saving.save(
+                    together, own.path(step), spread(whole_state(step), mesh), {}, known, own
+                )
                 words.append("saved")
                 if step > 2:
                     together.first(lambda: bool(own.commit()))
