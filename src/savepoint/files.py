@@ -130,10 +130,18 @@ def size(path: Path) -> int:
     return sum(one.lstat().st_size for one in path.iterdir())
 
 
-def remove(path: Path) -> None:
-    """Deletes a file or a directory, if it is there; a directory in one step for those who look."""
-    if not path.is_dir() or path.is_symlink():
+def delete(path: Path) -> None:
+    """Deletes a file, a link or a whole directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
         path.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """As `delete`; a directory goes in one step for those who look."""
+    if not path.is_dir() or path.is_symlink():
+        delete(path)
         return
     with _temp_for(path) as temp:
         # A crash after this line leaves a temp for the next sweep, never half of a directory under

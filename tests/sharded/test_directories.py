@@ -148,8 +148,14 @@ def test_a_start_sweeps_what_a_save_that_was_cut_off_has_left(tmp_path: Path) ->
     temp = tmp_path / ".step-00000030.ckpt.tmp-host-1-ab"
     write_halves(temp)
     (whole / "notes.txt").write_text("mine")
+    pointer = tmp_path / ".last.ckpt.tmp-host-1-cd"
+    pointer.symlink_to(whole.name)
     swept = directory.sweep(alone=True)
-    assert {path.name for path in swept} == {temp.name, "shard-00000-01234567.ckpt"}
+    assert {path.name for path in swept} == {
+        temp.name,
+        pointer.name,
+        "shard-00000-01234567.ckpt",
+    }
     assert names(tmp_path) == ["step-00000020.ckpt"]
     assert names(whole) == ["common.ckpt", "notes.txt", "shard-00000.ckpt", "shard-00001.ckpt"]
 

@@ -49,6 +49,13 @@ def test_any_number_of_ranks_reads_its_part_of_what_others_have_saved(tmp_path: 
         assert found[str(other)] == [0] * other, found["said"]
 
 
+def test_at_each_call_of_a_save_a_death_leaves_a_checkpoint_that_verifies(tmp_path: Path) -> None:
+    found = scenario("crash_points", tmp_path, 1)
+    assert found["points"] > 60
+    for kind in ("damaged", "lost", "temps", "unequal"):
+        assert found[kind] == [], kind
+
+
 def check_kills(tally: dict[str, Any], times: int) -> None:
     assert tally["kills"] == times
     assert tally["hung"] == 0

@@ -7,6 +7,7 @@ Prints what it found as JSON, in its last line.
 """
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -33,6 +34,7 @@ from savepoint.errors import CheckpointSaveError
 from savepoint.sharded import pieces, saving
 from savepoint.sharded.together import Ranks
 from support.checkpoint_files import facts, names
+from support.file_calls import Call, watched
 
 State = dict[str, Any]
 ROWS = 60
@@ -268,7 +270,69 @@ def resharded(directory: Path, ranks: int, times: int, seed: int) -> State:
     return found
 
 
-SCENARIOS = {"kills": kills, "full_disk": full_disk, "resharded": resharded}
+def crash_points(directory: Path, ranks: int, times: int, seed: int) -> State:
+    """The first rank dies at each call that changes a file: of a first save, of a second one of the
+    same step, and of what retention then deletes.
+    """
+    tally: State = {"points": 0, "calls": [], "damaged": [], "lost": [], "unequal": [], "temps": []}
+
+    def saves(fault: Callable[[Call], Any], place: Path) -> None:
+        own = CheckpointStore(place, retention=Retention(keep_last=1))
+        with watched(place, fault):
+            for step in (2, 3, 3):
+                known = {**facts(step, 0.5), "world_size": 1}
+                saving.save(Ranks(), own.path(step), whole_state(step), {}, known, own)
+                own.commit()
+
+    for at in itertools.count(1):
+        place = directory / str(at)
+        place.mkdir()
+        known = {**facts(1, 0.9), "world_size": 1}
+        saving.save(Ranks(), CheckpointStore(place).path(1), whole_state(1), {}, known)
+        calls = itertools.count(1)
+
+        def fault(call: Call, at: int = at, calls: Any = calls) -> Any:
+            if next(calls) == at:
+                os._exit(9)
+            return call.go()
+
+        def work(rank: int, fault: Any = fault, place: Path = place) -> None:
+            saves(fault, place)
+
+        if ended(forked(1, work)) == [0]:
+            seen: list[str] = []
+
+            def count(call: Call, seen: list[str] = seen) -> Any:
+                seen.append(call.name)
+                return call.go()
+
+            saves(count, directory / "counted")
+            return tally | {"points": at - 1, "calls": seen}
+        newest = _newest_of_crash(place, tally)
+        if newest == 0:
+            tally["lost"].append(at)
+    return tally
+
+
+def _newest_of_crash(place: Path, tally: State) -> int:
+    own = CheckpointStore(place)
+    tally["damaged"] += [f"{path.name}: {why}" for path, why in own.rejected()]
+    own.mend()
+    chosen, state, lines = own.load_latest(lock_holder=True)
+    if lines or fingerprint(_of_step(state)) != fingerprint(whole_state(chosen.step)):
+        tally["unequal"].append(f"{place.name}: {lines}")
+    tally["temps"] += [f"{place.name}/{name}" for name in names(place) if ".tmp-" in name]
+    for one in own.checkpoints():
+        tally["temps"] += map(str, manifest.superfluous_in(one.path))
+    return chosen.step
+
+
+SCENARIOS = {
+    "crash_points": crash_points,
+    "kills": kills,
+    "full_disk": full_disk,
+    "resharded": resharded,
+}
 
 
 def main(scenario: str, directory: Path, ranks: int, times: int, seed: int) -> None:

@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from savepoint.checkpoint import store
@@ -40,6 +41,17 @@ class Sharded(SmallModel):
         fully_shard(self.net, mesh=mesh)
 
 
+class Replicas(SmallModel):
+    """Pairs of ranks share the model, each pair has all of it (HSDP)."""
+
+    def configure_model(self) -> None:
+        pairs = torch.distributed.get_world_size() // 2
+        mesh = init_device_mesh("cpu", (pairs, 2), mesh_dim_names=("replicas", "shards"))
+        for layer in self.net:
+            if list(layer.parameters()):
+                fully_shard(layer, mesh=mesh)
+
+
 class Momentum(Sharded):
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
@@ -49,6 +61,7 @@ KINDS: dict[str, tuple[type[SmallModel], dict[str, Any], dict[str, Any]]] = {
     "plain": (Sharded, {}, {}),
     "momentum": (Momentum, {}, {}),
     "accumulating": (Sharded, {"accumulate_grad_batches": 2}, {}),
+    "replicas": (Replicas, {}, {}),
     "one file": (Sharded, {}, {"sharded": False}),
 }
 

@@ -15,7 +15,6 @@ deleted before what replaces it is; files with other names are never touched.
 import contextlib
 import math
 import os
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -530,7 +529,7 @@ class CheckpointStore:
                 swept += _superfluous_in(path)
         for path in swept:
             with files.saving(path):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                files.delete(path)
         return swept
 
 
