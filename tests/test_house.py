@@ -53,6 +53,7 @@ FLOORS = [
     ],
     ["checkpoint.callback", "resume.reschedule"],
     ["checkpoint.trainer_saver"],
+    ["sharded.strategy"],
     [
         "checkpoint.saver",
         "checkpoint.ckpt_path",
@@ -66,14 +67,15 @@ FLOORS = [
     ],
     ["federated.listing"],
     ["federated.clients"],
-    ["mirror.uploader", "mirror.held"],
+    ["mirror.uploader", "mirror.held", "sharded.saving"],
     ["checkpoint.store", "checkpoint.canary", "mirror.lease", "mirror.settings"],
+    ["sharded.pieces"],
     ["checkpoint.state.*", "checkpoint.state", "checkpoint.format", "checkpoint.retention"],
     ["look.*", "look", "checkpoint.manifest", "loaders.*", "loaders"],
     ["checkpoint.diagnosis", "checkpoint.seal", "lock", "record", "schedules"],
     ["mirror.remote", "federated.partition"],
     ["federated.federation", "federated"],
-    ["files", "preemption", "tail"],
+    ["files", "preemption", "tail", "sharded.together", "sharded"],
     ["errors", "job", "words", "workspace"],
 ]
 
@@ -165,6 +167,7 @@ PACKAGES = {
             "mirror",
             "report",
             "resume",
+            "sharded",
             "template",
             "training",
         )
@@ -476,8 +479,9 @@ def test_a_checkpoint_preset_names_every_key_so_that_none_of_another_preset_stay
     from savepoint.checkpoint.callback import CheckpointCallback
     from savepoint.config import compose
 
-    # What ranks them depends on the model; where they are mirrored, on the place: a preset of its own.
-    keys = set(inspect.signature(CheckpointCallback).parameters) - {"monitor", "mode"}
+    # What ranks them depends on the model, whether they are in parts on the strategy; where they are mirrored, on
+    # the place: a preset of its own.
+    keys = set(inspect.signature(CheckpointCallback).parameters) - {"monitor", "mode", "sharded"}
     of_a_mirror = {key for key in keys if key.startswith("mirror")}
     assert of_a_mirror
     is_mirror = Path(config).name == "mirror.yaml"

@@ -80,6 +80,76 @@ def arriving(path: Path) -> Iterator[Path]:
     sync_directory(path.parent)
 
 
+@contextlib.contextmanager
+def filling(path: Path) -> Iterator[Path]:
+    """As `arriving`, for a directory: an empty one, whose files are synced by those who write them.
+    There is nothing at `path`, or a file.
+    """
+    make_directory(path.parent)
+    with _temp_for(path) as temp:
+        temp.mkdir()
+        try:
+            yield temp
+            sync_directory(temp)
+            # A crash before this line costs the new directory: a temp is left for the next sweep.
+            if path.exists():
+                _put_in_place_of_file(temp, path)
+            else:
+                os.rename(temp, path)
+        except BaseException:
+            shutil.rmtree(temp, ignore_errors=True)
+            raise
+    sync_directory(path.parent)
+
+
+def _put_in_place_of_file(directory: Path, path: Path) -> None:
+    """No one system call does it."""
+    with _temp_for(path) as aside:
+        # A crash between these two lines costs the file too: what was saved before it is there.
+        os.replace(path, aside)
+        try:
+            os.rename(directory, path)
+        except OSError:
+            os.replace(aside, path)
+            raise
+
+
+@contextlib.contextmanager
+def shown(directory: Path) -> Iterator[Path]:
+    """A file in `directory` while the block runs, for other hosts to see."""
+    make_directory(directory)
+    with _temp_for(directory / "shown") as temp:
+        temp.touch()
+        yield temp
+
+
+def size(path: Path) -> int:
+    """The bytes of a file, or of the files in a directory."""
+    if not path.is_dir():
+        return path.stat().st_size
+    return sum(one.lstat().st_size for one in path.iterdir())
+
+
+def delete(path: Path) -> None:
+    """Deletes a file, a link or a whole directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """As `delete`; a directory goes in one step for those who look."""
+    if not path.is_dir() or path.is_symlink():
+        delete(path)
+        return
+    with _temp_for(path) as temp:
+        # A crash after this line leaves a temp for the next sweep, never half of a directory under
+        # its name.
+        os.rename(path, temp)
+        shutil.rmtree(temp)
+
+
 def is_url(path: Path | str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)) is not None
 
@@ -173,6 +243,9 @@ def point(pointer: Path, target: Path, is_copy: Callable[[Path, Path], bool]) ->
         if not _link(target, temp):
             if is_copy(pointer, target):
                 return
+            if target.is_dir():  # a second copy of what may be hundreds of gigabytes
+                pointer.unlink(missing_ok=True)
+                return
             _copy(target, temp)
         # A crash before this line costs a pointer to an earlier checkpoint, which still exists:
         # deletions come later, and the next commit points again.
@@ -236,10 +309,19 @@ def move(path: Path, target: Path) -> Path:
             if error.errno != errno.EXDEV:  # the directory may be a link to another disk
                 raise
             # A crash in here leaves the file where it was, and perhaps a whole copy.
-            with replacing(free) as copy, path.open("rb") as source:
-                shutil.copyfileobj(source, copy)
-            path.unlink()
+            if path.is_dir():
+                _copy_directory(path, free)
+            else:
+                with replacing(free) as copy, path.open("rb") as source:
+                    shutil.copyfileobj(source, copy)
+            remove(path)
     return free
+
+
+def _copy_directory(path: Path, copy: Path) -> None:
+    with filling(copy) as directory:
+        for one in path.iterdir():
+            _copy(one, directory / one.name)
 
 
 @contextlib.contextmanager

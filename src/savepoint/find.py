@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from savepoint import entry, record
+from savepoint import entry, files, record
 from savepoint.checkpoint import manifest, store
 from savepoint.errors import CheckpointNotFoundError, ConfigError
 from savepoint.run import Run
@@ -25,7 +25,7 @@ def run(argument: str | Path | None) -> Run:
     if argument is None:
         return Run(newest_run(Path("outputs")))
     path = manifest.local_path(argument)
-    if not path.is_dir():
+    if not is_folder(path):
         raise missing(path)
     named = Run(run_directory(path))
     if not named.is_begun() and not manifest.step_files(path):
@@ -35,6 +35,11 @@ def run(argument: str | Path | None) -> Run:
             path,
         )
     return named
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a directory that is no checkpoint by itself."""
+    return path.is_dir() and not manifest.has_parts(path)
 
 
 def run_directory(path: Path) -> Path:
@@ -64,7 +69,7 @@ def instead(directory: Path) -> str:
 
 def file_or_latest(argument: str | None) -> Path:
     """The checkpoint that an argument names: a file, or the newest of a run."""
-    if argument is not None and not (path := manifest.local_path(argument)).is_dir():
+    if argument is not None and not is_folder(path := manifest.local_path(argument)):
         if not path.exists():
             raise missing(path, "a checkpoint or a run directory")
         return path
@@ -91,7 +96,7 @@ def latest(run: Run) -> Path:
 def runs_in(directory: Path) -> list[Run]:
     """The runs in a directory, by name; an unreadable directory counts, as it may be a run."""
     paths = [path for path in sorted(directory.iterdir()) if not path.name.startswith(".")]
-    runs = [Run(path) for path in paths if path.is_dir()]
+    runs = [Run(path) for path in paths if is_folder(path)]
     return [run for run in runs if not run.is_readable() or run.is_begun()]
 
 
@@ -104,7 +109,7 @@ def run_of(file: Path) -> Run | None:
 def size(path: Path) -> int | None:
     """In bytes; None where the run has deleted it since the listing."""
     try:
-        return path.lstat().st_size
+        return files.size(path) if path.is_dir() else path.lstat().st_size
     except FileNotFoundError:
         return None
 
@@ -112,9 +117,10 @@ def size(path: Path) -> int | None:
 def missing(path: Path, expected: str = "a run directory") -> CheckpointNotFoundError:
     if path.exists():
         show_it = shlex.join([python(), "-m", "savepoint", "show", str(path)])
+        kind = "A checkpoint" if path.is_dir() else "A file"
         is_ours = manifest.step_in_name(path.name) is not None or path.suffix == ".ckpt"
         return CheckpointNotFoundError(
-            f"A file, not a run directory: {path}. {expected.capitalize()} was expected. "
+            f"{kind}, not a run directory: {path}. {expected.capitalize()} was expected. "
             f"{f'To look at it: {show_it}' if is_ours else 'Name one.'}",
             path,
         )
@@ -151,7 +157,7 @@ def file_or_best(argument: str | None) -> tuple[Path, str]:
         CheckpointNotFoundError, CheckpointCorruptError, CheckpointForeignError,
             CheckpointVersionError: about CKPT.
     """
-    if argument is not None and not manifest.local_path(argument).is_dir():
+    if argument is not None and not is_folder(manifest.local_path(argument)):
         path = file_or_latest(argument)
         which = ""
     else:

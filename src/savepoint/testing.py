@@ -34,7 +34,8 @@ QUICK = (
     "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1",
     "--trainer.val_check_interval", "1.0",
     "--trainer.num_sanity_val_steps", "0", "--trainer.log_every_n_steps", "1",
-    "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--checkpoint.mirror", "null",
+    "--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "auto",
+    "--checkpoint.mirror", "null",
 )  # fmt: skip
 """The flags of every run of this module."""
 

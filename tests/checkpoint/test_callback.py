@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from support.checkpoint_files import no_room_for, small_checkpoint
 from support.small import (
     SmallData,
@@ -507,13 +507,11 @@ def test_with_another_number_of_processes_no_checkpoint_is_exact_until_the_next_
     assert [one.step for one in kept if not one.manifest["exact"]] == [5]
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
-def test_a_strategy_that_spreads_the_state_over_ranks_is_refused_in_words(
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_a_strategy_that_spreads_the_state_in_a_way_of_its_own_is_refused_in_words(
     strategy: type[Strategy],
 ) -> None:
-    with pytest.raises(
-        ConfigError, match=f"Sharded training is not supported yet: .* is {strategy.__name__}"
-    ):
+    with pytest.raises(ConfigError, match=f"Not supported: .* is {strategy.__name__}, which"):
         ranks.refuse_shards(SimpleNamespace(strategy=object.__new__(strategy)))
 
 

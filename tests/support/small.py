@@ -159,7 +159,8 @@ class EveryPoint(CheckpointCallback):
     def _keep(self, trainer: Trainer, at: str) -> None:
         if trainer.is_global_zero:
             copy = self.keep_in / f"{len(self.kept):03d}-{at}-{trainer.global_step}.ckpt"
-            shutil.copy(self.store.path(trainer.global_step), copy)
+            saved = self.store.path(trainer.global_step)
+            shutil.copytree(saved, copy) if saved.is_dir() else shutil.copy(saved, copy)
             self.kept.append(copy)
 
 

@@ -21,13 +21,14 @@ from savepoint.checkpoint.ckpt_path import load_last, running_call
 from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.scores import Scores
-from savepoint.checkpoint.state import exactness, loops, ranks, start, validation
+from savepoint.checkpoint.state import capture, exactness, loops, ranks, start, validation
 from savepoint.checkpoint.state.points import Points
 from savepoint.checkpoint.state.training import TrainingState
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.checkpoint.trainer_saver import TrainerSaver
 from savepoint.errors import CheckpointNotFoundError, ConfigError
 from savepoint.mirror.settings import Mirroring
+from savepoint.sharded.strategy import Sharding
 
 
 class CheckpointCallback(Checkpoint):
@@ -56,6 +57,9 @@ class CheckpointCallback(Checkpoint):
         mirror_keep_last: Newest checkpoints to keep in the mirror.
         mirror_keep_best: Best checkpoints to keep in the mirror.
         mirror_grace_secs: Seconds that the end of a run waits for the last upload.
+        sharded: Whether each rank writes its part of a checkpoint, which is a directory then: auto,
+            where the strategy spreads the state over the ranks (ModelParallelStrategy); false
+            gathers it for one file.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class CheckpointCallback(Checkpoint):
         mirror_keep_last: int = 2,
         mirror_keep_best: int = 1,
         mirror_grace_secs: float = 90.0,
+        sharded: Literal["auto"] | bool = "auto",
     ) -> None:
         # `load_last` finds it then.
         warnings.filterwarnings(
@@ -84,6 +89,7 @@ class CheckpointCallback(Checkpoint):
         self.monitor = monitor
         self.mode = mode
         self.async_save = async_save
+        self.sharded = sharded
         self.retention = Retention(
             keep_last=keep_last,
             keep_best=keep_best,
@@ -138,11 +144,15 @@ class CheckpointCallback(Checkpoint):
             ranks.refuse_shards(trainer)
             ranks.refuse_different_starts(trainer)
             self._refuse_lone_mirror(trainer)
+            self._refuse_with_shards(trainer)
         if stage == "fit" or not self._has_directory:
             self.use(trainer.strategy.broadcast(Path(trainer.default_root_dir) / "checkpoints"))
         if not isinstance(trainer.strategy.checkpoint_io, CheckpointIO):
             trainer.strategy.checkpoint_io = CheckpointIO(async_save=self.async_save)
         trainer.strategy.checkpoint_io.store = self.store
+        known = self.saver.sharding
+        if ranks.is_spread(trainer) and (known is None or known.trainer is not trainer):
+            self.saver.sharding = Sharding(trainer, in_parts=self.sharded is not False)
         load_last(trainer, self.store)
         if stage != "fit":
             return
@@ -150,13 +160,37 @@ class CheckpointCallback(Checkpoint):
         self.preloaded = None
         self.saver.training = None
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.saver.training = TrainingState(trainer)
+            in_parts = self.saver.sharding is not None and self.saver.sharding.in_parts
+            self.saver.training = TrainingState(trainer, in_parts=in_parts)
 
     def _refuse_lone_mirror(self, trainer: Trainer) -> None:
         if self.mirroring and self.saver.committed is None and trainer.is_global_zero:
             raise ConfigError(
                 f"Nothing would be uploaded to {self.mirroring.url}: checkpoint.mirror is for runs "
                 "of train.py, which have a name and an id. Leave it out in a Trainer of your own."
+            )
+
+    def _refuse_with_shards(self, trainer: Trainer) -> None:
+        """Raises ConfigError for what goes with no strategy that spreads the state over ranks."""
+        if not ranks.is_spread(trainer):
+            if self.sharded is True:
+                raise ConfigError(
+                    f"Nothing is sharded: checkpoint.sharded is true, and trainer.strategy is "
+                    f"{type(trainer.strategy).__name__}, which keeps all of the model on each "
+                    "rank. Such a checkpoint is one file. Leave it at auto."
+                )
+            return
+        with_shards = self.sharded is not False
+        refused = {
+            "checkpoint.async_save": self.async_save,
+            "checkpoint.mirror": self.mirroring is not None and with_shards,
+            "a finder of learning rates or batch sizes": bool(capture.finders(trainer)),
+            "an average of the weights": bool(loops.averaging(trainer)),
+        }
+        for what in [name for name, is_there in refused.items() if is_there]:
+            raise ConfigError(
+                f"Not supported where the state is spread over ranks: {what}, with "
+                f"{type(trainer.strategy).__name__}. Leave it out."
             )
 
     @property
@@ -214,6 +248,10 @@ class CheckpointCallback(Checkpoint):
         start.load_in_precision(trainer, pl_module, checkpoint)
         if checkpoint.get("at") and self.training:
             self.training.load(checkpoint)
+            if self.saver.sharding is not None:
+                self.training.prepare_late()
+        if self.saver.sharding is not None:
+            self.saver.sharding.load_optimizers(checkpoint)
 
     def keep_rates(self) -> None:
         """The user has overridden rates on this resume: those of the file are not put back."""

@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import RNNBase
 
 from savepoint.checkpoint.state.process import isolated_rng
 from savepoint.look.baseline import Baseline
 from savepoint.look.classes import is_library
+from savepoint.look.marks import own_part
 from savepoint.look.walk import Look
 
 SEED = 0
@@ -125,6 +127,8 @@ def tensors(output: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _kind(module: LightningModule, state_dict: Mapping[str, Any], example: Any) -> Kind:
+    if _is_spread(module):
+        _forward(module, state_dict, example)  # the first one of FSDP sets up what stays
     before = _attributes(module.modules())
     look = Look({"model": module}, {}, state_dict)
     inside = Baseline(look)  # of attributes: a meter's count, an array, a generator
@@ -156,6 +160,8 @@ def _forward(module: LightningModule, state_dict: Mapping[str, Any], example: An
     named = dict(example) if isinstance(example, Mapping) else {}
     buffers = dict(module.named_buffers())
     wanted = {name for name, _ in module.named_parameters()} | buffers.keys()
+    if _is_spread(module):
+        return _spread_forward(module, positional, named)
     weights = {
         name: value.to(module.device) for name, value in state_dict.items() if name in wanted
     }
@@ -171,11 +177,29 @@ def _forward(module: LightningModule, state_dict: Mapping[str, Any], example: An
             vars(part).update(attributes)
 
 
+def _is_spread(module: LightningModule) -> bool:
+    return any(own_part(parameter) is not parameter for parameter in module.parameters())
+
+
+def _spread_forward(module: LightningModule, positional: Any, named: Any) -> Any:
+    """With the weights as they are, which are those in the file: gathered by hooks, from all ranks,
+    and let go again.
+    """
+    try:
+        return _plain(module(*positional, **named))
+    finally:
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
+
 def _plain(output: Any) -> Any:
     """An output as a file can hold it: lists, dicts and tensors on the CPU, real numbers as
     float32; the rest is None.
     """
     if isinstance(output, Tensor):
+        if hasattr(output, "full_tensor"):
+            output = output.full_tensor()
         dense = output.detach().dequantize() if output.is_quantized else output.detach()
         dense = (
             (dense if dense.layout is torch.strided else dense.to_dense())

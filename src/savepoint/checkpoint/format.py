@@ -24,6 +24,7 @@ from torch import Tensor
 
 from savepoint.checkpoint import manifest
 from savepoint.errors import CheckpointContentError
+from savepoint.look.marks import own_part
 
 State = dict[str, Any]
 
@@ -188,9 +189,8 @@ def _rebuilt(tree: Any, done: dict[int, Any]) -> Any:
 
 def size_bytes(state: Any) -> int:
     """What the tensors of a state take in a file; memory that several share counts once."""
-    tensors = [
-        part for _, leaf in leaves(state) if isinstance(leaf, Tensor) for part in parts(leaf)
-    ]
+    own = (own_part(leaf) for _, leaf in leaves(state) if isinstance(leaf, Tensor))
+    tensors = [part for one in own for part in parts(one) if not part.is_meta]
     return sum(
         {
             (t.device, t.untyped_storage().data_ptr()): t.untyped_storage().nbytes()
@@ -275,6 +275,8 @@ def _reads_back(value: Any) -> bool:
         return True
     if kind in _TENSORS and value.layout is torch.strided and not value.is_quantized:
         return not vars(value) or all(_reads_back(extra) for _, extra in leaves(vars(value)))
+    if isinstance(value, Tensor) and own_part(value) is not value:
+        return True  # it is saved in parts
     file = io.BytesIO()
     try:
         with warnings.catch_warnings(action="ignore"):  # what torch says of sparse tensors

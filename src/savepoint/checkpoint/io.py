@@ -53,9 +53,10 @@ class CheckpointIO(LightningCheckpointIO):
         self._queued: list[Future[None]] = []
         self._snapshot = _Snapshot()
 
-    def save_checkpoint(
+    def ready(
         self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any | None = None
-    ) -> None:
+    ) -> tuple[Path, dict[str, Any], Mapping[str, Any]]:
+        """Where a checkpoint of Lightning's goes, its state and its facts."""
         if storage_options is not None:
             raise TypeError(
                 "`Trainer.save_checkpoint(..., storage_options=...)` is not supported by "
@@ -68,6 +69,17 @@ class CheckpointIO(LightningCheckpointIO):
             finish(checkpoint)
         facts = checkpoint.get("manifest") or _facts(checkpoint)
         state = {key: value for key, value in checkpoint.items() if key != "manifest"}
+        files.refuse_url(path, "the file to save")
+        return manifest.local_path(path), state, facts
+
+    def store_of(self, path: Path, facts: Mapping[str, Any]) -> CheckpointStore | None:
+        """The store, for a save under one of its names."""
+        return self.store if self.store and path == self.store.path(facts["step"]) else None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Path | str, storage_options: Any | None = None
+    ) -> None:
+        path, state, facts = self.ready(checkpoint, path, storage_options)
         if not self.async_save:
             self._write(path, state, facts)
             return
@@ -80,10 +92,18 @@ class CheckpointIO(LightningCheckpointIO):
         self.raise_pending()
 
     def load_checkpoint(
-        self, path: Path | str, map_location: Any | None = None, weights_only: bool | None = None
+        self,
+        path: Path | str,
+        map_location: Any | None = None,
+        weights_only: bool | None = None,
+        *,
+        whole: bool = True,
     ) -> dict[str, Any]:
         """A checkpoint of ours after a look at every byte; a file of stock Lightning as it is, by
         the safe loader.
+
+        Args:
+            whole: See `store.load`.
         """
         if weights_only is False:
             raise ConfigError(
@@ -97,17 +117,26 @@ class CheckpointIO(LightningCheckpointIO):
         preloaded = self.preloaded
         self.preloaded = None
         if preloaded and preloaded[0] == Path(path) and location == "cpu":
-            return preloaded[1]
+            return self._filled(*preloaded) if whole else preloaded[1]
         try:
-            return store.load(path, map_location=location)[0]
+            return store.load(path, map_location=location, whole=whole)[0]
         except CheckpointForeignError:
             from savepoint.checkpoint import foreign
 
             return foreign.load_plain(path, map_location=location)
 
+    @staticmethod
+    def _filled(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+        """The whole of what was read already: of a checkpoint in parts, this was not its shards."""
+        if not manifest.has_parts(path):
+            return state
+        from savepoint.sharded import pieces
+
+        return pieces.assembled(path, manifest.read(path), state)
+
     def remove_checkpoint(self, path: Path | str) -> None:
         target = manifest.local_path(path)
-        self.submit(lambda: target.unlink(missing_ok=True))
+        self.submit(lambda: files.remove(target))
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run `job` now or, where saves are asynchronous, in the writer's thread after the saves
@@ -148,13 +177,11 @@ class CheckpointIO(LightningCheckpointIO):
         self._queued.append(future)
         return future
 
-    def _write(self, path: Path | str, state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        files.refuse_url(path, "the file to save")
-        target = manifest.local_path(path)
-        if self.store and target == self.store.path(facts["step"]):
-            self.store.write(state, facts)
+    def _write(self, path: Path, state: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        if own := self.store_of(path, facts):
+            own.write(state, facts)
         else:
-            store.write(target, state, facts)
+            store.write(path, state, facts)
 
 
 def _step_back() -> None:

@@ -19,6 +19,16 @@ end:
 So each byte is covered by a CRC, by `body` or by the seal. `read` looks at the end of the file
 alone and vouches for the facts; `verify` looks at every byte. torch.load, Lightning and zipfile
 read the file as if nothing had been added.
+
+A checkpoint in parts is a directory of such files:
+
+    step-00000430.ckpt/
+        shard-00000.ckpt ...    a rank's share of the tensors, and what that rank alone has
+        common.ckpt             all the rest; written last. Its manifest is the directory's: it
+                                names each shard with its size and digest
+
+It is there if and only if common.ckpt is whole, and so is each shard that it names. What else lies
+in the directory is no part of it.
 """
 
 import errno
@@ -50,7 +60,10 @@ if TYPE_CHECKING:
     from savepoint.checkpoint.diagnosis import Finding
 
 FORMAT_VERSION = 1
+PARTS_VERSION = 2  # of common.ckpt, so that older code takes none for a whole checkpoint
 STEP_NAME = re.compile(r"step-(\d+)\.ckpt")
+COMMON = "common.ckpt"
+SHARD_NAME = re.compile(r"shard-\d{5}(-[0-9a-f]{8})?\.ckpt")
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _END_RECORD = struct.Struct("<4s4H2IH")
@@ -84,16 +97,20 @@ def step_in_name(name: str) -> int | None:
 
 
 def read(path: Path | str) -> dict[str, Any]:
-    """The manifest of `path`, vouched for by the seal. One small read: damage to tensors is
-    `verify`'s to find.
+    """The manifest of `path`, vouched for by the seal. One small read, and of a directory a look at
+    the size of each shard: damage to tensors is `verify`'s to find.
 
     Raises:
-        CheckpointNotFoundError: no such file, a directory, or a URL.
-        CheckpointCorruptError: a checkpoint that is truncated or damaged.
+        CheckpointNotFoundError: no such file, another directory, or a URL.
+        CheckpointCorruptError: a checkpoint that is truncated or damaged, or lacks a shard.
         CheckpointForeignError: a readable file that Savepoint did not write.
         CheckpointVersionError: a format newer than this code.
     """
     path = local_path(path)
+    if has_parts(path):
+        facts = _of_part(path, COMMON, read)
+        _look_at_shards(path, facts)
+        return facts
     with _open(path) as file:
         return _read_tail(path, file).facts
 
@@ -110,8 +127,83 @@ def read_sealed(file: BinaryIO, name: str) -> dict[str, Any]:
 
 
 def verify(path: Path | str) -> dict[str, Any]:
-    """The manifest of `path` after a look at every byte of the file. Raises what `read` raises."""
+    """The manifest of `path` after a look at every byte of it. Raises what `read` raises."""
     path = local_path(path)
+    if has_parts(path):
+        return _verify_parts(path)
+    facts = _verify_file(path)
+    if "shards" in facts or "shard" in facts:
+        raise CheckpointNotFoundError(
+            f"A part of a checkpoint: {path}. The whole of it was expected, which is a directory. "
+            f"Name that: {path.parent}",
+            path,
+        )
+    return facts
+
+
+def has_parts(path: Path) -> bool:
+    """Whether `path` is a directory with the parts of a checkpoint, or with some of them."""
+    try:
+        names = os.listdir(path)
+    except OSError:
+        return False
+    return any(name == COMMON or SHARD_NAME.fullmatch(name) for name in names)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of a checkpoint: itself, or its parts, those that its manifest names."""
+    if not has_parts(path):
+        return [path]
+    return [*(path / name for name in read(path)["shards"]), path / COMMON]
+
+
+def superfluous_in(path: Path) -> list[Path]:
+    """Of a checkpoint in parts, files of earlier saves and of those that were cut off."""
+    kept = {part.name for part in files_of(path)}
+    others = (one for one in path.iterdir() if one.name not in kept)
+    return [one for one in others if SHARD_NAME.search(one.name) or COMMON in one.name]
+
+
+def _look_at_shards(path: Path, facts: Mapping[str, Any]) -> None:
+    """Raises CheckpointCorruptError where a shard is missing or has another size."""
+    if "shards" not in facts:
+        raise corrupt(path, f"{COMMON} names no shards: it is a whole checkpoint by itself")
+    for name, known in facts["shards"].items():
+        try:
+            size = os.stat(path / name).st_size
+        except FileNotFoundError:
+            if not path.exists():  # deleted meanwhile
+                raise
+            raise corrupt(path, f"{name} is missing") from None
+        if size != known["bytes"]:
+            raise corrupt(path, f"{name} has {size} bytes, not {known['bytes']}")
+
+
+def _verify_parts(path: Path) -> dict[str, Any]:
+    facts = _of_part(path, COMMON, _verify_file)
+    _look_at_shards(path, facts)
+    for name, known in facts["shards"].items():
+        found = _of_part(path, name, _verify_file)
+        if found["digest"] != known["digest"]:
+            raise corrupt(path, f"{name} is whole, but of another save than {COMMON}")
+    return facts
+
+
+def _of_part(path: Path, name: str, look: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """What `look` says of a part; of the checkpoint, where it is damaged."""
+    try:
+        return look(path / name)
+    except CheckpointCorruptError as error:
+        raise corrupt(path, f"{name}: {error.reason}") from None
+    except CheckpointForeignError:
+        raise corrupt(path, f"{name}: not what a save writes") from None
+    except CheckpointNotFoundError:
+        if not path.exists():  # deleted meanwhile
+            raise
+        raise corrupt(path, f"{name} is missing") from None
+
+
+def _verify_file(path: Path) -> dict[str, Any]:
     with _open(path) as file:
         tail = _read_tail(path, file)
         try:
@@ -133,10 +225,10 @@ def append(file: BinaryIO, facts: Mapping[str, Any]) -> dict[str, Any]:
     with zipfile.ZipFile(file, "a") as archive:
         records = list(archive.infolist())
         end = archive.start_dir
-        found = {"digest": _digest(records), "body": _body(file, records, end)}
-        text = json.dumps(
-            {"format_version": FORMAT_VERSION, **facts, **found}, allow_nan=False
-        ).encode()
+        shards = facts.get("shards")
+        found = {"digest": _digest(records, shards), "body": _body(file, records, end)}
+        version = FORMAT_VERSION if shards is None else PARTS_VERSION
+        text = json.dumps({"format_version": version, **facts, **found}, allow_nan=False).encode()
         # A fixed date, so that equal states and facts give equal files.
         archive.writestr(zipfile.ZipInfo(RECORD), text)
         offset = archive.getinfo(RECORD).header_offset
@@ -215,8 +307,8 @@ def _open(path: Path) -> BinaryIO:
         raise CheckpointNotFoundError(message, path) from None
     except IsADirectoryError:
         message = (
-            f"A directory, not a checkpoint: {path}. A checkpoint is one file. Name one of the "
-            "checkpoints in it."
+            f"A directory, not a checkpoint: {path}. A checkpoint is one file, or a directory of "
+            "shards. Name one of the checkpoints in it."
         )
         raise CheckpointNotFoundError(message, path) from None
     except OSError as error:
@@ -234,9 +326,10 @@ def _read_tail(path: Path, file: BinaryIO) -> _Tail:
         tail = _sealed_tail(file)
     except (ValueError, RecursionError) as error:
         raise _refusal(path, sealed=not isinstance(error, _NoSealError)) from None
-    if (version := tail.facts["format_version"]) > FORMAT_VERSION:
+    newest = PARTS_VERSION if "shards" in tail.facts else FORMAT_VERSION
+    if (version := tail.facts["format_version"]) > newest:
         raise CheckpointVersionError(
-            f"Written by a newer Savepoint: {path}. Format {FORMAT_VERSION} or older was "
+            f"Written by a newer Savepoint: {path}. Format {newest} or older was "
             f"expected, this is {version}. Update Savepoint.",
             path,
         )
@@ -290,6 +383,16 @@ def _is_table(value: Any) -> bool:
     return value is None or isinstance(value, dict)
 
 
+def _is_shards(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        SHARD_NAME.fullmatch(name)
+        and isinstance(one, dict)
+        and _is_count(one.get("bytes"))
+        and isinstance(one.get("digest"), str)
+        for name, one in value.items()
+    )
+
+
 def _is_dataset(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and {"name", "fingerprint"} <= value.keys())
 
@@ -321,6 +424,8 @@ _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "best_score": _SCORE,
     "world_size": (lambda value: _is_count(value) and value > 0, "a whole number from 1 on"),
     "threads": (_is_count, "a whole number from 0 on"),
+    "shard": (_is_count, "a whole number from 0 on"),
+    "shards": (_is_shards, "a table of shards, each with its bytes and digest"),
 }
 
 
@@ -402,7 +507,8 @@ def _damaged_records(file: BinaryIO, tail: _Tail) -> list[str]:
     ]
     if not damaged and _body(file, records, tail.offset) != tail.facts["body"]:
         damaged = ["the headers or padding between the records"]
-    if not damaged and _digest(records) != tail.facts["digest"]:
+    shards = tail.facts.get("shards")
+    if not damaged and _digest(records, shards) != tail.facts["digest"]:
         damaged = ["the list of records"]
     return damaged
 
@@ -467,6 +573,10 @@ def _chunks(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
         start += len(chunk)
 
 
-def _digest(records: Iterable[zipfile.ZipInfo]) -> str:
+def _digest(
+    records: Iterable[zipfile.ZipInfo], shards: Mapping[str, Mapping[str, Any]] | None
+) -> str:
     lines = sorted(f"{record.filename} {record.file_size} {record.CRC}\n" for record in records)
+    # The names of the shards may change from save to save; what is in them is the content.
+    lines += [f"{shard['digest']}\n" for shard in (shards or {}).values()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

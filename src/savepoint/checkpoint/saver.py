@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from savepoint import preemption
+from savepoint import files, preemption
 from savepoint.checkpoint import format
 from savepoint.checkpoint.finite import FiniteWatch
 from savepoint.checkpoint.store import CheckpointStore
@@ -247,7 +247,7 @@ class Saver:
             self.committed(path)
         milliseconds = 1000 * (time.perf_counter() - started)
         print(
-            f"{said}saved {path.name} ({megabytes(path.stat().st_size)}, {milliseconds:.0f} ms)",
+            f"{said}saved {path.name} ({megabytes(files.size(path))}, {milliseconds:.0f} ms)",
             flush=True,
         )
 

@@ -1,8 +1,10 @@
 """Where checkpoints are: one directory, and in what order its files come and go. No Lightning.
 
-    step-00000430.ckpt              a checkpoint, if and only if it verifies
+    step-00000430.ckpt              a checkpoint, if and only if it verifies: a file, or a directory
+                                    of shards (see `manifest`)
     last.ckpt, best.ckpt            hard links to two of these (a symlink or a copy where links
-                                    fail): made from the manifests, never read by the store itself
+                                    fail; of a directory a symlink): made from the manifests, never
+                                    read by the store itself
     *.corrupt                       what did not verify, renamed and kept
     .step-00000430.ckpt.tmp-...     being written, by the host and process in the name
 
@@ -40,7 +42,7 @@ _UNREADABLE = (CheckpointCorruptError, CheckpointForeignError, CheckpointVersion
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file whose manifest reads."""
+    """A file, or a directory of shards, whose manifest reads."""
 
     path: Path
     manifest: dict[str, Any]
@@ -82,22 +84,45 @@ def write(path: Path | str, state: Mapping[str, Any], facts: Mapping[str, Any]) 
 
     files.refuse_url(path, "the file to save")
     path = manifest.local_path(path)
-    with files.replacing(path) as file:
+    if in_parts := manifest.has_parts(path):
+        facts = {**facts, "shards": {}}  # one process saves the step again: all is in common.ckpt
+    with files.replacing(path / manifest.COMMON if in_parts else path) as file:
         written = format.encode(state, facts, file)
     return Checkpoint(path, written)
 
 
-def load(path: Path | str, map_location: Any = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state, manifest) of a file that was named: every byte is looked at first, nothing renamed,
-    nothing else tried.
+def load(
+    path: Path | str, map_location: Any = "cpu", *, whole: bool = True
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state, manifest) of a file or directory that was named: every byte is looked at first,
+    nothing renamed, nothing else tried.
+
+    Args:
+        whole: False: of a checkpoint in parts what all ranks share, with empty tensors for what is
+            in its shards; `sharded.pieces` fills them.
 
     Raises: what `manifest.verify` raises.
     """
+    facts = manifest.verify(path)
+    return decode(manifest.local_path(path), facts, map_location, whole=whole), facts
+
+
+def decode(
+    path: Path, facts: Mapping[str, Any], map_location: Any = "cpu", *, whole: bool = True
+) -> dict[str, Any]:
+    """As `load`, of a checkpoint that was looked at already."""
     # Torch, a second: those who only list do not wait for it.
     from savepoint.checkpoint import format
 
-    facts = manifest.verify(path)
-    return format.decode(path, map_location=map_location), facts
+    if not manifest.has_parts(path):
+        return format.decode(path, map_location=map_location)
+    state = format.decode(path / manifest.COMMON, map_location=map_location)
+    if not whole:
+        return state
+    # Of torch.distributed, another half second: for those alone who need it.
+    from savepoint.sharded import pieces
+
+    return pieces.assembled(path, facts, state)
 
 
 class CheckpointStore:
@@ -123,7 +148,7 @@ class CheckpointStore:
         self.retention = retention
         self.monitor = monitor
         self.mode: Mode = mode
-        self._cache: dict[tuple[str, int, int, int], Checkpoint] = {}
+        self._cache: dict[Any, Checkpoint] = {}
 
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}.ckpt"
@@ -168,13 +193,12 @@ class CheckpointStore:
     def _scan(self) -> tuple[list[Checkpoint], list[tuple[Path, Exception]]]:
         good: list[Checkpoint] = []
         bad: list[tuple[Path, Exception]] = []
-        cache: dict[tuple[str, int, int, int], Checkpoint] = {}
+        cache: dict[Any, Checkpoint] = {}
         # Of thousands that are kept, each is read once: in a save's way stands one look at its size
         # and time.
         for entry in manifest.step_entries(self.directory) if self.directory.is_dir() else []:
             try:
-                status = entry.stat()
-                key = (entry.name, status.st_size, status.st_mtime_ns, status.st_ino)
+                key = _mark(entry)
                 known = self._cache.get(key)
                 if known is None:
                     path = self.directory / entry.name
@@ -212,7 +236,7 @@ class CheckpointStore:
             disk = os.statvfs(self.directory)
             listed = self.checkpoints()
             superfluous = self._superfluous(listed)
-            freed = sum(one.path.stat().st_size for one in superfluous)
+            freed = sum(files.size(one.path) for one in superfluous)
         except OSError as error:
             reason = error.strerror or getattr(error.__cause__, "strerror", None) or error
             raise RunDirectoryError(
@@ -288,10 +312,14 @@ class CheckpointStore:
         try:
             return write(path, state, facts)
         except CheckpointSaveError as error:
-            superfluous = self._superfluous(self.checkpoints(), Checkpoint(path, dict(facts)))
-            if error.errno not in files.FULL or not self._delete(superfluous):
+            if error.errno not in files.FULL or not self.make_room(facts):
                 raise
         return write(path, state, facts)
+
+    def make_room(self, facts: Mapping[str, Any]) -> list[Path]:
+        """Deletes what a save of these facts makes superfluous; returns what went."""
+        upcoming = Checkpoint(self.path(facts["step"]), dict(facts))
+        return self._delete(self._superfluous(self.checkpoints(), upcoming))
 
     def commit(self) -> list[Path]:
         """After a write: point `last` and `best`, and only then delete what retention lets go.
@@ -323,7 +351,7 @@ class CheckpointStore:
     def _delete(self, checkpoints: Sequence[Checkpoint]) -> list[Path]:
         for one in checkpoints:
             with files.saving(one.path):
-                one.path.unlink(missing_ok=True)
+                files.remove(one.path)
         return [one.path for one in checkpoints]
 
     def _point(self, listed: Sequence[Checkpoint]) -> None:
@@ -334,26 +362,26 @@ class CheckpointStore:
 
     # -- starting again ---------------------------------------------------------------------------
 
-    def load_latest(self, *, lock_holder: bool) -> tuple[Checkpoint, dict[str, Any], list[str]]:
+    def load_latest(
+        self, *, lock_holder: bool, whole: bool = True
+    ) -> tuple[Checkpoint, dict[str, Any], list[str]]:
         """The newest checkpoint that verifies, its state, and a line for each newer one that does
         not.
 
         Args:
             lock_holder: may rename those to *.corrupt. Only the process that holds the run's lock
                 may.
+            whole: See `load`.
 
         Raises:
             CheckpointNotFoundError: none verifies.
             CheckpointVersionError: the newest was written by a newer Savepoint: nothing is wrong
                 with it, so going on from an older one would only lose its steps.
         """
-        # Torch, a second: those who only list do not wait for it.
-        from savepoint.checkpoint import format
-
         for _ in range(20):
             try:
                 chosen, said = self._choose(lock_holder)
-                state = format.decode(chosen.path) if chosen else {}
+                state = decode(chosen.path, chosen.manifest, whole=whole) if chosen else {}
             # A run that trains has deleted what was just chosen: there is a newer one.
             except CheckpointNotFoundError:
                 continue
@@ -496,10 +524,30 @@ class CheckpointStore:
         swept = []
         for path in sorted(self.directory.iterdir()) if self.directory.is_dir() else []:
             if files.is_stale_temp(path, alone=alone):
-                with files.saving(path):
-                    path.unlink(missing_ok=True)
                 swept.append(path)
+            elif alone and manifest.STEP_NAME.fullmatch(path.name):
+                swept += _superfluous_in(path)
+        for path in swept:
+            with files.saving(path):
+                files.delete(path)
         return swept
+
+
+def _superfluous_in(path: Path) -> list[Path]:
+    with contextlib.suppress(*_UNREADABLE):
+        return manifest.superfluous_in(path) if path.is_dir() else []
+    return []  # what does not verify is not ours to judge
+
+
+def _mark(entry: "os.DirEntry[str]") -> tuple[Any, ...]:
+    """What is equal only for an entry that is as it was: a directory with all files in it."""
+    if not entry.is_dir():
+        found = [(entry.name, entry.stat())]
+    else:
+        with os.scandir(entry.path) as inside:
+            found = sorted((one.name, one.stat()) for one in inside)
+    marks = [(name, one.st_size, one.st_mtime_ns, one.st_ino) for name, one in found]
+    return entry.name, *marks
 
 
 def _facts(listed: Iterable[Checkpoint], monitor: str | None) -> list[Facts]:

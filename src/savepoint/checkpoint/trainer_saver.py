@@ -16,13 +16,16 @@ from savepoint.checkpoint.facts import Provenance
 from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.saver import Saver
 from savepoint.checkpoint.scores import Scores
-from savepoint.checkpoint.state import loops
+from savepoint.checkpoint.state import loops, ranks
 from savepoint.checkpoint.state.points import Point
 from savepoint.checkpoint.state.process import isolated_rng
 from savepoint.checkpoint.state.training import TrainingState
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.errors import CheckpointSaveError
+from savepoint.look.marks import own_part
 from savepoint.preemption import Preempted
+from savepoint.sharded import saving
+from savepoint.sharded.strategy import Sharding
 
 
 class TrainerSaver(Saver):
@@ -33,6 +36,7 @@ class TrainerSaver(Saver):
         provenance: What a run knows of itself; `training.build` sets it.
         before_save: Raises OSError where nothing must be saved.
         alone: Whether a lock keeps all others out of the directory.
+        sharding: How all ranks save together, where the strategy spreads the state over them.
     """
 
     def __init__(self, store: CheckpointStore, scores: Scores, **intervals: Any) -> None:
@@ -42,6 +46,7 @@ class TrainerSaver(Saver):
         self.provenance = Provenance()
         self.before_save: Callable[[], None] | None = None
         self.alone = False
+        self.sharding: Sharding | None = None
         # Of the save that is being made: the point, why, and how the training ended.
         self._at: Point | None = None
         self._why: dict[str, Any] = {}
@@ -51,6 +56,8 @@ class TrainerSaver(Saver):
         """The preflight of what Lightning would save now."""
         with isolated_rng(trainer.lightning_module.device):
             checkpoint = loops.as_lightning_saves(trainer)
+        if self.sharding is not None:
+            saving.require_shared(self.sharding.ranks, self.store.directory)
         parameters = [p for p in trainer.lightning_module.parameters() if p.requires_grad]
         # Before its first step an optimizer has no state. Most keep two numbers for each of the
         # model's.
@@ -118,7 +125,9 @@ class TrainerSaver(Saver):
         path = self.store.path(step)
 
         def write() -> None:
-            if trainer.is_global_zero:
+            if self.sharding is not None:  # or the others would save without the first
+                self.sharding.ranks.first(lambda: self._sync_logs(trainer, path))
+            elif trainer.is_global_zero:
                 self._sync_logs(trainer, path)
             with isolated_rng(module.device):
                 # As by default, without Lightning's line about it.
@@ -126,7 +135,8 @@ class TrainerSaver(Saver):
             if trainer.is_global_zero:
                 writer_of(trainer).submit(lambda: self._commit(path, said, started))
 
-        weights = (module.parameters(), module.buffers())
+        ranks.settle(trainer)
+        weights = (map(own_part, module.parameters()), map(own_part, module.buffers()))
         self._at = at
         self._why = {"reason": reason, "ended": ended}
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from savepoint import entry, find, words
+from savepoint.checkpoint import store
 from savepoint.commands import output
 from savepoint.errors import ConfigError
 from savepoint.words import show
@@ -23,15 +24,18 @@ SUFFIXES = {
     "state_dict": ".pt",
     "pt2": ".pt2",
     "onnx": ".onnx",
+    "ckpt": ".ckpt",
 }
 WEIGHTS = ("npz", "state_dict", "safetensors")
 ONNX = ("onnx", "onnxruntime", "onnxscript")
+# Facts of how it lies on the disk: the file has its own.
+_OF_A_FILE = ("format_version", "shards", "digest", "body")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     ckpt = "a file, or a run: its best; the newest run under outputs/"
     parser.add_argument("ckpt", metavar="CKPT", nargs="?", help=ckpt)
-    kind = "pt2 and onnx hold the model, json its facts, the others weights"
+    kind = "pt2 and onnx: the model; json: facts; ckpt: all, in one file; else weights"
     parser.add_argument("--format", required=True, choices=SUFFIXES, help=kind)
     file = "default: in the run directory, by the step"
     parser.add_argument("-o", dest="file", metavar="FILE", type=Path, help=file)
@@ -48,6 +52,8 @@ def main(arguments: argparse.Namespace) -> int:
         return _export_clients(arguments, path, source)
     target: Path = arguments.file or find.beside(path, path.stem + SUFFIXES[arguments.format])
     _check(target, arguments.format, force=arguments.force)
+    if arguments.format == "ckpt":
+        return _export_checkpoint(arguments, path, source, target)
 
     with entry.importing():
         from savepoint import export, rebuilding
@@ -72,6 +78,20 @@ def main(arguments: argparse.Namespace) -> int:
     if shape := metadata.get("input"):
         lines += [f"input: {shape}, as the model's forward takes it"]
     output.put("\n".join(lines))
+    return 0
+
+
+def _export_checkpoint(arguments: argparse.Namespace, path: Path, source: str, target: Path) -> int:
+    """One file of the same content: a resume takes it, and so does `load_from_checkpoint`."""
+    state, facts = find.load(path)
+    known = {key: value for key, value in facts.items() if key not in _OF_A_FILE}
+    written = store.write(target, state, known)
+    size = target.stat().st_size
+    if arguments.json:
+        output.put_json({"checkpoint": path, "file": target, "format": "ckpt", "bytes": size})
+    else:
+        where = f"written: {show(target)} ({words.megabytes(size)}, step {written.step})"
+        output.put(f"{source}\n{where}")
     return 0
 
 

@@ -39,7 +39,7 @@ def directory(argument: str | None) -> Path:
         hint = f"Start one: {words.python()} train.py"
         what = f"No runs yet: {path.absolute()}. The first run makes this directory. {hint}"
         raise CheckpointNotFoundError(what, path)
-    if not path.is_dir():
+    if not find.is_folder(path):
         raise find.missing(path, "a run directory or a directory of runs")
     return path
 
@@ -146,6 +146,7 @@ def listing(run: Run) -> list[dict[str, Any]]:
         _row(one.path, verifies=True, step=one.step, epoch=one.epoch, monitor=monitor)
         | {"score": one.score_of(monitor), "created": one.manifest.get("created")}
         | {"latest": one is listed[-1], "best": one == best}
+        | {"shards": len(one.manifest.get("shards", ()))}
         for one in listed
     ]
     rows += [_row(path, reason=reason) for path, reason in run.store.rejected()]
@@ -156,7 +157,7 @@ def listing(run: Run) -> list[dict[str, Any]]:
 def _row(path: Path, **more: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"file": path.name, "bytes": find.size(path)}
     row |= dict.fromkeys(("epoch", "monitor", "score", "created"))
-    row |= {"step": manifest.step_in_name(path.name), "latest": False, "best": False}
+    row |= {"step": manifest.step_in_name(path.name), "latest": False, "best": False, "shards": 0}
     return row | {"verifies": False, "reason": None, "set_aside": False} | more
 
 
@@ -178,5 +179,5 @@ def _checkpoints_text(rows: Sequence[dict[str, Any]]) -> str:
 
 def _verdict(row: dict[str, Any]) -> str:
     if row["verifies"]:
-        return "yes"
+        return f"yes, {words.plural(row['shards'], 'shard')}" if row["shards"] else "yes"
     return f"{'quarantined' if row['set_aside'] else 'NO'}: {row['reason']}"

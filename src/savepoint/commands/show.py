@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from savepoint import find, words
+from savepoint import files, find, words
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.store import Checkpoint
 from savepoint.commands import output
@@ -50,7 +50,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _target(argument: str | None) -> tuple[Run, Path | None]:
-    if argument is None or manifest.local_path(argument).is_dir():
+    if argument is None or find.is_folder(manifest.local_path(argument)):
         return find.run(argument), None
     file = find.file_or_latest(argument)
     return find.run_of(file) or Run(file.absolute().parent), file
@@ -58,7 +58,7 @@ def _target(argument: str | None) -> tuple[Run, Path | None]:
 
 def _text(part: str, content: Any) -> str:
     if part == "facts":
-        return words.table((), [(key, _fact(value)) for key, value in content.items()])
+        return words.table((), [(key, _fact(value, key)) for key, value in content.items()])
     if part == "metrics":
         rows = [(key, words.number(one["value"]), str(one["step"])) for key, one in content.items()]
         return words.table(("metric", "value", "measured at step"), rows)
@@ -78,7 +78,7 @@ def _contents(path: Path, parts: list[str]) -> dict[str, Any]:
     if {"config", "tensors", "clients"} & set(parts):
         state, facts = find.load(path)
     plain = {key: value for key, value in facts.items() if key != "metrics"}
-    content = {"facts": {"bytes": path.stat().st_size} | plain, "metrics": facts.get("metrics", {})}
+    content = {"facts": {"bytes": files.size(path)} | plain, "metrics": facts.get("metrics", {})}
     content["config"] = state.get("config", "")
     content["clients"] = _clients(state)
     if "tensors" in parts:
@@ -140,7 +140,10 @@ def norm(tensor: "Tensor") -> float:
     return float(format.dense(tensor).to(kind).norm())
 
 
-def _fact(value: Any) -> str:
+def _fact(value: Any, key: str = "") -> str:
+    if key == "shards":
+        sizes = [f"{name} {words.megabytes(one['bytes'])}" for name, one in value.items()]
+        return ", ".join(sizes) or "none: all is in common.ckpt"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {inner}" for key, inner in value.items())
     return words.number(value)

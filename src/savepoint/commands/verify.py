@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from savepoint import entry, files, find, record, words
-from savepoint.checkpoint import manifest
+from savepoint.checkpoint import manifest, store
 from savepoint.checkpoint.store import BEST, LAST
 from savepoint.commands import output
 from savepoint.errors import (
@@ -130,7 +130,7 @@ def _results(path: Path, run: Run | None, deep: bool) -> Iterator[dict[str, Any]
 
 def _files(path: Path) -> list[Path]:
     """The checkpoints to verify; `last` and `best` only where they are no links to one of these."""
-    if not path.is_dir():
+    if not find.is_folder(path):
         return [path]
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     every = manifest.step_files(directory)
@@ -151,12 +151,12 @@ def _check(path: Path, deep: bool) -> dict[str, Any]:
     """The result of reading every byte. `finite` is None where the tensors were not read."""
     result: dict[str, Any] = {"file": path, "verifies": False, "not_finite": []}
     result |= dict.fromkeys(("step", "epoch", "bytes", "finite", "logged_rows", "reason"))
-    if path.is_dir():
+    if path.is_dir() and not manifest.has_parts(path):
         return result | {"reason": "a directory, not a file"}
     try:
         facts = manifest.verify(path)
         result |= {"step": facts["step"], "epoch": facts.get("epoch")}
-        result |= {"bytes": path.stat().st_size} | (_inside(path) if deep else {})
+        result |= {"bytes": files.size(path)} | (_inside(path) if deep else {})
         result["verifies"] = True
     except FileNotFoundError:
         raise
@@ -176,7 +176,7 @@ def _inside(path: Path) -> dict[str, Any]:
 
         from savepoint.checkpoint import format
 
-    state = format.decode(path)
+    state = store.decode(path, manifest.read(path))
     leaves = format.leaves({key: state.get(key) for key in ("state_dict", "optimizer_states")})
     tensors = [(key, leaf) for key, leaf in leaves if isinstance(leaf, torch.Tensor)]
     bad = [key for key, one in tensors if not bool(torch.isfinite(format.numbers(one)).all())]
@@ -341,7 +341,7 @@ def _digest(pointer: Path, target: Path) -> str | None:
 def _left_over(run: Run) -> Iterator[Finding]:
     temps = list(chain.from_iterable(map(files.stale_temps, _directories(run))))
     if temps:
-        size = words.megabytes(sum(path.lstat().st_size for path in temps))
+        size = words.megabytes(sum(find.size(path) or 0 for path in temps))
         what = f"{plural(len(temps), 'file')} that a process was writing when it died, {size}."
         do = f"The next resume deletes them, or: {run.command('-m', 'savepoint', 'gc')}"
         yield Finding(False, what, do)
@@ -385,7 +385,7 @@ def _rows(path: Path) -> int:
 def _room(run: Run) -> Iterator[Finding]:
     if run.latest is None:
         return
-    size = run.latest.path.stat().st_size
+    size = files.size(run.latest.path)
     disk = os.statvfs(run.checkpoints)
     free = disk.f_bavail * disk.f_frsize
     if disk.f_blocks and free < 2 * size:  # some file systems report no blocks

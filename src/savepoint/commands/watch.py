@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from savepoint import find, tail, words
+from savepoint import files, find, tail, words
 from savepoint.checkpoint.store import Checkpoint
 from savepoint.commands import ls, output
 from savepoint.run import Run
@@ -144,7 +144,7 @@ def _of_checkpoint(latest: Checkpoint) -> dict[str, Any]:
 def _room(checkpoint: Path) -> int:
     """How many more checkpoints like this one the disk has room for."""
     disk = os.statvfs(checkpoint.parent)
-    return disk.f_bavail * disk.f_frsize // max(1, checkpoint.stat().st_size)
+    return disk.f_bavail * disk.f_frsize // max(1, files.size(checkpoint))
 
 
 def _step(row: dict[str, str]) -> int:

@@ -48,7 +48,22 @@ def _copy_mark(packed: Any) -> Any:
     return mark(packed)
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that is spread over ranks (a DTensor): a look at one must not
+    wait for the others.
+    """
+    if type(tensor) in _PLAIN or not hasattr(tensor, "to_local"):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()
+    return part
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def _tensor_mark(tensor: Tensor) -> Any:
+    tensor = own_part(tensor)
     head = (str(tensor.dtype), tuple(tensor.shape))
     if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         return (*head, _version(tensor), id(tensor))
@@ -62,6 +77,7 @@ def fingerprint(tensor: Tensor) -> Any:
     """Differs once a tensor was written to: by a sample too, as writing through `.data` leaves its
     version as it is.
     """
+    tensor = own_part(tensor)
     if (
         tensor.layout is not torch.strided
         or is_lazy(tensor)
@@ -75,6 +91,7 @@ def fingerprint(tensor: Tensor) -> Any:
 
 def sample_sum(tensor: Tensor, total: int = 0) -> int:
     """A sum over a sample of a tensor's values, wherever it is, added to `total`."""
+    tensor = own_part(tensor)
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         return total
     flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)

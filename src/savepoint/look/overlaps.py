@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from savepoint.look.marks import own_part
 from savepoint.look.places import Path
 
 _MOST_WORK = 1_000  # of NumPy, for one pair
@@ -45,6 +46,7 @@ class Extents:
 def _bounds(value: Any) -> tuple[int, int] | None:
     if isinstance(value, np.ndarray):
         return np.lib.array_utils.byte_bounds(value) if value.size else None
+    value = own_part(value)
     if value.layout is not torch.strided or value.is_meta or not value.numel():
         return None
     last = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))

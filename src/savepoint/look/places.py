@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from savepoint.look.kinds import base_of, keys_of, values_of
+from savepoint.look.marks import own_part
 from savepoint.look.unpack import unpack
 
 # How to go on from an object: ("attr", name), ("item", key), ("nth", place), ("cell", place),
@@ -178,7 +179,8 @@ def put_back(
 def storage_of(value: Any) -> int | None:
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return None
-    return value.untyped_storage().data_ptr() or None  # 0 where there is none: of an empty tensor
+    storage = own_part(value).untyped_storage()
+    return storage.data_ptr() or None  # 0 where there is none: of an empty tensor
 
 
 def memory_of(value: Any) -> int | None:

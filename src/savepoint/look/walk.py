@@ -56,6 +56,8 @@ _POINTERS = (weakref.ReferenceType, contextvars.ContextVar)
 _ONE_VALUE = (Tensor, np.ndarray, np.generic, PurePath)
 _PLAIN = (int, float, complex, str, bytes, datetime.date, datetime.time, datetime.timedelta)
 _NO_HOOKS = Place(0, what="other hooks than at the start")
+# What spreads a model over ranks: buffers that each step fills and empties.
+_MACHINERY = ("FSDPState", "FSDPParamGroup", "FSDPParam", "DeviceMesh")
 
 
 class Settled(NamedTuple):
@@ -282,7 +284,7 @@ class Look(Seen):
             self.put(path, value)
         elif isinstance(value, _POINTERS):
             self.put_pointer(path, value)
-        elif not isinstance(value, IGNORED) and not self._is_seen(path, value):
+        elif not _is_ignored(value) and not self._is_seen(path, value):
             self.alive.append(value)
             if id(value) in self._known:
                 self.places[path] = Place(self._known[id(value)], what=self._known[id(value)])
@@ -500,3 +502,10 @@ _BY_KIND: tuple[tuple[Any, Callable[[Look, Path, Any], None]], ...] = (
     (queue.SimpleQueue, Look._queue),
     (memoryview, Look._memory_view),
 )
+
+
+def _is_ignored(value: Any) -> bool:
+    kind = type(value)
+    if kind.__name__ in _MACHINERY and kind.__module__.startswith("torch.distributed."):
+        return True
+    return isinstance(value, IGNORED)

@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from savepoint import find
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.retention import RULES, Retention
 from savepoint.checkpoint.store import Checkpoint, CheckpointStore
@@ -47,8 +48,7 @@ class File:
 
     @property
     def size_bytes(self) -> int | None:
-        stat = _stat(self.path)
-        return stat.st_size if stat else None
+        return find.size(self.path)
 
 
 class Mark(NamedTuple):

@@ -15,7 +15,7 @@ from savepoint.checkpoint.manifest import step_files
 from savepoint.config import compose, typed
 from savepoint.errors import ConfigError
 from savepoint.job import rank
-from savepoint.resume.overrides import ApplyOverrides
+from savepoint.resume.overrides import ApplyOverrides, fit_strategy
 from savepoint.resume.plan import check_allowed, differences, finished, plan, refuse, refuse_past
 from savepoint.resume.request import Request
 from savepoint.resume.source import Source, choose, require_facts
@@ -36,6 +36,7 @@ def go_on(request: Request, config: Any, run: Run | None) -> int:
     was = typed.dump(typed.parse([], base=source.state["config"]))
     if config is None:
         config = typed.parse(request.overrides, base=source.state["config"])
+        fit_strategy(config, request.overrides)
     changed = differences(was, typed.dump(config))
     require_facts(source)
     check_allowed(request.allow, [*compose.flatten(was), *changed])

@@ -27,6 +27,28 @@ _LENGTH = (
 )
 
 
+def fit_strategy(config: Any, flags: Sequence[str]) -> None:
+    """A strategy that spreads a model says over how many processes, too: where another number of
+    them was given and no other strategy, it follows. One process holds all of the model.
+    """
+    names = {flag.partition("=")[0] for flag in flags}
+    strategy = config.trainer.strategy
+    kind = str(getattr(strategy, "class_path", "")).rpartition(".")[2]
+    devices = str(config.trainer.devices)
+    if kind != "ModelParallelStrategy" or not devices.isdigit():
+        return
+    given = names & {"--trainer.devices", "--trainer.num_nodes"}
+    if not given or any(name.startswith("--trainer.strategy") for name in names):
+        return
+    processes = int(devices) * config.trainer.num_nodes
+    if processes == 1:
+        config.trainer.strategy = "auto"
+        return
+    in_each = strategy.init_args.tensor_parallel_size
+    if isinstance(in_each, int) and processes % in_each == 0:
+        strategy.init_args.data_parallel_size = processes // in_each
+
+
 class ApplyOverrides(Callback):
     """Refuses another data set or number of processes; puts changed hyper-parameters into the
     restored optimizer.

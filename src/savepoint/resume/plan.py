@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Timer
 
-from savepoint import job
+from savepoint import files, job
 from savepoint.checkpoint.state.process import environment
 from savepoint.config import compose
 from savepoint.errors import ConfigError, ConfigMismatchError
@@ -156,7 +156,7 @@ def plan(
 
 def _size(path: Path) -> str:
     try:
-        return f", {megabytes(path.stat().st_size)}"
+        return f", {megabytes(files.size(path))}"
     except FileNotFoundError:  # a run that trains has deleted it; its state is in memory
         return ""
 

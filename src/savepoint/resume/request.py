@@ -10,7 +10,7 @@ from savepoint import files, record
 from savepoint.checkpoint import manifest
 from savepoint.config import compose, quick
 from savepoint.errors import CheckpointForeignError, CheckpointNotFoundError, ConfigError
-from savepoint.find import newest_run, run_directory, two_checkpoints
+from savepoint.find import is_folder, newest_run, run_directory, two_checkpoints
 from savepoint.job import requeued
 from savepoint.mirror.fetch import fetch
 from savepoint.run import Run, check_name
@@ -193,7 +193,7 @@ def _find(request: Request, target: str) -> None:
         target = str(fetch(target, Path(request.output_dir)))
     path = manifest.local_path(target)
     try:
-        is_directory = path.is_dir()
+        is_directory = is_folder(path)
     except OSError as error:
         raise CheckpointNotFoundError(
             f"Not a path: {target[:200]} ({error.strerror}). Expected a checkpoint or a run "

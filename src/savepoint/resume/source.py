@@ -19,7 +19,7 @@ ENVIRONMENT_KEY = "SAVEPOINT_CHECKPOINT"
 
 @dataclass
 class Source:
-    """The checkpoint to continue from, in memory."""
+    """The checkpoint to continue from, in memory: of one in parts, what all ranks share."""
 
     path: Path
     state: Mapping[str, Any]
@@ -33,7 +33,7 @@ def choose(request: Request, *, may_rename: bool) -> Source:
         request = Request(run_dir=request.run_dir, file=Path(inherited), rewind=True)
     if request.run_dir is None:
         assert request.file is not None
-        return Source(request.file, *store.load(request.file))
+        return Source(request.file, *store.load(request.file, whole=False))
     checkpoints = store.CheckpointStore(request.run_dir / "checkpoints")
     if request.best:
         best = checkpoints.best()
@@ -46,11 +46,11 @@ def choose(request: Request, *, may_rename: bool) -> Source:
             )
         request.file = best.path
     if request.file is None:
-        chosen, state, lines = checkpoints.load_latest(lock_holder=may_rename)
+        chosen, state, lines = checkpoints.load_latest(lock_holder=may_rename, whole=False)
         print("\n".join(lines), end="\n" if lines else "", flush=True)
         source = Source(chosen.path, state, chosen.manifest)
     else:
-        source = Source(request.file, *store.load(request.file))
+        source = Source(request.file, *store.load(request.file, whole=False))
         latest = checkpoints.latest()
         source.newest_step = latest.step if latest else 0
         may_be_older = request.fork is not None or request.rewind or request.plan

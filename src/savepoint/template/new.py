@@ -25,10 +25,10 @@ LEFT_OUT = (
     "src/project/text.py", "configs/text.yaml", "src/project/flower.py",
     "configs/federated/digits.yaml", "configs/federated/fashion.yaml",
     "configs/federated/mnist.yaml", "configs/federated/personal.yaml",
-    "configs/checkpoint/mirror.yaml",
+    "configs/checkpoint/mirror.yaml", "src/project/sharded.py", "configs/sharded.yaml",
 )  # fmt: skip
-"""The second example, Flower's app with its configs, and the preset of a mirror, which names a
-bucket: a copy has one example to replace.
+"""The second example, Flower's app with its configs, the preset of a mirror, which names a bucket,
+and the model that is spread over processes: a copy has one example to replace.
 """
 FLOWER = r"(?s)# `flwr run \.`.*?(?=\[tool\.ruff\])"
 """The tables of pyproject.toml that Flower's app has."""

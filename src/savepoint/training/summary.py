@@ -59,6 +59,9 @@ def _best(training: Training) -> tuple[str | None, Mapping[str, Any] | None]:
     best = None if trainer.fast_dev_run else training.checkpointing.store.best()
     if best is None:
         return None, training.last
+    sharding = training.checkpointing.saver.sharding
+    if sharding is not None:
+        return best.path.name, sharding.weights_of(best.path)
     return best.path.name, store.load(best.path)[0]
 
 

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from savepoint.checkpoint import manifest
@@ -69,13 +70,37 @@ def ranks_changed(was: int, now: int) -> str:
 
 
 def refuse_shards(trainer: Trainer) -> None:
-    """Raises ConfigError for a strategy that spreads the state over the ranks."""
-    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+    """Raises ConfigError for a strategy that spreads the state over the ranks in a way that is not
+    known here.
+    """
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ConfigError(
-            "Sharded training is not supported yet: trainer.strategy is "
-            f"{type(trainer.strategy).__name__}. A strategy that keeps the whole model on each "
-            "rank was expected, as a checkpoint is one file. Use ddp."
+            f"Not supported: trainer.strategy is {type(trainer.strategy).__name__}, which spreads "
+            "the state over the ranks in a way of its own. Use ModelParallelStrategy, with "
+            "fully_shard in the model's configure_model, or ddp."
         )
+
+
+def is_spread(trainer: Trainer) -> bool:
+    """Whether the strategy spreads the state over the ranks, as DTensors."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def gathered(trainer: Trainer, own: Any) -> list[Any]:
+    """What each rank gives."""
+    everyone: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(everyone, own)
+    return everyone
+
+
+def settle(trainer: Trainer) -> None:
+    """Lets go of weights that were gathered for a forward: a look at the module is to see each
+    rank's part of them, whatever was run before.
+    """
+    if is_spread(trainer):
+        for part in trainer.lightning_module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
 
 def refuse_different_starts(trainer: Trainer) -> None:

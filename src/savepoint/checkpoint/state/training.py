@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
@@ -28,10 +27,14 @@ class TrainingState:
         rates_are_overridden: By the user, on this resume: the optimizers keep their new rates.
         ranks_changed: The epoch that now runs was begun by another number of processes.
         captured: The state at the start of the running validation, or at the end of the training.
+
+    Args:
+        in_parts: Whether each rank writes its own part of a checkpoint.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, *, in_parts: bool = False) -> None:
         self.trainer = trainer
+        self.in_parts = in_parts
         self.rates_are_overridden = self.ranks_changed = False
         self.captured: dict[str, Any] | None = None
         self._before = Before()  # of the newest look
@@ -88,20 +91,27 @@ class TrainingState:
     def prepare(self) -> None:
         """In `on_fit_start`: what the hooks before have made belongs to the start."""
         trainer = self.trainer
-        pending = self._pending
         self._bounds = loops.bounds(trainer)
         self._groups = capture.group_counts(trainer)
         self._shared = reenter.shared_groups(trainer)
-        if pending:
-            start.prepare(trainer, pending)
-            start.add_groups(trainer, pending.get("groups", {}))
+        if self._pending:
+            start.prepare(trainer, self._pending)
+            start.add_groups(trainer, self._pending.get("groups", {}))
         start.wake_finders(trainer)
         self._looked_at.begin(self._look())
-        if pending:
-            start.put_data_back(trainer, pending, self._looked_at)
+        if self._pending:
+            start.put_data_back(trainer, self._pending, self._looked_at)
+
+    def prepare_late(self) -> None:
+        """Where the strategy loads after `on_fit_start`: what `prepare` did not do there."""
+        if self._pending:
+            start.prepare(self.trainer, self._pending)
+            start.add_groups(self.trainer, self._pending.get("groups", {}))
+            start.put_data_back(self.trainer, self._pending, self._looked_at)
 
     def begin(self) -> None:
         """In `on_train_start`."""
+        ranks.settle(self.trainer)
         self._versions = exactness.versions(self.trainer.lightning_module)
         ranks.lay_buckets(self.trainer)
         if self._pending:
@@ -158,6 +168,7 @@ class TrainingState:
         self._loader_states = loops.states_before_prefetching(self.trainer)
 
     def begin_validation(self) -> None:
+        ranks.settle(self.trainer)
         self.set_up_validation()
         # A copy: the validation that begins here changes it.
         self.captured = copy.deepcopy(self.capture("validation"))
@@ -191,6 +202,7 @@ class TrainingState:
             Words for what makes a resume inexact.
         """
         trainer = self.trainer
+        ranks.settle(trainer)
         fit_loop = checkpoint["loops"]["fit_loop"]
         if self.captured is not None and (at == "validation" or ended):
             own = {**self.captured, "unsaved": list(self.captured["unsaved"])}
@@ -206,14 +218,18 @@ class TrainingState:
             own["unsaved"].append(f"ended by {ended} inside an epoch, which counts as done")
         if ended and self._last_weights is not None:
             checkpoint["current_model_state"] = self._last_weights
-        of_ranks = [own]
+        reasons = [own.pop("unsaved")]
         if trainer.world_size > 1:
-            of_ranks = [{} for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(of_ranks, own)
-            checkpoint["other_ranks"] = of_ranks[1:]
-            del of_ranks[0]["buffers"]  # they stand in its state_dict
-        unsaved = dict.fromkeys(reason for rank in of_ranks for reason in rank.pop("unsaved"))
-        checkpoint.update(of_ranks[0])
+            reasons = ranks.gathered(trainer, reasons[0])
+            if not self.in_parts:
+                own, *checkpoint["other_ranks"] = ranks.gathered(trainer, own)
+            elif trainer.global_rank:
+                checkpoint["own"] = own  # for its shard
+            if not (self.in_parts and trainer.global_rank):
+                own = {key: value for key, value in own.items() if key != "buffers"}
+                # those of the first rank stand in its state_dict
+        unsaved = dict.fromkeys(reason for of_rank in reasons for reason in of_rank)
+        checkpoint.update(own)
         checkpoint["at"] = at
         # Lightning logs every step while it is set. Of a run that has ended it is no state: it may
         # be asked to go on.
@@ -227,6 +243,7 @@ class TrainingState:
     def capture(self, at: Point | None) -> dict[str, Any]:
         trainer = self.trainer
         module = trainer.lightning_module
+        ranks.settle(trainer)
         own = capture.capture(trainer, module, self._reads_gradients, self._metric_defaults)
         own |= self._logged()
         own["unsaved"] = exactness.inexact(trainer, at)
@@ -277,6 +294,7 @@ class TrainingState:
         return now
 
     def _look(self) -> Look:
+        ranks.settle(self.trainer)
         now = look(self.trainer, self._before)
         self._before = now.for_next
         return now

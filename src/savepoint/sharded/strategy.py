@@ -1,0 +1,95 @@
+"""Lightning's strategy that saves and loads as we do: `ModelParallelStrategy`, which writes past
+every CheckpointIO.
+
+States are what `state_dict` of the module and of the optimizers give, DTensors included: weights by
+their names and states of optimizers by their numbers, as in a file of one process. That of
+`torch.distributed.checkpoint.state_dict` names the optimizers' states otherwise, and steps them
+with a rate of 0 to make states to load into.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from savepoint.checkpoint import manifest, store
+from savepoint.checkpoint.io import CheckpointIO
+from savepoint.sharded import pieces, saving
+from savepoint.sharded.together import Ranks
+
+
+class Sharding:
+    """How one Trainer's `ModelParallelStrategy` saves and loads, until its process ends.
+
+    Args:
+        in_parts: Whether each rank writes its part; else the first one writes all of it in one
+            file.
+    """
+
+    def __init__(self, trainer: Trainer, *, in_parts: bool) -> None:
+        self.trainer = trainer
+        self.in_parts = in_parts
+        self.ranks = Ranks()
+        strategy: Any = trainer.strategy
+        strategy.lightning_module_state_dict = lambda: self._module.state_dict()
+        strategy.optimizer_state = lambda optimizer: optimizer.state_dict()
+        strategy.save_checkpoint = self._save
+        strategy.load_checkpoint = self._load
+        strategy.load_model_state_dict = self._load_weights
+
+    @property
+    def _module(self) -> LightningModule:
+        return self.trainer.lightning_module
+
+    @property
+    def _io(self) -> CheckpointIO:
+        return cast(CheckpointIO, self.trainer.strategy.checkpoint_io)
+
+    def _save(
+        self, checkpoint: dict[str, Any], filepath: Path | str, storage_options: Any = None
+    ) -> None:
+        if self.in_parts:
+            own = checkpoint.pop("own", {})
+            path, state, facts = self._io.ready(checkpoint, filepath, storage_options)
+            room = self._io.store_of(path, facts)
+            saving.save(self.ranks, path, state, own, facts, room)
+            return
+        is_first = self.ranks.rank == 0
+        whole = pieces.whole(checkpoint, keep=is_first)
+        self.ranks.first(lambda: self._io.save_checkpoint(whole, filepath, storage_options))
+
+    def _load(self, checkpoint_path: Path | str, weights_only: bool | None = None) -> Any:
+        """The checkpoint with this rank's part of each tensor; a whole file too."""
+        path = Path(checkpoint_path)
+        state = self._io.load_checkpoint(path, weights_only=weights_only, whole=False)
+        shards = None
+        if manifest.has_parts(path):
+            facts = manifest.read(path)
+            shards = pieces.Shards(path, facts)
+            state = dict(state) | pieces.own_of(shards, facts, self.ranks.rank)
+        return self._placed(state, shards)
+
+    def _placed(self, state: Mapping[str, Any], shards: pieces.Shards | None) -> dict[str, Any]:
+        fits = self.trainer.state.fn == TrainerFn.FITTING
+        optimizers = self.trainer.optimizers if fits else []
+        return pieces.placed(state, shards, self._module.state_dict(), optimizers)
+
+    def _load_weights(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        # Of a whole one that lay ready, for `ckpt_path="last"`.
+        checkpoint.update(self._placed(checkpoint, None))
+        self._module.load_state_dict(checkpoint["state_dict"], strict=strict)
+
+    def weights_of(self, path: Path) -> dict[str, Any]:
+        """The checkpoint, with this rank's part of each weight; its other tensors are left out."""
+        state, facts = store.load(path, whole=False)
+        shards = pieces.Shards(path, facts) if manifest.has_parts(path) else None
+        weights = {"state_dict": state["state_dict"]}
+        return state | pieces.placed(weights, shards, self._module.state_dict())
+
+    def load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
+        """Lightning leaves these to the strategy, before callbacks have added groups to them."""
+        states = checkpoint.get("optimizer_states", [])
+        for optimizer, state in zip(self.trainer.optimizers, states, strict=False):
+            optimizer.load_state_dict(state)

@@ -1,0 +1,71 @@
+"""Ranks that save together: one is killed, or finds its disk full."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.limits import HANG_SECS
+from support.ranks import TESTS
+
+
+def scenario(name: str, work: Path, ranks: int, times: int = 1, seed: int = 1) -> dict[str, Any]:
+    command = ["-m", "support.forked_ranks", name, str(work / "checkpoints"), ranks, times, seed]
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        env=os.environ | TESTS | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECS + 5 * times,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(found)
+    return found | {"said": done.stderr[-3000:]}
+
+
+def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_the_next_one_succeeds(
+    tmp_path: Path,
+) -> None:
+    found = scenario("full_disk", tmp_path, 2)
+    assert found["codes"] == [0, 0], found["said"]
+    for rank in ("rank-0", "rank-1"):
+        *saved, failed, last = found[rank]
+        assert [*saved, last] == ["saved"] * 4  # the third once what retention lets go made room
+        assert failed.startswith("On rank 1: Saving failed: DIR/.step-00000004.ckpt.tmp-")
+        assert "No space left on device" in failed
+    assert found["names-3"] == ["best.ckpt", "last.ckpt", "step-00000003.ckpt"]
+    assert found["names-4"] == found["names-3"]
+    assert found["names-5"] == ["best.ckpt", "last.ckpt", "step-00000005.ckpt"]
+
+
+def test_any_number_of_ranks_reads_its_part_of_what_others_have_saved(tmp_path: Path) -> None:
+    found = scenario("resharded", tmp_path, 3)
+    assert found["saved"] == [0] * 3, found["said"]
+    for other in (1, 2, 3, 4):
+        assert found[str(other)] == [0] * other, found["said"]
+
+
+def test_at_each_call_of_a_save_a_death_leaves_a_checkpoint_that_verifies(tmp_path: Path) -> None:
+    found = scenario("crash_points", tmp_path, 1)
+    assert found["points"] > 60
+    for kind in ("damaged", "lost", "temps", "unequal"):
+        assert found[kind] == [], kind
+
+
+def check_kills(tally: dict[str, Any], times: int) -> None:
+    assert tally["kills"] == times
+    assert tally["hung"] == 0
+    for kind in ("damaged", "lost", "temps", "unequal"):
+        assert tally[kind] == [], kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_hundred_kills_of_random_ranks_leave_no_half_checkpoint(
+    tmp_path: Path, ranks: int
+) -> None:
+    check_kills(scenario("kills", tmp_path, ranks, times=100, seed=ranks), 100)

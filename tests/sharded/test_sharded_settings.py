@@ -1,0 +1,102 @@
+"""What is asked for with shards, and what is refused in words; commands on a checkpoint in shards."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from support.checkpoint_files import names
+from support.run_dirs import say
+from support.shards import flip, in_store
+from support.small import SmallModel
+
+from savepoint.checkpoint import store
+from savepoint.checkpoint.callback import CheckpointCallback
+from savepoint.errors import ConfigError
+from savepoint.resume.overrides import fit_strategy
+
+Capture = pytest.CaptureFixture[str]
+
+
+def trainer(strategy: type[Any], *callbacks: Any) -> Any:
+    return SimpleNamespace(
+        strategy=object.__new__(strategy),
+        callbacks=list(callbacks),
+        lightning_module=SmallModel(),
+    )
+
+
+def refusal(saving: CheckpointCallback, trainer: Any) -> str:
+    with pytest.raises(ConfigError) as refused:
+        saving._refuse_with_shards(trainer)
+    return str(refused.value)
+
+
+def test_shards_are_refused_where_each_rank_has_all_of_the_model() -> None:
+    said = refusal(CheckpointCallback(sharded=True), trainer(DDPStrategy))
+    assert said.startswith("Nothing is sharded: checkpoint.sharded is true")
+    CheckpointCallback()._refuse_with_shards(trainer(DDPStrategy))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "callbacks", "what"),
+    [
+        ({"async_save": True}, [], "checkpoint.async_save"),
+        ({"mirror": "file:///tmp/mirror"}, [], "checkpoint.mirror"),
+        ({}, [LearningRateFinder()], "a finder of learning rates"),
+        ({}, [WeightAveraging()], "an average of the weights"),
+    ],
+)
+def test_what_does_not_go_with_shards_is_named(
+    arguments: dict[str, Any], callbacks: list[Any], what: str
+) -> None:
+    said = refusal(CheckpointCallback(**arguments), trainer(ModelParallelStrategy, *callbacks))
+    assert said.startswith(f"Not supported where the state is spread over ranks: {what}")
+
+
+def config(**of_trainer: Any) -> Any:
+    sizes = Namespace(data_parallel_size=2, tensor_parallel_size=1)
+    strategy = Namespace(class_path="a.ModelParallelStrategy", init_args=sizes)
+    return Namespace(trainer=Namespace(strategy=strategy, num_nodes=1, **of_trainer))
+
+
+def test_with_another_number_of_devices_the_sizes_of_the_strategy_follow() -> None:
+    four = config(devices="4")
+    fit_strategy(four, ["--trainer.devices", "4"])
+    assert four.trainer.strategy.init_args.data_parallel_size == 4
+    one = config(devices=1)
+    fit_strategy(one, ["--trainer.devices=1"])
+    assert one.trainer.strategy == "auto"
+
+
+def test_a_strategy_that_the_user_gives_stays_as_it_is() -> None:
+    given = config(devices="4")
+    fit_strategy(given, ["--trainer.devices", "4", "--trainer.strategy.data_parallel_size", "2"])
+    fit_strategy(given, ["--trainer.max_epochs", "4"])
+    assert given.trainer.strategy.init_args.data_parallel_size == 2
+
+
+def test_commands_take_a_directory_as_they_take_a_file(tmp_path: Path, capsys: Capture) -> None:
+    path = in_store(tmp_path / "run" / "checkpoints", 30)
+    code, said, _ = say(capsys, "ls", str(tmp_path / "run"))
+    assert (code, "yes, 2 shards" in said) == (0, True)
+    code, said, _ = say(capsys, "show", str(path))
+    assert (code, "shard-00001.ckpt 0.0" in said) == (0, True)
+    code, said, _ = say(capsys, "verify", "--deep", str(path))
+    assert code == 0
+    assert "loads, is finite" in said
+    code, said, _ = say(
+        capsys, "export", str(path), "--format", "ckpt", "-o", str(tmp_path / "a.ckpt")
+    )
+    assert code == 0
+    assert store.load(tmp_path / "a.ckpt")[1]["world_size"] == 2
+    code, said, _ = say(capsys, "diff", str(path), str(tmp_path / "a.ckpt"))
+    assert (code, said.startswith("A ")) == (0, True)
+    assert names(path) == ["common.ckpt", "shard-00000.ckpt", "shard-00001.ckpt"]
+    flip(path / "shard-00001.ckpt")
+    code, said, _ = say(capsys, "verify", str(path))
+    assert code == 1
+    assert "does not verify: shard-00001.ckpt: one or more damaged bytes in record" in said

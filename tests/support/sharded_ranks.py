@@ -1,0 +1,134 @@
+"""One rank of a training under FSDP2 on the CPU that is resumed from its safe points: see
+test_sharded_exact.py.
+
+python -m support.sharded_ranks DIRECTORY RANKS KIND EVERY      with LOCAL_RANK, MASTER_ADDR and
+                                                                MASTER_PORT set
+
+EVERY 1 takes each safe point, 2 every second one. With the KIND "load" it loads each checkpoint in
+DIRECTORY/saved instead, and writes what it has then.
+"""
+
+import copy
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from savepoint.checkpoint import store
+from savepoint.sharded import pieces
+from savepoint.testing import difference, final_state
+from support.small import EveryPoint, SmallData, SmallModel, fit, rows
+
+
+class Sharded(SmallModel):
+    """Each layer is sharded on its own, then the rest; a plain model where there is no mesh."""
+
+    def configure_model(self) -> None:
+        if self.device_mesh is None or hasattr(self.net, "reshard"):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.net:
+            if list(layer.parameters()):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(self.net, mesh=mesh)
+
+
+class Replicas(SmallModel):
+    """Pairs of ranks share the model, each pair has all of it (HSDP)."""
+
+    def configure_model(self) -> None:
+        pairs = torch.distributed.get_world_size() // 2
+        mesh = init_device_mesh("cpu", (pairs, 2), mesh_dim_names=("replicas", "shards"))
+        for layer in self.net:
+            if list(layer.parameters()):
+                fully_shard(layer, mesh=mesh)
+
+
+class Momentum(Sharded):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+KINDS: dict[str, tuple[type[SmallModel], dict[str, Any], dict[str, Any]]] = {
+    "plain": (Sharded, {}, {}),
+    "momentum": (Momentum, {}, {}),
+    "accumulating": (Sharded, {"accumulate_grad_batches": 2}, {}),
+    "replicas": (Replicas, {}, {}),
+    "one file": (Sharded, {}, {"sharded": False}),
+}
+
+
+def small_data() -> SmallData:
+    return SmallData(samples=60)
+
+
+class Loaded(Callback):
+    """What the training has before its first step: weights and optimizers, all of it."""
+
+    def __init__(self) -> None:
+        self.state: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
+        state = {"state_dict": pl_module.state_dict(), "optimizer_states": optimizers}
+        self.state = copy.deepcopy(pieces.whole(state, keep=True))
+        trainer.should_stop = True
+
+
+def load(directory: Path, ranks: int) -> None:
+    for file in sorted((directory / "saved").iterdir()):
+        strategy: Any = "auto"  # one process holds all of the model
+        if ranks > 1:
+            strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
+        loaded = Loaded()
+        given = {"max_epochs": 2, "devices": ranks, "strategy": strategy, "min_epochs": 0}
+        work = directory / f"{file.stem}-on-{ranks}"
+        callbacks = {"callbacks": lambda: [loaded]}  # noqa: B023 - called at once
+        trainer = fit(work, model=Sharded, data=small_data, ckpt_path=file, **callbacks, **given)
+        if trainer.is_global_zero:
+            torch.save(loaded.state, directory / f"{file.stem}-on-{ranks}.pt")
+
+
+def main(directory: Path, ranks: int, kind: str, every: int) -> None:
+    torch.set_num_threads(1)
+    if kind == "load":
+        load(directory, ranks)
+        return
+    model, arguments, saving = KINDS[kind]
+
+    def train(directory: Path, **more: Any) -> Trainer:
+        strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
+        given = {"max_epochs": 2, "devices": ranks, "strategy": strategy, **arguments, **more}
+        return fit(directory, model=model, data=small_data, **given)
+
+    straight = directory / "straight"
+    checkpointing = EveryPoint(directory / "points", monitor="val/loss", mode="min", **saving)
+    trainer = train(straight, checkpointing=checkpointing)
+    found = {}
+    # At the last one all is done.
+    for file in trainer.strategy.broadcast(checkpointing.kept[:-1:every]):
+        work = directory / f"from-{file.stem}"
+        if trainer.is_global_zero:
+            work.mkdir()
+            shutil.copy(straight / "metrics.csv", work)
+        torch.distributed.barrier()
+        state, facts = store.load(file)
+        train(work, ckpt_path=file, keep_rows=state["logged_rows"])
+        if trainer.is_global_zero:
+            found[file.stem] = list(difference(final_state(straight), final_state(work)))
+            found[file.stem] += ["rows differ"] if rows(straight) != rows(work) else []
+            found[file.stem] += [] if facts["exact"] else [f"not exact: {facts['unsaved']}"]
+    if trainer.is_global_zero:
+        (directory / "found.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
