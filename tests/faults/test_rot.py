@@ -16,8 +16,7 @@ from support.checkpoint_files import bytes_of_tensors, facts, names, small_state
 from support.forked import run
 from support.small import difference, final_state, rows
 
-from savepoint import weights
-from savepoint.checkpoint import store
+from savepoint.checkpoint import foreign, store
 from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import CheckpointStore
@@ -107,7 +106,7 @@ def refused(load: Callable[[Path], Any], path: Path) -> str:
 DOORS: dict[str, Callable[[Path], Any]] = {
     "store.load": store.load,
     "Trainer.fit(ckpt_path=)": CheckpointIO().load_checkpoint,
-    "train.py --init_from": weights.read,
+    "train.py --init_from": foreign.read,
     "resume.py FILE": lambda path: source.choose(request.Request(file=path), may_rename=True),
     "resume.py FILE, before the imports": lambda path: request.requested([str(path)]),
 }
