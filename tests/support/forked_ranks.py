@@ -35,6 +35,7 @@ from savepoint.sharded import pieces, saving
 from savepoint.sharded.together import Ranks
 from support.checkpoint_files import facts, names
 from support.file_calls import Call, watched
+from support.limits import HANG_SECS
 
 State = dict[str, Any]
 ROWS = 60
@@ -95,7 +96,7 @@ def forked(ranks: int, work: Callable[[int], None]) -> list[int]:
     return children
 
 
-def ended(children: list[int], within_secs: float = 60.0) -> list[int | None]:
+def ended(children: list[int], within_secs: float = HANG_SECS) -> list[int | None]:
     """How each has ended; None for one that has not, which is killed."""
     until = time.monotonic() + within_secs
     codes: dict[int, int | None] = {}
@@ -167,7 +168,7 @@ def _of_step(state: State) -> State:
 
 
 def _wait_for_a_save(directory: Path, children: list[int], before: int) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + HANG_SECS
     newest = directory / f"step-{before + 1:08d}.ckpt"
     later = directory / f"step-{before + 2:08d}.ckpt"
     while not newest.exists() and not later.exists() and time.monotonic() < until:
