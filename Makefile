@@ -81,7 +81,7 @@ extras-federated: setup ## Flower, Ray; protobuf, rich, packaging go down
 	  $(INSTALL) 'savepoint-lightning[federated-ray]'; }
 
 test: setup ## the tests; ARGS="-k name", ARGS="-n 0 -m slow -s"
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 format: setup ## what ruff can mend by itself
 	$(VENV)/bin/python -m ruff check --fix-only . && $(VENV)/bin/python -m ruff format --config 'format.exclude=[]' .
