@@ -74,7 +74,7 @@ setup: ## the environment in .venv, once; the others call it
 	@$(INSTALL)
 
 extras: setup ## what is optional: Optuna, ONNX, wandb, MLflow, S3, Keras
-	$(INSTALL) 'savepoint-lightning[sweep,onnx,wandb,mlflow,remote,keras,flax]'
+	$(INSTALL) 'savepoint-lightning[sweep,onnx,wandb,mlflow,remote,keras,flax,notebook]'
 
 extras-federated: setup ## Flower, Ray; protobuf, rich, packaging go down
 	@$(VENV)/bin/python -c 'import flwr, ray' 2>/dev/null || { echo 'Flower lowers protobuf to 6, rich to 14 and packaging to 25: all within our ranges.'; \

@@ -4,6 +4,7 @@ reads the same in a pipe.
 
 import contextlib
 import difflib
+import html
 import math
 import os
 import re
@@ -45,6 +46,22 @@ def _escaped(letter: str) -> str:
     return letter.encode("unicode_escape", "surrogatepass").decode()
 
 
+class Table(str):
+    """The text of a table, which a notebook shows as HTML."""
+
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+
+    def _repr_html_(self) -> str:
+        lines = [*([self.header] if self.header else []), *self.rows]
+        kinds = ["th" if place == 0 and self.header else "td" for place in range(len(lines))]
+        marked = (
+            "".join(f"<{kind}>{html.escape(printable(cell))}</{kind}>" for cell in line)
+            for kind, line in zip(kinds, lines, strict=True)
+        )
+        return f"<table>{''.join(f'<tr>{line}</tr>' for line in marked)}</table>"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns, numbers to the right. An empty header is left out."""
     every = [header, *rows] if header else rows
@@ -55,7 +72,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         values = [cell for cell in cells[bool(header) :] if cell not in ("", "-")]
         right = place > 0 and values and all(map(_NUMBER.fullmatch, values))
         columns.append([cell.rjust(width) if right else cell.ljust(width) for cell in cells])
-    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+    text = "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
+    made = Table(text)
+    made.header = header
+    made.rows = rows
+    return made
 
 
 # -- paths ---------------------------------------------------------------------------------------

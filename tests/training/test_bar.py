@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from support.small import fit
 
-from savepoint.training import bar
+from savepoint import words
+from savepoint.training import bar, notebook
 from savepoint.training.bar import SPARE, Bar, StatusLine, line, shortened, width
 from savepoint.training.progress import Lines, Meter
 
@@ -152,3 +153,19 @@ def test_who_wants_no_bar_gets_the_lines_of_a_log_file() -> None:
 
 def test_the_columns_for_what_somebody_types_stay_free() -> None:
     assert len("^C") <= SPARE
+
+
+def test_a_notebook_has_an_element_in_place_of_the_line() -> None:
+    shown = notebook.element(["epoch 1/3"], 3, 10, ["0:01 left", "", "a<b 0.5"])
+    assert 'value="3" max="10"' in shown
+    assert "<code>epoch 1/3  3/10  0:01 left  a&lt;b 0.5</code>" in shown
+    assert "value" not in notebook.element(["epoch 1"], 3, float("inf"), [])
+    assert not notebook.is_attached()
+
+
+def test_a_table_is_html_in_a_notebook() -> None:
+    made = words.table(("a", "b"), [("x<y", "1")])
+    shown = made._repr_html_()
+    assert shown == (
+        "<table><tr><th>a</th><th>b</th></tr><tr><td>x&lt;y</td><td>1</td></tr></table>"
+    )

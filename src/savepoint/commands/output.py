@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from savepoint.words import printable
+from savepoint.training import notebook
+from savepoint.words import Table, printable
 
 _names: dict[str, str] = {}
 
@@ -27,6 +28,9 @@ def named(text: str) -> str:
 
 
 def put(text: str) -> None:
+    if isinstance(text, Table) and notebook.is_attached():
+        notebook.show(named(text._repr_html_()))
+        return
     sys.stdout.write(named(printable(text)) + "\n")
 
 

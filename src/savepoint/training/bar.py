@@ -1,4 +1,6 @@
-"""The bar of a terminal: one line, however narrow, below all that is printed while a run trains."""
+"""The bar of a terminal: one line, however narrow, below all that is printed while a run trains. In
+a notebook an element below the cell stands for the line.
+"""
 
 import os
 import sys
@@ -11,6 +13,7 @@ from typing import Any, TextIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
+from savepoint.training import notebook
 from savepoint.training.progress import Clock, Lines, Meter, of
 from savepoint.words import number, printable
 
@@ -23,7 +26,9 @@ CLEAR = "\r\x1b[K"
 
 
 def display(meter: Meter, *, wants_bar: bool = True) -> dict[str, Any]:
-    """Arguments of a Trainer: a bar where the output is a terminal, else lines."""
+    """Arguments of a Trainer: a bar where the output is a terminal or a notebook, else lines."""
+    if wants_bar and notebook.is_attached():
+        return {"callbacks": [meter, Bar(meter, notebook.Element())], "enable_model_summary": False}
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     if wants_bar and is_terminal and os.environ.get("TERM") != "dumb":
         return {"callbacks": [meter, Bar(meter)]}
@@ -39,11 +44,11 @@ class Bar(ProgressBar):
     fits, in this order.
     """
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meter, line: "StatusLine | notebook.Element | None" = None) -> None:
         super().__init__()
         self.meter = meter
         self.clock = Clock()
-        self._line = StatusLine()
+        self._line = line or StatusLine()
         self._is_enabled = True
         self._drawn = 0.0
         self._metrics: list[str] = []
@@ -149,7 +154,7 @@ class Bar(ProgressBar):
         self, what: Sequence[str], done: int, total: float, facts: Sequence[str] = ()
     ) -> None:
         self._drawn = time.monotonic()
-        self._line.show(line(what, done, total, facts, self._line.columns() - SPARE))
+        self._line.draw(what, done, total, facts)
 
 
 def line(what: Sequence[str], done: int, total: float, facts: Sequence[str], columns: int) -> str:
@@ -247,6 +252,9 @@ class StatusLine:
             return os.get_terminal_size(self._terminal.fileno()).columns or 80
         except OSError:  # it is gone
             return 80
+
+    def draw(self, what: Sequence[str], done: int, total: float, facts: Sequence[str]) -> None:
+        self.show(line(what, done, total, facts, self.columns() - SPARE))
 
     def show(self, text: str) -> None:
         if not self.is_mine():
