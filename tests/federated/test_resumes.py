@@ -1,6 +1,8 @@
 """What a resume of a federated run may change, and the other ways to go on."""
 
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,11 +10,13 @@ import pytest
 pytest.importorskip("flwr")
 
 from support import federated, rounds
+from support.federated import TINY
 from support.rounds import KEEPS, resume, train
 
 from savepoint import commands
 from savepoint.checkpoint import store
 from savepoint.errors import ConfigError, ConfigMismatchError
+from savepoint.federated import runtime, server_app
 from savepoint.run import Run
 
 SIX = ["--federated.num_server_rounds", "6"]
@@ -161,3 +165,18 @@ def test_a_run_can_begin_with_the_weights_of_another_alone(
     best = straight / "checkpoints/best.ckpt"
     assert train(tmp_path / "new", "--init_from", str(best)) == 0
     assert "its rounds begin anew" in capsys.readouterr().out
+
+
+def test_the_record_of_flwr_run_has_our_commands_and_no_token_of_flowers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["flwr-serverapp", "--token", "a secret"])
+    run_dir = tmp_path / "run"
+    flags = shlex.join([*TINY, "--output_dir", str(tmp_path), "--run_name", "run"])
+    begin = {"config": "configs/federated/digits.yaml", "num-server-rounds": 1, "flags": flags}
+    assert server_app.play(begin, runtime.play) == 0
+    assert server_app.play({"resume": str(run_dir), "num-server-rounds": 2}, runtime.play) == 0
+    began, went_on = (start["argv"] for start in Run(run_dir).starts())
+    assert began[:3] == ["train.py", "--config", "configs/federated/digits.yaml"]
+    assert went_on == ["resume.py", str(run_dir), "--federated.num_server_rounds", "2"]
+    assert "a secret" not in (run_dir / "run.json").read_text()

@@ -126,16 +126,17 @@ def test_a_run_whose_server_died_in_a_round_goes_on_and_ends_as_a_straight_one(
     given = TWO.replace("RUN", "run").replace("OUT", str(tmp_path)).replace("3000", "300")
     with deployed.superlink():
         deployed.register()
-        with deployed.supernodes(), deployed.run(given) as run:
+    with deployed.supernodes():  # they look for the SuperLink until it is there again
+        with deployed.superlink(), deployed.run(given) as run:
             deployed.wait_until(lambda: steps(tmp_path / "run") == [1])
             for pid in deployment.processes(deployed.env, *programs):
                 os.kill(pid, signal.SIGKILL)
             deployed.wait_until(lambda: run.poll() is not None)
-    assert steps(tmp_path / "run") == [1]
-    with deployed.superlink(), deployed.supernodes():
-        go_on = f"resume='{tmp_path / 'run'}' num-server-rounds=2"
-        deployed.flwr("run", ".", "here", "--stream", "--run-config", go_on)
-        assert deployed.status() == "finished:completed"
+        assert steps(tmp_path / "run") == [1]
+        with deployed.superlink():
+            go_on = f"resume='{tmp_path / 'run'}' num-server-rounds=2"
+            deployed.flwr("run", ".", "here", "--stream", "--run-config", go_on)
+            assert deployed.status() == "finished:completed"
     two = ["--federated.num_server_rounds", "2", "--federated.num_clients", "2"]
     here = straight(tmp_path / "here", *two)
     assert digests(here) == digests(tmp_path / "run")

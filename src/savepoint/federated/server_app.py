@@ -13,6 +13,7 @@ value of the file.
 import importlib
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ def play(run_config: dict[str, Any], how: runtime.Play) -> int:
     """A new run, or one that goes on; returns the exit code."""
     flags = [*shlex.split(str(run_config.get("flags", ""))), *_flags(run_config)]
     target = str(run_config.get("resume", ""))
+    words = ["resume.py", target] if target else ["train.py", "--config", str(run_config["config"])]
+    sys.argv = [*words, *flags]  # the record keeps it, and Flower's own has a token in it
     if target:
         request = requested([target, *flags])
         assert request is not None  # only --help gives none
