@@ -25,7 +25,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planted(outputs: Path, what: str, *flags: str) -> Path:
     """A run like `straight`, in which something is another from step 6 on."""
     callback = f"{{class_path: support.planted.Planted, init_args: {{what: {what}}}}}"
-    words = ["--trainer.limit_test_batches", "1.0", "--trainer.callbacks+", callback]
+    words = ["--trainer.callbacks+", callback]
     assert begin(*FOUR_AN_EPOCH, *words, *into(outputs, what), *flags) == 0
     return outputs / what
 
@@ -62,6 +62,7 @@ def test_one_weight_that_has_changed_is_found_at_its_step(
     assert found["unstable"] == []
 
 
+@pytest.mark.slow
 def test_another_order_of_the_data_is_found_where_it_begins(
     straight: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -85,6 +86,7 @@ def test_an_operation_that_is_not_deterministic_is_found_and_named_as_such(
     assert "A is not deterministic" not in out
 
 
+@pytest.mark.slow
 def test_another_seed_is_found_at_the_first_step(
     straight: Path, tmp_path: Path, capsys: Capture
 ) -> None:
