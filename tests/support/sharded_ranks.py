@@ -41,6 +41,13 @@ class Sharded(SmallModel):
         fully_shard(self.net, mesh=mesh)
 
 
+class OneGroup(SmallModel):
+    """All weights are gathered at once, and stay so after a validation."""
+
+    def configure_model(self) -> None:
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
 class Replicas(SmallModel):
     """Pairs of ranks share the model, each pair has all of it (HSDP)."""
 
@@ -61,6 +68,7 @@ KINDS: dict[str, tuple[type[SmallModel], dict[str, Any], dict[str, Any]]] = {
     "plain": (Sharded, {}, {}),
     "momentum": (Momentum, {}, {}),
     "accumulating": (Sharded, {"accumulate_grad_batches": 2}, {}),
+    "one group": (OneGroup, {}, {}),
     "replicas": (Replicas, {}, {}),
     "one file": (Sharded, {}, {"sharded": False}),
 }
