@@ -15,8 +15,10 @@ from support.small import SmallModel
 
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
-from savepoint.errors import ConfigError
+from savepoint.errors import ConfigError, RunDirectoryError
 from savepoint.resume.overrides import fit_strategy
+from savepoint.sharded.saving import require_shared
+from savepoint.sharded.together import Ranks
 
 Capture = pytest.CaptureFixture[str]
 
@@ -100,3 +102,16 @@ def test_commands_take_a_directory_as_they_take_a_file(tmp_path: Path, capsys: C
     code, said, _ = say(capsys, "verify", str(path))
     assert code == 1
     assert "does not verify: shard-00001.ckpt: one or more damaged bytes in record" in said
+
+
+def test_a_directory_that_another_host_does_not_see_is_refused_and_left_clean(
+    tmp_path: Path,
+) -> None:
+    class OneOfAnotherHost(Ranks):
+        def together(self, job: Any) -> list[Any]:
+            return [*super().together(job), False]
+
+    require_shared(Ranks(), tmp_path)
+    with pytest.raises(RunDirectoryError, match="Rank 1 does not see the directory of rank 0"):
+        require_shared(OneOfAnotherHost(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
