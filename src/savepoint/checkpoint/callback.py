@@ -5,7 +5,6 @@ What is saved and put back is `state.training`'s, when it is due and what a fail
 """
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from savepoint import files, preemption
 from savepoint.checkpoint import facts, watched
 from savepoint.checkpoint.ckpt_path import load_last, running_call
+from savepoint.checkpoint.finite import loss_of
 from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.scores import Scores
@@ -371,9 +371,7 @@ class CheckpointCallback(Checkpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        # A training_step may return nothing, a dict without a loss or, under manual optimization,
-        # anything.
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        loss = loss_of(outputs)
         if self.training and isinstance(loss, Tensor):
             self.saver.watch.see(loss, trainer.global_step)
 

@@ -4,8 +4,8 @@ never saved.
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ from savepoint.words import python, show
 
 NEVER = 2**62  # the step of the first non-finite loss, while there is none
 _SMALL = (torch.float16, torch.bfloat16)  # whose sums would overflow, or be those of few values
+
+
+def loss_of(outputs: Any) -> Any:
+    """The loss in what a `training_step` has returned. That may be nothing, a dict without a loss
+    or, under manual optimization, anything.
+    """
+    return outputs.get("loss") if isinstance(outputs, Mapping) else outputs
 
 
 class FiniteWatch:

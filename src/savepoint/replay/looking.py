@@ -2,7 +2,7 @@
 
 import hashlib
 import pdb
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from savepoint.checkpoint.finite import loss_of
 from savepoint.checkpoint.format import leaves, numbers
 from savepoint.checkpoint.state.process import isolated_rng
 from savepoint.loaders.position import Resumable
@@ -128,9 +129,9 @@ class StepLook(Callback):
         for handle in self._handles:
             handle.remove()
         if self._handles and trainer.global_step >= self.step and not self.found:
-            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            loss = loss_of(outputs)
             has_loss = isinstance(loss, Tensor) and loss.numel() == 1
-            self._seen["loss"] = float(loss) if has_loss else None  # type: ignore[arg-type]
+            self._seen["loss"] = float(loss) if has_loss else None
             for name, one in pl_module.named_parameters():
                 before = self._before.get(name)
                 if before is not None:

@@ -3,7 +3,7 @@ goes into the batch, and of all that comes out of it.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from savepoint.checkpoint.finite import loss_of
 from savepoint.checkpoint.format import fingerprint, leaves
 from savepoint.checkpoint.state.process import capture_rng, environment
 from savepoint.loaders.position import Resumable
@@ -108,7 +109,7 @@ class Recorder(Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        loss = loss_of(outputs)
         self._put("loss", "the batch", loss)
         self._put_all("optimizer state", _states(trainer.optimizers, pl_module))
         self._put_all("weight after the step", _weights(pl_module))
