@@ -133,7 +133,9 @@ def install(venv: Path, uv: str, arguments: Sequence[str], lock: int) -> int:
     python = str(venv / "bin/python")
     command = [python, "-m", "pip", "install", "--disable-pip-version-check"]
     if uv:
-        command = [uv, "pip", "install", "--python", python]
+        # As pip does: where Python may write none, as in many containers, `import lightning` would
+        # take 14 s in place of 6, each time.
+        command = [uv, "pip", "install", "--compile-bytecode", "--python", python]
     return run([*command, *arguments], lock)
 
 

@@ -63,7 +63,7 @@ def test_the_pins_are_installed_once_and_again_where_they_change(cats: Path) -> 
     assert code == 0
     assert said.startswith("Setting up .venv with uv")
     assert installed(cats) == [
-        "pip install --python .venv/bin/python --requirement requirements.txt"
+        "pip install --compile-bytecode --python .venv/bin/python --requirement requirements.txt"
     ]
     assert call(cats) == (0, "")
     (cats / "pyproject.toml").write_text(
@@ -166,7 +166,9 @@ def test_an_environment_whose_project_is_gone_or_that_lies_here_is_this_ones(
 
 def test_what_is_named_is_installed_in_place_of_the_pins(cats: Path) -> None:
     assert call(cats, "savepoint-lightning[sweep]")[0] == 0
-    assert installed(cats) == ["pip install --python .venv/bin/python savepoint-lightning[sweep]"]
+    assert installed(cats) == [
+        "pip install --compile-bytecode --python .venv/bin/python savepoint-lightning[sweep]"
+    ]
     assert not (cats / ".venv/ready").exists()
 
 
