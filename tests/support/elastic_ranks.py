@@ -1,13 +1,16 @@
 """One rank of a training with a global batch: see test_elastic.py.
 
-python -m support.elastic_ranks DIRECTORY RANKS KIND [FROM]     with LOCAL_RANK, MASTER_ADDR and
-                                                               MASTER_PORT set
+python -m support.elastic_ranks DIRECTORY RANKS KIND [FILE ...]     with LOCAL_RANK, MASTER_ADDR and
+                                                                   MASTER_PORT set
 
-Trains in DIRECTORY, saves at every safe point to DIRECTORY/points and goes on from the checkpoint
-FROM. Each rank appends the samples of each of its batches to DIRECTORY/seen-RANK.jsonl.
+Without a FILE it trains in DIRECTORY, and saves at every safe point to DIRECTORY/points. Else it
+goes on from each of these checkpoints in DIRECTORY/NAME. Each rank appends the samples of each of
+its batches to seen-RANK.jsonl.
 """
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -126,26 +129,52 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def main(directory: Path, ranks: int, kind: str, start: Path | None) -> None:
-    torch.set_num_threads(1)
+def main(directory: Path, ranks: int, kind: str, start: Path | None = None) -> None:
     flags = dict(KINDS[kind])
     model = flags.pop("model", Model)
     strategy = ElasticDDP() if flags.pop("tree", False) else DDPStrategy()
     loader = flags.pop("loader", "batches")
-    rows = store.load(start)[0]["logged_rows"] if start else 0
-    checkpointing = EveryPoint(directory / "points", monitor="val/loss", mode="min")
-    arguments = {"max_epochs": 2, "devices": ranks, "strategy": strategy} | flags
+    points = directory / "points"
     fit(
         directory,
-        checkpointing=checkpointing,
+        checkpointing=EveryPoint(points, monitor="val/loss", mode="min"),
         model=model,
         data=lambda: Numbered(loader),
         ckpt_path=start,
-        keep_rows=rows,
-        **arguments,
+        keep_rows=store.load(start)[0]["logged_rows"] if start else 0,
+        **{"max_epochs": 2, "devices": ranks, "strategy": strategy} | flags,
     )
 
 
+# -- what a test asks ------------------------------------------------------------------------------
+
+
+def steps(directory: Path) -> dict[int, Any]:
+    """By step: its rates, and the numbers and values of its samples in the order of the ranks."""
+    found: dict[int, Any] = {}
+    for file in sorted(directory.glob("seen-*.jsonl")):
+        for line in map(json.loads, file.read_text().splitlines()):
+            if line[0] != "validated":
+                epoch, step, rate, numbers, x = line
+                known = found.setdefault(step, {"epoch": epoch, "rates": [], "samples": []})
+                known["rates"] += [rate] * (rate not in known["rates"])
+                known["samples"] += list(zip(numbers, x, strict=True))
+    return found
+
+
+def validated(directory: Path) -> list[int]:
+    lines = map(json.loads, (directory / "seen-0.jsonl").read_text().splitlines())
+    return sorted({line[1] for line in lines if line[0] == "validated"})
+
+
 if __name__ == "__main__":
-    begin = Path(sys.argv[4]) if len(sys.argv) > 4 else None
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], begin)
+    torch.set_num_threads(1)
+    root, number, name, *files = sys.argv[1:]
+    if not files:
+        main(Path(root), int(number), name)
+    for file in map(Path, files):
+        work = Path(root, file.stem)
+        if os.environ["LOCAL_RANK"] == "0":
+            work.mkdir(exist_ok=True)
+            shutil.copy(file.parent.parent / "metrics.csv", work)
+        main(work, int(number), name, file)

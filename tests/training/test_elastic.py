@@ -1,0 +1,110 @@
+"""A global batch: any number of ranks that divides it makes the same steps, and with the tree the
+same bits.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.elastic_ranks import GLOBAL, KINDS, SAMPLES, main, steps, validated
+from support.ranks import run_ranks
+from support.small import one_thread
+
+from savepoint.checkpoint import manifest, store
+from savepoint.testing import difference, final_state
+
+
+def straight(directory: Path, ranks: int, kind: str) -> Path:
+    if ranks == 1:
+        with one_thread():
+            main(directory, 1, kind)
+    else:
+        run_ranks("elastic_ranks", ranks, directory, ranks, kind)
+    return directory
+
+
+def points(directory: Path) -> list[Path]:
+    """All but the last, at which all is done."""
+    return sorted((directory / "points").glob("*.ckpt"))[:-1]
+
+
+def unequal(whole: Path, resumed: Path, file: Path) -> list[str]:
+    """What differs between the steps of a straight run and of one that went on from `file`."""
+    begun = manifest.read(file)["step"]
+    expected = {step: what for step, what in steps(whole).items() if step >= begun}
+    found = steps(resumed)
+    words = [] if found == expected else [f"steps: {sorted(found)} and {sorted(expected)}"]
+    if not set(validated(resumed)) <= set(validated(whole)):
+        words.append(f"validated at {validated(resumed)}, not {validated(whole)}")
+    return words
+
+
+def bits(directory: Path) -> dict[str, Any]:
+    state = final_state(directory)
+    return {key: state[key] for key in ("state_dict", "optimizer_states", "lr_schedulers")}
+
+
+def resume(work: Path, ranks: int, kind: str, files: list[Path]) -> None:
+    work.mkdir()
+    run_ranks("elastic_ranks", ranks, work, ranks, kind, *files)
+
+
+def test_two_ranks_make_the_steps_of_one(tmp_path: Path) -> None:
+    one = straight(tmp_path / "one", 1, "plain")
+    two = straight(tmp_path / "two", 2, "plain")
+    assert steps(one) == steps(two)
+    assert validated(one) == validated(two)
+    of_epoch = [
+        [number for what in steps(one).values() if what["epoch"] == epoch
+         for number, _ in what["samples"]] for epoch in (0, 1)
+    ]  # fmt: skip
+    assert [len(set(seen)) for seen in of_epoch] == [SAMPLES // GLOBAL * GLOBAL] * 2
+    assert of_epoch[0] != of_epoch[1]
+
+
+def test_the_tree_gives_two_ranks_the_bits_of_one_from_any_point(tmp_path: Path) -> None:
+    one = straight(tmp_path / "one", 1, "tree")
+    files = points(one)[::4]
+    resume(tmp_path / "two", 2, "tree", files)
+    for file in files:
+        work = tmp_path / "two" / file.stem
+        assert unequal(one, work, file) == []
+        assert list(difference(bits(one), bits(work))) == []
+        assert store.load(points(work)[0])[1]["exact"]
+
+
+def test_another_number_of_ranks_is_not_exact_without_the_tree(tmp_path: Path) -> None:
+    one = straight(tmp_path / "one", 1, "plain")
+    middle = next(file for file in points(one) if "batch-2" in file.name)
+    resume(tmp_path / "two", 2, "plain", [middle])
+    work = tmp_path / "two" / middle.stem
+    assert unequal(one, work, middle) == []
+    first = manifest.read(points(work)[0])
+    assert (first["exact"], first["elastic"]) == (False, "same samples")
+    assert first["unsaved"] == [
+        "this epoch was begun by another number of processes, whose sums have other bits"
+    ]
+    assert manifest.read(points(work)[-1])["exact"]
+    weights = [final_state(directory)["state_dict"] for directory in (one, work)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_makes_the_same_steps_at_four_ranks_from_any_point(
+    tmp_path: Path, kind: str
+) -> None:
+    one = straight(tmp_path / "one", 1, kind)
+    four = straight(tmp_path / "four", 4, kind)
+    assert steps(one) == steps(four)
+    assert validated(one) == validated(four)
+    for begun, ranks in ((four, 2), (four, 1), (one, 4)):
+        files = points(begun)
+        resume(tmp_path / f"{begun.name}-{ranks}", ranks, kind, files)
+        for file in files:
+            work = tmp_path / f"{begun.name}-{ranks}" / file.stem
+            assert unequal(begun, work, file) == []
+            if "tree" in KINDS[kind]:
+                assert list(difference(bits(begun), bits(work))) == []
