@@ -43,9 +43,7 @@ class Counter:
 
 
 def added(one: Gradients, other: Gradients) -> Gradients:
-    return [
-        b if a is None else a if b is None else a + b for a, b in zip(one, other, strict=True)
-    ]
+    return [b if a is None else a if b is None else a + b for a, b in zip(one, other, strict=True)]
 
 
 class ElasticDDP(DDPStrategy):
@@ -89,6 +87,11 @@ class ElasticDDP(DDPStrategy):
         if self._versions is None:
             self._versions = self._buffers()
         output = super().training_step(*args, **kwargs)
+        if output is None:
+            raise ConfigError(
+                "training_step returned nothing, which leaves a batch out of the tree of "
+                "elastic_ddp. Return a loss for each batch, or use --trainer.strategy ddp."
+            )
         self._refuse_changed_buffers(self._versions)
         self._versions = self._buffers()
         return output
@@ -123,7 +126,7 @@ class ElasticDDP(DDPStrategy):
             raise ConfigError(
                 f"Not a tree of {each} batches: {self._sum.parts} gave a gradient in this step. "
                 "With elastic_ddp each batch is seen once. Use an optimizer that calls its closure "
-                "once, and let no training_step return None."
+                "once."
             )
 
     def _buffers(self) -> dict[str, int]:

@@ -85,7 +85,9 @@ class Model(LightningModule):
         self.log("train/accuracy", self.accuracy, on_step=False, on_epoch=True)
         self.log("train/losses", self.losses, on_step=False, on_epoch=True)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        note(self.trainer, [self.current_epoch, self.global_step, rate, number.tolist(), x.tolist()])
+        note(
+            self.trainer, [self.current_epoch, self.global_step, rate, number.tolist(), x.tolist()]
+        )
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -2,16 +2,32 @@
 same bits.
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.elastic_ranks import GLOBAL, KINDS, SAMPLES, main, steps, validated
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from support.elastic_ranks import (
+    EACH,
+    GLOBAL,
+    KINDS,
+    SAMPLES,
+    Model,
+    Numbered,
+    main,
+    steps,
+    validated,
+)
 from support.ranks import run_ranks
-from support.small import one_thread
+from support.small import SmallData, fit, one_thread
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from savepoint import resumable
 from savepoint.checkpoint import manifest, store
+from savepoint.errors import ConfigError
 from savepoint.testing import difference, final_state
 
 
@@ -101,10 +117,92 @@ def test_every_kind_makes_the_same_steps_at_four_ranks_from_any_point(
     assert steps(one) == steps(four)
     assert validated(one) == validated(four)
     for begun, ranks in ((four, 2), (four, 1), (one, 4)):
-        files = points(begun)
+        files = points(begun)[::3]
         resume(tmp_path / f"{begun.name}-{ranks}", ranks, kind, files)
         for file in files:
             work = tmp_path / f"{begun.name}-{ranks}" / file.stem
             assert unequal(begun, work, file) == []
             if "tree" in KINDS[kind]:
                 assert list(difference(bits(begun), bits(work))) == []
+
+
+class Data(Numbered):
+    """As a user's own, with any loader."""
+
+    def __init__(self, make: Callable[[TensorDataset], Any]) -> None:
+        super().__init__()
+        self.make = make
+        self.global_batch_size = GLOBAL
+
+    def train_dataloader(self) -> Any:
+        return self.make(TensorDataset(self.x, self.y, self.number))
+
+
+class Stream:
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(DataLoader(self.data, EACH))
+
+
+class Manual(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Normed(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.insert(1, nn.BatchNorm1d(16))
+
+
+class Skipping(Model):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss if batch_idx % 2 else None
+
+
+class Twice(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        return super().step(closure)
+
+
+class ByTwice(Model):
+    def configure_optimizers(self) -> Any:
+        return Twice(self.parameters(), lr=0.1)
+
+
+def shared(data: TensorDataset, **arguments: Any) -> Any:
+    return resumable(DataLoader(data, EACH), seed=1, **{"global_batch_size": GLOBAL} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("said", "given"),
+    [
+        ("accumulate_grad_batches is 3, and the global batch makes it 8", {"accumulate_grad_batches": 3}),
+        ("does not know it: DataLoader", {"make": lambda data: DataLoader(data, EACH)}),
+        ("does not know it: Stream", {"make": Stream}),
+        ("does not know it: ResumableLoader", {"make": lambda data: shared(data, global_batch_size=None)}),
+        ("some give another number", {"make": lambda data: [shared(data), shared(data, global_batch_size=4)]}),
+        ("some give another number", {"make": lambda data: [shared(data), shared(data, global_batch_size=None)]}),
+        ("the module itself steps", {"model": Manual}),
+        ("changes what a step is", {"callbacks": lambda: [GradientAccumulationScheduler({0: 1})]}),
+        ("has 5 steps", {"val_check_interval": 6}),
+        ("less than one", {"limit_train_batches": 0.1}),
+        ("elastic_ddp, and no training loader", {"data": SmallData, "strategy": "elastic_ddp"}),
+        ("model.net.1.* is changed by a training step", {"model": Normed, "strategy": "elastic_ddp"}),
+        ("training_step returned nothing", {"model": Skipping, "strategy": "elastic_ddp"}),
+        ("Not a tree of 8 batches: 1 gave", {"model": ByTwice, "strategy": "elastic_ddp"}),
+        ("elastic_ddp with 6 batches", {"make": lambda data: shared(data, global_batch_size=12), "strategy": "elastic_ddp"}),
+    ],
+)  # fmt: skip
+def test_what_goes_with_no_global_batch_is_refused(
+    tmp_path: Path, said: str, given: dict[str, Any]
+) -> None:
+    make = given.pop("make", shared)
+    with pytest.raises(ConfigError, match=said) as raised:
+        fit(tmp_path, **{"model": Model, "data": lambda: Data(make), "max_epochs": 1} | given)
+    assert len(str(raised.value)) < 500

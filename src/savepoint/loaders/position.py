@@ -11,6 +11,7 @@ from torch.utils.data import (
 
 from savepoint.errors import ConfigError
 from savepoint.loaders.randomness import derive
+from savepoint.words import plural
 
 
 class Resumable:
@@ -109,13 +110,14 @@ class Resumable:
         assert size is not None  # checked when the loader was made
         assert whole is not None
         if whole % (size * self.world_size):
-            can = [ranks for ranks in range(1, whole + 1) if whole % (size * ranks) == 0]
-            known = ", ".join(map(str, can[:8]))
-            what = f"Expected {known} processes" if can else f"Expected a divisor of {whole}"
+            can = [str(ranks) for ranks in range(1, whole + 1) if whole % (size * ranks) == 0]
+            what = f"a batch_size that divides {whole}"
+            if can:
+                what = f"{', '.join(can[:8])} processes, or another batch_size"
             raise ConfigError(
                 f"A global batch cannot be shared: global_batch_size {whole}, in batches of {size} "
-                f"on {self.world_size} processes. Each must get equally many whole batches. "
-                f"{what}, or another batch_size."
+                f"on {plural(self.world_size, 'process', 'es')}. Each process must get equally "
+                f"many whole batches. Expected {what}."
             )
         return whole // (size * self.world_size)
 

@@ -24,6 +24,7 @@ from savepoint.errors import ConfigError
 from savepoint.loaders.position import Resumable
 from savepoint.loaders.randomness import derive
 from savepoint.tree import ElasticDDP
+from savepoint.words import plural
 
 # What a point's random numbers derive from, besides the seed and its own number.
 _EPOCH = 1
@@ -118,8 +119,8 @@ def _refuse(trainer: Trainer, each: int) -> None:
     if own not in (1, each):
         raise ConfigError(
             f"trainer.accumulate_grad_batches is {own}, and the global batch makes it {each} on "
-            f"{trainer.world_size} processes: it follows from global_batch_size, batch_size and "
-            "their number. Leave it at 1."
+            f"{plural(trainer.world_size, 'process', 'es')}: it follows from global_batch_size, "
+            "batch_size and the number of processes. Leave it at 1."
         )
     loaders = train_loaders(trainer)
     if any(getattr(one, "global_batch_size", None) is None for one in loaders) or any(

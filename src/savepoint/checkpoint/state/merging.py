@@ -81,7 +81,9 @@ def _metric(metric: Metric, states: Sequence[Mapping[str, Any]], rank: int) -> d
         elif how is dim_zero_sum:
             whole[name] = torch.zeros_like(values[0]) if rank else _total(values)
         elif how is dim_zero_mean:
-            weighed = [value * state["updates"] for value, state in zip(values, states, strict=True)]
+            weighed = [
+                value * state["updates"] for value, state in zip(values, states, strict=True)
+            ]
             whole[name] = _total(weighed) / whole["updates"] if whole["updates"] else values[0]
         else:
             raise _NoSumError(f"{name} has no sum or mean")
