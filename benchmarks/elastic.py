@@ -9,6 +9,7 @@ gradients. Whole processes in turns; of each the median step, the first five not
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -56,7 +57,7 @@ def train(ranks: int, strategy: str, steps: int) -> None:
     )  # fmt: skip
     trainer.fit(model, loader)
     times = [clock.at[step] for step in sorted(clock.at) if step > WARM]
-    pairs = zip(times, times[1:], strict=False)
+    pairs = itertools.pairwise(times)
     if trainer.is_global_zero:
         print(f"ms {1000 * statistics.median(later - one for one, later in pairs)}")
 

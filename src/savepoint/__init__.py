@@ -56,8 +56,8 @@ _HOMES = {
 
 __all__ = [
     "Batches", "Checkpoint", "CheckpointCallback", "CheckpointIO", "CheckpointStore", "ElasticDDP",
-    "Parser", "Preempted", "Rebuilt", "ResumableLoader", "Retention", "Run", "Saver", "entry", "errors",
-    "file_or_best", "load", "plural", "rebuild", "replacing", "resumable", "schedules",
+    "Parser", "Preempted", "Rebuilt", "ResumableLoader", "Retention", "Run", "Saver", "entry",
+    "errors", "file_or_best", "load", "plural", "rebuild", "replacing", "resumable", "schedules",
     "stoppable", "table", "testing",
 ]  # fmt: skip
 
