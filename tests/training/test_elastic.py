@@ -21,7 +21,7 @@ from support.elastic_ranks import (
     validated,
 )
 from support.ranks import run_ranks
-from support.small import SmallData, fit, one_thread
+from support.small import SmallData, fit, one_thread, rows
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -66,6 +66,17 @@ def resume(work: Path, ranks: int, kind: str, files: list[Path]) -> None:
     run_ranks("elastic_ranks", ranks, work, ranks, kind, *files)
 
 
+def same_log(one: Path, other: Path) -> None:
+    """Counts are equal; of other numbers the last digit may differ, as ranks are summed up."""
+    pairs = zip(rows(one), rows(other), strict=True)
+    for first, second in pairs:
+        assert first.keys() == second.keys()
+        assert first.get("train/accuracy") == second.get("train/accuracy")
+        for name in {"train/loss_epoch", "train/losses", "val/loss"} & first.keys():
+            assert float(first[name]) == pytest.approx(float(second[name]), rel=1e-5)
+
+
+@pytest.mark.slow
 def test_two_ranks_make_the_steps_of_one(tmp_path: Path) -> None:
     one = straight(tmp_path / "one", 1, "plain")
     two = straight(tmp_path / "two", 2, "plain")
@@ -88,6 +99,7 @@ def test_the_tree_gives_two_ranks_the_bits_of_one_from_any_point(tmp_path: Path)
         assert unequal(one, work, file) == []
         assert list(difference(bits(one), bits(work))) == []
         assert store.load(points(work)[0])[1]["exact"]
+        same_log(one, work)
 
 
 def test_another_number_of_ranks_is_not_exact_without_the_tree(tmp_path: Path) -> None:
