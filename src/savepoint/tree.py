@@ -43,7 +43,14 @@ class Counter:
 
 
 def added(one: Gradients, other: Gradients) -> Gradients:
-    return [b if a is None else a if b is None else a + b for a, b in zip(one, other, strict=True)]
+    return [_sum(a, b) for a, b in zip(one, other, strict=True)]
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Of a weight without a gradient on one side: the other's."""
+    if one is None:
+        return other
+    return one if other is None else one + other
 
 
 class ElasticDDP(DDPStrategy):
@@ -154,8 +161,8 @@ def _dense(gradient: Tensor | None) -> Tensor | None:
 
 
 def _over_ranks(own: Gradients, parameters: Sequence[Tensor]) -> Gradients:
-    """The sum over all processes: with partners 1, 2, 4, ... away, so that each step adds neighbours
-    of the tree. Both partners get the same bits, as a + b is b + a.
+    """The sum over all processes: with partners 1, 2, 4, ... away, so that each round adds
+    neighbours of the tree. Both partners get the same bits, as a + b is b + a.
     """
     rank = torch.distributed.get_rank()
     distance = 1
