@@ -42,7 +42,10 @@ class Resumable:
     def seed(self) -> int:
         """By default the seed of `seed_everything`, read when the first batch is requested."""
         if self._seed is None:
-            common = _common_seed() if self.world_size > 1 else torch.initial_seed()
+            # Before each batch of a global one, the initial seed of this process is set anew.
+            is_global = self.global_batch_size is not None and "PL_GLOBAL_SEED" in os.environ
+            is_common = self.world_size > 1 or is_global
+            common = _common_seed() if is_common else torch.initial_seed()
             self._seed = common % 2**63  # so that a checkpoint holds it as a plain number
         return self._seed
 
