@@ -76,8 +76,8 @@ FLOORS = [
     ["checkpoint.diagnosis", "checkpoint.seal", "checkpoint.crc", "lock", "record", "schedules"],
     ["mirror.remote", "federated.partition"],
     ["federated.federation", "federated"],
-    ["files", "preemption", "tail", "sharded.together", "sharded"],
-    ["errors", "job", "words", "workspace"],
+    ["files", "preemption", "tail", "tree", "sharded.together", "sharded"],
+    ["errors", "job", "words", "workspace", "checkpoint.promises"],
 ]
 
 

@@ -43,6 +43,8 @@ class ImageData(LightningDataModule):
         fallback: The data that replaces a missing data set, with a loud warning, where the download
             fails. Null: an error.
         batch_size: Images a batch, on each process.
+        global_batch_size: Images an optimizer step, on all processes together: the same ones on any
+            number of them that divides it. Null: as many batches as there are processes.
         shift: Training images move by up to this many pixels each way, anew in every epoch.
         in_memory: False reads image by image through a DataLoader: the pattern for data that does
             not fit in memory.
@@ -64,10 +66,12 @@ class ImageData(LightningDataModule):
         shift: int = 1,
         in_memory: bool = True,
         num_workers: int = 0,
+        global_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         for key, value, least in (
             ("batch_size", batch_size, 1),
+            ("global_batch_size", 1 if global_batch_size is None else global_batch_size, 1),
             ("shift", shift, 0),
             ("num_workers", num_workers, 0),
         ):
@@ -83,6 +87,7 @@ class ImageData(LightningDataModule):
         self.shift = shift
         self.in_memory = in_memory
         self.num_workers = num_workers
+        self.global_batch_size = global_batch_size
 
         from_environment = os.environ.get("DATA_ROOT")
         self.root = Path(root or from_environment or "data").expanduser()
@@ -127,9 +132,11 @@ class ImageData(LightningDataModule):
         self._parts = {"train": train.repeat(repeats), "val": val, "test": test}
 
     def train_dataloader(self) -> Batches | ResumableLoader:
+        size = self.global_batch_size
         if self.trainer and self.trainer.overfit_batches:  # type: ignore[attr-defined]
-            return self._loader("train")  # the same batches again and again
-        return self._loader("train", shuffle=True, shift=self.shift)
+            # The same batches again and again.
+            return self._loader("train", global_batch_size=size)
+        return self._loader("train", shuffle=True, shift=self.shift, global_batch_size=size)
 
     def val_dataloader(self) -> Batches | ResumableLoader:
         return self._loader("val")
@@ -197,7 +204,11 @@ class ImageData(LightningDataModule):
         return self._cut(data, seed or 0, seed is not None, augment, batch_size=size)
 
     def _loader(
-        self, part: str, shuffle: bool = False, shift: int = 0
+        self,
+        part: str,
+        shuffle: bool = False,
+        shift: int = 0,
+        global_batch_size: int | None = None,
     ) -> Batches | ResumableLoader:
         self.setup()
         augment = RandomShift(shift) if shift else None
@@ -206,7 +217,15 @@ class ImageData(LightningDataModule):
             data = data.to(self.trainer.strategy.root_device)
         rank = self.trainer.global_rank if self.trainer else 0
         world_size = self.trainer.world_size if self.trainer else 1
-        return self._cut(data, self._seed, shuffle, augment, rank, world_size)
+        return self._cut(
+            data,
+            self._seed,
+            shuffle,
+            augment,
+            rank,
+            world_size,
+            global_batch_size=global_batch_size,
+        )
 
     def _cut(
         self,
@@ -217,6 +236,7 @@ class ImageData(LightningDataModule):
         rank: int = 0,
         world_size: int = 1,
         batch_size: int | None = None,
+        global_batch_size: int | None = None,
     ) -> Batches | ResumableLoader:
         batch_size = batch_size or self.batch_size
         if not self.in_memory:
@@ -226,7 +246,13 @@ class ImageData(LightningDataModule):
                 shuffle=shuffle,
                 num_workers=self.num_workers,
             )
-            return resumable(loader, seed=seed, rank=rank, world_size=world_size)
+            return resumable(
+                loader,
+                seed=seed,
+                rank=rank,
+                world_size=world_size,
+                global_batch_size=global_batch_size,
+            )
         return Batches(
             data.images,
             data.labels,
@@ -236,6 +262,7 @@ class ImageData(LightningDataModule):
             augment=augment,
             rank=rank,
             world_size=world_size,
+            global_batch_size=global_batch_size,
         )
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from savepoint.preemption import Preempted, stoppable
     from savepoint.rebuilding import Rebuilt, rebuild
     from savepoint.run import Run
+    from savepoint.tree import ElasticDDP
     from savepoint.words import plural, table
 
 __version__ = "0.2.0"
@@ -35,6 +36,7 @@ _HOMES = {
     "CheckpointCallback": "checkpoint.callback",
     "CheckpointIO": "checkpoint.io",
     "CheckpointStore": "checkpoint.store",
+    "ElasticDDP": "tree",
     "Parser": "commands",
     "Preempted": "preemption",
     "Rebuilt": "rebuilding",
@@ -53,9 +55,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Batches", "Checkpoint", "CheckpointCallback", "CheckpointIO", "CheckpointStore", "Parser",
-    "Preempted", "Rebuilt", "ResumableLoader", "Retention", "Run", "Saver", "entry", "errors",
-    "file_or_best", "load", "plural", "rebuild", "replacing", "resumable", "schedules",
+    "Batches", "Checkpoint", "CheckpointCallback", "CheckpointIO", "CheckpointStore", "ElasticDDP",
+    "Parser", "Preempted", "Rebuilt", "ResumableLoader", "Retention", "Run", "Saver", "entry",
+    "errors", "file_or_best", "load", "plural", "rebuild", "replacing", "resumable", "schedules",
     "stoppable", "table", "testing",
 ]  # fmt: skip
 

@@ -40,6 +40,17 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
+def of_torchrun() -> tuple[int, int] | None:
+    """(processes on each host, hosts) of a torchrun that gives each host equally many; None where
+    there is none.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    each = local_processes()
+    hosts, left = divmod(int(os.environ.get("WORLD_SIZE") or 0), each)
+    return (each, hosts) if hosts and not left else None
+
+
 def cores() -> int:
     """How many cores this process may use at once: its affinity, or the quota of its control
     group where that is less. At least 1.

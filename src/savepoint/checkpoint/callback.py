@@ -21,7 +21,15 @@ from savepoint.checkpoint.finite import loss_of
 from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.scores import Scores
-from savepoint.checkpoint.state import capture, exactness, loops, ranks, start, validation
+from savepoint.checkpoint.state import (
+    capture,
+    elastic,
+    exactness,
+    loops,
+    ranks,
+    start,
+    validation,
+)
 from savepoint.checkpoint.state.points import Points
 from savepoint.checkpoint.state.training import TrainingState
 from savepoint.checkpoint.store import CheckpointStore
@@ -156,6 +164,7 @@ class CheckpointCallback(Checkpoint):
         load_last(trainer, self.store)
         if stage != "fit":
             return
+        elastic.follow(trainer)
         trainer.strategy.checkpoint_io.preloaded = self.preloaded
         self.preloaded = None
         self.saver.training = None
@@ -226,13 +235,13 @@ class CheckpointCallback(Checkpoint):
         return {
             "scores": self.scores.state_dict(),
             "saved_step": self.saver.saved_step,
-            "ranks_changed": self.training is not None and self.training.ranks_changed,
+            "ranks_changed": self.training.ranks_changed if self.training is not None else [],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.saver.saved_step = state_dict["saved_step"]
         if self.training is not None:
-            self.training.ranks_changed |= state_dict.get("ranks_changed", False)
+            self.training.add_reasons(state_dict.get("ranks_changed", []))
         if not self.scores.load_state_dict(state_dict["scores"]) and self._has_directory:
             # Another metric ranks now: each manifest holds all metrics of its step, so the files
             # are ranked again.
@@ -290,7 +299,7 @@ class CheckpointCallback(Checkpoint):
         self._points = Points(
             trainer,
             epoch=lambda: self._on_epoch(trainer),
-            batch=lambda: self._on_batch(trainer),
+            batch=lambda: self._before_batch(trainer),
             validation=lambda: self._on_validation(trainer),
             end=lambda: self._running.keep_end(),
         )
@@ -310,6 +319,12 @@ class CheckpointCallback(Checkpoint):
             self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
             self.saver.poll_at(trainer, "epoch")
             self.scores.require_monitor()
+        elastic.seed_epoch(trainer)
+
+    def _before_batch(self, trainer: Trainer) -> bool:
+        goes_on = self._on_batch(trainer)
+        elastic.seed_batch(trainer)
+        return goes_on
 
     def _on_batch(self, trainer: Trainer) -> bool:
         """False where the batch is left out, as the validation before it is to be run again."""
@@ -336,6 +351,7 @@ class CheckpointCallback(Checkpoint):
         if trainer.sanity_checking:
             return
         self._running.begin_validation()
+        elastic.seed_validation(trainer)
         self._before_validation = dict(loops.measured(trainer))
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
@@ -383,7 +399,7 @@ class CheckpointCallback(Checkpoint):
         self.scores.measure_training(trainer.callback_metrics, trainer.global_step)
         self.saver.save(trainer, "epoch", reason="end", ended=facts.why_ended(trainer))
         self.training.captured = None
-        self._release()
+        self._release(trainer)
         self.saver.finish_writing(trainer)
         preemption.disarm()
         stop, _ = self.saver.agree(trainer)
@@ -394,12 +410,13 @@ class CheckpointCallback(Checkpoint):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        self._release()
+        self._release(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
+        self._release(trainer)
 
-    def _release(self) -> None:
+    def _release(self, trainer: Trainer) -> None:
+        elastic.release(trainer)
         if self._points:
             self._points.remove()
             self._points = None

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
-from savepoint.checkpoint.state import loops
+from savepoint.checkpoint.state import elastic, loops
 from savepoint.checkpoint.state.process import environment
 
 
@@ -38,6 +38,7 @@ def gather(trainer: Trainer, provenance: Provenance) -> dict[str, Any]:
         "logged_step": loops.logged_step(trainer),
         "epoch": trainer.current_epoch,
         "world_size": trainer.world_size,
+        "elastic": elastic.promise(trainer),
         **of_run(provenance, data, trainer.strategy.root_device),
     }
 

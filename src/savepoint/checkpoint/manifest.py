@@ -385,7 +385,8 @@ _FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "body": (lambda value: isinstance(value, str), "a sha256"),
     "digest": (lambda value: isinstance(value, str), "a sha256"),
     **dict.fromkeys(
-        ("at", "reason", "ended", "run_id", "parent", "created", "device", "processor"), _TEXT
+        ("at", "reason", "ended", "run_id", "parent", "created", "device", "processor", "elastic"),
+        _TEXT,
     ),
     "exact": (lambda value: value is None or isinstance(value, bool), "true or false"),
     "unsaved": (

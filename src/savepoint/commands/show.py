@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from savepoint import files, find, words
 from savepoint.checkpoint import manifest
+from savepoint.checkpoint.promises import ELSEWHERE
 from savepoint.checkpoint.store import Checkpoint
 from savepoint.commands import output
 from savepoint.run import Run
@@ -141,6 +142,8 @@ def norm(tensor: "Tensor") -> float:
 
 
 def _fact(value: Any, key: str = "") -> str:
+    if key == "elastic":
+        return ELSEWHERE.get(value, str(value))
     if key == "shards":
         sizes = [f"{name} {words.megabytes(one['bytes'])}" for name, one in value.items()]
         return ", ".join(sizes) or "none: all is in common.ckpt"

@@ -29,7 +29,7 @@ from lightning.pytorch import (
 )
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from savepoint import words
+from savepoint import job, words
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.config import compose, quick
 from savepoint.config.classes import FIXED, Scalars, arguments_of, class_at, resolve_class
@@ -81,10 +81,23 @@ def resolve(composed: compose.Composed) -> Namespace:
             raise ConfigError(explain(str(error), composed)) from None
     _keep_whole_numbers(config, composed)
     _refuse_nulls(config, composed)
+    _take_processes(config)
     if composed.wants_config:
         print(dump(config), end="")
         raise SystemExit(0)
     return config
+
+
+def _take_processes(config: Namespace) -> None:
+    """torchrun says how many processes there are, and another number after each restart where its
+    hosts come and go (`--nnodes 1:4`).
+    """
+    processes = job.of_torchrun()
+    devices = config.trainer.devices
+    if processes is None or isinstance(devices, list) or "," in str(devices):
+        return
+    config.trainer.devices = processes[0]
+    config.trainer.num_nodes = processes[1]
 
 
 def _folded(composed: compose.Composed) -> tuple[dict[str, Any], list[tuple[str, str]]]:

@@ -19,9 +19,10 @@ class Batches(Resumable):
     Args:
         tensors: Of equal first dimension; a batch is a tuple of one slice of each.
         augment: Applied to the first tensor's batch, with a CPU generator seeded from (seed, epoch,
-            batch, rank).
+            batch, rank), or from the number of the batch on all ranks with `global_batch_size`.
         rank: Of this process, and `world_size`: by default those of the process group. Lightning
             shards DataLoaders only, so this loader takes every `world_size`-th sample itself.
+        global_batch_size: Samples of an optimizer step on all ranks together: as `resumable`'s.
     """
 
     def __init__(
@@ -33,21 +34,34 @@ class Batches(Resumable):
         augment: Augment | None = None,
         rank: int | None = None,
         world_size: int | None = None,
+        global_batch_size: int | None = None,
     ) -> None:
-        super().__init__(seed=seed, shuffle=shuffle, rank=rank, world_size=world_size)
+        super().__init__(
+            seed=seed,
+            shuffle=shuffle,
+            rank=rank,
+            world_size=world_size,
+            global_batch_size=global_batch_size,
+        )
         self.tensors = tensors
         self.augment = augment
         self.samples = len(tensors[0])
         self.batch_size = batch_size
-        self._share(self.samples)
+        len(self)
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.batch_size
 
     def __len__(self) -> int:
+        if self.global_batch_size is not None:
+            return self._steps(self.samples) * self.accumulation()
         return math.ceil(self._share(self.samples) / self.batch_size)
 
     def order(self) -> Tensor:
         """The samples of this epoch and rank, in order: int64."""
-        share = self._share(self.samples)
-        return self._shuffled(self.samples)[self.rank : share * self.world_size : self.world_size]
+        order: Tensor = self._of_rank(self._shuffled(self.samples))
+        return order
 
     def indices(self, batch: int) -> list[Any]:
         samples: list[Any] = self.order()[batch * self.batch_size :][: self.batch_size].tolist()
@@ -65,8 +79,11 @@ class Batches(Resumable):
             pick = order[i * self.batch_size : (i + 1) * self.batch_size]
             first, *rest = (tensor[pick] for tensor in self.tensors)
             if self.augment is not None:
-                generator = torch.Generator().manual_seed(
-                    derive(self.seed, self.epoch, i, self.rank)
-                )
+                generator = torch.Generator().manual_seed(self._seed_of(i))
                 first = self.augment(first, generator)
             yield first, *rest
+
+    def _seed_of(self, batch: int) -> int:
+        if self.global_batch_size is None:
+            return derive(self.seed, self.epoch, batch, self.rank)
+        return derive(self.seed, self.epoch, self.number_of_batch(batch), 0)

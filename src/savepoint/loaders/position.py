@@ -11,6 +11,7 @@ from torch.utils.data import (
 
 from savepoint.errors import ConfigError
 from savepoint.loaders.randomness import derive
+from savepoint.words import plural
 
 
 class Resumable:
@@ -21,9 +22,16 @@ class Resumable:
     persistent_workers = False
 
     def __init__(
-        self, *, seed: int | None, shuffle: bool, rank: int | None, world_size: int | None
+        self,
+        *,
+        seed: int | None,
+        shuffle: bool,
+        rank: int | None,
+        world_size: int | None,
+        global_batch_size: int | None = None,
     ) -> None:
         self.shuffle = shuffle
+        self.global_batch_size = global_batch_size
         self._seed = seed
         self._given = seed is not None
         self._rank = rank
@@ -34,7 +42,10 @@ class Resumable:
     def seed(self) -> int:
         """By default the seed of `seed_everything`, read when the first batch is requested."""
         if self._seed is None:
-            common = _common_seed() if self.world_size > 1 else torch.initial_seed()
+            # Before each batch of a global one, the initial seed of this process is set anew.
+            is_global = self.global_batch_size is not None and "PL_GLOBAL_SEED" in os.environ
+            is_common = self.world_size > 1 or is_global
+            common = _common_seed() if is_common else torch.initial_seed()
             self._seed = common % 2**63  # so that a checkpoint holds it as a plain number
         return self._seed
 
@@ -65,12 +76,16 @@ class Resumable:
 
     def state_dict(self) -> dict[str, Any]:
         own = {} if self._given or self._seed is None else {"seed": self._seed}
-        return {"epoch": self.epoch, "position": self.position, **own}
+        ranks = {} if self.global_batch_size is None else {"ranks": self.world_size}
+        return {"epoch": self.epoch, "position": self.position, **own, **ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch = state["epoch"]
         self.position = state["position"]
-        self._start = state["position"]
+        if self.global_batch_size is not None:
+            # As many batches of all ranks together, shared out among those that are here.
+            self.position = self.position * state.get("ranks", self.world_size) // self.world_size
+        self._start = self.position
         if not self._given:
             self._seed = state.get("seed", self._seed)
 
@@ -81,6 +96,64 @@ class Resumable:
     def user_parts(self) -> dict[str, Any]:
         """The user's objects, which `look` watches for changes during a training."""
         return {}
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """The samples in a batch of this loader; None where they differ."""
+        raise NotImplementedError
+
+    def accumulation(self) -> int:
+        """How many batches each rank gives to a global batch.
+
+        Raises:
+            ConfigError: a number that does not divide.
+        """
+        size = self.micro_batch_size
+        whole = self.global_batch_size
+        assert size is not None  # checked when the loader was made
+        assert whole is not None
+        if whole % (size * self.world_size):
+            can = [str(ranks) for ranks in range(1, whole + 1) if whole % (size * ranks) == 0]
+            what = f"a batch_size that divides {whole}"
+            if can:
+                what = f"{', '.join(can[:8])} processes, or another batch_size"
+            raise ConfigError(
+                f"A global batch cannot be shared: global_batch_size {whole}, in batches of {size} "
+                f"on {plural(self.world_size, 'process', 'es')}. Each process must get equally "
+                f"many whole batches. Expected {what}."
+            )
+        return whole // (size * self.world_size)
+
+    def number_of_batch(self, batch: int) -> int:
+        """The number of this rank's `batch` among those of all ranks, in the epoch."""
+        each = self.accumulation()
+        step, within = divmod(batch, each)
+        return (step * self.world_size + self.rank) * each + within
+
+    def _of_rank(self, order: Any) -> Any:
+        """This rank's part of the samples of an epoch, a tensor or a list.
+
+        Of a global batch each rank has consecutive ones, so that any number of ranks cuts it into
+        the same batches. The last incomplete one is left out.
+        """
+        if self.global_batch_size is None:
+            share = self._share(len(order))
+            return order[self.rank : share * self.world_size : self.world_size]
+        steps = self._steps(len(order))
+        places = torch.arange(steps * self.global_batch_size)
+        own = places.view(steps, self.world_size, -1)[:, self.rank].flatten()
+        return order[own] if isinstance(order, Tensor) else [order[i] for i in own.tolist()]
+
+    def _steps(self, samples: int) -> int:
+        """The whole global batches in an epoch."""
+        assert self.global_batch_size is not None
+        if samples < self.global_batch_size:
+            raise ConfigError(
+                f"Too few samples for a global batch: {samples}, and global_batch_size is "
+                f"{self.global_batch_size}. An epoch needs one whole batch at least. Give a "
+                "smaller one or more data."
+            )
+        return samples // self.global_batch_size
 
     def _share(self, samples: int) -> int:
         """The number of samples for each rank. All ranks get the same number, and the remainder is

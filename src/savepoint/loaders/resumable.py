@@ -54,7 +54,13 @@ class ResumableLoader(Resumable):
     """
 
     def __init__(
-        self, loader: DataLoader[Any], *, seed: int | None, rank: int | None, world_size: int | None
+        self,
+        loader: DataLoader[Any],
+        *,
+        seed: int | None,
+        rank: int | None,
+        world_size: int | None,
+        global_batch_size: int | None = None,
     ) -> None:
         if isinstance(loader.dataset, IterableDataset):
             raise ConfigError(
@@ -67,7 +73,13 @@ class ResumableLoader(Resumable):
         self._own_batches = own if own is not None and type(own) is not BatchSampler else None
         self._indices = loader.sampler if self._own_batches is None else None
         shuffle = not isinstance(self._indices, SequentialSampler)
-        super().__init__(seed=seed, shuffle=shuffle, rank=rank, world_size=world_size)
+        super().__init__(
+            seed=seed,
+            shuffle=shuffle,
+            rank=rank,
+            world_size=world_size,
+            global_batch_size=global_batch_size,
+        )
         # A batch_sampler that was given leaves these None on the loader.
         self._size = loader.batch_size
         self._drops_last = loader.drop_last
@@ -77,9 +89,11 @@ class ResumableLoader(Resumable):
             self._drops_last = own.drop_last
         self.num_workers = loader.num_workers
         self.persistent_workers = loader.persistent_workers
-        self._order: list[Any] | None = None  # of this epoch and rank; None until it begins
+        self._order: list[Any] | None = None  # of this epoch; None until it begins
         self._keys = _Keys()
         self._inner: DataLoader[Any] | None = None
+        if global_batch_size is not None:
+            self._refuse_global()
         if _length(self._source) is not None:
             len(self)
 
@@ -106,10 +120,34 @@ class ResumableLoader(Resumable):
         sharded = isinstance(self._source, DistributedSampler)  # already, by the user
         return (0, 1) if sharded else (self.rank, self.world_size)
 
+    def _refuse_global(self) -> None:
+        """Raises ConfigError where no global batch can be cut."""
+        source = type(self._source).__name__
+        why = ""
+        if self._own_batches is not None:
+            why = f"{source} makes the batches"
+        elif self._size is None:
+            why = "the DataLoader makes no batches (batch_size is None)"
+        elif isinstance(self._source, DistributedSampler):
+            why = f"{source} shares the samples among the ranks already"
+        elif _length(self._source) is None:
+            why = f"{source} has no length"
+        if why:
+            raise ConfigError(
+                f"global_batch_size cannot be kept: {why}. The loader itself shares a global batch "
+                "among the ranks. Give a DataLoader with a batch_size and a plain sampler."
+            )
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        return self._size
+
     def __len__(self) -> int:
         number = _length(self._source)
         if number is None:
             raise TypeError(f"{type(self._source).__name__} has no length")
+        if self.global_batch_size is not None:
+            return self._steps(number) * self.accumulation()
         _, world_size = self._ranks()
         share = self._share(number) if world_size > 1 else number
         if self._size is None:
@@ -121,7 +159,7 @@ class ResumableLoader(Resumable):
     def indices(self, batch: int) -> list[Any] | None:
         if self._order is None:
             return None
-        found = next(islice(self._cut(iter(self._order)), batch, None), None)
+        found = next(islice(self._cut(iter(self._own_order(self._order))), batch, None), None)
         return found if isinstance(found, list | None) else [found]
 
     def user_parts(self) -> dict[str, Any]:
@@ -192,19 +230,28 @@ class ResumableLoader(Resumable):
         if _length(self._source) is None:
             return self._cut(self._endless())
         if self._order is None:
-            self._order = self._whole_order()
-        return self._cut(iter(self._order))
+            self._order = self._order_to_keep()
+        return self._cut(iter(self._own_order(self._order)))
+
+    def _order_to_keep(self) -> list[Any]:
+        """Of this rank; with a global batch of all ranks, so that any number of them goes on."""
+        whole = self._whole_order()
+        _, world_size = self._ranks()
+        if self.global_batch_size is not None or world_size == 1:
+            return whole
+        own: list[Any] = self._of_rank(whole)
+        return own
+
+    def _own_order(self, kept: list[Any]) -> list[Any]:
+        return kept if self.global_batch_size is None else self._of_rank(kept)
 
     def _whole_order(self) -> list[Any]:
-        rank, world_size = self._ranks()
         if (not self.shuffle and self._own_batches is None) or self._is_plain_shuffle():
             order: list[Any] = self._shuffled(_length(self._source) or 0).tolist()
         else:
             with Randomness(generators_of(self._source)).seeded(derive(self.seed, self.epoch)):
                 order = list(self._begun())
-        if world_size == 1:
-            return order
-        return order[rank : self._share(len(order)) * world_size : world_size]
+        return order
 
     def _is_plain_shuffle(self) -> bool:
         source = self._source
@@ -284,6 +331,7 @@ def resumable(
     seed: int | None = None,
     rank: int | None = None,
     world_size: int | None = None,
+    global_batch_size: int | None = None,
 ) -> ResumableLoader:
     """Makes a map-style DataLoader resumable: its order derives from the seed, and its position is
     state.
@@ -294,8 +342,18 @@ def resumable(
             running epoch.
         seed: Of the order and of every sample's randomness; by default that of `seed_everything`.
         rank: Of this process, and `world_size`: by default those of the process group.
+        global_batch_size: Samples of an optimizer step on all ranks together, in batches of the
+            loader's own size. Each step sees the same samples on any number of ranks that divides
+            it; `CheckpointCallback` sets `accumulate_grad_batches`. What is left at the end of an
+            epoch, less than a global batch, is left out.
 
     Raises:
-        ConfigError: an iterable data set.
+        ConfigError: an iterable data set, or a global batch that cannot be shared.
     """
-    return ResumableLoader(copy.copy(loader), seed=seed, rank=rank, world_size=world_size)
+    return ResumableLoader(
+        copy.copy(loader),
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+        global_batch_size=global_batch_size,
+    )

@@ -89,7 +89,8 @@ class ApplyOverrides(Callback):
                 "--data.root at that data set, or go on with this one: --allow dataset"
             )
         was = self.manifest["world_size"]
-        if trainer.world_size != was and "world_size" not in self.allow:
+        shares_anew = self.manifest.get("elastic") is not None and self.manifest["at"] is not None
+        if trainer.world_size != was and not shares_anew and "world_size" not in self.allow:
             raise ConfigMismatchError(
                 f"Another number of processes: {trainer.world_size}. The checkpoint was made by "
                 f"{was}, which share the batches of a step. Start {was}, or allow the change: "

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Timer
 
 from savepoint import files, job
+from savepoint.checkpoint.promises import promises
 from savepoint.checkpoint.state.process import environment
 from savepoint.config import compose
 from savepoint.errors import ConfigError, ConfigMismatchError
@@ -142,6 +143,8 @@ def plan(
         f"step {manifest['step']}, epoch {manifest['epoch']}, verified{_size(source.path)}",
         f"  restored    {_restored(source, request.allow)}",
     ]
+    if manifest["world_size"] > 1 or manifest.get("elastic"):
+        lines += [f"  promised    {promise}" for promise in promises(manifest)]
     lines += [f"  overridden  {key}: {was} -> {now}" for key, (was, now) in changed.items()]
     lines += [f"  note        {note}" for note in _notes(request, source, changed, config.threads)]
     if request.plan:
@@ -168,7 +171,7 @@ def _restored(source: Source, allow: Sequence[str]) -> str:
     parts += ["schedule"] if state["lr_schedulers"] else []
     if source.manifest["at"]:
         only = ""
-        if "world_size" in allow:
+        if "world_size" in allow and not source.manifest.get("elastic"):
             only = f" (with {source.manifest['world_size']} processes only)"
         parts.append(f"random states, metrics, place in the data{only}")
     best = source.manifest.get("best_score")
@@ -188,7 +191,7 @@ def _notes(
 ) -> list[str]:
     facts = source.manifest
     notes = list(notes_of_source(request, source, asked))
-    if "world_size" in request.allow:
+    if "world_size" in request.allow and not facts.get("elastic"):
         notes.append(
             f"with more or fewer processes than {facts['world_size']}, random states, metric "
             "sums and each rank's place in the data are not restored; which samples this epoch "

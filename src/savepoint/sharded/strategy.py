@@ -68,7 +68,9 @@ class Sharding:
         if manifest.has_parts(path):
             facts = manifest.read(path)
             shards = pieces.Shards(path, facts)
-            state = dict(state) | pieces.own_of(shards, facts, self.ranks.rank)
+            # Another number of ranks shares out what all of them had.
+            as_many = facts.get("world_size") == self.ranks.number
+            state = dict(state) | pieces.own_of(shards, facts, self.ranks.rank if as_many else None)
         return self._placed(state, shards)
 
     def _placed(self, state: Mapping[str, Any], shards: pieces.Shards | None) -> dict[str, Any]:

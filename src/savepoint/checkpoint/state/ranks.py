@@ -1,5 +1,6 @@
 """Many processes: DDP's buckets, and what all ranks must agree on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,19 @@ def lay_buckets(trainer: Trainer) -> None:
         for parameter, gradient in zip(parameters, pending, strict=True):
             parameter.grad = gradient
     ddp.reducer._rebuild_buckets()
+
+
+OTHER_SAMPLES = "this epoch was begun by another number of processes"
+
+
+def shared_anew(was: int, now: int, reasons: Sequence[str]) -> str:
+    """What a resume with another number of processes keeps, with a global batch."""
+    if not reasons:
+        return f"processes {was} -> {now}: the same samples at each step, and the same bits"
+    return (
+        f"processes {was} -> {now}: the same samples and rates at each step. Checkpoints say "
+        f"exact: false until the next epoch begins: {'; '.join(reasons)}."
+    )
 
 
 def ranks_changed(was: int, now: int) -> str:

@@ -10,7 +10,17 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from savepoint.checkpoint.state import capture, exactness, loops, ranks, reenter, start, validation
+from savepoint.checkpoint.state import (
+    capture,
+    elastic,
+    exactness,
+    loops,
+    merging,
+    ranks,
+    reenter,
+    start,
+    validation,
+)
 from savepoint.checkpoint.state.points import Point
 from savepoint.checkpoint.state.roots import by_worker, held, kept, look
 from savepoint.look.baseline import Baseline, changed_since, sums_of_numbers
@@ -25,7 +35,8 @@ class TrainingState:
 
     Attributes:
         rates_are_overridden: By the user, on this resume: the optimizers keep their new rates.
-        ranks_changed: The epoch that now runs was begun by another number of processes.
+        ranks_changed: Why the epoch that now runs, begun by another number of processes, is not
+            what they would have made of it.
         captured: The state at the start of the running validation, or at the end of the training.
 
     Args:
@@ -35,7 +46,8 @@ class TrainingState:
     def __init__(self, trainer: Trainer, *, in_parts: bool = False) -> None:
         self.trainer = trainer
         self.in_parts = in_parts
-        self.rates_are_overridden = self.ranks_changed = False
+        self.rates_are_overridden = False
+        self.ranks_changed: list[str] = []
         self.captured: dict[str, Any] | None = None
         self._before = Before()  # of the newest look
         self._baseline: Baseline | None = Baseline(self._look())
@@ -71,14 +83,29 @@ class TrainingState:
         trainer = self.trainer
         rank = trainer.global_rank
         others = checkpoint.get("other_ranks", [])
-        if len(others) + 1 != trainer.world_size:
+        was = len(others) + 1
+        promised = checkpoint.get("elastic")
+        if was != trainer.world_size and promised is None:
             # Until an epoch begins anew by (seed, epoch) alone, nobody can make this training
             # again, from no file of it.
-            self.ranks_changed = True
+            self.ranks_changed = [ranks.OTHER_SAMPLES]
             if trainer.is_global_zero:
-                print(ranks.ranks_changed(len(others) + 1, trainer.world_size), flush=True)
+                print(ranks.ranks_changed(was, trainer.world_size), flush=True)
             return
-        self._pending = checkpoint | (others[rank - 1] if rank else {})
+        own = others[rank - 1] if 0 < rank < was else {}
+        if promised is not None:
+            reasons = elastic.reasons(trainer, checkpoint, was)
+            if was != trainer.world_size:
+                owns = [checkpoint, *others]
+                own, unmerged = merging.merged(
+                    owns, trainer.lightning_module, rank, trainer.world_size
+                )
+                reasons += unmerged
+                merging.scale_loops(checkpoint["loops"]["fit_loop"], was, trainer.world_size)
+            self.add_reasons(reasons)
+            if was != trainer.world_size and trainer.is_global_zero:
+                print(ranks.shared_anew(was, trainer.world_size, reasons), flush=True)
+        self._pending = checkpoint | own
         self._pending["versions"] = exactness.versions(trainer.lightning_module)
         own_loaders = self._pending.get("loaders")
         if own_loaders is not None:
@@ -87,6 +114,12 @@ class TrainingState:
         # Up to the point of the checkpoint, whatever is logged stands in the log of the start
         # before.
         self._mute()
+
+    def add_reasons(self, reasons: list[str] | bool) -> None:
+        """`ranks_changed` of an older file is true or false."""
+        if isinstance(reasons, bool):
+            reasons = [ranks.OTHER_SAMPLES] * reasons
+        self.ranks_changed += [one for one in reasons if one not in self.ranks_changed]
 
     def prepare(self) -> None:
         """In `on_fit_start`: what the hooks before have made belongs to the start."""
@@ -117,6 +150,7 @@ class TrainingState:
         if self._pending:
             reenter.load_waiting_states(self.trainer)
         loops.run_in_order(self.trainer)
+        elastic.stretch_schedules(self.trainer)
         self._accepted = False
 
     def release(self) -> None:
@@ -129,7 +163,7 @@ class TrainingState:
     def begin_epoch(self) -> bool:
         """Whether this is the point of the checkpoint; then everything was put back."""
         if not self.trainer.fit_loop.restarted_mid_epoch:
-            self.ranks_changed = False
+            self.ranks_changed = []
         self._accept()
         arrived = self.arrive("epoch")
         if not self._pending and self._baseline is not None:
@@ -231,6 +265,9 @@ class TrainingState:
         unsaved = dict.fromkeys(reason for of_rank in reasons for reason in of_rank)
         checkpoint.update(own)
         checkpoint["at"] = at
+        promised = elastic.promise(trainer)
+        if promised is not None:
+            checkpoint["elastic"] = promised
         # Lightning logs every step while it is set. Of a run that has ended it is no state: it may
         # be asked to go on.
         checkpoint["should_stop"] = trainer.should_stop and not ended
@@ -247,8 +284,7 @@ class TrainingState:
         own = capture.capture(trainer, module, self._reads_gradients, self._metric_defaults)
         own |= self._logged()
         own["unsaved"] = exactness.inexact(trainer, at)
-        if self.ranks_changed:
-            own["unsaved"].append("this epoch was begun by another number of processes")
+        own["unsaved"] += self.ranks_changed
         own["unsaved"] += self._drawn_anew
         own["unsaved"] += capture.changed_defaults(module, self._metric_defaults)
         own["numbers"] = self._numbers
