@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
+from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.state import ranks
 from savepoint.errors import ConfigError, RunDirectoryError
 from savepoint.resume.overrides import fit_strategy
@@ -122,6 +123,30 @@ def test_commands_take_a_directory_as_they_take_a_file(tmp_path: Path, capsys: C
     code, said, _ = say(capsys, "verify", str(path))
     assert code == 1
     assert "does not verify: shard-00001.ckpt: one or more damaged bytes in record" in said
+
+
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_another_rank_than_the_first_forgets_a_failure_once_a_later_save_succeeds(
+    tmp_path: Path, in_a_thread: bool
+) -> None:
+    """Or it would ask for a save every minute, and end with 1."""
+    writer = CheckpointIO(async_save=in_a_thread)
+    strategy = SimpleNamespace(checkpoint_io=writer, reduce=lambda flag, reduce_op: flag)
+    strategy.barrier = lambda _: None
+    other = SimpleNamespace(
+        global_step=1,
+        current_epoch=0,
+        is_global_zero=False,
+        lightning_module=SmallModel(),
+        strategy=strategy,
+        save_checkpoint=lambda *_, **__: None,
+    )
+    saver = CheckpointCallback(async_save=in_a_thread).saver
+    saver.sharding = SimpleNamespace(ranks=SimpleNamespace(first=lambda _: None))  # type: ignore[assignment]
+    saver.failure = OSError("the disk is full")
+    saver.save(other, "batch", reason="steps")  # type: ignore[arg-type]
+    writer.wait()
+    assert saver.failure is None
 
 
 def test_gc_deletes_directories_as_it_deletes_files(tmp_path: Path, capsys: Capture) -> None:
