@@ -32,7 +32,7 @@ FLOORS = [
     ["federated.summary", "federated.ray_runtime"],
     ["federated.server"],
     ["federated.*"],
-    ["resume.*", "evaluate", "export", "report.*", "sweep_file"],
+    ["resume.*", "evaluate", "export", "export_pieces", "report.*", "sweep_file"],
     ["rebuilding"],
     ["training.execute", "training.summary"],
     ["training.build"],

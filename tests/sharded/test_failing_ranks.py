@@ -42,6 +42,25 @@ def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_the_next_one_succeeds
     assert found["names-5"] == ["best.ckpt", "last.ckpt", "step-00000005.ckpt"]
 
 
+def test_saves_in_threads_end_whatever_the_training_sends_meanwhile(tmp_path: Path) -> None:
+    found = scenario("threads", tmp_path, 2, times=10)
+    assert found["codes"] == [0, 0], found["said"]
+    assert (found["steps"], found["unequal"]) == (list(range(1, 11)), [])
+
+
+def test_a_full_disk_in_the_thread_of_one_rank_is_heard_by_all(tmp_path: Path) -> None:
+    found = scenario("full_disk_of_a_thread", tmp_path, 2)
+    assert found["codes"] == [0, 0], found["said"]
+    for rank in ("rank-0", "rank-1"):
+        saved, failed, last = found[rank]
+        assert (saved, last) == ("saved", "saved")
+        assert failed.startswith("On rank 1: Saving failed: DIR/.step-00000002.ckpt.tmp-")
+    assert [name for name in found["names"] if "step-" in name] == [
+        "step-00000001.ckpt",
+        "step-00000003.ckpt",
+    ]
+
+
 def test_any_number_of_ranks_reads_its_part_of_what_others_have_saved(tmp_path: Path) -> None:
     found = scenario("resharded", tmp_path, 3)
     assert found["saved"] == [0] * 3, found["said"]
@@ -71,8 +90,9 @@ def check_kills(tally: dict[str, Any], times: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("saves", ["kills", "kills_of_threads"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_hundred_kills_of_random_ranks_leave_no_half_checkpoint(
-    tmp_path: Path, ranks: int
+    tmp_path: Path, ranks: int, saves: str
 ) -> None:
-    check_kills(scenario("kills", tmp_path, ranks, times=100, seed=ranks), 100)
+    check_kills(scenario(saves, tmp_path, ranks, times=100, seed=ranks), 100)

@@ -5,16 +5,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from support.checkpoint_files import names
-from support.run_dirs import say
+from support.run_dirs import make_run, say
 from support.shards import flip, in_store
 from support.small import SmallModel
+from torch.distributed.device_mesh import DeviceMesh
 
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
+from savepoint.checkpoint.io import CheckpointIO
+from savepoint.checkpoint.state import ranks
 from savepoint.errors import ConfigError, RunDirectoryError
 from savepoint.resume.overrides import fit_strategy
 from savepoint.sharded.saving import require_shared
@@ -46,8 +50,6 @@ def test_shards_are_refused_where_each_rank_has_all_of_the_model() -> None:
 @pytest.mark.parametrize(
     ("arguments", "callbacks", "what"),
     [
-        ({"async_save": True}, [], "checkpoint.async_save"),
-        ({"mirror": "file:///tmp/mirror"}, [], "checkpoint.mirror"),
         ({}, [LearningRateFinder()], "a finder of learning rates"),
         ({}, [WeightAveraging()], "an average of the weights"),
     ],
@@ -57,6 +59,25 @@ def test_what_does_not_go_with_shards_is_named(
 ) -> None:
     said = refusal(CheckpointCallback(**arguments), trainer(ModelParallelStrategy, *callbacks))
     assert said.startswith(f"Not supported where the state is spread over ranks: {what}")
+
+
+def test_tensor_parallelism_is_refused_as_its_ranks_would_read_different_samples() -> None:
+    given = trainer(ModelParallelStrategy)
+    names = ("data_parallel", "tensor_parallel")
+    for sizes, refused in (((2, 1), False), ((1, 2), True)):
+        mesh = DeviceMesh(
+            "cpu",
+            torch.arange(2).reshape(sizes),
+            mesh_dim_names=names,
+            _init_backend=False,
+            _rank=0,
+        )
+        given.strategy._device_mesh = mesh
+        if not refused:
+            ranks.refuse_shards(given)
+            continue
+        with pytest.raises(ConfigError, match=r"^Not supported: tensor_parallel_size is 2\."):
+            ranks.refuse_shards(given)
 
 
 def config(**of_trainer: Any) -> Any:
@@ -102,6 +123,41 @@ def test_commands_take_a_directory_as_they_take_a_file(tmp_path: Path, capsys: C
     code, said, _ = say(capsys, "verify", str(path))
     assert code == 1
     assert "does not verify: shard-00001.ckpt: one or more damaged bytes in record" in said
+
+
+@pytest.mark.parametrize("in_a_thread", [False, True])
+def test_another_rank_than_the_first_forgets_a_failure_once_a_later_save_succeeds(
+    tmp_path: Path, in_a_thread: bool
+) -> None:
+    """Or it would ask for a save every minute, and end with 1."""
+    writer = CheckpointIO(async_save=in_a_thread)
+    strategy = SimpleNamespace(checkpoint_io=writer, reduce=lambda flag, reduce_op: flag)
+    strategy.barrier = lambda _: None
+    other = SimpleNamespace(
+        global_step=1,
+        current_epoch=0,
+        is_global_zero=False,
+        lightning_module=SmallModel(),
+        strategy=strategy,
+        save_checkpoint=lambda *_, **__: None,
+    )
+    saver = CheckpointCallback(async_save=in_a_thread).saver
+    saver.sharding = SimpleNamespace(ranks=SimpleNamespace(first=lambda _: None))  # type: ignore[assignment]
+    saver.failure = OSError("the disk is full")
+    saver.save(other, "batch", reason="steps")  # type: ignore[arg-type]
+    writer.wait()
+    assert saver.failure is None
+
+
+def test_gc_deletes_directories_as_it_deletes_files(tmp_path: Path, capsys: Capture) -> None:
+    run_dir = make_run(tmp_path, steps=(10,))
+    for step in (20, 30):
+        in_store(run_dir / "checkpoints", step, float(step))
+    assert say(capsys, "gc", str(run_dir))[0] == 0
+    assert [name for name in names(run_dir / "checkpoints") if "step-" in name] == [
+        "step-00000010.ckpt",  # the best
+        "step-00000030.ckpt",
+    ]
 
 
 def test_a_directory_that_another_host_does_not_see_is_refused_and_left_clean(

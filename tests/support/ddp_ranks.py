@@ -7,8 +7,6 @@ python -m support.ddp_ranks DIRECTORY RANKS KIND EVERY      with LOCAL_RANK, MAS
 EVERY 1 takes each safe point, 2 every second one.
 """
 
-import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from savepoint.checkpoint import store
-from support.small import EveryPoint, SmallData, SmallModel, difference, final_state, fit, rows
+from support.resumed_points import write_differences
+from support.small import SmallData, SmallModel, fit
 
 
 class Frozen(SmallModel):
@@ -93,33 +91,11 @@ def main(directory: Path, ranks: int, kind: str, every: int) -> None:
     accumulate = flags.pop("accumulate_grad_batches", 1)
 
     def train(directory: Path, **arguments: Any) -> Trainer:
-        strategy = DDPStrategy(**flags)
-        arguments |= {
-            "accumulate_grad_batches": accumulate,
-            "max_epochs": 2,
-            "devices": ranks,
-            "strategy": strategy,
-        }
-        return fit(directory, model=model, data=small_data, **arguments)
+        given = {"max_epochs": 2, "devices": ranks, "accumulate_grad_batches": accumulate}
+        given |= {"strategy": DDPStrategy(**flags), **arguments}
+        return fit(directory, model=model, data=small_data, **given)
 
-    torch.set_num_threads(1)
-    straight = directory / "straight"
-    checkpointing = EveryPoint(directory / "points", monitor="val/loss", mode="min")
-    trainer = train(straight, checkpointing=checkpointing)
-    found = {}
-    # At the last one all is done.
-    for file in trainer.strategy.broadcast(checkpointing.kept[:-1:every]):
-        work = directory / f"from-{file.stem}"
-        if trainer.is_global_zero:
-            work.mkdir()
-            shutil.copy(straight / "metrics.csv", work)
-        torch.distributed.barrier()
-        train(work, ckpt_path=file, keep_rows=store.load(file)[0]["logged_rows"])
-        if trainer.is_global_zero:
-            found[file.stem] = list(difference(final_state(straight), final_state(work)))
-            found[file.stem] += ["rows differ"] if rows(straight) != rows(work) else []
-    if trainer.is_global_zero:
-        (directory / "found.json").write_text(json.dumps(found))
+    write_differences(directory, every, train)
 
 
 if __name__ == "__main__":

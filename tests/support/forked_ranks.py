@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,10 +29,12 @@ from torch.distributed.tensor import DTensor, Shard
 
 from savepoint.checkpoint import manifest, store
 from savepoint.checkpoint.format import fingerprint
+from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.errors import CheckpointSaveError
 from savepoint.sharded import pieces, saving
+from savepoint.sharded.strategy import Sharding
 from savepoint.sharded.together import Ranks
 from support.checkpoint_files import facts, names
 from support.file_calls import Call, watched
@@ -115,7 +118,9 @@ def ended(children: list[int], within_secs: float = HANG_SECS) -> list[int | Non
 # -- scenarios -----------------------------------------------------------------------------------
 
 
-def kills(directory: Path, ranks: int, times: int, seed: int) -> State:
+def kills(
+    directory: Path, ranks: int, times: int, seed: int, *, in_a_thread: bool = False
+) -> State:
     """A random rank is killed at a random moment while all save without a pause; then they go on
     from what is there.
     """
@@ -123,7 +128,7 @@ def kills(directory: Path, ranks: int, times: int, seed: int) -> State:
     tally: State = {"kills": 0, "damaged": [], "lost": [], "hung": 0, "temps": [], "unequal": []}
     before = 0
     for attempt in range(times):
-        work = _saving(directory, ranks, attempt)
+        work = _saving(directory, ranks, attempt, in_a_thread=in_a_thread)
         children = forked(ranks, work)
         _wait_for_a_save(directory, children, before)
         time.sleep(dice.uniform(0.0, 0.15))
@@ -135,22 +140,48 @@ def kills(directory: Path, ranks: int, times: int, seed: int) -> State:
     return tally | {"steps": before}
 
 
-def _saving(directory: Path, ranks: int, attempt: int) -> Callable[[int], None]:
+def kills_of_threads(directory: Path, ranks: int, times: int, seed: int) -> State:
+    """The same, with saves in a thread, and training's own collectives meanwhile."""
+    return kills(directory, ranks, times, seed, in_a_thread=True)
+
+
+def _saving(
+    directory: Path, ranks: int, attempt: int, *, in_a_thread: bool
+) -> Callable[[int], None]:
     def work(rank: int) -> None:
         mesh = join(directory, rank, ranks, attempt)
-        together = Ranks()
         own = CheckpointStore(directory, retention=Retention(keep_last=2))
-        step = together.first(lambda: _start(own))
+        saver = Saves(own, in_a_thread=in_a_thread)
+        step = saver.sharding.ranks.first(lambda: _start(own))
         while True:
             step += 1
             state = spread(whole_state(step, 1.0), mesh)
-            known = {**facts(step, 0.5), "world_size": ranks}
-            saving.save(together, own.path(step), state, {"rank": rank}, known, own)
-            together.first(lambda: bool(own.commit()))
+            saver.save(step, state, {"rank": rank})
+            dist.barrier()
             if step % 3 == 0:  # the same step once more, as at the end of a training
-                saving.save(together, own.path(step), state, {"rank": rank}, known, own)
+                saver.save(step, state, {"rank": rank})
 
     return work
+
+
+class Saves:
+    """As Lightning calls the strategy: where there is no Trainer, whatever it asks of one."""
+
+    def __init__(self, own: CheckpointStore, *, in_a_thread: bool) -> None:
+        self.own, self.io = own, CheckpointIO(async_save=in_a_thread)
+        self.io.store = own
+        strategy = SimpleNamespace(checkpoint_io=self.io)
+        self.sharding = Sharding(SimpleNamespace(strategy=strategy), in_parts=True)  # type: ignore[arg-type]
+
+    def save(self, step: int, state: State, alone: State) -> None:
+        known = {**facts(step, 0.5), "world_size": self.sharding.ranks.number}
+        everything = {**state, "own": alone, "manifest": known}
+        self.sharding._save(everything, self.own.path(step))
+        if self.sharding.ranks.rank == 0:
+            self.io.submit(lambda: _nothing(self.own.commit()))
+
+
+def _nothing(_: object) -> None: ...
 
 
 def _start(own: CheckpointStore) -> int:
@@ -196,6 +227,63 @@ def _look(directory: Path, tally: State, before: int) -> int:
     for one in own.checkpoints():
         tally["temps"] += map(str, manifest.superfluous_in(one.path))
     return newest
+
+
+def threads(directory: Path, ranks: int, times: int, seed: int) -> State:
+    """Saves in threads, with barriers of the training in between; the state goes on changing."""
+
+    def work(rank: int) -> None:
+        mesh = join(directory, rank, ranks, 0)
+        own = CheckpointStore(directory, retention=Retention(keep_last=99))
+        saver = Saves(own, in_a_thread=True)
+        state = spread(whole_state(1, 2.0), mesh)
+        weight = state["state_dict"]["weight"].to_local()
+        for step in range(1, times + 1):
+            saver.save(step, {**state, "global_step": step}, {"rank": rank})
+            dist.barrier()
+            weight += 1  # in the middle of the write
+            dist.barrier()
+        saver.io.wait()
+
+    found: State = {"codes": ended(forked(ranks, work)), "steps": [], "unequal": []}
+    for one in CheckpointStore(directory).checkpoints():
+        state, _ = store.load(one.path)
+        found["steps"].append(one.step)
+        expected = whole_state(1, 2.0)["state_dict"]["weight"] + (one.step - 1)
+        if not torch.equal(state["state_dict"]["weight"], expected):
+            found["unequal"].append(one.step)
+    return found
+
+
+def full_disk_of_a_thread(directory: Path, ranks: int, times: int, seed: int) -> State:
+    """The last rank finds the disk full in its thread; what each rank has heard, and when."""
+    said = directory.parent
+
+    def work(rank: int) -> None:
+        mesh = join(directory, rank, ranks, 0)
+        own = CheckpointStore(directory, retention=Retention(keep_last=9))
+        saver = Saves(own, in_a_thread=True)
+        words = []
+        sync = os.fsync
+        for step in (1, 2, 3):
+            if rank == ranks - 1 and step == 2:
+
+                def full(file: Any) -> None:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+                os.fsync = full
+            saver.save(step, spread(whole_state(step), mesh), {})
+            try:
+                saver.io.wait()
+                words.append("saved")
+            except CheckpointSaveError as error:
+                words.append(str(error).replace(str(directory), "DIR"))
+            os.fsync = sync
+        (said / f"rank-{rank}.json").write_text(json.dumps(words))
+
+    codes = ended(forked(ranks, work))
+    found: State = {"codes": codes, "names": names(directory)}
+    return found | {f.stem: json.loads(f.read_text()) for f in sorted(said.glob("*.json"))}
 
 
 def full_disk(directory: Path, ranks: int, times: int, seed: int) -> State:
@@ -331,6 +419,9 @@ def _newest_of_crash(place: Path, tally: State) -> int:
 SCENARIOS = {
     "crash_points": crash_points,
     "kills": kills,
+    "kills_of_threads": kills_of_threads,
+    "threads": threads,
+    "full_disk_of_a_thread": full_disk_of_a_thread,
     "full_disk": full_disk,
     "resharded": resharded,
 }

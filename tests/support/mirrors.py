@@ -17,6 +17,7 @@ from savepoint.run import Run
 from support.checkpoint_files import facts, small_state
 from support.limits import HANG_SECS
 from support.run_dirs import store
+from support.shards import write_halves
 
 
 def wait_until(happened: Callable[[], object]) -> None:
@@ -31,6 +32,16 @@ def save(run_dir: Path, step: int, score: float | None = None) -> Path:
     made = {"run_id": Run(run_dir).id(), "created": f"2026-01-01T00:00:{step:02d}+00:00"}
     value = float(step) if score is None else score
     return store(run_dir).add(small_state(float(step)), facts(step, value, **made)).path
+
+
+def save_parts(run_dir: Path, step: int, score: float | None = None, tag: str = "") -> Path:
+    """The same, of two shards."""
+    value = float(step) if score is None else score
+    made = {"run_id": Run(run_dir).id(), "created": f"2026-01-01T00:00:{step:02d}+00:00"}
+    path = store(run_dir).path(step)
+    write_halves(path, step, value, value, tag, **made)
+    store(run_dir).commit()
+    return path
 
 
 @contextmanager

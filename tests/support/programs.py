@@ -54,6 +54,13 @@ TWO_RANKS = [
     *PLAIN, "--model.net", "ClassicNet", "--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp",
 ]  # fmt: skip
 
+# Four epochs of twelve steps of two ranks that share a model.
+LITTLE_SHARDS = [
+    "--config", "configs/sharded.yaml", "--data.dataset", "digits", "--data.batch_size", "16", "--model.net.width", "4",
+    "--trainer.limit_train_batches", "12", "--trainer.limit_val_batches", "2", "--trainer.max_epochs", "4",
+    "--trainer.log_every_n_steps", "2", "--trainer.limit_test_batches", "1", "--checkpoint.save_every_steps", "1",
+]  # fmt: skip
+
 
 def into(outputs: Path, name: str = "run") -> list[str]:
     """The arguments that give a run its place."""

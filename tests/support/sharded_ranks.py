@@ -9,8 +9,6 @@ DIRECTORY/saved instead, and writes what it has then.
 """
 
 import copy
-import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from savepoint.checkpoint import store
 from savepoint.sharded import pieces
-from savepoint.testing import difference, final_state
-from support.small import EveryPoint, SmallData, SmallModel, fit, rows
+from support.resumed_points import write_differences
+from support.small import SmallData, SmallModel, fit
 
 
 class Sharded(SmallModel):
@@ -71,6 +68,8 @@ KINDS: dict[str, tuple[type[SmallModel], dict[str, Any], dict[str, Any]]] = {
     "one group": (OneGroup, {}, {}),
     "replicas": (Replicas, {}, {}),
     "one file": (Sharded, {}, {"sharded": False}),
+    "in a thread": (Sharded, {}, {"async_save": True}),
+    "one file in a thread": (Sharded, {}, {"sharded": False, "async_save": True}),
 }
 
 
@@ -106,8 +105,8 @@ def load(directory: Path, ranks: int) -> None:
 
 
 def main(directory: Path, ranks: int, kind: str, every: int) -> None:
-    torch.set_num_threads(1)
     if kind == "load":
+        torch.set_num_threads(1)
         load(directory, ranks)
         return
     model, arguments, saving = KINDS[kind]
@@ -117,25 +116,7 @@ def main(directory: Path, ranks: int, kind: str, every: int) -> None:
         given = {"max_epochs": 2, "devices": ranks, "strategy": strategy, **arguments, **more}
         return fit(directory, model=model, data=small_data, **given)
 
-    straight = directory / "straight"
-    checkpointing = EveryPoint(directory / "points", monitor="val/loss", mode="min", **saving)
-    trainer = train(straight, checkpointing=checkpointing)
-    found = {}
-    # At the last one all is done.
-    for file in trainer.strategy.broadcast(checkpointing.kept[:-1:every]):
-        work = directory / f"from-{file.stem}"
-        if trainer.is_global_zero:
-            work.mkdir()
-            shutil.copy(straight / "metrics.csv", work)
-        torch.distributed.barrier()
-        state, facts = store.load(file)
-        train(work, ckpt_path=file, keep_rows=state["logged_rows"])
-        if trainer.is_global_zero:
-            found[file.stem] = list(difference(final_state(straight), final_state(work)))
-            found[file.stem] += ["rows differ"] if rows(straight) != rows(work) else []
-            found[file.stem] += [] if facts["exact"] else [f"not exact: {facts['unsaved']}"]
-    if trainer.is_global_zero:
-        (directory / "found.json").write_text(json.dumps(found))
+    write_differences(directory, every, train, **saving)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,12 @@ def halves(state: State) -> tuple[State, list[State]]:
 
 
 def write_halves(
-    path: Path, step: int = 30, value: float = 1.0, score: float = 0.5, tag: str = ""
+    path: Path,
+    step: int = 30,
+    value: float = 1.0,
+    score: float = 0.5,
+    tag: str = "",
+    **known: object,
 ) -> Checkpoint:
     common, shards = halves(small_state(value))
     path.mkdir(parents=True, exist_ok=True)
@@ -43,8 +48,8 @@ def write_halves(
         written = store.write(path / name, shard, {"step": step, "shard": rank})
         size = (path / name).stat().st_size
         named[name] = {"bytes": size, "digest": written.manifest["digest"]}
-    known = facts(step, score) | {"world_size": 2, "shards": named}
-    store.write(path / manifest.COMMON, common, known)
+    known |= {"world_size": 2, "shards": named}
+    store.write(path / manifest.COMMON, common, facts(step, score) | known)
     return Checkpoint(path, manifest.read(path))
 
 

@@ -3,9 +3,9 @@ requeueing stays out.
 """
 
 import os
-import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -234,16 +234,51 @@ def test_what_a_requeued_job_would_do_a_second_time_is_refused(
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 143])
-def test_the_batch_script_of_the_docs_requeues_only_what_was_stopped(code: int, job: Path) -> None:
-    script = re.search(
-        r"```(?:bash)?\n((?:#!.*\n)?#SBATCH.*?)```",
-        (ROOT / "docs/clusters.md").read_text(),
-        re.DOTALL,
-    )
-    assert script
-    (job.parent / "bin" / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
-    done = subprocess.run(["bash", "-c", script[1]], cwd=job.parent, capture_output=True, text=True)
+def test_the_batch_script_requeues_only_what_was_stopped(
+    code: int, job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    srun = job.parent / "bin" / "srun"
+    srun.write_text(f'#!/bin/sh\necho "$@" >> {job}\nexit {code}\n')
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    script = ["bash", "configs/cluster/slurm.sh", "--run_name", "a b"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, "")
-    assert (job.read_text() if job.exists() else "") == (
-        "scontrol requeue 4711\n" if code == 143 else ""
+    started = "python train.py --trainer.num_nodes 2 --trainer.devices 1 --run_name a b"
+    requeued = ["scontrol requeue 4711"] if code == 143 else []
+    assert job.read_text().splitlines() == [started, *requeued]
+
+
+OUT_OF_TIME = """#!/bin/sh
+"$@" & task=$!
+while kill -0 $task 2>/dev/null && ! [ -e "$STOP" ]; do sleep 0.05; done
+[ -e "$STOP" ] && kill -TERM $task
+wait $task
+"""
+
+
+@pytest.mark.slow
+def test_a_job_that_the_batch_script_requeues_ends_as_if_nothing_had_happened(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice out of time: SLURM sends SIGTERM to what `srun` has started."""
+    srun = job.parent / "bin" / "srun"
+    srun.write_text(OUT_OF_TIME)
+    monkeypatch.setenv(
+        "PATH", f"{job.parent}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
     )
+    words = [*SMALL, "--checkpoint.save_every_steps", "1", "--checkpoint.keep_last", "99"]
+
+    def batch(outputs: str, restart: int = 0, stop: str = "never") -> int:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        monkeypatch.setenv("STOP", f"{tmp_path}/{outputs}/{NAME}/checkpoints/{stop}")
+        script = ["bash", "configs/cluster/slurm.sh", *words, "--output_dir", tmp_path / outputs]
+        return subprocess.run(script, cwd=ROOT).returncode
+
+    assert batch("straight") == 0
+    assert batch("outputs", 0, "step-00000002.ckpt") == 143
+    assert batch("outputs", 1, "step-00000007.ckpt") == 143
+    assert batch("outputs", 2) == 0
+    assert job.read_text() == "scontrol requeue 4711\n" * 2
+    straight, requeued = (tmp_path / outputs / NAME for outputs in ("straight", "outputs"))
+    assert list(difference(final_state(straight), final_state(requeued))) == []
+    assert rows(straight) == rows(requeued)

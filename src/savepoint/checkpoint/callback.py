@@ -189,10 +189,7 @@ class CheckpointCallback(Checkpoint):
                     "rank. Such a checkpoint is one file. Leave it at auto."
                 )
             return
-        with_shards = self.sharded is not False
         refused = {
-            "checkpoint.async_save": self.async_save,
-            "checkpoint.mirror": self.mirroring is not None and with_shards,
             "a finder of learning rates or batch sizes": bool(capture.finders(trainer)),
             "an average of the weights": bool(loops.averaging(trainer)),
         }

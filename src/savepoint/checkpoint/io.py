@@ -83,12 +83,25 @@ class CheckpointIO(LightningCheckpointIO):
         if not self.async_save:
             self._write(path, state, facts)
             return
+        copied = self.copied(state)
+        self.write_later(lambda: self._write(path, copied, facts))
+
+    def copied(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`state` as it is now, for a thread to write. It overwrites the copy before it, once that
+        is written.
+
+        Raises:
+            CheckpointContentError: a value that could not be read back.
+        """
         if self._save:
             # Its error stays pending: a save that failed must not keep the next from being made.
             wait([self._save])
         format.check_readable(state)  # here, where the caller can see the error
-        copied = self._snapshot.take(state)
-        self._save = self._enqueue(lambda: self._write(path, copied, facts))
+        return self._snapshot.take(state)
+
+    def write_later(self, save: Callable[[], None]) -> None:
+        """Calls `save` in the writer's thread; raises what failed there before."""
+        self._save = self._enqueue(save)
         self.raise_pending()
 
     def load_checkpoint(
@@ -209,7 +222,7 @@ class _Snapshot:
         memo = {
             id(leaf): self._copy(leaf, used)
             for _, leaf in format.leaves(state)
-            if isinstance(leaf, Tensor)
+            if isinstance(leaf, Tensor) and not leaf.is_meta  # it has no bytes
         }
         copied = copy.deepcopy(state, memo)
         if any(device.type == "cuda" for device, *_ in used):

@@ -161,19 +161,36 @@ def superfluous_in(path: Path) -> list[Path]:
     return [one for one in others if SHARD_NAME.search(one.name) or COMMON in one.name]
 
 
+def wrong_shards(facts: Mapping[str, Any], size_of: Callable[[str], int | None]) -> str:
+    """What a look at the shards that common.ckpt names shows, in words; "" where all are there.
+
+    Args:
+        size_of: The bytes of a shard; None where it is missing.
+    """
+    if "shards" not in facts:
+        return f"{COMMON} names no shards: it is a whole checkpoint by itself"
+    for name, known in facts["shards"].items():
+        size = size_of(name)
+        if size is None:
+            return f"{name} is missing"
+        if size != known["bytes"]:
+            return f"{name} has {size} bytes, not {known['bytes']}"
+    return ""
+
+
 def _look_at_shards(path: Path, facts: Mapping[str, Any]) -> None:
     """Raises CheckpointCorruptError where a shard is missing or has another size."""
-    if "shards" not in facts:
-        raise corrupt(path, f"{COMMON} names no shards: it is a whole checkpoint by itself")
-    for name, known in facts["shards"].items():
+
+    def size_of(name: str) -> int | None:
         try:
-            size = os.stat(path / name).st_size
+            return os.stat(path / name).st_size
         except FileNotFoundError:
             if not path.exists():  # deleted meanwhile
                 raise
-            raise corrupt(path, f"{name} is missing") from None
-        if size != known["bytes"]:
-            raise corrupt(path, f"{name} has {size} bytes, not {known['bytes']}")
+            return None
+
+    if wrong := wrong_shards(facts, size_of):
+        raise corrupt(path, wrong)
 
 
 def _verify_parts(path: Path) -> dict[str, Any]:

@@ -242,7 +242,7 @@ class Saver:
             said: The beginning of the line that says so.
             started: When, by `time.perf_counter`.
         """
-        self.failure = None
+        self.forget_failure()
         if self.committed is not None:
             self.committed(path)
         milliseconds = 1000 * (time.perf_counter() - started)
@@ -250,6 +250,10 @@ class Saver:
             f"{said}saved {path.name} ({megabytes(files.size(path))}, {milliseconds:.0f} ms)",
             flush=True,
         )
+
+    def forget_failure(self) -> None:
+        """A later save has succeeded."""
+        self.failure = None
 
     def fail(self, error: Exception, speaks: bool = True) -> None:
         self.failure = error

@@ -16,7 +16,7 @@ from savepoint.checkpoint.facts import Provenance
 from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.saver import Saver
 from savepoint.checkpoint.scores import Scores
-from savepoint.checkpoint.state import loops, ranks
+from savepoint.checkpoint.state import loops
 from savepoint.checkpoint.state.points import Point
 from savepoint.checkpoint.state.process import isolated_rng
 from savepoint.checkpoint.state.training import TrainingState
@@ -134,8 +134,9 @@ class TrainerSaver(Saver):
                 trainer.save_checkpoint(path, weights_only=False)
             if trainer.is_global_zero:
                 writer_of(trainer).submit(lambda: self._commit(path, said, started))
+            elif self.sharding is not None:  # of a failure all ranks have heard
+                writer_of(trainer).submit(self.forget_failure)
 
-        ranks.settle(trainer)
         weights = (map(own_part, module.parameters()), map(own_part, module.buffers()))
         self._at = at
         self._why = {"reason": reason, "ended": ended}
@@ -206,16 +207,16 @@ class TrainerSaver(Saver):
 
     def raise_pending(self, trainer: Trainer) -> None:
         """What failed in a thread is said."""
-        self._say_failure(writer_of(trainer).raise_pending)
+        self._say_failure(trainer, writer_of(trainer).raise_pending)
 
     def finish_writing(self, trainer: Trainer) -> None:
-        self._say_failure(writer_of(trainer).wait)
+        self._say_failure(trainer, writer_of(trainer).wait)
 
-    def _say_failure(self, write: Callable[[], None]) -> None:
+    def _say_failure(self, trainer: Trainer, write: Callable[[], None]) -> None:
         try:
             write()
         except OSError as error:
-            self.fail(error)
+            self.fail(error, trainer.is_global_zero)
 
 
 def writer_of(trainer: Trainer) -> CheckpointIO:

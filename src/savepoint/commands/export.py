@@ -8,7 +8,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from savepoint import entry, find, words
+from savepoint import entry, files, find, words
 from savepoint.checkpoint import store
 from savepoint.commands import output
 from savepoint.errors import ConfigError
@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", dest="file", metavar="FILE", type=Path, help=file)
     clients = "of a federated run: the global model and each client's, into a new directory"
     parser.add_argument("--clients", metavar="DIR", type=Path, help=clients)
+    pieces = "safetensors in pieces of at most so many MB, with an index, into a new directory FILE"
+    parser.add_argument("--pieces", metavar="MB", type=float, help=pieces)
     parser.add_argument("--force", action="store_true", help="replace FILE if it is there")
     allow = "go on though the model's code has changed"
     parser.add_argument("--allow", choices=["canary"], default="", help=allow)
@@ -50,6 +52,8 @@ def main(arguments: argparse.Namespace) -> int:
     path, source = find.file_or_best(arguments.ckpt)
     if arguments.clients:
         return _export_clients(arguments, path, source)
+    if arguments.pieces is not None:
+        return _export_pieces(arguments, path, source)
     target: Path = arguments.file or find.beside(path, path.stem + SUFFIXES[arguments.format])
     _check(target, arguments.format, force=arguments.force)
     if arguments.format == "ckpt":
@@ -92,6 +96,32 @@ def _export_checkpoint(arguments: argparse.Namespace, path: Path, source: str, t
     else:
         where = f"written: {show(target)} ({words.megabytes(size)}, step {written.step})"
         output.put(f"{source}\n{where}")
+    return 0
+
+
+def _export_pieces(arguments: argparse.Namespace, path: Path, source: str) -> int:
+    """Of a model that may be larger than the memory: it is not built."""
+    if arguments.format != "safetensors" or arguments.pieces <= 0:
+        raise ConfigError(
+            f"Not in pieces: --format {arguments.format} --pieces {arguments.pieces:g}. Pieces are "
+            "of safetensors, and of more than 0 MB. Give --format safetensors --pieces 5000"
+        )
+    folder: Path = arguments.file or find.beside(path, f"{path.stem}-safetensors")
+    if folder.exists():
+        raise ConfigError(
+            f"There already: {show(folder)}. The pieces go into a new directory. Name one: -o DIR"
+        )
+    with entry.importing():
+        from savepoint import export_pieces
+
+    names = export_pieces.export(path, folder, int(arguments.pieces * 1e6))
+    if arguments.json:
+        output.put_json({"checkpoint": path, "directory": folder, "pieces": names})
+        return 0
+    size = words.megabytes(files.size(folder))
+    output.put(
+        f"{source}\nwritten: {words.plural(len(names), 'piece')} in {show(folder)}/ ({size})"
+    )
     return 0
 
 

@@ -149,9 +149,7 @@ def _fetch_first(
     damaged = []
     for one in candidates:
         try:
-            with files.arriving(store.directory / one.path) as temp:
-                remote.download(one.key, one.size, temp)
-                manifest.verify(temp)
+            held.download(remote, one, store.directory / one.path)
         except CheckpointCorruptError as error:
             damaged.append((one, error.reason))
         else:

@@ -170,6 +170,11 @@ class Remote:
         with self._writing(key), contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(key))
 
+    def delete_folder(self, key: str) -> None:
+        """Where there are any, and nothing lies below this one."""
+        with contextlib.suppress(OSError):
+            self._fs.rmdir(self._path(key))
+
     def sweep(self, key: str) -> None:
         """Deletes what a process that died in an upload below this key has left. Only for the
         holder of the lease.
@@ -329,6 +334,9 @@ class _S3(Remote):
                 return str(self._fs.info(self._path(key), refresh=True)["ETag"])
             except FileNotFoundError:
                 return None
+
+    def delete_folder(self, key: str) -> None:
+        """S3 has none."""
 
     def sweep(self, key: str) -> None:
         """Ends the multipart uploads of a process that was killed: nobody sees their parts, and

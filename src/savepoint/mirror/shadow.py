@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from savepoint import record
-from savepoint.checkpoint.manifest import STEP_NAME
+from savepoint.checkpoint.manifest import COMMON, SHARD_NAME, STEP_NAME
 from savepoint.errors import CheckpointCorruptError, CheckpointNotFoundError
 from savepoint.mirror import held
 from savepoint.mirror.remote import Ranged, Remote, connect
@@ -79,21 +79,34 @@ def _run(remote: Remote, name: str, into: Path, *, whole: bool, records: bool) -
         with contextlib.suppress(FileNotFoundError):
             (directory / file).write_bytes(remote.read(f"{name}/{file}"))
     for file, size in files.items():
-        if size is not None and STEP_NAME.fullmatch(file):
+        if STEP_NAME.fullmatch(file):
             path = directory / held.CHECKPOINTS / file
-            _copy(remote, held.key(name, file), size, path, whole=whole)
+            _checkpoint(remote, held.key(name, file), size, path, whole=whole)
 
 
 def _file(url: str, directory: Path, *, whole: bool) -> Path:
     place, _, name = url.rpartition("/")
     remote = connect(place, "the path")
-    size = remote.names().get(name)
-    if size is None:
+    there = remote.names()
+    if name not in there:
         raise CheckpointNotFoundError(
             f"Nothing there: {url}. A checkpoint was expected. Check the URL.", directory
         )
-    _copy(remote, name, size, directory / name, whole=whole)
+    _checkpoint(remote, name, there[name], directory / name, whole=whole)
     return directory / name
+
+
+def _checkpoint(remote: Remote, key: str, size: int | None, path: Path, *, whole: bool) -> None:
+    if size is not None:
+        _copy(remote, key, size, path, whole=whole)
+        return
+    inside = remote.names(key)
+    if COMMON not in inside:  # it is being uploaded, or that was cut off
+        return
+    path.mkdir()
+    for part, bytes_of_part in inside.items():
+        if bytes_of_part is not None and (part == COMMON or SHARD_NAME.fullmatch(part)):
+            _copy(remote, f"{key}/{part}", bytes_of_part, path / part, whole=whole)
 
 
 def _copy(remote: Remote, key: str, size: int, path: Path, *, whole: bool) -> None:

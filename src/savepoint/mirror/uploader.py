@@ -204,11 +204,18 @@ class Uploader:
         try:
             for key in (self._run, f"{self._run}/{held.CHECKPOINTS}"):
                 remote.sweep(key)
+            self._sweep_shards(remote)
         except MirrorError as error:
             if not error.refused:
                 raise
             left = "What an upload that was cut off has left there may stay, and cost money."
             print(f"{error} {left}", file=sys.stderr, flush=True)
+
+    def _sweep_shards(self, remote: Remote) -> None:
+        for name, size in remote.names(f"{self._run}/{held.CHECKPOINTS}").items():
+            if size is None and manifest.STEP_NAME.fullmatch(name):
+                remote.sweep(held.key(self._run, name))
+                held.sweep(remote, self._run, name)
 
     def _refuse_another_run(self, remote: Remote) -> None:
         try:
@@ -239,13 +246,12 @@ class Uploader:
                 )
 
     def _is_whole(self, remote: Remote, one: Held) -> bool:
+        looked_at = self.directory / ".mirror-look"
         try:
-            with files.arriving(self.directory / ".mirror-look") as temp:
-                remote.download(one.key, one.size, temp)
-                manifest.verify(temp)
+            held.download(remote, one, looked_at)
         except CheckpointCorruptError:
             return False
-        (self.directory / ".mirror-look").unlink()
+        files.delete(looked_at)
         return True
 
     # -- the thread -------------------------------------------------------------------------------
@@ -337,7 +343,7 @@ class Uploader:
             raise MirrorError(str(error)) from error
         self._send_records(remote, RECORDS)
         if not self._has(remote, local):
-            remote.put_file(path, held.key(self._run, path.name))
+            self._put(remote, local)
             if not self._has(remote, local):
                 raise MirrorError(f"Not whole after its upload: {self.url}, {path.name}.")
         if path != self._best:
@@ -346,16 +352,46 @@ class Uploader:
         self._note()
         self._prune(remote)
 
-    def _has(self, remote: Remote, local: Checkpoint) -> bool:
-        """Whether the mirror has this very file: by its size, and by a read of its end."""
+    def _put(self, remote: Remote, local: Checkpoint) -> None:
+        key = held.key(self._run, local.path.name)
+        self._make_way(remote, local)
+        if "shards" not in local.manifest:
+            remote.put_file(local.path, key)
+            return
+        # common.ckpt last: a crash before leaves shards that nothing names, for the next sweep.
+        for part in manifest.files_of(local.path):
+            remote.put_file(part, f"{key}/{part.name}")
+
+    def _make_way(self, remote: Remote, local: Checkpoint) -> None:
+        """The step may be there, of a branch that was given up: it goes before one of its shards is
+        written over, and where one is a file and the other has shards.
+        """
         name = local.path.name
-        size = remote.names(f"{self._run}/{held.CHECKPOINTS}").get(name)
-        if size is None or size != local.path.stat().st_size:
-            return False
+        there = remote.names(f"{self._run}/{held.CHECKPOINTS}")
+        shards = local.manifest.get("shards")
+        if name not in there or (shards is None and there[name] is not None):
+            return  # a file takes the place of a file in one step
+        with contextlib.suppress(CheckpointCorruptError):
+            found = held.read(remote, self._run, name, there[name])
+            named = found.manifest.get("shards") if found else {}
+            if shards is not None and named is not None and not named.keys() & shards:
+                return
+            if found:
+                held.delete(remote, found)
+                return
+        remote.delete(f"{held.key(self._run, name)}/{manifest.COMMON}")
+
+    def _has(self, remote: Remote, local: Checkpoint) -> bool:
+        """Whether the mirror has this very checkpoint: by its size, and by a read of its end."""
+        name = local.path.name
+        there = remote.names(f"{self._run}/{held.CHECKPOINTS}")
         try:
-            return held.read(remote, self._run, name, size).manifest == local.manifest
+            found = held.read(remote, self._run, name, there[name]) if name in there else None
         except (CheckpointCorruptError, FileNotFoundError):
             return False
+        if found is None or found.manifest != local.manifest:
+            return False
+        return found.size == sum(files.size(part) for part in manifest.files_of(local.path))
 
     def _send_records(self, remote: Remote, names: tuple[str, ...]) -> None:
         for name in names:
@@ -371,8 +407,9 @@ class Uploader:
 
     def _prune(self, remote: Remote) -> None:
         """Deletes what retention lets go, and what is later than the run itself: of a branch that a
-        rewind has given up.
+        rewind has given up; and the shards of uploads that were not ended.
         """
+        self._sweep_shards(remote)
         listing = held.listed(remote, self._run)
         newest = self.step or 0
         branch = [one for one in listing.facts() if one.step <= newest]
@@ -380,7 +417,7 @@ class Uploader:
         for one in listing.checkpoints:
             mine = one.manifest.get("run_id") == self._id
             if mine and one.step not in kept and one.manifest["digest"] != self._resumed:
-                remote.delete(one.key)
+                held.delete(remote, one)
 
     # -- what is said -----------------------------------------------------------------------------
 

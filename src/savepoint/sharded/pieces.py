@@ -8,7 +8,6 @@ whole, put together, is the state that one process would have saved.
 
 import copy
 import re
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,13 +37,12 @@ def split(state: Mapping[str, Any]) -> tuple[Replacing, dict[str, Any]]:
     pieces: dict[str, Tensor] = {}
     places: dict[str, list[int]] = {}
     copies: dict[int, Tensor] = {}
-    for key, leaf in format.leaves(state):
-        if not isinstance(leaf, DTensor):
-            continue
+    spread = [(key, leaf) for key, leaf in format.leaves(state) if isinstance(leaf, DTensor)]
+    for number, (key, leaf) in enumerate(spread):
         offsets = _offsets(key, leaf)
         stands[id(leaf)] = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
         part = local(leaf)
-        if not part.numel() or not _is_the_writer(key, leaf):
+        if not part.numel() or not _is_the_writer(number, leaf):
             continue
         if part.untyped_storage().nbytes() != part.nbytes:
             # A view of a larger buffer, all of which would be written.
@@ -96,10 +94,8 @@ def _offsets(key: str, tensor: DTensor) -> list[int]:
     return list(chunks[0].offsets) if chunks else [0] * tensor.dim()
 
 
-def _is_the_writer(key: str, tensor: DTensor) -> bool:
-    """Whether this rank writes its part: of equal parts one is written, each replica has its share
-    of them.
-    """
+def _is_the_writer(turn: int, tensor: DTensor) -> bool:
+    """Whether this rank writes its part: of equal parts one is written, replicas take turns."""
     mesh = tensor.device_mesh
     here = mesh.get_coordinate()
     if here is None:
@@ -110,7 +106,7 @@ def _is_the_writer(key: str, tensor: DTensor) -> bool:
         if placement.is_replicate():
             number = number * mesh.size(dimension) + here[dimension]
             replicas *= mesh.size(dimension)
-    return zlib.crc32(key.encode()) % replicas == number
+    return turn % replicas == number
 
 
 class Shards:

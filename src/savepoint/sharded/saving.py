@@ -32,28 +32,48 @@ def save(
     facts: Mapping[str, Any],
     room: CheckpointStore | None = None,
 ) -> None:
-    """Saves on all ranks together.
+    """`split`, then `write`."""
+    write(ranks, path, split(ranks, state, own), facts, room)
+
+
+def split(ranks: Ranks, state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What this rank writes, for `write`.
 
     Args:
         state: The same on all ranks, but for their parts of each DTensor.
         own: What this rank alone has; of the first one it is in `state`.
+    """
+    stands, shard = pieces.split(state)
+    shard["own"] = pieces.replaced(own, stands)
+    common = pieces.replaced(state, stands) if ranks.rank == 0 else {}
+    return {"common": common, "shard": shard}
+
+
+def write(
+    ranks: Ranks,
+    path: Path,
+    parts: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    room: CheckpointStore | None = None,
+) -> None:
+    """Writes on all ranks together.
+
+    Args:
         facts: Of the manifest; those of the first rank count.
         room: On a full disk, what its retention lets go is deleted, and the save made once more.
 
     Raises:
         CheckpointSaveError: on all ranks, where one of them failed; what was there is intact.
     """
-    stands, shard = pieces.split(state)
-    shard["own"] = pieces.replaced(own, stands)
-    common = pieces.replaced(state, stands) if ranks.rank == 0 else {}
+    given = (parts["common"], parts["shard"], facts)
     try:
-        _attempt(ranks, path, common, shard, facts)
+        _attempt(ranks, path, *given)
     except CheckpointSaveError as error:
         if error.errno not in files.FULL or room is None:
             raise
         if not ranks.first(lambda: bool(room.make_room(facts))):
             raise
-        _attempt(ranks, path, common, shard, facts)
+        _attempt(ranks, path, *given)
 
 
 def _attempt(

@@ -51,14 +51,27 @@ class Sharding:
         self, checkpoint: dict[str, Any], filepath: Path | str, storage_options: Any = None
     ) -> None:
         if self.in_parts:
-            own = checkpoint.pop("own", {})
-            path, state, facts = self._io.ready(checkpoint, filepath, storage_options)
-            room = self._io.store_of(path, facts)
-            saving.save(self.ranks, path, state, own, facts, room)
+            self._save_in_parts(checkpoint, filepath, storage_options)
             return
         is_first = self.ranks.rank == 0
         whole = pieces.whole(checkpoint, keep=is_first)
         self.ranks.first(lambda: self._io.save_checkpoint(whole, filepath, storage_options))
+
+    def _save_in_parts(
+        self, checkpoint: dict[str, Any], filepath: Path | str, storage_options: Any
+    ) -> None:
+        own = checkpoint.pop("own", {})
+        path, state, facts = self._io.ready(checkpoint, filepath, storage_options)
+        room = self._io.store_of(path, facts)
+        parts = saving.split(self.ranks, state, own)
+        if not self._io.async_save:
+            saving.write(self.ranks, path, parts, facts, room)
+            return
+        copies: list[Mapping[str, Any]] = []
+        # What one rank cannot copy, none waits for in its thread. Each has ended the save before
+        # this one by then: no two threads of a rank are in a collective of this group.
+        self.ranks.together(lambda: copies.append(self._io.copied(parts)))
+        self._io.write_later(lambda: saving.write(self.ranks, path, copies[0], facts, room))
 
     def _load(self, checkpoint_path: Path | str, weights_only: bool | None = None) -> Any:
         """The checkpoint with this rank's part of each tensor; a whole file too."""

@@ -26,9 +26,11 @@ LEFT_OUT = (
     "configs/federated/digits.yaml", "configs/federated/fashion.yaml",
     "configs/federated/mnist.yaml", "configs/federated/personal.yaml",
     "configs/checkpoint/mirror.yaml", "src/project/sharded.py", "configs/sharded.yaml",
+    "configs/cluster/torchrun.sh", "configs/cluster/slurm.sh", "configs/cluster/spot.sh",
 )  # fmt: skip
 """The second example, Flower's app with its configs, the preset of a mirror, which names a bucket,
-and the model that is spread over processes: a copy has one example to replace.
+the model that is spread over processes, and the scripts for clusters: a copy has one example to
+replace.
 """
 FLOWER = r"(?s)# `flwr run \.`.*?(?=\[tool\.ruff\])"
 """The tables of pyproject.toml that Flower's app has."""

@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from savepoint.checkpoint import manifest
@@ -93,6 +92,17 @@ def refuse_shards(trainer: Trainer) -> None:
             "the state over the ranks in a way of its own. Use ModelParallelStrategy, with "
             "fully_shard in the model's configure_model, or ddp."
         )
+    if is_spread(trainer) and _tensor_parallel_size(trainer) > 1:
+        raise ConfigError(
+            f"Not supported: tensor_parallel_size is {_tensor_parallel_size(trainer)}. The ranks "
+            "that compute one layer together must read the same samples, and the loaders here give "
+            "each rank its own. Use data_parallel_size alone, with tensor_parallel_size 1."
+        )
+
+
+def _tensor_parallel_size(trainer: Trainer) -> int:
+    mesh: Any = trainer.strategy.device_mesh  # type: ignore[attr-defined]
+    return int(mesh.size(mesh.mesh_dim_names.index("tensor_parallel")))
 
 
 def is_spread(trainer: Trainer) -> bool:
@@ -105,16 +115,6 @@ def gathered(trainer: Trainer, own: Any) -> list[Any]:
     everyone: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(everyone, own)
     return everyone
-
-
-def settle(trainer: Trainer) -> None:
-    """Lets go of weights that were gathered for a forward: a look at the module is to see each
-    rank's part of them, whatever was run before.
-    """
-    if is_spread(trainer):
-        for part in trainer.lightning_module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
 
 
 def refuse_different_starts(trainer: Trainer) -> None:

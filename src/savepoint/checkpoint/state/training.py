@@ -144,7 +144,6 @@ class TrainingState:
 
     def begin(self) -> None:
         """In `on_train_start`."""
-        ranks.settle(self.trainer)
         self._versions = exactness.versions(self.trainer.lightning_module)
         ranks.lay_buckets(self.trainer)
         if self._pending:
@@ -202,7 +201,6 @@ class TrainingState:
         self._loader_states = loops.states_before_prefetching(self.trainer)
 
     def begin_validation(self) -> None:
-        ranks.settle(self.trainer)
         self.set_up_validation()
         # A copy: the validation that begins here changes it.
         self.captured = copy.deepcopy(self.capture("validation"))
@@ -236,7 +234,6 @@ class TrainingState:
             Words for what makes a resume inexact.
         """
         trainer = self.trainer
-        ranks.settle(trainer)
         fit_loop = checkpoint["loops"]["fit_loop"]
         if self.captured is not None and (at == "validation" or ended):
             own = {**self.captured, "unsaved": list(self.captured["unsaved"])}
@@ -280,7 +277,6 @@ class TrainingState:
     def capture(self, at: Point | None) -> dict[str, Any]:
         trainer = self.trainer
         module = trainer.lightning_module
-        ranks.settle(trainer)
         own = capture.capture(trainer, module, self._reads_gradients, self._metric_defaults)
         own |= self._logged()
         own["unsaved"] = exactness.inexact(trainer, at)
@@ -330,7 +326,6 @@ class TrainingState:
         return now
 
     def _look(self) -> Look:
-        ranks.settle(self.trainer)
         now = look(self.trainer, self._before)
         self._before = now.for_next
         return now
