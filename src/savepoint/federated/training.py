@@ -96,9 +96,9 @@ class LocalTraining:
         self.data = data
         data.prepare_data()
         data.setup("fit")
-        self.local_trainer().precision_plugin.convert_module(self.model)
+        self._unused = self._new_trainer()
+        self._unused.precision_plugin.convert_module(self.model)
         self._shown = copy.deepcopy(self.model).eval()
-        self._shared_evaluator: Trainer | None = None
         given = self.federation
         self.partition = Partition(
             cast(Divisible, data).labels,
@@ -108,27 +108,24 @@ class LocalTraining:
             config.seed_everything,
         )
 
-    def local_trainer(self, *callbacks: Callback, **more: Any) -> Trainer:
+    def _new_trainer(self) -> Trainer:
         configured = self.config.trainer
         if configured.devices not in ("auto", 1, "1") or configured.num_nodes != 1:
             raise ConfigError(
                 f"One device a client: trainer.devices is {configured.devices}, trainer.num_nodes "
                 f"{configured.num_nodes}. Expected 1 of each. Leave them out."
             )
-        trainer = typed.local_trainer(self.config, **LOCAL, **more)
-        own: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        own += callbacks
-        return trainer
+        epochs = self.federation.local_epochs
+        return typed.local_trainer(self.config, **LOCAL, max_epochs=epochs)
 
-    def _evaluator(self) -> Trainer:
-        """One for all, as making it takes longer than to evaluate a small part; callbacks of the
-        config are new for each.
+    def _trainer(self, *callbacks: Callback) -> Trainer:
+        """For one client: a copy of one that was never used, as Lightning takes longer to make it
+        than to train on a small part. With callbacks of the config it is made, as they are.
         """
-        if self.config.trainer.callbacks:
-            return self.local_trainer()
-        if self._shared_evaluator is None:
-            self._shared_evaluator = self.local_trainer()
-        return self._shared_evaluator
+        made = self._new_trainer() if self.config.trainer.callbacks else copy.deepcopy(self._unused)
+        own: list[Callback] = made.callbacks  # type: ignore[attr-defined]
+        own += callbacks
+        return made
 
     # -- a client ---------------------------------------------------------------------------------
 
@@ -155,9 +152,8 @@ class LocalTraining:
         with seeded(seed):
             model = self._model_of(received, state)
             local = _Local(state.get("optimizer_states", []), lr_factor, proximal_mu)
-            trainer = self.local_trainer(
-                local, max_epochs=self.federation.local_epochs, limit_val_batches=0
-            )
+            trainer = self._trainer(local)
+            trainer.limit_val_batches = 0
             try:
                 trainer.fit(model, cast(Divisible, self.data).part(indices, seed))
             except SIGTERMException:
@@ -182,7 +178,7 @@ class LocalTraining:
         with seeded(derive(self.config.seed_everything, server_round, client, 1)):
             model = self._model_of(received, state)
             loader = cast(Divisible, self.data).part(indices, None)
-            trainer = self._evaluator()
+            trainer = self._trainer()
             [measured] = trainer.validate(model, loader, verbose=False)
         _pass_on(trainer)
         return {name: float(value) for name, value in measured.items()}, len(indices)
@@ -222,7 +218,7 @@ class LocalTraining:
         with seeded(derive(self.config.seed_everything, server_round)):
             model = copy.deepcopy(self.model)
             model.load_state_dict(dict(state_dict))
-            trainer = self._evaluator()
+            trainer = self._trainer()
             [measured, *others] = trainer.validate(model, datamodule=self.data, verbose=False)
             self.data.trainer = None
         _pass_on(trainer)
