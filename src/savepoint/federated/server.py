@@ -81,7 +81,7 @@ class Server:
         self.allows_lost = "clients" in (allow or [])
         self.local = LocalTraining(config, (training.model, training.data))
         self.federation = self.local.federation
-        made = strategy.build(self.federation)
+        made = strategy.build(self.federation, config.seed_everything)
         if strategy.has_own_rounds(made):
             name = type(made).__name__
             print(f"{name}.start is not called: its rounds are Savepoint's own.", flush=True)
@@ -330,6 +330,9 @@ class Server:
         number = self.progress.round
         scores = self.training.checkpointing.scores
         provenance = self.training.checkpointing.saver.provenance
+        strategy_state = self.strategy_state.capture()
+        unsaved = [*strategy_state["unsaved"], *self.local.changed()]
+        self.saver.say_inexact(unsaved)
         known = facts.of_run(provenance, self.training.data, _CPU) | {
             "kind": "federated",
             "step": number,
@@ -337,14 +340,14 @@ class Server:
             "epoch": number,
             "world_size": 1,
             "at": "round",
-            "exact": True,
-            "unsaved": [],
+            "exact": not unsaved,
+            "unsaved": unsaved[:20],
             "reason": reason,
             "ended": ended,
         }
-        return self._state(number), known | scores.facts(number)
+        return self._state(number, strategy_state), known | scores.facts(number)
 
-    def _state(self, number: int) -> dict[str, Any]:
+    def _state(self, number: int, strategy_state: Mapping[str, Any]) -> dict[str, Any]:
         checkpointing = self.training.checkpointing
         meter = {"samples": self.progress.samples, "secs": self.progress.secs}
         state_dict = self.progress.state_dict
@@ -363,7 +366,7 @@ class Server:
             checkpointing.scores.key: checkpointing.scores.best,
             "logged_rows": self._csv().rows,
             "events": self._events(),
-            "federated": self._federated(number),
+            "federated": self._federated(number) | {"strategy": strategy_state},
         }
 
     def _federated(self, number: int) -> dict[str, Any]:
@@ -371,7 +374,6 @@ class Server:
         return {
             "round": number,
             "history": list(progress.history),
-            "strategy": self.strategy_state.capture(),
             "train_config": dict(self.train_config),
             "evaluate_config": dict(self.evaluate_config),
             "partition": {
