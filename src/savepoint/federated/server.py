@@ -20,7 +20,7 @@ from savepoint.checkpoint import facts, format
 from savepoint.errors import ClientStateError, ConfigError, FederatedError
 from savepoint.federated import results, strategy
 from savepoint.federated.asking import Clients, Replies
-from savepoint.federated.client_app import learning_rate
+from savepoint.federated.client_app import learning_rate, mod_named
 from savepoint.federated.clients import Version
 from savepoint.federated.listing import versions_of
 from savepoint.federated.messages import SAMPLES, Order, arrays_of, tensors_of
@@ -81,6 +81,8 @@ class Server:
         self.allows_lost = "clients" in (allow or [])
         self.local = LocalTraining(config, (training.model, training.data))
         self.federation = self.local.federation
+        for name in self.federation.mods:
+            mod_named(name)  # or the first client would refuse it
         made = strategy.build(self.federation, config.seed_everything)
         if strategy.has_own_rounds(made):
             name = type(made).__name__

@@ -22,7 +22,7 @@ from savepoint import preemption, weights
 from savepoint.checkpoint.canary import canary
 from savepoint.config import typed
 from savepoint.errors import ConfigError
-from savepoint.federated.federation import Federation
+from savepoint.federated.federation import Federation, is_below
 from savepoint.federated.partition import Indices, Partition
 from savepoint.loaders.randomness import Randomness, derive, generators_of
 from savepoint.look.baseline import Baseline
@@ -100,6 +100,7 @@ class LocalTraining:
                 "these. Make the layers in `__init__`."
             )
         _check_takes_state(self.model)
+        _check_personal(self.federation, self.model)
         _check_divisible(data)
         self.data = data
         data.prepare_data()
@@ -320,6 +321,17 @@ def _check_takes_state(model: LightningModule) -> None:
             f"A state that nobody takes back: {type(model).__name__} has client_state and no "
             "load_client_state. A client goes on with what it kept. Add the second one."
         )
+
+
+def _check_personal(federation: Federation, model: LightningModule) -> None:
+    names = list(model.state_dict())
+    for one in federation.personal:
+        if not any(is_below(name, one) for name in names):
+            raise ConfigError(
+                f"No such part of the model: federated.personal names {one}. Expected the start of "
+                f"a name in its state_dict, such as {names[-1].rpartition('.')[0] or names[-1]}. "
+                "Change --federated.personal '[NAME]'"
+            )
 
 
 def _check_divisible(data: LightningDataModule) -> None:
