@@ -69,10 +69,11 @@ def assert_same(one: Trained, other: Trained) -> None:
 def test_what_a_client_makes_depends_on_no_other_client_and_no_process(flags: list[str]) -> None:
     one, other = local(*flags), local(*flags)
     first = trained(one, 1, 2)
-    trained(other, 0, 1)
-    trained(other, 2, 2)
-    assert_same(first, trained(other, 1, 2))
-    assert other.changed() == []
+    with other.watched():
+        trained(other, 0, 1)
+        trained(other, 2, 2)
+        assert_same(first, trained(other, 1, 2))
+    assert not other.shared
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,11 @@ def test_what_clients_change_and_share_makes_a_checkpoint_inexact(
     assert not facts["exact"]
     assert [reason for reason in facts["unsaved"] if reason.endswith(said)]
     assert "A resume will not be exact: " in capsys.readouterr().out
+
+
+def test_data_that_each_setup_reads_anew_are_no_change_of_a_client(tmp_path: Path) -> None:
+    assert rounds.train(tmp_path / "run", *data(unusual.ReadsAnew), *TWO) == 0
+    assert manifest.read(federated.newest(tmp_path / "run"))["exact"]
 
 
 @pytest.mark.parametrize("kind", [unusual.Sequence, unusual.TwoOptimizers])

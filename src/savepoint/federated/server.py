@@ -190,14 +190,16 @@ class Server:
         clock = [time.monotonic()]
         arrays = arrays_of(self._sent(self.progress.state_dict))
         sent = self.strategy.configure_train(number, arrays, self.train_config)
-        trained = asking.ask(number, sent, lambda client: self._order(client, number))
+        with self.local.watched():
+            trained = asking.ask(number, sent, lambda client: self._order(client, number))
         clock.append(time.monotonic())
         state_dict, train_metrics = self._aggregated(number, trained)
         self._note_states(trained)
         arrays = arrays_of(self._sent(state_dict))
         clock.append(time.monotonic())
         sent = self.strategy.configure_evaluate(number, arrays, self.evaluate_config)
-        evaluated = asking.ask(number, sent, lambda client: self._order(client, number))
+        with self.local.watched():
+            evaluated = asking.ask(number, sent, lambda client: self._order(client, number))
         self._note_metrics(number, evaluated)
         local_metrics = self.strategy.aggregate_evaluate(number, evaluated.good)
         clock.append(time.monotonic())
@@ -333,7 +335,7 @@ class Server:
         scores = self.training.checkpointing.scores
         provenance = self.training.checkpointing.saver.provenance
         strategy_state = self.strategy_state.capture()
-        unsaved = [*strategy_state["unsaved"], *self.local.changed()]
+        unsaved = [*strategy_state["unsaved"], *self.local.shared]
         self.saver.say_inexact(unsaved)
         known = facts.of_run(provenance, self.training.data, _CPU) | {
             "kind": "federated",

@@ -82,6 +82,9 @@ class LocalTraining:
 
     Args:
         built: Model and data that are there already, with the random states of their `setup`.
+
+    Attributes:
+        shared: Words for what clients have changed that others see.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class LocalTraining:
         warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
         self.config = config
         self.federation = federation_of(config)
+        self.shared: dict[str, None] = {}
         self.model, data = built or _built(config)
         if weights.makes_layers_late(self.model):
             raise ConfigError(
@@ -116,18 +120,21 @@ class LocalTraining:
             given.test_fraction,
             config.seed_everything,
         )
-        self._start = Baseline(self._look())
 
     def _look(self) -> Look:
         roots = {"model": self.model, "data": self.data}
         return Look(roots, {}, self.model.state_dict().keys())
 
-    def changed(self) -> list[str]:
-        """Words for what the clients in this process have changed and share: data, classes, globals
-        of modules. In another process it is not as the next client finds it here.
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Notes in `shared` what clients change in this process beyond themselves: data, classes,
+        globals of modules. The next client finds it, and in another process would not.
         """
-        changed, named = self._start.changes(self._look())
-        return [f"{in_words(path_of(place))} (changed by a client)" for place, _ in changed] + named
+        start = Baseline(self._look())
+        yield
+        changed, named = start.changes(self._look())
+        places = [f"{in_words(path_of(place))} (changed by a client)" for place, _ in changed]
+        self.shared |= dict.fromkeys([*places, *named])
 
     def _new_trainer(self) -> Trainer:
         configured = self.config.trainer
