@@ -76,6 +76,13 @@ def test_what_a_client_makes_depends_on_no_other_client_and_no_process(flags: li
     assert not other.shared
 
 
+def test_each_client_has_callbacks_of_its_own_and_makes_what_it_makes_without_any() -> None:
+    called = local("--trainer.callbacks", "[{class_path: support.unusual.Batches}]")
+    plain = local()
+    for client in (0, 1):
+        assert_same(trained(called, client, 1), trained(plain, client, 1))
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, MetricRecord
 from flwr.serverapp.strategy import FedAvg
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
@@ -178,6 +179,19 @@ class OnItsClass(ImageClassifier):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         type(self).calls += 1
         return super().training_step(batch, batch_idx) * (1 + 0.01 * self.calls)
+
+
+class Batches(Callback):
+    """Counts those of one training."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        assert self.number == 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.number += 1
 
 
 MODELS = [Buffers, OwnGenerators, Dropouts, TwoOptimizers, Sequence, Teacher]
