@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.copies import commit, git
 
+from savepoint import record, workspace
 from savepoint.errors import ConfigError, RunDirectoryError, RunExistsError, RunLockedError
 from savepoint.run import Run, resume_command
 
@@ -128,6 +130,22 @@ def test_each_start_is_an_entry_of_the_record(tmp_path: Path) -> None:
     assert [start["step"] for start in record["starts"]] == [0, 430]
     assert {"argv", "git", "versions", "host", "hardware", "time"} <= record["starts"][0].keys()
     assert (tmp_path / "config.yaml").read_text() == "config: 1\n"
+
+
+def test_python_files_that_changed_since_a_commit_are_known_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workspace, "_entered", workspace.Project(tmp_path))
+    (tmp_path / "model.py").write_text("lr = 1\n")
+    (tmp_path / "README.md").touch()
+    git(tmp_path, "init", "--quiet")
+    begun = commit(tmp_path)
+    (tmp_path / "README.md").write_text("words\n")
+    assert record.code_changed_since(begun) == []
+    (tmp_path / "model.py").write_text("lr = 2\n")
+    assert record.code_changed_since(begun) == ["model.py"]
+    assert record.code_changed_since("0123456789" * 4) is None
+    assert record.code_changed_since("--output=x") is None
 
 
 def test_a_directory_in_which_no_training_began_is_removed_and_any_other_kept(

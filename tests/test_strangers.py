@@ -11,7 +11,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from support.programs import as_a_new_process
 
 from savepoint import commands, entry, preemption
 from savepoint.checkpoint import manifest, store
+from savepoint.checkpoint.archive import Archive
 from savepoint.config import compose
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,8 +68,9 @@ def bare(path: Path) -> None:
 def sealed(path: Path, **more: Any) -> None:
     """It verifies: whoever writes a file can seal it too."""
     with path.open("w+b") as file:
-        torch.save(small_state() | {"x": payload(path)} | more, file)
-        manifest.append(file, facts(99, 1.0) | {"ended": None, "exact": True})
+        archive = Archive(file)
+        archive.save(small_state() | {"x": payload(path)} | more)
+        archive.seal(facts(99, 1.0) | {"ended": None, "exact": True})
     assert manifest.diagnose(path) == ""
 
 
@@ -88,10 +89,10 @@ def in_the_config(path: Path) -> None:
 def in_a_script(path: Path) -> None:
     """What torch takes for a TorchScript program, which it would run, and says how."""
     with path.open("w+b") as file:
-        torch.save(small_state(), file)
-        with zipfile.ZipFile(file, "a") as archive:
-            archive.writestr("archive/constants.pkl", b"")
-        manifest.append(file, facts(99, 1.0) | {"ended": None, "exact": True})
+        archive = Archive(file)
+        archive.save(small_state())
+        archive.write_record("constants.pkl", b"", 0)
+        archive.seal(facts(99, 1.0) | {"ended": None, "exact": True})
     assert manifest.diagnose(path) == ""
 
 

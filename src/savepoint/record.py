@@ -72,19 +72,26 @@ def _now() -> str:
 
 
 def git() -> dict[str, Any] | None:
-    def ask(*arguments: str) -> str | None:
-        command = ["git", *arguments]
-        here = project().root
-        try:
-            done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = ask("rev-parse", "HEAD")
+    commit = _ask_git("rev-parse", "HEAD")
     if commit is None:
         return None
-    return {"commit": commit, "dirty": bool(ask("status", "--porcelain"))}
+    return {"commit": commit, "dirty": bool(_ask_git("status", "--porcelain"))}
+
+
+def code_changed_since(commit: str) -> list[str] | None:
+    """The Python files that are not as they were in a commit; None where that is not known here."""
+    names = _ask_git("diff", "--name-only", "--end-of-options", commit, "--", "*.py")
+    return None if names is None else names.splitlines()
+
+
+def _ask_git(*arguments: str) -> str | None:
+    command = ["git", *arguments]
+    here = project().root
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _versions() -> dict[str, str]:

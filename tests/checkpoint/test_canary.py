@@ -185,3 +185,14 @@ def test_a_forward_that_raises_now_is_other_code(tmp_path: Path) -> None:
     saved = stored(Net(FORWARDS["plain"]), tmp_path / "a.ckpt")
     with pytest.raises(ConfigMismatchError, match="raises RuntimeError \\(only in training\\)"):
         check_canary(Net(raising), saved)
+
+
+@pytest.mark.parametrize("name", ["layer.weight", "count"])
+def test_the_weights_of_another_state_are_those_that_are_computed_with(name: str) -> None:
+    net = Net(lambda net, y: y + net.count)
+    own = canary(net, net.state_dict())
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    assert canary(net, state)["output"].equal(own["output"])
+    state[name] += 1
+    assert not canary(net, state)["output"].equal(own["output"])
+    assert canary(net, net.state_dict())["output"].equal(own["output"])

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from support.checkpoint_files import facts, small_state
 
 from savepoint.checkpoint import format, manifest, store
+from savepoint.checkpoint.archive import Archive
 from savepoint.errors import CheckpointContentError, CheckpointCorruptError
 
 
@@ -204,8 +205,8 @@ def test_saving_takes_no_memory_for_the_whole(tmp_path: Path) -> None:
     assert int(run.stdout) < 8 * 1024  # kB
 
 
-@pytest.mark.parametrize("at", [1, 3, 12, 30])
-def test_what_the_file_system_said_is_raised_not_what_torch_makes_of_it(at: int) -> None:
+@pytest.mark.parametrize("at", [1, 3, 12, 20])
+def test_what_the_file_system_says_is_raised(at: int) -> None:
     class Full(io.BytesIO):
         writes = 0
 
@@ -250,8 +251,9 @@ def test_a_file_that_runs_a_program_is_refused(tmp_path: Path) -> None:
 
     path = tmp_path / "a.ckpt"
     with path.open("w+b") as file:
-        torch.save({"x": Payload()}, file)
-        manifest.append(file, facts(1))
+        archive = Archive(file)
+        archive.save({"x": Payload()})
+        archive.seal(facts(1))
     assert manifest.verify(path)["step"] == 1
     with pytest.raises(CheckpointCorruptError) as error:
         store.load(path)

@@ -1,10 +1,8 @@
-import errno
 import json
 import os
 import pickle
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -197,7 +195,6 @@ def test_what_was_damaged_is_said(path: Path) -> None:
 
 
 def test_each_flipped_bit_of_a_large_file_is_found_and_its_record_named(tmp_path: Path) -> None:
-    """Several threads look at it."""
     path = tmp_path / "large.ckpt"
     store.write(
         path, {"weights": [torch.zeros(3_000_000, dtype=torch.uint8) for _ in range(7)]}, facts(1)
@@ -210,28 +207,6 @@ def test_each_flipped_bit_of_a_large_file_is_found_and_its_record_named(tmp_path
                 file.flush()
                 said = f"one or more damaged bytes in record archive/data/{number}" if byte else ""
                 assert manifest.diagnose(path) == said
-
-
-def test_a_look_that_fails_in_one_thread_ends_in_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "large.ckpt"
-    store.write(
-        path, {"weights": [torch.zeros(16 << 20, dtype=torch.uint8) for _ in range(4)]}, facts(1)
-    )
-    reads: list[int] = []
-
-    def read(descriptor: int, size: int, start: int) -> bytes:
-        time.sleep(0.01)
-        reads.append(start)
-        if start < 1 << 20:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return bytes(size)
-
-    monkeypatch.setattr(os, "pread", read)
-    with pytest.raises(OSError, match="Input/output error"):
-        manifest.verify(path)
-    assert len(reads) < 24, "of 64"
 
 
 def test_facts_that_are_no_json_are_refused_before_the_seal(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from support.checkpoint_files import facts, names, small_state
 
 from savepoint import files
 from savepoint.checkpoint import format, manifest, store
+from savepoint.checkpoint.archive import Archive
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.errors import (
@@ -414,8 +415,9 @@ def test_a_foreign_file_in_the_way_is_passed_by_and_left(kept: CheckpointStore) 
 
 def test_a_newer_savepoints_checkpoint_is_not_passed_by(kept: CheckpointStore) -> None:
     with kept.path(40).open("w+b") as file:
-        torch.save({}, file)
-        manifest.append(file, facts(40) | {"format_version": 99})
+        archive = Archive(file)
+        archive.save({})
+        archive.seal(facts(40) | {"format_version": 99})
     with pytest.raises(CheckpointVersionError, match="this is 99"):
         kept.load_latest(lock_holder=True)
     assert kept.path(40).exists()

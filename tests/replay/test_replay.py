@@ -62,6 +62,24 @@ def test_the_rows_up_to_a_step_are_those_of_the_log_and_the_run_is_left_as_it_is
     assert content(run_dir) == before
 
 
+def test_a_run_of_other_code_is_refused_and_replayed_where_that_is_allowed(
+    run_dir: Path, capsys: Capture
+) -> None:
+    record = json.loads((run_dir / "run.json").read_text())
+    for start in record["starts"]:
+        start["git"] = {"commit": "0123456789" * 4, "dirty": False}
+    (run_dir / "run.json").write_text(json.dumps(record))
+    code, _, err = say(capsys, "replay", str(run_dir), "--step", "7")
+    assert code == 2
+    assert "trained at commit 0123456, which is not known here" in err
+    assert "--allow-code" in err
+    code, out, _ = say(capsys, "replay", str(run_dir), "--step", "7", "--allow-code")
+    assert code == 0
+    assert "note: it was trained at commit 0123456" in out
+    assert say(capsys, "audit", str(run_dir))[0] == 2
+    assert say(capsys, "bisect", str(run_dir), str(run_dir), "--allow-code")[0] == 0
+
+
 def test_the_first_row_that_differs_is_named_with_both_values(
     run_dir: Path, capsys: Capture
 ) -> None:

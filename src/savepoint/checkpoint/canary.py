@@ -53,7 +53,8 @@ def canary(
     if not _is_plain(example) or _kinds.get(module) == "none":
         return None
     # Not by `eval`, which a user's own class may do more in than `train` takes back.
-    in_training = [part for part in module.modules() if part.training]
+    parts = list(module.modules())
+    in_training = [part for part in parts if part.training]
     before = {}
     for part in in_training:
         part.training = False
@@ -67,7 +68,7 @@ def canary(
                 return None
             if _kinds[module] == "draws":
                 _seed()
-            before = _attributes(part for part in module.modules() if _is_own(part))
+            before = _attributes(part for part in parts if _is_own(part))
             output = _forward(module, state_dict, example)
     # Whatever a forward raises that is not made for eval mode or for these inputs.
     except Exception:
@@ -127,7 +128,7 @@ def tensors(output: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _kind(module: LightningModule, state_dict: Mapping[str, Any], example: Any) -> Kind:
-    if _is_spread(module):
+    if _is_spread(module.modules()):
         _forward(module, state_dict, example)  # the first one of FSDP sets up what stays
     before = _attributes(module.modules())
     look = Look({"model": module}, {}, state_dict)
@@ -158,15 +159,25 @@ def _forward(module: LightningModule, state_dict: Mapping[str, Any], example: An
     if isinstance(example, Mapping):
         positional = ()
     named = dict(example) if isinstance(example, Mapping) else {}
-    buffers = dict(module.named_buffers())
-    wanted = {name for name, _ in module.named_parameters()} | buffers.keys()
-    if _is_spread(module):
+    parts = dict(module.named_modules())
+    if _is_spread(parts.values()):
         return _spread_forward(module, positional, named)
+    own = _are_its_own(parts, state_dict)
+    with _copied_buffers(parts.values()):
+        if own:
+            return _plain(module(*positional, **named))
+        return _forward_with(state_dict, module, positional, named)
+
+
+def _forward_with(
+    state_dict: Mapping[str, Any], module: LightningModule, positional: Any, named: Any
+) -> Any:
+    buffers = {name for name, _ in module.named_buffers()}
+    wanted = buffers.union(name for name, _ in module.named_parameters())
     weights = {
         name: value.to(module.device) for name, value in state_dict.items() if name in wanted
     }
-    # A forward may change a buffer in place: it gets copies.
-    weights |= {name: weights.get(name, buffer).clone() for name, buffer in buffers.items()}
+    weights |= {name: weights[name].clone() for name in buffers.intersection(weights)}
     # A recurrent layer lists its weights, and would go on with a list of those that it is called
     # with here.
     lists = [(part, dict(vars(part))) for part in module.modules() if isinstance(part, RNNBase)]
@@ -177,8 +188,52 @@ def _forward(module: LightningModule, state_dict: Mapping[str, Any], example: An
             vars(part).update(attributes)
 
 
-def _is_spread(module: LightningModule) -> bool:
-    return any(own_part(parameter) is not parameter for parameter in module.parameters())
+def _are_its_own(parts: Mapping[str, nn.Module], state_dict: Mapping[str, Any]) -> bool:
+    """Whether all of a state_dict is the very memory that the module computes with, as in a save:
+    to put it into the module would take longer than most forwards.
+    """
+    return all(
+        _is_same_memory(tensor, state_dict.get(f"{prefix}.{name}" if prefix else name, tensor))
+        for prefix, part in parts.items()
+        for name, tensor in (*part._parameters.items(), *part._buffers.items())
+        if tensor is not None
+    )
+
+
+def _is_same_memory(one: Tensor, other: Any) -> bool:
+    if one is other:
+        return True
+    if not isinstance(other, Tensor) or one.layout is not torch.strided:
+        return False
+    return (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.dtype == other.dtype
+        and one.device == other.device
+    )
+
+
+@contextlib.contextmanager
+def _copied_buffers(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """A forward may change a buffer in place: it gets copies."""
+    kept = [(part._buffers, dict(part._buffers)) for part in parts if part._buffers]
+    copies: dict[int, Tensor] = {}
+    for own, buffers in kept:
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                own[name] = copies.setdefault(id(buffer), buffer.clone())
+    try:
+        yield
+    finally:
+        for own, buffers in kept:
+            own.clear()
+            own.update(buffers)
+
+
+def _is_spread(parts: Iterable[nn.Module]) -> bool:
+    parameters = [one for part in parts for one in part._parameters.values() if one is not None]
+    return any(own_part(parameter) is not parameter for parameter in parameters)
 
 
 def _spread_forward(module: LightningModule, positional: Any, named: Any) -> Any:

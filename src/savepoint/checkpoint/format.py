@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from savepoint.checkpoint import manifest
+from savepoint.checkpoint.archive import Archive
 from savepoint.errors import CheckpointContentError
 from savepoint.look.marks import own_part
 
@@ -61,13 +62,9 @@ def encode(state: Mapping[str, Any], facts: Mapping[str, Any], file: BinaryIO) -
     """
     if check_readable(state):
         state = _with_plain_numbers(state, {})
-    try:
-        torch.save(dict(state), file)
-    except RuntimeError as error:
-        # Torch ends the archive of a failed write and fails again: the first error has the file
-        # system's own words.
-        raise _first_os_error(error) or error from error
-    return manifest.append(file, facts)
+    archive = Archive(file)
+    archive.save(state)
+    return archive.seal(facts)
 
 
 def decode(path: Path | str, map_location: Any = "cpu", mmap: bool = False) -> State:
@@ -296,14 +293,6 @@ def _cause(error: Exception) -> str:
     if "weights_only" in str(error) or not words:
         return "it does not hold tensors and plain values alone"
     return words
-
-
-def _first_os_error(error: BaseException | None) -> OSError | None:
-    while error is not None:
-        if isinstance(error, OSError):
-            return error
-        error = error.__context__
-    return None
 
 
 def _hash(value: Any) -> bytes:

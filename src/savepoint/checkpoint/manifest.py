@@ -40,14 +40,13 @@ import shlex
 import stat
 import struct
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from savepoint import files
-from savepoint.checkpoint.seal import DIGITS, MAGIC, RECORD, SEAL_BYTES
+from savepoint.checkpoint.seal import DIGITS, MAGIC, SEAL_BYTES
 from savepoint.errors import (
     CheckpointCorruptError,
     CheckpointForeignError,
@@ -70,8 +69,6 @@ _END_RECORD = struct.Struct("<4s4H2IH")
 _FIRST_READ_BYTES = 8192  # holds the end of a checkpoint with some fifty tensors
 _MAX_TAIL_BYTES = 1 << 28
 _CHUNK_BYTES = 1 << 20
-_THREADS = 4  # that look at one file together, if it is large
-_LARGE_BYTES = 1 << 24
 
 
 def step_entries(directory: Path) -> list[os.DirEntry[str]]:
@@ -215,32 +212,12 @@ def _verify_file(path: Path) -> dict[str, Any]:
     return tail.facts
 
 
-def append(file: BinaryIO, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn the torch archive in `file` (open for reading and writing) into a checkpoint. Returns
-    its manifest.
-
-    Raises:
-        ValueError: a fact that is not JSON; NaN is none, pass it as a string.
-    """
-    with zipfile.ZipFile(file, "a") as archive:
-        records = list(archive.infolist())
-        end = archive.start_dir
-        shards = facts.get("shards")
-        found = {"digest": _digest(records, shards), "body": _body(file, records, end)}
-        version = FORMAT_VERSION if shards is None else PARTS_VERSION
-        text = json.dumps({"format_version": version, **facts, **found}, allow_nan=False).encode()
-        # A fixed date, so that equal states and facts give equal files.
-        archive.writestr(zipfile.ZipInfo(RECORD), text)
-        offset = archive.getinfo(RECORD).header_offset
-        archive.comment = MAGIC + b"%016x " % offset + b"0" * DIGITS
-    file.seek(offset)
-    seal = hashlib.sha256(file.read()[:-DIGITS]).hexdigest().encode()
-    file.seek(-DIGITS, os.SEEK_END)
-    # Until this write is complete the seal does not match: a crash in here leaves a file that is
-    # refused.
-    file.write(seal)
-    manifest: dict[str, Any] = json.loads(text)
-    return manifest
+def digest(records: Iterable[Any], shards: Mapping[str, Mapping[str, Any]] | None) -> str:
+    """The identity of what torch's records hold, and of shards, if there are any."""
+    lines = sorted(f"{record.filename} {record.file_size} {record.CRC}\n" for record in records)
+    # The names of the shards may change from save to save; what is in them is the content.
+    lines += [f"{shard['digest']}\n" for shard in (shards or {}).values()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def diagnose(path: Path | str) -> str:
@@ -499,48 +476,24 @@ def _damaged_records(file: BinaryIO, tail: _Tail) -> list[str]:
     """
     with zipfile.ZipFile(file) as archive:
         records = [record for record in archive.infolist() if record.header_offset < tail.offset]
-    sums = _crcs(file, records)
     damaged = [
-        f"record {record.filename}"
-        for record, value in zip(records, sums, strict=True)
-        if value != record.CRC
+        f"record {record.filename}" for record in records if _crc(file, record) != record.CRC
     ]
     if not damaged and _body(file, records, tail.offset) != tail.facts["body"]:
         damaged = ["the headers or padding between the records"]
     shards = tail.facts.get("shards")
-    if not damaged and _digest(records, shards) != tail.facts["digest"]:
+    if not damaged and digest(records, shards) != tail.facts["digest"]:
         damaged = ["the list of records"]
     return damaged
 
 
-def _crcs(file: BinaryIO, records: Sequence[zipfile.ZipInfo]) -> list[int]:
-    stop: list[bool] = []
-    places = [
-        (file.fileno(), _data_start(file, record), record.compress_size, stop) for record in records
-    ]
-    if sum(record.compress_size for record in records) < _LARGE_BYTES:
-        return [_crc(*place) for place in places]
-    from concurrent.futures import ThreadPoolExecutor  # not for those who only list
+def _crc(file: BinaryIO, record: zipfile.ZipInfo) -> int:
+    from savepoint.checkpoint.crc import crc32  # not for those who only list
 
-    with ThreadPoolExecutor(_THREADS) as threads:  # they read and sum without Python's lock
-        try:
-            return list(threads.map(_crc, *zip(*places, strict=True)))
-        # A signal, or a disk that fails: the other threads are not to read on for minutes.
-        except BaseException:
-            stop.append(True)
-            raise
-
-
-def _crc(descriptor: int, start: int, size: int, stop: list[bool]) -> int:
+    start = _data_start(file, record)
     value = 0
-    end = start + size
-    while (
-        not stop
-        and start < end
-        and (chunk := os.pread(descriptor, min(_CHUNK_BYTES, end - start), start))
-    ):
-        value = zlib.crc32(chunk, value)
-        start += len(chunk)
+    for chunk in _chunks(file, start, start + record.compress_size):
+        value = crc32(chunk, value)
     return value
 
 
@@ -571,12 +524,3 @@ def _chunks(file: BinaryIO, start: int, end: int) -> Iterator[bytes]:
     while start < end and (chunk := file.read(min(_CHUNK_BYTES, end - start))):
         yield chunk
         start += len(chunk)
-
-
-def _digest(
-    records: Iterable[zipfile.ZipInfo], shards: Mapping[str, Mapping[str, Any]] | None
-) -> str:
-    lines = sorted(f"{record.filename} {record.file_size} {record.CRC}\n" for record in records)
-    # The names of the shards may change from save to save; what is in them is the content.
-    lines += [f"{shard['digest']}\n" for shard in (shards or {}).values()]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()

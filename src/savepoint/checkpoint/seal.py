@@ -2,8 +2,8 @@
 of the archive.
 """
 
-# Inside torch's own prefix: torch refuses an archive with two prefixes.
-RECORD = "archive/manifest.json"
+PREFIX = "archive/"  # torch's own: it refuses an archive with two prefixes
+RECORD = f"{PREFIX}manifest.json"
 MAGIC = b"savepoint1 "
 DIGITS = 64  # of a sha256 in hex: the last bytes of the file
 SEAL_BYTES = len(MAGIC) + 16 + 1 + DIGITS

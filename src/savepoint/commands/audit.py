@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from savepoint import entry, find, words
 from savepoint.commands import output
-from savepoint.commands.replay import ALLOWED
+from savepoint.commands.replay import add_allow
 from savepoint.errors import ConfigError
 from savepoint.run import Run
 from savepoint.words import plural, show
@@ -29,10 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", nargs="?", help=run)
     sample = "K parts that are drawn, in place of all"
     parser.add_argument("--sample", metavar="K", type=int, help=sample)
-    allow = "canary: though the model's code has changed; dataset: on other data"
-    parser.add_argument(
-        "--allow", choices=ALLOWED, action="append", default=[], metavar="WHAT", help=allow
-    )
+    add_allow(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -59,7 +56,7 @@ def main(arguments: argparse.Namespace) -> int:
     rows = []
     for number, (one, other) in enumerate(parts, 1):
         print(f"part {number} of {len(parts)}", file=sys.stderr, flush=True)
-        rows.append(_audited(run, one, other, arguments.allow))
+        rows.append(_audited(run, one, other, arguments))
     equal = sum(row["equal"] for row in rows)
     if arguments.json:
         output.put_json({"run": run.directory, "equal": equal == len(rows), "parts": rows})
@@ -68,18 +65,22 @@ def main(arguments: argparse.Namespace) -> int:
     return 0 if equal == len(rows) else 1
 
 
-def _audited(run: Run, one: "Checkpoint", other: "Checkpoint", allow: list[str]) -> dict[str, Any]:
+def _audited(
+    run: Run, one: "Checkpoint", other: "Checkpoint", arguments: argparse.Namespace
+) -> dict[str, Any]:
     from savepoint.commands import diff
     from savepoint.replay import choice, playing
     from savepoint.replay import rows as logs
 
     source = choice.load(one.path)
+    if not arguments.allow_code:
+        choice.require_same_code(run, source)
     notes = list(choice.reservations(run, source, other.step))
     skip = source.state.get("logged_rows") or 0
     was, facts = find.load(other.path)
     goal = playing.Goal(other.step, facts["at"], saves=True)
     with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="audit-") as scratch:
-        played = playing.play(source, Path(scratch), "replay", goal, allow=allow)
+        played = playing.play(source, Path(scratch), "replay", goal, allow=arguments.allow)
         made = played.store.latest()
         now = find.load(made.path)[0] if made else {}
         if "logged_rows" in now:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from savepoint import entry, find, words
 from savepoint.commands import output
-from savepoint.commands.replay import ALLOWED
+from savepoint.commands.replay import add_allow
 from savepoint.errors import ConfigError
 from savepoint.replay.side import KINDS, Keep, Part, Recorded, record
 from savepoint.run import Run
@@ -36,10 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, metavar=name.upper(), help="a run directory")
     python = "the interpreter that B is trained with: of another environment"
     parser.add_argument("--python", metavar="PATH", type=Path, help=python)
-    allow = "canary: though the model's code has changed; dataset: on other data"
-    parser.add_argument(
-        "--allow", choices=ALLOWED, action="append", default=[], metavar="WHAT", help=allow
-    )
+    add_allow(parser)
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def _bisected(runs: Sequence[Run], arguments: argparse.Namespace) -> dict[str, A
         found["equal"] = row is None
         return found
     found |= {"from": 0 if stretch.anew else stretch.begin[0].step, "to": stretch.step}
-    found["notes"] = list(_notes(runs, stretch))
+    found["notes"] = list(_notes(runs, stretch, arguments))
     with tempfile.TemporaryDirectory(prefix="bisect-") as scratch:
         found |= _trained(runs, stretch, Path(scratch), arguments)
     wrong = (row, found["differ"], found["first"], found["replayed_row"])
@@ -240,11 +237,13 @@ def _require_start(run: Run) -> None:
         )
 
 
-def _notes(runs: Sequence[Run], stretch: Stretch) -> Iterator[str]:
+def _notes(runs: Sequence[Run], stretch: Stretch, arguments: argparse.Namespace) -> Iterator[str]:
     from savepoint.replay import choice
 
     for name, run, begin, config in zip("AB", runs, stretch.begin, stretch.configs, strict=True):
         source = choice.load(begin.path)
+        if not arguments.allow_code:
+            choice.require_same_code(run, source)
         # A changed config of a resume is no reservation where the replay has it, too.
         end = source.manifest["step"] if config or stretch.anew else stretch.step
         for note in choice.reservations(run, source, end, anew=stretch.anew):

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from savepoint.replay.rows import Compared
 
 SHOWN_INDICES = 16
-ALLOWED = ("canary", "dataset")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,10 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--with", dest="code", metavar="FILE.py", type=Path, help=code)
     debug = "stop in a debugger in the training_step of step N"
     parser.add_argument("--debug", action="store_true", help=debug)
-    allow = "canary: though the model's code has changed; dataset: on other data"
+    add_allow(parser)
+
+
+def add_allow(parser: argparse.ArgumentParser) -> None:
+    allow = "canary: though the model computes something else; dataset: on other data"
     parser.add_argument(
-        "--allow", choices=ALLOWED, action="append", default=[], metavar="WHAT", help=allow
+        "--allow",
+        choices=("canary", "dataset"),
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help=allow,
     )
+    code = "though Python files have changed since"
+    parser.add_argument("--allow-code", action="store_true", help=code)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -62,6 +72,8 @@ def main(arguments: argparse.Namespace) -> int:
         arguments.step, look=_user_function(arguments.code), debug=arguments.debug
     )
     source = choice.load(checkpoint.path)
+    if not arguments.allow_code:
+        choice.require_same_code(run, source)
     notes = list(choice.reservations(run, source, end))
     skip = source.state.get("logged_rows") or 0
     # The result alone goes to standard output.

@@ -11,7 +11,7 @@ from savepoint.errors import ConfigError
 from savepoint.resume.plan import notes_of_environment
 from savepoint.resume.source import Source, require_facts
 from savepoint.run import Run
-from savepoint.words import show
+from savepoint.words import plural, show
 
 
 def before(run: Run, step: int) -> Checkpoint:
@@ -66,7 +66,7 @@ def reservations(run: Run, source: Source, end: int, *, anew: bool = False) -> I
         reasons = facts.get("unsaved") or ["as Lightning resumes"]
         yield f"{source.path.name} is not exact: {'; '.join(reasons[:3])}"
     yield from notes_of_environment(facts, None)
-    yield from _notes_of_code(run, facts["step"])
+    yield from _changed_code(run, facts["step"])
     for start in run.starts():
         changed = start["changed"]
         step = start.get("step")
@@ -75,13 +75,30 @@ def reservations(run: Run, source: Source, end: int, *, anew: bool = False) -> I
             yield f"the run was resumed at step {step} with {keys}; the replay is not"
 
 
-def _notes_of_code(run: Run, step: int) -> Iterator[str]:
-    """Where the run was trained by another commit than that of today."""
+def require_same_code(run: Run, source: Source) -> None:
+    """Raises ConfigError where Python files have changed since the run was trained."""
+    for changed in _changed_code(run, source.manifest["step"]):
+        raise ConfigError(
+            f"Other code: {show(run.directory)}: {changed}. The same was expected, as other code "
+            "may well train something else. Check that commit out; or, to compare all the same: "
+            "--allow-code"
+        )
+
+
+def _changed_code(run: Run, step: int) -> Iterator[str]:
+    """What stands in the way of the commit that the run was trained at, if it is not today's."""
     begun = [
         one for one in run.starts() if isinstance(one.get("step"), int) and one["step"] <= step
     ]
     then = begun[-1]["git"] if begun else None
     now = record.git()
-    if then and now and then.get("commit") != now["commit"]:
-        was = str(then.get("commit"))[:7]
-        yield f"the code is at {now['commit'][:7]}, and the run was trained at {was}"
+    if not then or not now or then.get("commit") == now["commit"]:
+        return
+    was = str(then.get("commit"))
+    names = record.code_changed_since(was)
+    at = f"it was trained at commit {was[:7]}"
+    if names is None:
+        yield f"{at}, which is not known here"
+    elif names:
+        more = ", ..." if len(names) > 2 else ""
+        yield f"{at}, and {plural(len(names), 'file')} changed since: {', '.join(names[:2])}{more}"
