@@ -162,6 +162,7 @@ def plain_ray(folder: Path, clients: int, rounds: int) -> float:
         last = [time.monotonic()]
 
         def evaluated(number: int, arrays: ArrayRecord) -> None:
+            local().validate(number, tensors_of(arrays, local().model.state_dict()))
             seen.append(time.monotonic() - last[0])
             last[0] = time.monotonic()
 

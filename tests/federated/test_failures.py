@@ -291,6 +291,21 @@ def test_a_data_module_that_cannot_be_divided_is_said(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("personal", "[net.clasify]", r"No such part of the model: .*net.clasify.*net.classify"),
+        ("mods", "[flwr.clientapp.mod.fixedclip]", "No such client mod: .*fixedclip"),
+    ],
+)
+def test_a_name_of_nothing_is_said_before_there_is_a_run(
+    tmp_path: Path, flag: str, value: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        train(tmp_path / "run", f"--federated.{flag}", value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_server_starts_with_what_its_config_says(tmp_path: Path) -> None:
     seen: list[Server] = []
 
@@ -305,7 +320,6 @@ def test_a_server_starts_with_what_its_config_says(tmp_path: Path) -> None:
 
 def test_a_mirror_that_would_lack_the_clients_is_refused(tmp_path: Path) -> None:
     mirror = ["--checkpoint.mirror", f"file://{tmp_path / 'mirror'}"]
-    code, said = federated.train(tmp_path / "run", *mirror)
-    assert code == 2
-    assert "A mirror of a federated run" in said
+    with pytest.raises(ConfigError, match="A mirror of a federated run"):
+        train(tmp_path / "run", *mirror)
     assert not (tmp_path / "run").exists()

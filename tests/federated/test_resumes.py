@@ -20,6 +20,7 @@ from savepoint.federated import runtime, server_app
 from savepoint.run import Run
 
 SIX = ["--federated.num_server_rounds", "6"]
+ONE = ["--federated.num_server_rounds", "1"]
 
 
 @pytest.fixture
@@ -159,11 +160,17 @@ def test_states_stay_as_few_as_checkpoints_name(straight: Path) -> None:
         assert len(list(folder.glob("step-*.ckpt"))) <= kept + 1
 
 
+@pytest.mark.parametrize("kind", ["ckpt", "npz"])
 def test_a_run_can_begin_with_the_weights_of_another_alone(
-    straight: Path, tmp_path: Path, capsys
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    best = straight / "checkpoints/best.ckpt"
-    assert train(tmp_path / "new", "--init_from", str(best)) == 0
+    weights = straight / "checkpoints/best.ckpt"
+    if kind == "npz":
+        exported = tmp_path / "global.npz"
+        assert commands.main(["export", str(weights), "--format", "npz", "-o", str(exported)]) == 0
+        weights = exported
+    one = [*ONE, "--init_from", str(weights)]
+    assert train(tmp_path / "new", *one) == 0
     assert "its rounds begin anew" in capsys.readouterr().out
 
 

@@ -1,5 +1,6 @@
 """Any strategy of Flower's, by its name, and what it keeps from round to round."""
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from flwr.serverapp.strategy import FedAvg
 from support import rounds
 
 from savepoint.checkpoint import format
-from savepoint.errors import ConfigError
+from savepoint.errors import ConfigError, ConfigMismatchError
 from savepoint.federated import strategy
 from savepoint.federated.federation import Federation
 from savepoint.federated.local_grid import LocalGrid
 from savepoint.federated.messages import arrays_of, tensors_of
-from savepoint.federated.state import StrategyState
+from savepoint.federated.state import StrategyState, changed_names
 from savepoint.federated.strategy import Repeatable
 
 FAMILY = {
@@ -139,7 +140,7 @@ class Own(FedAvg):
 class Talkative(FedAvg):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.connection = object()
+        self.connection: Any = None
 
 
 class Silent(Talkative):
@@ -149,10 +150,10 @@ class Silent(Talkative):
 def test_only_what_has_changed_is_saved_and_is_put_back() -> None:
     one = Own()
     state = StrategyState(one)
-    assert state.capture()["changed"] == {}
+    assert state.capture()["changed"] == []
     one.change()
     saved = state.capture()
-    assert set(saved["changed"]) == {"seen", "best", "mean", "drift"}
+    assert changed_names(saved) == ["best", "drift", "mean", "seen"]
     format.check_readable(saved)
     other = Own()
     StrategyState(other).restore(saved)
@@ -161,7 +162,7 @@ def test_only_what_has_changed_is_saved_and_is_put_back() -> None:
     [arrays, (number, inner)] = other.drift
     assert arrays.to_numpy_ndarrays()[0].tolist() == [1, 1]
     assert (number, float(inner["x"])) == (1, 2.0)
-    assert StrategyState(Own()).capture()["changed"] == {}
+    assert StrategyState(Own()).capture()["changed"] == []
 
 
 def test_what_a_config_overrides_on_a_resume_is_not_undone() -> None:
@@ -175,10 +176,24 @@ def test_what_a_config_overrides_on_a_resume_is_not_undone() -> None:
     assert new.m_t["w"].tolist() == [1, 1]
 
 
-def test_a_state_that_cannot_be_saved_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"Talkative has connection \(a object\).*savepoint_skip"):
-        StrategyState(Talkative())
-    StrategyState(Silent())
+def test_a_state_that_cannot_be_saved_is_named_unless_the_class_says_that_it_is_none() -> None:
+    for kind, named in ((Talkative, ["strategy.connection (an iterator (count))"]), (Silent, [])):
+        one = kind()
+        state = StrategyState(one)
+        assert state.capture()["unsaved"] == []
+        one.connection = itertools.count()
+        assert state.capture()["unsaved"] == named
+
+
+def test_a_state_that_has_no_place_is_refused() -> None:
+    one: Any = Own()
+    state = StrategyState(one)
+    one.drift = {"a": 1}
+    one.mean = np.ones(2)
+    saved = state.capture()
+    saved["changed"] = [[[*place, ["attr", "x"]], value] for place, value in saved["changed"]]
+    with pytest.raises(ConfigMismatchError, match=r"Own has no place for strategy.*\.x"):
+        StrategyState(Own()).restore(saved)
 
 
 def test_a_strategy_inside_another_is_saved_too() -> None:

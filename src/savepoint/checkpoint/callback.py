@@ -301,7 +301,8 @@ class CheckpointCallback(Checkpoint):
             end=lambda: self._running.keep_end(),
         )
         self.training.begin()
-        self.saver.say_inexact(trainer, exactness.inexact(trainer, "batch"))
+        if trainer.is_global_zero:
+            self.saver.say_inexact(exactness.inexact(trainer, "batch"))
 
     # -- the points -------------------------------------------------------------------------------
 

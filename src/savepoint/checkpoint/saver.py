@@ -76,6 +76,14 @@ class Saver:
         self._saved: tuple[int, str | None] | None = None  # step and point of the newest save
         self._saved_at = time.monotonic()
         self._polled = False
+        self._said_inexact: set[str] = set()
+
+    def say_inexact(self, reasons: Iterable[str]) -> None:
+        """Each reason once a start."""
+        new = [reason for reason in reasons if reason not in self._said_inexact]
+        self._said_inexact |= set(new)
+        if new:
+            print(f"A resume will not be exact: {'; '.join(new[:5])}.", flush=True)
 
     def poll(
         self,

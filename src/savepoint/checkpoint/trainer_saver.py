@@ -50,7 +50,6 @@ class TrainerSaver(Saver):
         # Of the save that is being made: the point, why, and how the training ended.
         self._at: Point | None = None
         self._why: dict[str, Any] = {}
-        self._said_inexact: set[str] = set()
 
     def look_ahead(self, trainer: Trainer) -> None:
         """The preflight of what Lightning would save now."""
@@ -195,15 +194,8 @@ class TrainerSaver(Saver):
         known = checkpoint["manifest"]
         known["unsaved"] += self.training.left_out(checkpoint["state_dict"])
         known["exact"] = not known["unsaved"]
-        if known["at"] is not None:
-            self.say_inexact(trainer, known["unsaved"])
-
-    def say_inexact(self, trainer: Trainer, reasons: list[str]) -> None:
-        """Each reason once a run."""
-        new = [reason for reason in reasons if reason not in self._said_inexact]
-        self._said_inexact |= set(new)
-        if new and trainer.is_global_zero:
-            print(f"A resume will not be exact: {'; '.join(new[:5])}.", flush=True)
+        if known["at"] is not None and trainer.is_global_zero:
+            self.say_inexact(known["unsaved"])
 
     def raise_pending(self, trainer: Trainer) -> None:
         """What failed in a thread is said."""

@@ -75,7 +75,7 @@ def _carried_out(message: Message, context: Context, handler: Handler) -> Messag
         message.content = without_ours(message.content)
         is_training = message.metadata.message_type.startswith(MessageType.TRAIN)
         for name in reversed(training.federation.mods if is_training else []):
-            called = partial(_mod(name), call_next=called)
+            called = partial(mod_named(name), call_next=called)
         # For what a mod draws; a training has a seed of its own.
         with seeded(derive(training.config.seed_everything, order.server_round, order.client, 2)):
             return cast(Message, called(message, context))
@@ -86,7 +86,7 @@ def _carried_out(message: Message, context: Context, handler: Handler) -> Messag
     return Message(RecordDict({messages.RECORD: answer.record()}), reply_to=message)
 
 
-def _mod(name: str) -> Any:
+def mod_named(name: str) -> Any:
     module, _, short = name.rpartition(".")
     try:
         return getattr(importlib.import_module(module), short)

@@ -130,10 +130,7 @@ class Federation:
 
     def keeps(self, name: str) -> bool:
         """Whether a name of the state_dict is personal."""
-        return any(
-            one == "" or name == one or name.startswith(f"{one.rstrip('.')}.")
-            for one in self.personal
-        )
+        return any(is_below(name, one) for one in self.personal)
 
     def sends(self, name: str) -> bool:
         """Whether a name of the state_dict is exchanged with the server."""
@@ -149,6 +146,11 @@ class Federation:
         if not asked:
             return 0
         return (asked + 1) // 2 if self.min_replies is None else min(self.min_replies, asked)
+
+
+def is_below(name: str, part: str) -> bool:
+    """Whether a name of the state_dict is a part of the model, or of it; "" is the whole model."""
+    return part in ("", name) or name.startswith(f"{part.rstrip('.')}.")
 
 
 def component(given: Component, key: str) -> tuple[str, dict[str, Any]]:

@@ -6,10 +6,12 @@ from typing import Any
 from savepoint.config import compose, typed
 from savepoint.errors import ConfigError
 from savepoint.federated.federation import RUNTIMES, require_flower
+from savepoint.federated.state import changed_names
 from savepoint.federated.training import federation_of
 from savepoint.resume.plan import (
     check_allowed,
     differences,
+    inexact,
     notes_of_source,
     refuse,
 )
@@ -103,7 +105,7 @@ def _restored(source: Source) -> str:
     strategy = saved["strategy"]
     parts = ["global model"]
     if strategy["changed"]:
-        parts.append(f"{strategy['class']} ({', '.join(strategy['changed'])})")
+        parts.append(f"{strategy['class']} ({', '.join(changed_names(strategy))})")
     else:
         parts.append(f"{strategy['class']} (without a state)")
     if saved["clients"]:
@@ -111,7 +113,7 @@ def _restored(source: Source) -> str:
     best = source.manifest.get("best_score")
     if best is not None:
         parts.append(f"best {source.manifest['monitor']} {number(best)}")
-    return ", ".join(parts)
+    return ", ".join(parts) + inexact(source.manifest)
 
 
 def _notes(request: Request, source: Source, config: Any) -> list[str]:

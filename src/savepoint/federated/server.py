@@ -20,7 +20,7 @@ from savepoint.checkpoint import facts, format
 from savepoint.errors import ClientStateError, ConfigError, FederatedError
 from savepoint.federated import results, strategy
 from savepoint.federated.asking import Clients, Replies
-from savepoint.federated.client_app import learning_rate
+from savepoint.federated.client_app import learning_rate, mod_named
 from savepoint.federated.clients import Version
 from savepoint.federated.listing import versions_of
 from savepoint.federated.messages import SAMPLES, Order, arrays_of, tensors_of
@@ -81,7 +81,9 @@ class Server:
         self.allows_lost = "clients" in (allow or [])
         self.local = LocalTraining(config, (training.model, training.data))
         self.federation = self.local.federation
-        made = strategy.build(self.federation)
+        for name in self.federation.mods:
+            mod_named(name)  # or the first client would refuse it
+        made = strategy.build(self.federation, config.seed_everything)
         if strategy.has_own_rounds(made):
             name = type(made).__name__
             print(f"{name}.start is not called: its rounds are Savepoint's own.", flush=True)
@@ -188,14 +190,16 @@ class Server:
         clock = [time.monotonic()]
         arrays = arrays_of(self._sent(self.progress.state_dict))
         sent = self.strategy.configure_train(number, arrays, self.train_config)
-        trained = asking.ask(number, sent, lambda client: self._order(client, number))
+        with self.local.watched():
+            trained = asking.ask(number, sent, lambda client: self._order(client, number))
         clock.append(time.monotonic())
         state_dict, train_metrics = self._aggregated(number, trained)
         self._note_states(trained)
         arrays = arrays_of(self._sent(state_dict))
         clock.append(time.monotonic())
         sent = self.strategy.configure_evaluate(number, arrays, self.evaluate_config)
-        evaluated = asking.ask(number, sent, lambda client: self._order(client, number))
+        with self.local.watched():
+            evaluated = asking.ask(number, sent, lambda client: self._order(client, number))
         self._note_metrics(number, evaluated)
         local_metrics = self.strategy.aggregate_evaluate(number, evaluated.good)
         clock.append(time.monotonic())
@@ -330,6 +334,9 @@ class Server:
         number = self.progress.round
         scores = self.training.checkpointing.scores
         provenance = self.training.checkpointing.saver.provenance
+        strategy_state = self.strategy_state.capture()
+        unsaved = [*strategy_state["unsaved"], *self.local.shared]
+        self.saver.say_inexact(unsaved)
         known = facts.of_run(provenance, self.training.data, _CPU) | {
             "kind": "federated",
             "step": number,
@@ -337,14 +344,14 @@ class Server:
             "epoch": number,
             "world_size": 1,
             "at": "round",
-            "exact": True,
-            "unsaved": [],
+            "exact": not unsaved,
+            "unsaved": unsaved[:20],
             "reason": reason,
             "ended": ended,
         }
-        return self._state(number), known | scores.facts(number)
+        return self._state(number, strategy_state), known | scores.facts(number)
 
-    def _state(self, number: int) -> dict[str, Any]:
+    def _state(self, number: int, strategy_state: Mapping[str, Any]) -> dict[str, Any]:
         checkpointing = self.training.checkpointing
         meter = {"samples": self.progress.samples, "secs": self.progress.secs}
         state_dict = self.progress.state_dict
@@ -363,7 +370,7 @@ class Server:
             checkpointing.scores.key: checkpointing.scores.best,
             "logged_rows": self._csv().rows,
             "events": self._events(),
-            "federated": self._federated(number),
+            "federated": self._federated(number) | {"strategy": strategy_state},
         }
 
     def _federated(self, number: int) -> dict[str, Any]:
@@ -371,7 +378,6 @@ class Server:
         return {
             "round": number,
             "history": list(progress.history),
-            "strategy": self.strategy_state.capture(),
             "train_config": dict(self.train_config),
             "evaluate_config": dict(self.evaluate_config),
             "partition": {

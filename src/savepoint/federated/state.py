@@ -1,144 +1,138 @@
 """What a strategy has come to have since it was made, as a checkpoint can hold it; and back.
 
-Only attributes that have changed are saved, so that what a config overrides on a resume is taken
-from the config. One that no checkpoint can hold is named in words before the first round;
-`savepoint_skip = frozenset({"name"})` in its class says that it is no state.
+It is looked at as a training is (`savepoint.look`): attributes, the objects and functions below
+them, what these share. Only what has changed is saved, so that what a config overrides on a resume
+is taken from the config. Flower's records are shown to the look as plain containers:
+
+    {"flower": "ArrayRecord", "of": {"weight": array}}
 """
 
 # mypy: disable-error-code="import-not-found,misc,no-any-return,unused-ignore,untyped-decorator"
 # Without Flower, which is optional, its types are Any.
 
-import logging
-import types
-from collections.abc import Callable, Mapping
-from pathlib import PurePath
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
-from torch import Tensor
 
-from savepoint.checkpoint.format import fingerprint
-from savepoint.errors import ConfigError
-from savepoint.look.classes import left_out_of
-from savepoint.look.kinds import Unpackable
-from savepoint.look.pack import Packer
-from savepoint.look.unpack import unpack
+from savepoint.errors import ConfigMismatchError
+from savepoint.look.baseline import Baseline
+from savepoint.look.places import in_words, path_of
+from savepoint.look.walk import Look
 
-_CONSTANT = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, PurePath,
-             logging.Logger)  # fmt: skip
-_RECORDS = {"MetricRecord": MetricRecord, "ConfigRecord": ConfigRecord}
+_MARK = "flower"
+_CONTENT: dict[type, Callable[[Any], Any]] = {
+    Array: lambda one: np.array(one.numpy()),
+    ArrayRecord: lambda one: {name: np.array(array.numpy()) for name, array in one.items()},
+    MetricRecord: dict,
+    ConfigRecord: dict,
+    RecordDict: lambda one: {name: _shown(record) for name, record in one.items()},
+}
+_MADE_OF: dict[str, Callable[[Any], Any]] = {
+    "Array": Array,
+    "ArrayRecord": lambda of: ArrayRecord({name: Array(one) for name, one in of.items()}),
+    "MetricRecord": MetricRecord,
+    "ConfigRecord": ConfigRecord,
+    "RecordDict": lambda of: RecordDict({name: _as_made(one) for name, one in of.items()}),
+}
 
 
 class StrategyState:
-    """The state of a strategy that was just made.
-
-    Raises:
-        ConfigError: An attribute cannot be saved.
-    """
+    """The state of a strategy that was just made."""
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
-        self._fresh = {name: fingerprint(one) for name, one in _packed(strategy).items()}
+        with _records_shown(strategy):
+            self._start = Baseline(self._look())
+
+    def _look(self) -> Look:
+        return Look({"strategy": self.strategy}, {}, (), most_bytes=math.inf)
 
     def capture(self) -> dict[str, Any]:
-        """The attributes that have changed."""
-        now = _packed(self.strategy)
-        changed = {
-            name: one for name, one in now.items() if fingerprint(one) != self._fresh.get(name)
-        }
-        return {"class": type(self.strategy).__qualname__, "changed": changed}
+        """What has changed; under `unsaved` words for what no checkpoint can hold of that."""
+        with _records_shown(self.strategy):
+            changed, unsaved = self._start.changes(self._look())
+        name = type(self.strategy).__qualname__
+        return {"class": name, "changed": changed, "unsaved": unsaved}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        for name, packed in state["changed"].items():
-            owner: Any = self.strategy
-            *inner, last = name.split(".")
-            for one in inner:
-                owner = getattr(owner, one)
-            setattr(owner, last, _unpacked(packed))
+        """Of a strategy of another class, which the user has allowed, nothing is put back.
+
+        Raises:
+            ConfigMismatchError: This strategy has no place for something.
+        """
+        if state["class"] != type(self.strategy).__qualname__:
+            return
+        with _records_shown(self.strategy, keep=True):
+            cpu = torch.device("cpu")
+            lost = self._start.restore(self._look(), state["changed"], cpu, alone=True)
+        if lost and not state["unsaved"]:
+            raise ConfigMismatchError(
+                f"Another strategy: {state['class']} has no place for {', '.join(lost[:5])}, which "
+                "the checkpoint holds. Expected the code that the run began with."
+            )
 
 
-def _packed(strategy: Strategy, prefix: str = "") -> dict[str, Any]:
-    """Each attribute; those of a strategy inside under `strategy.NAME`."""
-    found: dict[str, Any] = {}
-    unsaved = []
-    kind: Any = type(strategy)
-    for name, value in vars(strategy).items():
-        if name in left_out_of(kind):
-            continue
+def changed_names(state: Mapping[str, Any]) -> list[str]:
+    """What a saved state holds, in words."""
+    places = (in_words(path_of(place)) for place, _ in state["changed"])
+    return sorted(name.removeprefix("strategy.") for name in places)
+
+
+@contextmanager
+def _records_shown(strategy: Strategy, keep: bool = False) -> Iterator[None]:
+    """The strategy, and those inside, with plain containers in the place of Flower's records.
+
+    Args:
+        keep: Make records again of what is there at the end, as something was put back.
+    """
+    inner = list(_with_those_inside(strategy))
+    before = [dict(vars(one)) for one in inner]
+    for one in inner:
+        vars(one).update({name: _shown(value) for name, value in vars(one).items()})
+    try:
+        yield
+    finally:
+        for one, attributes in zip(inner, before, strict=True):
+            if keep:
+                attributes = {name: _as_made(value) for name, value in vars(one).items()}
+            vars(one).update(attributes)
+
+
+def _with_those_inside(strategy: Strategy) -> Iterator[Strategy]:
+    yield strategy
+    for value in vars(strategy).values():
         if isinstance(value, Strategy):
-            found |= _packed(value, f"{prefix}{name}.")
-            continue
-        try:
-            found[prefix + name] = _pack(value)
-        except Unpackable:
-            unsaved.append(f"{prefix}{name} (a {type(value).__name__})")
-    if unsaved:
-        named = kind.__name__
-        raise ConfigError(
-            f"A strategy whose state cannot be saved: {named} has {', '.join(unsaved)}. A run that "
-            "is resumed needs all of it: numbers, texts, arrays, Flower's records and containers "
-            f"of these. What is no state can be named in the class {named}: "
-            'savepoint_skip = frozenset({"NAME"})'
-        )
-    return found
+            yield from _with_those_inside(value)
 
 
-def _pack(value: Any) -> Any:
-    if isinstance(value, (_CONSTANT, types.MethodType)):
-        return {"!": "constant", "of": getattr(value, "__qualname__", str(value))}
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return {"!": "array", "of": torch.from_numpy(np.array(value))}
-    if isinstance(value, ArrayRecord):
-        arrays = {name: torch.from_numpy(np.array(one.numpy())) for name, one in value.items()}
-        return {"!": "ArrayRecord", "of": arrays}
-    for name, kind in _RECORDS.items():
-        if isinstance(value, kind):
-            return {"!": name, "of": dict(value)}
-    if type(value) in (list, tuple):
-        return {"!": type(value).__name__, "of": [_pack(one) for one in value]}
-    if type(value) is dict:
-        return {
-            "!": "dict",
-            "keys": [_pack(one) for one in value],
-            "values": [_pack(one) for one in value.values()],
-        }
-    return {"!": "look", "of": Packer().pack(value)}
+def _shown(value: Any) -> Any:
+    """The value itself where no record is in it: an array that stands in two attributes is one."""
+    if type(value) in _CONTENT:
+        return {_MARK: type(value).__name__, "of": _CONTENT[type(value)](value)}
+    return _rebuilt(value, _shown)
 
 
-def _unpacked(packed: Mapping[str, Any]) -> Any:
-    return _UNPACK[packed["!"]](packed)
+def _as_made(value: Any) -> Any:
+    if type(value) is dict and value.get(_MARK) in _MADE_OF:
+        return _MADE_OF[value[_MARK]](value["of"])
+    return _rebuilt(value, _as_made)
 
 
-def _constant(packed: Mapping[str, Any]) -> Any:
-    raise ConfigError(
-        f"A strategy's attribute was {packed['of']} when it was saved, and is made anew otherwise. "
-        "Set it in the strategy's `__init__`."
-    )
-
-
-def _record(packed: Mapping[str, Any]) -> Any:
-    return _RECORDS[packed["!"]](dict(packed["of"]))
-
-
-def _numpy(tensor: Tensor) -> Any:
-    return tensor.numpy().copy()
-
-
-_UNPACK: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-    "constant": _constant,
-    "array": lambda packed: _numpy(packed["of"]),
-    "ArrayRecord": lambda packed: ArrayRecord(
-        {name: Array(_numpy(one)) for name, one in packed["of"].items()}
-    ),
-    "MetricRecord": _record,
-    "ConfigRecord": _record,
-    "list": lambda packed: [_unpacked(one) for one in packed["of"]],
-    "tuple": lambda packed: tuple(_unpacked(one) for one in packed["of"]),
-    "dict": lambda packed: dict(
-        zip(map(_unpacked, packed["keys"]), map(_unpacked, packed["values"]), strict=True)
-    ),
-    "look": lambda packed: unpack(packed["of"]),
-}
+def _rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A plain container with changed items; itself where none has changed."""
+    kind = type(value)
+    if kind is dict:
+        items = {key: change(item) for key, item in value.items()}
+        is_same = all(items[key] is item for key, item in value.items())
+        return value if is_same else items
+    if kind in (list, tuple):
+        made = [change(item) for item in value]
+        is_same = all(one is other for one, other in zip(made, value, strict=True))
+        return value if is_same else kind(made)
+    return value

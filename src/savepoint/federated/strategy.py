@@ -86,7 +86,7 @@ class Repeatable:
         self, server_round: int, replies: list[Sent]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The new arrays, of replies in the order of the clients: a sum of floats goes by it."""
-        given = [_plain(message) for _, message in replies]
+        given = [_plain(client, message) for client, message in replies]
         return self._seeded(
             "aggregate train",
             server_round,
@@ -94,7 +94,7 @@ class Repeatable:
         )
 
     def aggregate_evaluate(self, server_round: int, replies: list[Sent]) -> MetricRecord | None:
-        given = [_plain(message) for _, message in replies]
+        given = [_plain(client, message) for client, message in replies]
         return self._seeded(
             "aggregate evaluate",
             server_round,
@@ -107,9 +107,13 @@ class Repeatable:
             return call()
 
 
-def _plain(message: Message) -> Message:
-    """Without our record, so that no strategy stumbles over it."""
+def _plain(client: int, message: Message) -> Message:
+    """As a strategy's own: without our record, and from the client by number. Flower draws the ids
+    of nodes anew in each run, and a strategy may keep something of each.
+    """
     message.content = messages.without_ours(message.content)
+    metadata: Any = message.metadata
+    metadata.__dict__["_src_node_id"] = client + 1
     return message
 
 
@@ -143,13 +147,14 @@ class _Numbers(Grid):
 # -- from the config -----------------------------------------------------------------------------
 
 
-def build(federation: Federation) -> Strategy:
-    """The strategy of a config.
+def build(federation: Federation, seed: int = 0) -> Strategy:
+    """The strategy of a config. What it draws when it is made goes by the seed.
 
     Raises:
         ConfigError: It is not known, or refuses its arguments.
     """
-    return _made(federation.strategy, _KEY, federation)
+    with seeded(derive(seed)):
+        return _made(federation.strategy, _KEY, federation)
 
 
 def _made(given: Component, key: str, federation: Federation) -> Strategy:

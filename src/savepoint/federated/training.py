@@ -5,8 +5,8 @@ Lightning Trainer does both. No Flower.
 import copy
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -16,14 +16,21 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.optim import Optimizer
 
 from savepoint import preemption, weights
 from savepoint.checkpoint.canary import canary
 from savepoint.config import typed
 from savepoint.errors import ConfigError
-from savepoint.federated.federation import Federation
+from savepoint.federated.federation import Federation, is_below
 from savepoint.federated.partition import Indices, Partition
-from savepoint.loaders.randomness import Randomness, derive
+from savepoint.loaders.randomness import Randomness, derive, generators_of
+from savepoint.look.baseline import Baseline
+from savepoint.look.kinds import Unpackable
+from savepoint.look.pack import pack
+from savepoint.look.places import in_words, path_of
+from savepoint.look.unpack import unpack
+from savepoint.look.walk import Look
 from savepoint.training import build
 
 Weights = Mapping[str, Tensor]
@@ -75,6 +82,9 @@ class LocalTraining:
 
     Args:
         built: Model and data that are there already, with the random states of their `setup`.
+
+    Attributes:
+        shared: Words for what clients have changed that others see.
     """
 
     def __init__(
@@ -85,6 +95,7 @@ class LocalTraining:
         warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
         self.config = config
         self.federation = federation_of(config)
+        self.shared: dict[str, None] = {}
         self.model, data = built or _built(config)
         if weights.makes_layers_late(self.model):
             raise ConfigError(
@@ -92,13 +103,15 @@ class LocalTraining:
                 "`configure_model`. A federated run sends the weights before a Trainer calls "
                 "these. Make the layers in `__init__`."
             )
+        _check_takes_state(self.model)
+        _check_personal(self.federation, self.model)
         _check_divisible(data)
         self.data = data
         data.prepare_data()
         data.setup("fit")
-        self.local_trainer().precision_plugin.convert_module(self.model)
+        self._unused = self._new_trainer()
+        self._unused.precision_plugin.convert_module(self.model)
         self._shown = copy.deepcopy(self.model).eval()
-        self._shared_evaluator: Trainer | None = None
         given = self.federation
         self.partition = Partition(
             cast(Divisible, data).labels,
@@ -108,27 +121,39 @@ class LocalTraining:
             config.seed_everything,
         )
 
-    def local_trainer(self, *callbacks: Callback, **more: Any) -> Trainer:
+    def _look(self) -> Look:
+        roots = {"model": self.model, "data": self.data}
+        return Look(roots, {}, self.model.state_dict().keys())
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Notes in `shared` what clients change in this process beyond themselves: data, classes,
+        globals of modules. The next client finds it, and in another process would not.
+        """
+        start = Baseline(self._look())
+        yield
+        changed, named = start.changes(self._look())
+        places = [f"{in_words(path_of(place))} (changed by a client)" for place, _ in changed]
+        self.shared |= dict.fromkeys([*places, *named])
+
+    def _new_trainer(self) -> Trainer:
         configured = self.config.trainer
         if configured.devices not in ("auto", 1, "1") or configured.num_nodes != 1:
             raise ConfigError(
                 f"One device a client: trainer.devices is {configured.devices}, trainer.num_nodes "
                 f"{configured.num_nodes}. Expected 1 of each. Leave them out."
             )
-        trainer = typed.local_trainer(self.config, **LOCAL, **more)
-        own: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        own += callbacks
-        return trainer
+        epochs = self.federation.local_epochs
+        return typed.local_trainer(self.config, **LOCAL, max_epochs=epochs)
 
-    def _evaluator(self) -> Trainer:
-        """One for all, as making it takes longer than to evaluate a small part; callbacks of the
-        config are new for each.
+    def _trainer(self, *callbacks: Callback) -> Trainer:
+        """For one client: a copy of one that was never used, as Lightning takes longer to make it
+        than to train on a small part. With callbacks of the config it is made, as they are.
         """
-        if self.config.trainer.callbacks:
-            return self.local_trainer()
-        if self._shared_evaluator is None:
-            self._shared_evaluator = self.local_trainer()
-        return self._shared_evaluator
+        made = self._new_trainer() if self.config.trainer.callbacks else copy.deepcopy(self._unused)
+        own: list[Callback] = made.callbacks  # type: ignore[attr-defined]
+        own += callbacks
+        return made
 
     # -- a client ---------------------------------------------------------------------------------
 
@@ -152,12 +177,12 @@ class LocalTraining:
         """
         seed = derive(self.config.seed_everything, server_round, client)
         indices = self.partition.train(client)
-        with seeded(seed):
-            model = self._model_of(received, state)
+        model = copy.deepcopy(self.model)
+        with self._seeded(seed, model):
+            _load(model, received, state)
             local = _Local(state.get("optimizer_states", []), lr_factor, proximal_mu)
-            trainer = self.local_trainer(
-                local, max_epochs=self.federation.local_epochs, limit_val_batches=0
-            )
+            trainer = self._trainer(local)
+            trainer.limit_val_batches = 0
             try:
                 trainer.fit(model, cast(Divisible, self.data).part(indices, seed))
             except SIGTERMException:
@@ -179,21 +204,19 @@ class LocalTraining:
         how many these are.
         """
         indices = self.partition.test(client)
-        with seeded(derive(self.config.seed_everything, server_round, client, 1)):
-            model = self._model_of(received, state)
+        model = copy.deepcopy(self.model)
+        with self._seeded(derive(self.config.seed_everything, server_round, client, 1), model):
+            _load(model, received, state)
             loader = cast(Divisible, self.data).part(indices, None)
-            trainer = self._evaluator()
+            trainer = self._trainer()
             [measured] = trainer.validate(model, loader, verbose=False)
         _pass_on(trainer)
         return {name: float(value) for name, value in measured.items()}, len(indices)
 
-    def _model_of(self, received: Weights, state: Mapping[str, Any]) -> LightningModule:
-        model = copy.deepcopy(self.model)
-        own = model.state_dict()
-        model.load_state_dict({**own, **received, **state.get("state_dict", {})})
-        if "user" in state:
-            cast(Any, model).load_client_state(state["user"])
-        return model
+    def _seeded(self, seed: int, model: LightningModule) -> AbstractContextManager[None]:
+        """Also what the model and the data draw from themselves: it depends on nobody else then."""
+        own = [one for part in model.modules() for one in generators_of(vars(part))]
+        return seeded(seed, [*own, *generators_of(self.data)])
 
     def _kept(self, model: LightningModule, trainer: Trainer, made: Weights) -> dict[str, Any]:
         kept: dict[str, Any] = {}
@@ -204,7 +227,7 @@ class LocalTraining:
             states = [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
             kept["optimizer_states"] = [_on_cpu(state) for state in states]
         if hasattr(model, "client_state"):
-            kept["user"] = _on_cpu(cast(Any, model).client_state())
+            kept["user"] = _packed(model)
         return kept
 
     def canary(self, state_dict: Weights) -> dict[str, Any] | None:
@@ -219,10 +242,10 @@ class LocalTraining:
         has_step = is_overridden("validation_step", self.model)
         if not has_step or not is_overridden("val_dataloader", self.data):
             return {}
-        with seeded(derive(self.config.seed_everything, server_round)):
-            model = copy.deepcopy(self.model)
+        model = copy.deepcopy(self.model)
+        with self._seeded(derive(self.config.seed_everything, server_round), model):
             model.load_state_dict(dict(state_dict))
-            trainer = self._evaluator()
+            trainer = self._trainer()
             [measured, *others] = trainer.validate(model, datamodule=self.data, verbose=False)
             self.data.trainer = None
         _pass_on(trainer)
@@ -251,15 +274,25 @@ class _Local(Callback):
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
         for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                for key in {"lr", "initial_lr"} & group.keys():
-                    group[key] *= self.lr_factor
-        for one in trainer.lr_scheduler_configs:
-            scheduler: Any = one.scheduler
-            if hasattr(scheduler, "base_lrs"):
-                scheduler.base_lrs = [rate * self.lr_factor for rate in scheduler.base_lrs]
+            self._scale(optimizer)
         if self.proximal_mu:
             self._received = [one.detach().clone() for one in pl_module.parameters()]
+
+    def _scale(self, optimizer: Optimizer) -> None:
+        """Around each step: a schedule sets the rates as if there was no factor."""
+        rates: list[Any] = []
+
+        def before(*_: Any) -> None:
+            rates[:] = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * self.lr_factor
+
+        def after(*_: Any) -> None:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
@@ -289,6 +322,25 @@ def _built(config: Any) -> tuple[LightningModule, LightningDataModule]:
     return model, data
 
 
+def _check_takes_state(model: LightningModule) -> None:
+    if hasattr(model, "client_state") and not hasattr(model, "load_client_state"):
+        raise ConfigError(
+            f"A state that nobody takes back: {type(model).__name__} has client_state and no "
+            "load_client_state. A client goes on with what it kept. Add the second one."
+        )
+
+
+def _check_personal(federation: Federation, model: LightningModule) -> None:
+    names = list(model.state_dict())
+    for one in federation.personal:
+        if not any(is_below(name, one) for name in names):
+            raise ConfigError(
+                f"No such part of the model: federated.personal names {one}. Expected the start of "
+                f"a name in its state_dict, such as {names[-1].rpartition('.')[0] or names[-1]}. "
+                "Change --federated.personal '[NAME]'"
+            )
+
+
 def _check_divisible(data: LightningDataModule) -> None:
     lacking = [name for name in ("labels", "part") if not hasattr(type(data), name)]
     if lacking:
@@ -299,10 +351,30 @@ def _check_divisible(data: LightningDataModule) -> None:
         )
 
 
+def _load(model: LightningModule, received: Weights, state: Mapping[str, Any]) -> None:
+    own = model.state_dict()
+    model.load_state_dict({**own, **received, **state.get("state_dict", {})})
+    if "user" in state:
+        cast(Any, model).load_client_state(unpack(state["user"]))
+
+
+def _packed(model: LightningModule) -> Any:
+    try:
+        return _on_cpu(pack(cast(Any, model).client_state()))
+    except Unpackable as error:
+        what = error.args[0]
+        held = what if isinstance(what, str) else f"a {type(what).__name__}"
+        raise ConfigError(
+            f"A client's state that cannot be saved: what {type(model).__name__}.client_state "
+            f"returns holds {held}. Expected numbers, texts, tensors, arrays and containers of "
+            "these. Leave it out, or return what it can be made of again."
+        ) from error
+
+
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's generators, and put back as they were."""
-    with Randomness().seeded(seed):
+def seeded(seed: int, own: Sequence[Any] = ()) -> Iterator[None]:
+    """Python's, NumPy's and torch's generators and `own`, and put back as they were."""
+    with Randomness(own).seeded(seed):
         if torch.cuda.is_available():
             torch.cuda.manual_seed_all(seed)
         yield

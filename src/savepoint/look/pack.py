@@ -60,6 +60,7 @@ class Packer:
     Args:
         packed: What other attributes hold, by address, with what was packed of it: what stands in
             two attributes is packed once.
+        most_bytes: Of one attribute.
 
     Attributes:
         inner: The containers, tensors and arrays inside: others may hold them too.
@@ -67,8 +68,9 @@ class Packer:
         needs_live: How many of its values can only be put into one that is there.
     """
 
-    def __init__(self, packed: Packed | None = None) -> None:
+    def __init__(self, packed: Packed | None = None, most_bytes: float = MOST_BYTES) -> None:
         self.values = self.bytes = self.needs_live = 0
+        self.most_bytes = most_bytes
         self.inner: list[Any] = []
         self.stacked: set[int] = set()
         self._packed: Packed = {} if packed is None else packed
@@ -151,7 +153,7 @@ class Packer:
     def _count(self, values: int, size: int) -> None:
         self.values += values
         self.bytes += size
-        if self.values > MOST_VALUES or self.bytes > MOST_BYTES:
+        if self.values > MOST_VALUES or self.bytes > self.most_bytes:
             raise Unpackable(f"more than {MOST_VALUES} values or {MOST_BYTES >> 20} MB")
 
     def _tensor(self, value: Tensor) -> Any:

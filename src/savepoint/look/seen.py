@@ -13,7 +13,7 @@ from savepoint.look.classes import is_library
 from savepoint.look.kinds import SCALARS, Unpackable, keys_of, values_of
 from savepoint.look.marks import mark
 from savepoint.look.overlaps import Extents, is_written_to
-from savepoint.look.pack import Packed, Packer, pack
+from savepoint.look.pack import MOST_BYTES, Packed, Packer, pack
 from savepoint.look.places import Path, Place, memory_of, storage_of
 
 _SMALL_VALUES = 1_000  # of what the first look keeps a copy
@@ -33,7 +33,8 @@ class Seen:
         alive: What was seen, so that no address is given to a second object while marks hold it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: float = MOST_BYTES) -> None:
+        self.most_bytes = most_bytes
         self.places: dict[Path, Place] = {}
         self.first: dict[int, Path] = {}
         self.weights: dict[int, Path] = {}
@@ -54,7 +55,7 @@ class Seen:
 
     def put_packed(self, path: Path, value: Any) -> None:
         """A tensor, an array, a generator: one value, though a large one."""
-        packer = Packer(self._packed)
+        packer = Packer(self._packed, self.most_bytes)
         try:
             packed = packer.pack(value)
         except Unpackable as error:
@@ -69,7 +70,7 @@ class Seen:
         Returns:
             Why it is none: what stands in it is no plain value, or there is too much of it.
         """
-        packer = Packer(self._packed)
+        packer = Packer(self._packed, self.most_bytes)
         try:
             packed = packer.pack(value)
         except Unpackable as error:

@@ -45,6 +45,7 @@ from savepoint.look.classes import (
 from savepoint.look.generators import is_generator
 from savepoint.look.kinds import has_notes, is_atom, is_raw, keys_of, values_of
 from savepoint.look.marks import mark
+from savepoint.look.pack import MOST_BYTES
 from savepoint.look.places import Path, Place, packed_path, path_below, storage_of
 from savepoint.look.seen import Seen, is_hidden_iterator, is_settled
 from savepoint.look.shared import ENTERED, IGNORED, ITSELF, GoneThrough, Shared
@@ -88,6 +89,7 @@ class Look(Seen):
         noted: Objects of a framework that are not entered: of these, only what the user's own code
             has written on them.
         before: Of an earlier look at the same training.
+        most_bytes: Of one attribute: above it, it is named and not saved.
 
     Attributes:
         objects: The class of each object that was entered.
@@ -101,8 +103,9 @@ class Look(Seen):
         persisted: Iterable[str],
         noted: Mapping[str, Any] = types.MappingProxyType({}),
         before: Before = Before(),  # noqa: B008 - it cannot be changed
+        most_bytes: float = MOST_BYTES,
     ) -> None:
-        super().__init__()
+        super().__init__(most_bytes)
         self.roots = {**roots, **noted}
         self.objects: dict[Path, type] = {}
         self.visited: set[Path] = set()

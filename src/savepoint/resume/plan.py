@@ -176,10 +176,10 @@ def _restored(source: Source, allow: Sequence[str]) -> str:
         parts.append(f"random states, metrics, place in the data{only}")
     best = source.manifest.get("best_score")
     parts += [f"best {source.manifest['monitor']} {best:.4f}"] if best is not None else []
-    return ", ".join(parts) + _inexact(source.manifest)
+    return ", ".join(parts) + inexact(source.manifest)
 
 
-def _inexact(manifest: Mapping[str, Any]) -> str:
+def inexact(manifest: Mapping[str, Any]) -> str:
     if manifest["exact"]:
         return ""
     unsaved = manifest.get("unsaved") or ["as Lightning resumes"]
