@@ -210,7 +210,7 @@ def test_a_model_without_a_test_is_evaluated_on_its_validation(
         (["RUN", "RUN"], "Two checkpoints"),
         (["RUN/none"], "Nothing there: RUN/none"),
         (["RUN", "--split", "all"], "all"),
-        (["RUN", "--data.batch_sise", "3"], "Did you mean data.batch_size?"),
+        (["RUN", "--data.batch_sise", "3"], "Did you mean data.batch_size"),
         (["RUN", "--dta.root", "x"], "Unknown flag: --dta.root"),
         (["RUN/run.json"], "Not a checkpoint of Savepoint: RUN/run.json"),
     ],

@@ -41,7 +41,7 @@ def test_the_rules_of_the_config_decide_and_each_file_is_told_with_its_reason(
         ("last.ckpt", ["stays", "the", "name", "of", "the", "newest"]),
         ("best.ckpt", ["stays", "the", "name", "of", "the", "best"]),
     ]
-    assert out.splitlines()[-1] == "Deleted 3 files, 0.03 MB."
+    assert out.splitlines()[-1] == "Deleted 3 files, 0.02 MB."
 
 
 @pytest.mark.parametrize(

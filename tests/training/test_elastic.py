@@ -16,12 +16,11 @@ from support.elastic_ranks import (
     SAMPLES,
     Model,
     Numbered,
-    main,
     steps,
     validated,
 )
 from support.ranks import run_ranks
-from support.small import SmallData, fit, one_thread, rows
+from support.small import SmallData, fit, rows
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -31,12 +30,16 @@ from savepoint.errors import ConfigError
 from savepoint.testing import difference, final_state
 
 
+@pytest.fixture(autouse=True)
+def alone_again() -> Iterator[None]:
+    """A training of one process has a group, which the tests after it would find."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def straight(directory: Path, ranks: int, kind: str) -> Path:
-    if ranks == 1:
-        with one_thread():
-            main(directory, 1, kind)
-    else:
-        run_ranks("elastic_ranks", ranks, directory, ranks, kind)
+    run_ranks("elastic_ranks", ranks, directory, ranks, kind)
     return directory
 
 
