@@ -130,12 +130,12 @@ def _a_save(number: int) -> None:
 
 
 def _a_seal(number: int) -> None:
-    from savepoint.checkpoint import manifest
+    from savepoint.checkpoint.archive import Archive
 
     _patch(
-        manifest,
-        "append",
-        lambda file, facts: facts.get("kind") == "federated" and facts["step"] == number,
+        Archive,
+        "seal",
+        lambda archive, facts: facts.get("kind") == "federated" and facts["step"] == number,
     )
 
 
