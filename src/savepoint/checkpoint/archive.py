@@ -1,8 +1,7 @@
 """How a checkpoint is written: torch's records, then the manifest and the seal, in one go.
 
-`manifest` says what the file looks like, and reads it. torch.save would write a zip archive of its
-own, which had to be read again and its end written twice; a sum before each part of a write costs a
-tenth of that.
+`manifest` says what the file looks like, and reads it. torch.save would end the archive itself: it
+had to be read again, and its end written a second time, to add the manifest and the seal.
 """
 
 import hashlib
