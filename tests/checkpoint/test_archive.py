@@ -61,7 +61,12 @@ def test_what_is_larger_than_a_field_of_zip_stands_in_a_wider_one(
     monkeypatch.setattr(archive, "_NUMBER_LIMIT", 3)
     path = written(tmp_path / "a.ckpt")
     assert path.stat().st_size > small
-    assert zipfile.ZipFile(path).testzip() is None
+    with zipfile.ZipFile(path) as found:
+        assert found.testzip() is None
+        wide = {record.filename for record in found.infolist() if record.extra[:2] == b"\1\0"}
+        assert "archive/data/2" in wide, "its size"
+        assert "archive/manifest.json" in wide, "its place"
+        assert "archive/data.pkl" not in wide
     assert same(torch.load(path, weights_only=True))
 
 
