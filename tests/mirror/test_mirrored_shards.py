@@ -28,16 +28,6 @@ def run_dir(tmp_path: Path) -> Path:
     return make_run(tmp_path / "outputs", steps=(10,))
 
 
-@pytest.fixture
-def cloud(tmp_path: Path) -> Path:
-    return tmp_path / "cloud"
-
-
-@pytest.fixture
-def url(cloud: Path) -> str:
-    return f"file://{cloud}"
-
-
 def there(cloud: Path, step: int) -> Path:
     return cloud / "first" / "checkpoints" / f"step-{step:08d}.ckpt"
 

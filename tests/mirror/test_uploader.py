@@ -32,16 +32,6 @@ def run_dir(tmp_path: Path) -> Path:
     return made
 
 
-@pytest.fixture
-def cloud(tmp_path: Path) -> Path:
-    return tmp_path / "cloud"
-
-
-@pytest.fixture
-def url(cloud: Path) -> str:
-    return f"file://{cloud}"
-
-
 def test_a_checkpoint_arrives_byte_for_byte_with_the_records_that_it_counts(
     run_dir: Path, cloud: Path, url: str
 ) -> None:
