@@ -76,7 +76,7 @@ FLOORS = [
     ["checkpoint.diagnosis", "checkpoint.seal", "checkpoint.crc", "lock", "record", "schedules"],
     ["mirror.remote", "federated.partition"],
     ["federated.federation", "federated"],
-    ["files", "preemption", "tail", "tree", "sharded.together", "sharded"],
+    ["files", "preemption", "tail", "elastic_ddp", "sharded.together", "sharded"],
     ["errors", "job", "words", "workspace", "checkpoint.promises"],
 ]
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from savepoint.checkpoint.saver import Saver
     from savepoint.checkpoint.store import Checkpoint, CheckpointStore, load
     from savepoint.commands import Parser
+    from savepoint.elastic_ddp import ElasticDDP
     from savepoint.files import replacing
     from savepoint.find import file_or_best
     from savepoint.loaders.batches import Batches
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from savepoint.preemption import Preempted, stoppable
     from savepoint.rebuilding import Rebuilt, rebuild
     from savepoint.run import Run
-    from savepoint.tree import ElasticDDP
     from savepoint.words import plural, table
 
 __version__ = "0.2.0"
@@ -36,7 +36,7 @@ _HOMES = {
     "CheckpointCallback": "checkpoint.callback",
     "CheckpointIO": "checkpoint.io",
     "CheckpointStore": "checkpoint.store",
-    "ElasticDDP": "tree",
+    "ElasticDDP": "elastic_ddp",
     "Parser": "commands",
     "Preempted": "preemption",
     "Rebuilt": "rebuilding",

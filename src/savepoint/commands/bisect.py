@@ -18,6 +18,7 @@ from savepoint.commands import output
 from savepoint.commands.replay import add_allow
 from savepoint.errors import ConfigError
 from savepoint.replay.side import KINDS, Keep, Part, Recorded, record
+from savepoint.replay.stretch import Pair, Stretch, choose
 from savepoint.run import Run
 from savepoint.words import plural, show
 
@@ -28,8 +29,6 @@ SHOWN = 12
 # Config and log of two runs are compared by themselves.
 OWN = ("config", "hyper_parameters", "datamodule_hyper_parameters", "logged_rows")
 
-Pair = tuple["Checkpoint", "Checkpoint"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in "ab":
@@ -37,27 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     python = "the interpreter that B is trained with: of another environment"
     parser.add_argument("--python", metavar="PATH", type=Path, help=python)
     add_allow(parser)
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """What is trained again.
-
-    Attributes:
-        begin: A checkpoint of each run: where they agree, or, with `anew`, whose config is that of
-            step 0.
-        step: The end, and `at`: the point there, where the runs have checkpoints of it: `end`.
-        parts: The parts of these that differ.
-        configs: In place of those of `begin`.
-    """
-
-    begin: Pair
-    step: int
-    at: str | None = None
-    end: Pair | None = None
-    anew: bool = False
-    parts: Sequence[str] = ()
-    configs: tuple[str | None, str | None] = (None, None)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -90,15 +68,14 @@ def _bisected(runs: Sequence[Run], arguments: argparse.Namespace) -> dict[str, A
 
     a, b = runs
     found: dict[str, Any] = {"a": a.directory, "b": b.directory, "equal": True, "notes": []}
-    sources = [
-        choice.load(run.store.checkpoints()[0].path) for run in runs
-    ]  # refuses what cannot be
+    # Refuses what cannot be replayed before anything is compared.
+    sources = [choice.load(run.store.checkpoints()[0].path) for run in runs]
     found["config"] = _configs(*(source.state for source in sources))
     agreed, differing, parts = _compared(a, b)
     row = _first_row(runs, agreed)
     found |= {"agree": agreed[-1][0].step if agreed else None, "row": row, "parts": parts}
     found["differ"] = differing[0].step if differing else None
-    stretch = _stretch(runs, agreed, differing, parts, replays=arguments.python is not None)
+    stretch = choose(runs, agreed, differing, parts, replays=arguments.python is not None)
     if stretch is None:
         found["equal"] = row is None
         return found
@@ -157,84 +134,6 @@ def _first_row(runs: Sequence[Run], agreed: Sequence[Pair]) -> dict[str, Any] | 
         skips = [find.load(one.path)[0].get("logged_rows") or 0 for one in agreed[0]]
     logs = [run.directory / "metrics.csv" for run in runs]
     return rows.compare(logs[0], skips[0], logs[1], skips[1]).differing
-
-
-def _stretch(
-    runs: Sequence[Run],
-    agreed: Sequence[Pair],
-    differing: Pair | None,
-    parts: Sequence[str],
-    *,
-    replays: bool,
-) -> Stretch | None:
-    """What is to be trained again; None where the checkpoints say that the runs are equal.
-
-    Args:
-        replays: Whether to train also where all of them agree.
-    """
-    lasts = [run.store.checkpoints()[-1] for run in runs]
-    step = differing[0].step if differing else min(one.step for one in lasts)
-    at = differing[0].manifest["at"] if differing else None
-    end = {"end": differing} if at in ("batch", "epoch") else {"end": None}
-    ends: dict[str, Any] = {"step": step, "at": at if end["end"] else None, "parts": parts} | end
-    if agreed:
-        begin = agreed[-1] if differing or agreed[-1][0].step < step else agreed[0]
-        if not differing and begin is agreed[0] and not replays and step == agreed[-1][0].step:
-            return None
-        if begin[0].step >= step:
-            return None
-        return _with_configs_of_resumes(runs, Stretch(begin, **ends))
-    for one, other in ((0, 1), (1, 0)):
-        origin = _origin(runs[one], runs[other])
-        if origin is not None and origin.step < step:
-            config = find.load(runs[other].store.checkpoints()[0].path)[0]["config"]
-            configs = (None, config) if other else (config, None)
-            return Stretch((origin, origin), configs=configs, **ends)
-    for run in runs:
-        _require_start(run)
-    firsts = [run.store.checkpoints()[0] for run in runs]
-    return Stretch((firsts[0], firsts[1]), anew=True, **ends)
-
-
-def _with_configs_of_resumes(runs: Sequence[Run], stretch: Stretch) -> Stretch:
-    """A run that was resumed at the beginning with another config is trained with that one."""
-    configs: list[str | None] = [None, None]
-    for number, run in enumerate(runs):
-        begin = stretch.begin[number]
-        if any(start["changed"] and start.get("step") == begin.step for start in run.starts()):
-            later = next(one for one in run.store.checkpoints() if one.step > begin.step)
-            configs[number] = find.load(later.path)[0]["config"]
-    return replace(stretch, configs=(configs[0], configs[1]))
-
-
-def _origin(run: Run, fork: Run) -> "Checkpoint | None":
-    """The checkpoint of a run from which the other one was forked."""
-    starts = fork.starts()
-    parent = (starts[0].get("parent") if starts else None) or {}
-    if run.id() is None or parent.get("id") != run.id():
-        return None
-    name = starts[0].get("checkpoint")
-    return next((one for one in run.store.checkpoints() if one.path.name == name), None)
-
-
-def _require_start(run: Run) -> None:
-    """Raises ConfigError where a run cannot be trained from step 0 again."""
-    starts = run.starts()
-    first: Mapping[str, Any] = starts[0] if starts else {}
-    program = Path((first.get("argv") or [""])[0]).name
-    why = ""
-    if not starts:
-        why = "it has no record of its start"
-    elif first.get("checkpoint"):
-        why = f"it began at {first['checkpoint']} of another run"
-    elif program == "resume.py":
-        why = "it began with a file of another program"
-    if why:
-        raise ConfigError(
-            f"No checkpoint in which the two agree, and {show(run.directory)} cannot be trained "
-            f"from step 0: {why}. Runs that agree somewhere were expected. To see what differs: "
-            "python -m savepoint diff A B"
-        )
 
 
 def _notes(runs: Sequence[Run], stretch: Stretch, arguments: argparse.Namespace) -> Iterator[str]:

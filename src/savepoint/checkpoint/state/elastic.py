@@ -20,10 +20,10 @@ from lightning.pytorch.callbacks import (
 
 from savepoint.checkpoint.promises import SAME_BITS, SAME_SAMPLES
 from savepoint.checkpoint.state.loops import train_loaders
+from savepoint.elastic_ddp import ElasticDDP
 from savepoint.errors import ConfigError
 from savepoint.loaders.position import Resumable
 from savepoint.loaders.randomness import derive
-from savepoint.tree import ElasticDDP
 from savepoint.words import plural
 
 # What a point's random numbers derive from, besides the seed and its own number.
