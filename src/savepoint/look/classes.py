@@ -9,7 +9,7 @@ import os
 import sys
 import sysconfig
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,7 @@ from torchmetrics import Metric, MetricCollection
 _FRAMEWORK = ("lightning.", "lightning_fabric.", "pytorch_lightning.", "savepoint.")
 _FRAMEWORK_CLASSES = (nn.Module, Metric, Optimizer, DataLoader, object)
 _OPEN = "lightning.pytorch.callbacks."  # its concrete classes keep state that no state_dict has
+_STORE_ATTR = dis.opmap["STORE_ATTR"]
 _CALLBACK = "lightning.pytorch.callbacks.callback"
 _PARTS = ("fget", "fset", "__func__", "func")  # of properties, methods, cached properties
 # Caches, and what metric states bring along by themselves. Of these classes only: a user's own
@@ -56,9 +57,15 @@ def assigned_by_frameworks(kind: type) -> frozenset[str]:
     for base in kind.__mro__:
         framework = base.__module__.startswith(_FRAMEWORK) or base in _FRAMEWORK_CLASSES
         if framework and (not base.__module__.startswith(_OPEN) or base.__module__ == _CALLBACK):
-            names |= set(inspect.get_annotations(base))
-            for function in functions_of(base):
-                names |= set(_assigned(function.__code__))
+            names |= _assigned_by(base)
+    return frozenset(names)
+
+
+@functools.cache
+def _assigned_by(base: type) -> frozenset[str]:
+    names = set(inspect.get_annotations(base))
+    for function in functions_of(base):
+        names.update(_assigned(function.__code__))
     return frozenset(names)
 
 
@@ -92,7 +99,7 @@ def _assigned(
     """Of `self` alone: `parameter.data = ...` in a framework's code is no reason to leave out a
     user's `self.data`.
     """
-    for before, instruction in itertools.pairwise(dis.get_instructions(code)):
+    for before, instruction in itertools.pairwise(_instructions(code)):
         of_self = before.opname.startswith(loads) and _last(before.argval) == "self"
         if instruction.opname == "STORE_ATTR" and of_self:
             yield instruction.argval
@@ -100,6 +107,11 @@ def _assigned(
         # An inner class has another `self`, an inner function this one.
         if isinstance(constant, types.CodeType):
             yield from _assigned(constant, ("LOAD_DEREF",))
+
+
+def _instructions(code: types.CodeType) -> Iterable[dis.Instruction]:
+    """None where it assigns no attribute: most code does not, and `dis` takes its time."""
+    return dis.get_instructions(code) if _STORE_ATTR in code.co_code[::2] else ()
 
 
 def _last(loaded: Any) -> Any:
@@ -122,7 +134,7 @@ def names_in(code: types.CodeType) -> frozenset[str]:
 def stored_by(code: types.CodeType) -> frozenset[str]:
     """The attributes that a function writes, of whatever object."""
     inner = [stored_by(part) for part in code.co_consts if isinstance(part, types.CodeType)]
-    own = [one.argval for one in dis.get_instructions(code) if one.opname == "STORE_ATTR"]
+    own = [one.argval for one in _instructions(code) if one.opname == "STORE_ATTR"]
     texts = code.co_consts if "setattr" in code.co_names else ()
     return frozenset(own).union([text for text in texts if type(text) is str], *inner)
 
