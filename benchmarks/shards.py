@@ -1,5 +1,6 @@
 """A save of a state that is spread over ranks (FSDP2): each writes its shard, against the first one
-gathering all of it for one file, and against that one file alone, as under DDP.
+gathering all of it for one file, and against that one file alone, as under DDP; and what the ranks
+of DDP share out.
 
 python benchmarks/shards.py
 python benchmarks/shards.py --megabytes 900 --ranks 2 4 --rounds 5
@@ -22,13 +23,13 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from savepoint.checkpoint import store
+from savepoint.checkpoint import format, store
 from savepoint.sharded import pieces, saving
 from savepoint.sharded.together import Ranks
 from savepoint.words import table
 
 TENSORS = 24
-HOW = ("shards", "gathered for one file", "one file of the first rank")
+HOW = ("shards", "gathered for one file", "shared out (DDP)", "one file of the first rank")
 
 
 def spread_state(mesh: DeviceMesh, megabytes: float) -> dict[str, Any]:
@@ -55,11 +56,16 @@ def measure(rank: int, ranks: int, folder: Path, megabytes: float, rounds: int, 
     state = spread_state(init_device_mesh("cpu", (ranks,)), megabytes)
     together = Ranks()
     facts = {"step": 1, "world_size": ranks}
-    whole = pieces.whole(state, keep=rank == 0) if how == HOW[2] else None
+    whole = pieces.whole(state, keep=rank == 0 or how == HOW[2]) if how in HOW[2:] else None
 
     def save(path: Path) -> None:
         if how == HOW[0]:
             saving.save(together, path, state, {}, facts)
+            return
+        if how == HOW[2]:
+            tensors = [leaf for _, leaf in format.leaves(whole) if isinstance(leaf, torch.Tensor)]
+            parts = saving.split(together, whole or {}, {}, tensors)
+            saving.write(together, path, parts, facts)
             return
         kept = whole
         if how == HOW[1]:

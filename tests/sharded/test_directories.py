@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoint_files import names, small_state
+from support.pretended import together
 from support.shards import flip, in_store, write_halves
 
 from savepoint import files
-from savepoint.checkpoint import manifest, store
+from savepoint.checkpoint import format, manifest, store
 from savepoint.checkpoint.format import fingerprint
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.store import CheckpointStore
@@ -20,6 +21,8 @@ from savepoint.errors import (
     CheckpointNotFoundError,
     CheckpointSaveError,
 )
+from savepoint.sharded import saving
+from savepoint.sharded.together import Ranks
 
 STEP = "step-00000030.ckpt"
 
@@ -32,6 +35,30 @@ def test_put_together_it_is_the_state_that_one_process_would_have_saved(tmp_path
     assert [one["rng"]["torch"].tolist() for one in others] == [[1] * 5]
     assert facts["step"] == 30
     assert state["optimizer"] is state["optimizer_states"][0]
+
+
+def test_what_every_rank_holds_whole_is_written_once_and_shared_out(tmp_path: Path) -> None:
+    sizes = {"weight": 50, "bias": 20, "head": 30}
+    whole = {name: torch.arange(size).reshape(2, -1).T for name, size in sizes.items()}
+
+    def save(ranks: Ranks) -> None:
+        weights = {name: tensor.clone() for name, tensor in whole.items()}
+        mean = torch.tensor([float(ranks.rank)])  # a buffer: that of the first rank counts
+        state = {"state_dict": {**weights, "mean": mean}}
+        own = {"rng": ranks.rank}
+        parts = saving.split(ranks, state, own, weights.values())
+        saving.write(ranks, tmp_path / STEP, parts, {"step": 30, "world_size": 2})
+
+    together(tmp_path, 2, save)
+    shards = [format.decode(tmp_path / STEP / f"shard-{rank:05d}.ckpt") for rank in range(2)]
+    held = [sorted(key.removeprefix("state_dict.") for key in one["pieces"]) for one in shards]
+    assert held == [["weight"], ["bias", "head"]]
+    state, _ = store.load(tmp_path / STEP)
+    for name, tensor in whole.items():
+        loaded = state["state_dict"][name]
+        assert torch.equal(loaded, tensor)
+        assert loaded.stride() == tensor.stride()
+    assert state["state_dict"]["mean"].tolist() == [0.0]
 
 
 def test_without_its_shards_it_says_the_shapes(tmp_path: Path) -> None:

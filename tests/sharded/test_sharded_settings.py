@@ -8,7 +8,7 @@ import pytest
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from support.checkpoint_files import names
 from support.run_dirs import make_run, say
 from support.shards import flip, in_store
@@ -30,6 +30,7 @@ Capture = pytest.CaptureFixture[str]
 def trainer(strategy: type[Any], *callbacks: Any) -> Any:
     return SimpleNamespace(
         strategy=object.__new__(strategy),
+        world_size=2,
         callbacks=list(callbacks),
         lightning_module=SmallModel(),
     )
@@ -41,10 +42,11 @@ def refusal(saving: CheckpointCallback, trainer: Any) -> str:
     return str(refused.value)
 
 
-def test_shards_are_refused_where_each_rank_has_all_of_the_model() -> None:
-    said = refusal(CheckpointCallback(sharded=True), trainer(DDPStrategy))
-    assert said.startswith("Nothing is sharded: checkpoint.sharded is true")
-    CheckpointCallback()._refuse_with_shards(trainer(DDPStrategy))
+def test_shards_are_refused_where_nothing_is_known_of_what_the_ranks_hold() -> None:
+    said = refusal(CheckpointCallback(sharded=True), trainer(SingleDeviceStrategy))
+    assert said.startswith("Nothing is known to share out: checkpoint.sharded is true")
+    CheckpointCallback()._refuse_with_shards(trainer(SingleDeviceStrategy))
+    CheckpointCallback(sharded=True)._refuse_with_shards(trainer(DDPStrategy))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,17 @@ class Hooked(SmallModel):
         self.seen += 1
 
 
+class Adam(SmallModel):
+    """With batch norm: its buffers differ from rank to rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.insert(1, nn.BatchNorm1d(self.net[0].out_features))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
 class Reduced(SmallModel):
     def on_fit_start(self) -> None:
         self.trainer.strategy.model.register_comm_hook(None, allreduce_hook)
@@ -78,6 +89,8 @@ KINDS: dict[str, tuple[type[SmallModel], dict[str, Any]]] = {
     "unused parameters": (Unused, {"find_unused_parameters": True}),
     "a static graph": (SmallModel, {"static_graph": True}),
     "buckets as gradients": (SmallModel, {"gradient_as_bucket_view": True}),
+    "shards": (Adam, {"sharded": True}),
+    "shards in a thread": (Adam, {"sharded": True, "async_save": True}),
 }
 
 
@@ -89,13 +102,14 @@ def main(directory: Path, ranks: int, kind: str, every: int) -> None:
     model, flags = KINDS[kind]
     flags = dict(flags)
     accumulate = flags.pop("accumulate_grad_batches", 1)
+    saving = {name: flags.pop(name) for name in ("sharded", "async_save") if name in flags}
 
     def train(directory: Path, **arguments: Any) -> Trainer:
         given = {"max_epochs": 2, "devices": ranks, "accumulate_grad_batches": accumulate}
         given |= {"strategy": DDPStrategy(**flags), **arguments}
         return fit(directory, model=model, data=small_data, **given)
 
-    write_differences(directory, every, train)
+    write_differences(directory, every, train, **saving)
 
 
 if __name__ == "__main__":

@@ -104,22 +104,30 @@ def state_of(rank: int, ranks: int, replicas: int) -> State:
 
 def saved(path: Path, ranks: int, replicas: int = 1) -> Meeting:
     """One save of a checkpoint by so many ranks."""
-    meeting = Meeting(ranks)
+
+    def save(one: Ranks) -> None:
+        own = {"rng": bytes(5000)}  # about as large as a rank's random states
+        facts = {"step": 1, "epoch": 0, "world_size": ranks}
+        saving.save(one, path, state_of(one.rank, ranks, replicas), own, facts)
+
+    return together(path.parent, ranks, save)
+
+
+def together(directory: Path, number: int, save: Callable[[Ranks], None]) -> Meeting:
+    """`save` on each of so many ranks; what they do in `directory` is counted."""
+    meeting = Meeting(number)
     failures: list[BaseException] = []
 
     def work(rank: int) -> None:
         meeting.here.rank = rank
         try:
-            own = {"rng": bytes(5000)}  # about as large as a rank's random states
-            facts = {"step": 1, "epoch": 0, "world_size": ranks}
-            state = state_of(rank, ranks, replicas)
-            saving.save(Pretended(rank, meeting), path, state, own, facts)
+            save(Pretended(rank, meeting))
         except BaseException as error:  # noqa: BLE001 - of a thread: it is raised below
             failures.append(error)
             meeting.barrier.abort()
 
-    with watched(path.parent, meeting.see):
-        _in_threads(ranks, work)
+    with watched(directory, meeting.see):
+        _in_threads(number, work)
     for error in failures:
         raise error
     return meeting

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -66,8 +67,8 @@ class CheckpointCallback(Checkpoint):
         mirror_keep_best: Best checkpoints to keep in the mirror.
         mirror_grace_secs: Seconds that the end of a run waits for the last upload.
         sharded: Whether each rank writes its part of a checkpoint, which is a directory then: auto,
-            where the strategy spreads the state over the ranks (ModelParallelStrategy); false
-            gathers it for one file.
+            where the strategy spreads the state over the ranks (ModelParallelStrategy); true, under
+            DDP as well; false gathers it for one file.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class CheckpointCallback(Checkpoint):
             trainer.strategy.checkpoint_io = CheckpointIO(async_save=self.async_save)
         trainer.strategy.checkpoint_io.store = self.store
         known = self.saver.sharding
-        if ranks.is_spread(trainer) and (known is None or known.trainer is not trainer):
+        if self._saves_together(trainer) and (known is None or known.trainer is not trainer):
             self.saver.sharding = Sharding(trainer, in_parts=self.sharded is not False)
         load_last(trainer, self.store)
         if stage != "fit":
@@ -172,6 +173,10 @@ class CheckpointCallback(Checkpoint):
             in_parts = self.saver.sharding is not None and self.saver.sharding.in_parts
             self.saver.training = TrainingState(trainer, in_parts=in_parts)
 
+    def _saves_together(self, trainer: Trainer) -> bool:
+        """Whether all ranks write a checkpoint, not the first one alone."""
+        return ranks.is_spread(trainer) or (self.sharded is True and trainer.world_size > 1)
+
     def _refuse_lone_mirror(self, trainer: Trainer) -> None:
         if self.mirroring and self.saver.committed is None and trainer.is_global_zero:
             raise ConfigError(
@@ -182,11 +187,12 @@ class CheckpointCallback(Checkpoint):
     def _refuse_with_shards(self, trainer: Trainer) -> None:
         """Raises ConfigError for what goes with no strategy that spreads the state over ranks."""
         if not ranks.is_spread(trainer):
-            if self.sharded is True:
+            known = isinstance(trainer.strategy, DDPStrategy) or trainer.world_size == 1
+            if self.sharded is True and not known:
                 raise ConfigError(
-                    f"Nothing is sharded: checkpoint.sharded is true, and trainer.strategy is "
-                    f"{type(trainer.strategy).__name__}, which keeps all of the model on each "
-                    "rank. Such a checkpoint is one file. Leave it at auto."
+                    f"Nothing is known to share out: checkpoint.sharded is true, and "
+                    f"trainer.strategy is {type(trainer.strategy).__name__}. Expected DDP, whose "
+                    "ranks hold the same, or ModelParallelStrategy. Leave it at auto."
                 )
             return
         refused = {
@@ -254,7 +260,7 @@ class CheckpointCallback(Checkpoint):
         start.load_in_precision(trainer, pl_module, checkpoint)
         if checkpoint.get("at") and self.training:
             self.training.load(checkpoint)
-            if self.saver.sharding is not None:
+            if ranks.is_spread(trainer):
                 self.training.prepare_late()
         if self.saver.sharding is not None:
             self.saver.sharding.load_optimizers(checkpoint)

@@ -3,7 +3,8 @@
 A state is what `state_dict` of the module and of the optimizers give, with DTensors in it. In
 common.ckpt an empty tensor of the same shape stands for each (on the device `meta`, which has no
 bytes); the shards hold the parts, by the place in the state and the offset in the whole. So the
-whole, put together, is the state that one process would have saved.
+whole, put together, is the state that one process would have saved. Tensors that all ranks hold
+whole, under DDP, may be shared out among the shards.
 """
 
 import copy
@@ -27,8 +28,13 @@ _OF_PARAMETER = re.compile(r"optimizer_states\[(\d+)\]\.state\.(\d+)\.")
 Replacing = dict[int, Any]
 
 
-def split(state: Mapping[str, Any]) -> tuple[Replacing, dict[str, Any]]:
+def split(
+    state: Mapping[str, Any], rank: int = 0, writers: Mapping[int, int] | None = None
+) -> tuple[Replacing, dict[str, Any]]:
     """What stands for each DTensor of `state`, for `replaced`; and this rank's parts of them.
+
+    Args:
+        writers: As `shared_out` gives them: these tensors go into shards too, each of them whole.
 
     Raises:
         CheckpointContentError: a tensor of which each rank holds a summand.
@@ -37,12 +43,22 @@ def split(state: Mapping[str, Any]) -> tuple[Replacing, dict[str, Any]]:
     pieces: dict[str, Tensor] = {}
     places: dict[str, list[int]] = {}
     copies: dict[int, Tensor] = {}
-    spread = [(key, leaf) for key, leaf in format.leaves(state) if isinstance(leaf, DTensor)]
-    for number, (key, leaf) in enumerate(spread):
+    shared = writers or {}
+    in_shards = [
+        (key, leaf)
+        for key, leaf in format.leaves(state)
+        if isinstance(leaf, DTensor) or id(leaf) in shared
+    ]
+    for number, (key, leaf) in enumerate(in_shards):
         offsets = _offsets(key, leaf)
-        stands[id(leaf)] = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
         part = local(leaf)
-        if not part.numel() or not _is_the_writer(number, leaf):
+        if isinstance(leaf, DTensor):
+            stands[id(leaf)] = torch.empty(leaf.shape, dtype=leaf.dtype, device="meta")
+            writes = _is_the_writer(number, leaf)
+        else:
+            stands[id(leaf)] = torch.empty_like(leaf, device="meta")
+            writes = shared[id(leaf)] == rank
+        if not part.numel() or not writes:
             continue
         if part.untyped_storage().nbytes() != part.nbytes:
             # A view of a larger buffer, all of which would be written.
@@ -50,6 +66,20 @@ def split(state: Mapping[str, Any]) -> tuple[Replacing, dict[str, Any]]:
         pieces[key] = part
         places[key] = offsets
     return stands, {"pieces": pieces, "places": places}
+
+
+def shared_out(tensors: Iterable[Tensor], number: int) -> dict[int, int]:
+    """id -> the rank that writes it, of tensors that each of `number` ranks holds whole: the
+    largest first, each by the rank that has the fewest bytes to write.
+    """
+    loads = [0] * number
+    writers: dict[int, int] = {}
+    for tensor in sorted(tensors, key=lambda one: -one.nbytes):
+        if id(tensor) not in writers:
+            rank = loads.index(min(loads))
+            loads[rank] += tensor.nbytes
+            writers[id(tensor)] = rank
+    return writers
 
 
 def replaced(tree: Any, by: Replacing) -> Any:
@@ -80,7 +110,9 @@ def whole(state: Any, *, keep: bool) -> Any:
     return replaced(state, gathered) if keep else None
 
 
-def _offsets(key: str, tensor: DTensor) -> list[int]:
+def _offsets(key: str, tensor: Tensor) -> list[int]:
+    if not isinstance(tensor, DTensor):
+        return [0] * tensor.dim()
     if any(placement.is_partial() for placement in tensor.placements):
         raise CheckpointContentError(
             f"A checkpoint cannot hold this value: {key} is a DTensor of which each rank holds a "
@@ -165,7 +197,7 @@ def assembled(path: Path, facts: Mapping[str, Any], state: Mapping[str, Any]) ->
     found: Replacing = {}
     for key, leaf in format.leaves(state):
         if isinstance(leaf, Tensor) and leaf.is_meta:
-            found[id(leaf)] = torch.empty(leaf.shape, dtype=leaf.dtype)
+            found[id(leaf)] = torch.empty_like(leaf, device="cpu")
             shards.read(key, found[id(leaf)], [0] * leaf.dim())
     result: dict[str, Any] = replaced(state, found)
     return result
@@ -204,7 +236,7 @@ def placed(
         if isinstance(like, DTensor) and (like.shape == leaf.shape or leaf.is_meta):
             found[id(leaf)] = _part_like(like, key, leaf, shards)
         elif leaf.is_meta and shards is not None and not _OF_PARAMETER.match(key):
-            found[id(leaf)] = torch.empty(leaf.shape, dtype=leaf.dtype)
+            found[id(leaf)] = torch.empty_like(leaf, device="cpu")
             shards.read(key, found[id(leaf)], [0] * leaf.dim())
     result: dict[str, Any] = replaced(state, found) if found else dict(state)
     return result

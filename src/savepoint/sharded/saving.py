@@ -12,9 +12,11 @@ one step: before it the old shards count, after it the new ones.
 
 import contextlib
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from savepoint import files
 from savepoint.checkpoint import manifest, store
@@ -36,14 +38,21 @@ def save(
     write(ranks, path, split(ranks, state, own), facts, room)
 
 
-def split(ranks: Ranks, state: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def split(
+    ranks: Ranks,
+    state: Mapping[str, Any],
+    own: Mapping[str, Any],
+    held_by_all: Iterable[Tensor] = (),
+) -> dict[str, Any]:
     """What this rank writes, for `write`.
 
     Args:
         state: The same on all ranks, but for their parts of each DTensor.
         own: What this rank alone has; of the first one it is in `state`.
+        held_by_all: Those of its tensors that each rank holds whole and that the ranks share out.
     """
-    stands, shard = pieces.split(state)
+    writers = pieces.shared_out(held_by_all, ranks.number)
+    stands, shard = pieces.split(state, ranks.rank, writers)
     shard["own"] = pieces.replaced(own, stands)
     common = pieces.replaced(state, stands) if ranks.rank == 0 else {}
     return {"common": common, "shard": shard}

@@ -1,5 +1,6 @@
-"""Lightning's strategy that saves and loads as we do: `ModelParallelStrategy`, which writes past
-every CheckpointIO.
+"""Lightning's strategies whose ranks save together: `ModelParallelStrategy`, which writes past
+every CheckpointIO, saves and loads as we do; and, where that is asked for, DDP's ranks share out
+what each of them holds. What these have saved is loaded as any checkpoint is.
 
 States are what `state_dict` of the module and of the optimizers give, DTensors included: weights by
 their names and states of optimizers by their numbers, as in a file of one process. That of
@@ -11,17 +12,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from savepoint.checkpoint import manifest, store
+from savepoint.checkpoint import format, manifest, store
 from savepoint.checkpoint.io import CheckpointIO
+from savepoint.checkpoint.state.ranks import is_spread
 from savepoint.sharded import pieces, saving
 from savepoint.sharded.together import Ranks
 
 
 class Sharding:
-    """How one Trainer's `ModelParallelStrategy` saves and loads, until its process ends.
+    """How one Trainer's strategy saves and loads, until its process ends.
 
     Args:
         in_parts: Whether each rank writes its part; else the first one writes all of it in one
@@ -33,9 +38,12 @@ class Sharding:
         self.in_parts = in_parts
         self.ranks = Ranks()
         strategy: Any = trainer.strategy
+        strategy.save_checkpoint = self._save
+        self.is_spread = is_spread(trainer)
+        if not self.is_spread:
+            return
         strategy.lightning_module_state_dict = lambda: self._module.state_dict()
         strategy.optimizer_state = lambda optimizer: optimizer.state_dict()
-        strategy.save_checkpoint = self._save
         strategy.load_checkpoint = self._load
         strategy.load_model_state_dict = self._load_weights
 
@@ -63,7 +71,7 @@ class Sharding:
         own = checkpoint.pop("own", {})
         path, state, facts = self._io.ready(checkpoint, filepath, storage_options)
         room = self._io.store_of(path, facts)
-        parts = saving.split(self.ranks, state, own)
+        parts = saving.split(self.ranks, state, own, self._held_by_all(state))
         if not self._io.async_save:
             saving.write(self.ranks, path, parts, facts, room)
             return
@@ -72,6 +80,31 @@ class Sharding:
         # this one by then: no two threads of a rank are in a collective of this group.
         self.ranks.together(lambda: copies.append(self._io.copied(parts)))
         self._io.write_later(lambda: saving.write(self.ranks, path, copies[0], facts, room))
+
+    def _held_by_all(self, state: Mapping[str, Any]) -> list[Tensor]:
+        """Weights and the optimizers' states, which DDP keeps equal. It does not keep buffers so:
+        those of the first rank count.
+        """
+        strategy: Any = self.trainer.strategy
+        if self.is_spread or strategy._model_averaging_period is not None:
+            return []
+        ignored = getattr(self._module, "_ddp_params_and_buffers_to_ignore", ())
+        names = {f"state_dict.{name}" for name, _ in self._module.named_parameters()}
+        names -= {f"state_dict.{name}" for name in ignored}
+        optimizers = [] if ignored else self.trainer.optimizers
+        places = tuple(
+            f"optimizer_states[{number}].state."
+            for number, one in enumerate(optimizers)
+            if not isinstance(one, ZeroRedundancyOptimizer)
+        )
+        return [
+            leaf
+            for key, leaf in format.leaves(state)
+            if (key in names or key.startswith(places))
+            and isinstance(leaf, Tensor)
+            and leaf.layout == torch.strided
+            and torch.empty_like(leaf, device="meta").stride() == leaf.stride()
+        ]
 
     def _load(self, checkpoint_path: Path | str, weights_only: bool | None = None) -> Any:
         """The checkpoint with this rank's part of each tensor; a whole file too."""
@@ -104,7 +137,11 @@ class Sharding:
         return state | pieces.placed(weights, shards, self._module.state_dict())
 
     def load_optimizers(self, checkpoint: Mapping[str, Any]) -> None:
-        """Lightning leaves these to the strategy, before callbacks have added groups to them."""
+        """Lightning leaves these to a strategy that spreads the model, before callbacks have added
+        groups to them.
+        """
+        if not self.is_spread:
+            return
         states = checkpoint.get("optimizer_states", [])
         for optimizer, state in zip(self.trainer.optimizers, states, strict=False):
             optimizer.load_state_dict(state)
