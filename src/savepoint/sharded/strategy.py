@@ -20,7 +20,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from savepoint.checkpoint import format, manifest, store
 from savepoint.checkpoint.io import CheckpointIO
-from savepoint.checkpoint.state.ranks import is_spread
+from savepoint.checkpoint.state.ranks import hold_the_same, is_spread
 from savepoint.sharded import pieces, saving
 from savepoint.sharded.together import Ranks
 
@@ -85,8 +85,7 @@ class Sharding:
         """Weights and the optimizers' states, which DDP keeps equal. It does not keep buffers so:
         those of the first rank count.
         """
-        strategy: Any = self.trainer.strategy
-        if self.is_spread or strategy._model_averaging_period is not None:
+        if not hold_the_same(self.trainer):
             return []
         ignored = getattr(self._module, "_ddp_params_and_buffers_to_ignore", ())
         names = {f"state_dict.{name}" for name, _ in self._module.named_parameters()}

@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -108,6 +113,14 @@ def _tensor_parallel_size(trainer: Trainer) -> int:
 def is_spread(trainer: Trainer) -> bool:
     """Whether the strategy spreads the state over the ranks, as DTensors."""
     return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def hold_the_same(trainer: Trainer) -> bool:
+    """Whether the ranks have equal weights after each step: not where DDP averages them now and
+    then.
+    """
+    strategy = trainer.strategy
+    return isinstance(strategy, DDPStrategy) and strategy._model_averaging_period is None
 
 
 def gathered(trainer: Trainer, own: Any) -> list[Any]:
