@@ -14,9 +14,9 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -27,6 +27,8 @@ import pytest
 import torch
 from support.checkpoint_files import facts, names, small_state
 from support.file_calls import Call, watched
+from support.forked import Program
+from support.limits import LONGER_SECS
 
 from savepoint import run
 from savepoint.checkpoint import manifest
@@ -464,11 +466,10 @@ def undisturbed(scenario: Scenario, directory: Path, said: Path, seen: Path) -> 
 
 
 def results(program: str, folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "-W", "ignore", __file__, program, folder]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    command = ["tests/faults/test_crash_points.py", program, str(folder)]
+    with Program(command, folder / "log") as process:
+        assert process.wait(LONGER_SECS) == 0, process.said
+    found: dict[str, Any] = json.loads((folder / "found.json").read_text())
     for name, result in found.items():
         print(f"{name}: {result['counts']}, {len(result['failures'])} wrong")
     return found
@@ -496,17 +497,13 @@ def test_wherever_a_process_dies_or_a_call_fails_a_checkpoint_is_left(
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     if sys.argv[1] != "store":
         from support import small  # noqa: F401 - once, not in each fork
     run._git = lambda: None  # type: ignore[assignment]  # two processes a start
     os.fsync = lambda _: None  # counted, but not done: what a dead process wrote, the next one sees
     folder = Path(sys.argv[2])
-    print(
-        json.dumps(
-            {
-                name: enumerate_points(scenario, folder)
-                for name, scenario in PROGRAMS[sys.argv[1]].items()
-            }
-        )
-    )
+    found = {
+        name: enumerate_points(scenario, folder) for name, scenario in PROGRAMS[sys.argv[1]].items()
+    }
+    (folder / "found.json").write_text(json.dumps(found))

@@ -1,30 +1,24 @@
 """Ranks that save together: one is killed, or finds its disk full."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.forked import Program
 from support.limits import HANG_SECS
-from support.ranks import TESTS
 
 
 def scenario(name: str, work: Path, ranks: int, times: int = 1, seed: int = 1) -> dict[str, Any]:
-    command = ["-m", "support.forked_ranks", name, str(work / "checkpoints"), ranks, times, seed]
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=os.environ | TESTS | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=HANG_SECS + 5 * times,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    words = [name, work / "checkpoints", ranks, times, seed]
+    command = ["tests/support/forked_ranks.py", *map(str, words)]
+    with Program(command, work / "log", OMP_NUM_THREADS="1") as program:
+        code = program.wait(HANG_SECS + 5 * times)
+        said = program.said[-3000:]
+    assert code == 0, said
+    found: dict[str, Any] = json.loads((work / "found.json").read_text())
     print(found)
-    return found | {"said": done.stderr[-3000:]}
+    return found | {"said": said}
 
 
 def test_a_full_disk_on_one_rank_fails_the_save_on_all_and_the_next_one_succeeds(

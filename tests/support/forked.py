@@ -87,9 +87,9 @@ class Program:
         self._process.kill()
         self._process.join()
 
-    def wait(self) -> int:
+    def wait(self, secs: float = HANG_SECS) -> int:
         """Its exit code."""
-        self._process.join(HANG_SECS)
+        self._process.join(secs)
         if self.runs:
             self.kill()
             raise AssertionError(f"It does not end. {self.said}")

@@ -3,7 +3,7 @@ a start takes a tenth of a second. See test_failing_ranks.py.
 
 python -m support.forked_ranks SCENARIO DIRECTORY RANKS TIMES SEED
 
-Prints what it found as JSON, in its last line.
+What it found is left in found.json beside DIRECTORY.
 """
 
 import errno
@@ -429,7 +429,8 @@ SCENARIOS = {
 
 def main(scenario: str, directory: Path, ranks: int, times: int, seed: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    print(json.dumps(SCENARIOS[scenario](directory, ranks, times, seed)))
+    found = SCENARIOS[scenario](directory, ranks, times, seed)
+    (directory.parent / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

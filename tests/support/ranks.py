@@ -1,39 +1,32 @@
-"""A module of this package as several processes of one training on the CPU."""
+"""A module of this package as several processes of one training on the CPU, forked from one that
+has imported everything.
+"""
 
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
-from support.limits import HANG_SECS
+from support.forked import Program
 from support.programs import ROOT
 
 TESTS = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
 
 
-def start_ranks(module: str, ranks: int, *arguments: object) -> list[subprocess.Popen[str]]:
+def run_ranks(module: str, ranks: int, directory: Path, *arguments: object) -> None:
+    """The module's first argument is the directory, which gets a log of each rank too."""
+    directory.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free.getsockname()[1]),
-            "OMP_NUM_THREADS": "1",
-        }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", f"support.{module}", *map(str, arguments)],
-            env=os.environ | TESTS | address | {"LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
-        )
+        port = str(free.getsockname()[1])
+    command = [f"tests/support/{module}.py", str(directory), *map(str, arguments)]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    programs = [
+        Program(command, directory / f"rank-{rank}.log", LOCAL_RANK=str(rank), **address)
         for rank in range(ranks)
-    ]  # fmt: skip
-
-
-def run_ranks(module: str, ranks: int, *arguments: object) -> None:
-    processes = start_ranks(module, ranks, *arguments)
-    said = [process.communicate(timeout=HANG_SECS)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(said)
+    ]
+    ended = [program.wait() for program in programs]
+    assert ended == [0] * ranks, "\n".join(program.said for program in programs)
 
 
 def differences(
