@@ -37,13 +37,15 @@ def printable(text: str) -> str:
     """The text with every unprintable character escaped (in a file's name, say), so that none acts
     on a terminal.
     """
-    return "\n".join("".join(map(_escaped, line)) for line in text.split("\n"))
+    return "\n".join(map(_escaped, text.split("\n")))
 
 
-def _escaped(letter: str) -> str:
-    if letter.isprintable():
-        return letter
-    return letter.encode("unicode_escape", "surrogatepass").decode()
+def _escaped(text: str) -> str:
+    if text.isprintable():
+        return text
+    if len(text) > 1:
+        return "".join(map(_escaped, text))
+    return text.encode("unicode_escape", "surrogatepass").decode()
 
 
 class Table(str):

@@ -174,11 +174,12 @@ class CheckpointStore:
         """The best by `monitor`, from the metrics that each manifest holds; a tie keeps the earlier
         one.
         """
-        return self._best(self.checkpoints(), monitor, mode)
+        return self.best_of(self.checkpoints(), monitor, mode)
 
-    def _best(
+    def best_of(
         self, listed: Sequence[Checkpoint], monitor: str | None = None, mode: Mode | None = None
     ) -> Checkpoint | None:
+        """As `best`, of checkpoints that were listed before."""
         monitor, mode = self._ranking(listed, monitor, mode)
         first = next(iter(retention.ranked(_facts(listed, monitor), mode)), None)
         return next((one for one in listed if first and one.step == first.step), None)
@@ -345,7 +346,7 @@ class CheckpointStore:
         everything = sorted([*listed, *([upcoming] if upcoming else [])], key=lambda one: one.step)
         monitor, mode = self._ranking(everything, None, None)
         kept = set(retention.reasons(_facts(everything, monitor), self.retention, mode))
-        kept |= {one.step for one in (*listed[-1:], self._best(listed, monitor, mode)) if one}
+        kept |= {one.step for one in (*listed[-1:], self.best_of(listed, monitor, mode)) if one}
         return [one for one in listed if one.step not in kept]
 
     def _delete(self, checkpoints: Sequence[Checkpoint]) -> list[Path]:
@@ -355,7 +356,7 @@ class CheckpointStore:
         return [one.path for one in checkpoints]
 
     def _point(self, listed: Sequence[Checkpoint]) -> None:
-        for name, target in ((LAST, listed[-1] if listed else None), (BEST, self._best(listed))):
+        for name, target in ((LAST, listed[-1] if listed else None), (BEST, self.best_of(listed))):
             if target:
                 with files.saving(self.directory / name):
                     files.point(self.directory / name, target.path, _is_copy)

@@ -140,7 +140,7 @@ def _checkpoints(run: Run) -> tuple[Any, str, bool]:
 def listing(run: Run) -> list[dict[str, Any]]:
     """Checkpoints by step, judged by structure and seal; then the files that do not verify."""
     listed = run.store.checkpoints()
-    best = run.store.best()
+    best = run.store.best_of(listed)
     monitor = listed[-1].manifest.get("monitor") if listed else None
     rows = [
         _row(one.path, verifies=True, step=one.step, epoch=one.epoch, monitor=monitor)
