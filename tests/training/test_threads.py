@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,14 +99,32 @@ def watch(
     monkeypatch: pytest.MonkeyPatch, *, steps: int, waits: int, throttled: int, threads_now: int
 ) -> None:
     """Twenty seconds of a training, as `WaitWatch` sees them."""
-    clock = iter([(0.0, 0, 0, 0), (20.0, steps, waits, throttled)])
-    monkeypatch.setattr(WaitWatch, "_now", staticmethod(lambda trainer: next(clock)))
-    monkeypatch.setattr(threads.time, "monotonic", lambda: 20.0)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads_now)
+    watch_all(monkeypatch, [[0, 0, 0, 0], [20, steps, waits, throttled]], threads_now)
+
+
+def watch_all(
+    monkeypatch: pytest.MonkeyPatch,
+    looks: Sequence[list[float]],
+    threads_now: int,
+    validated: Sequence[list[float]] = (),
+) -> None:
+    """A training that `WaitWatch` looks at, with a validation after the first batch."""
     trainer, watching = SimpleNamespace(is_global_zero=True), WaitWatch()
-    watching.on_train_start(trainer, None)  # type: ignore[arg-type]
-    watching.on_train_batch_end(trainer)  # type: ignore[arg-type]
-    watching.on_train_batch_end(trainer)  # type: ignore[arg-type]
+
+    def at(now: list[float], hook: Callable[..., None]) -> None:
+        monkeypatch.setattr(WaitWatch, "_now", staticmethod(lambda trainer: now))
+        monkeypatch.setattr(threads.time, "monotonic", lambda: now[0])
+        hook(trainer, None)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads_now)
+    at(looks[0], watching.on_train_start)
+    for now, hook in zip(
+        validated, (watching.on_validation_start, watching.on_validation_end), strict=False
+    ):
+        at(now, hook)
+    for now in looks[1:]:
+        at(now, watching.on_train_batch_end)
+        at(now, watching.on_train_batch_end)
 
 
 def test_slow_steps_under_a_quota_are_said_once_with_the_remedy(
@@ -124,6 +142,30 @@ def test_slow_steps_on_cores_that_others_use_are_said(
 ) -> None:
     watch(monkeypatch, steps=8, waits=40_000, throttled=0, threads_now=2)
     assert "interrupted 2000 times a second: others use its cores" in capsys.readouterr().out
+
+
+def test_others_that_come_later_are_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks: list[list[float]] = [
+        [0, 0, 0, 0],
+        [20, 2000, 10, 0],
+        [40, 2020, 40_010, 0],
+        [60, 2040, 80_010, 0],
+    ]
+    watch_all(monkeypatch, looks, threads_now=2)
+    assert capsys.readouterr().out == (
+        "Slow: 1.00 batches/s with 2 threads, and it was interrupted 2000 times a second: others "
+        "use its cores. Fewer threads may be faster: --threads 1\n"
+    )
+
+
+def test_a_validation_is_no_slow_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks: list[list[float]] = [[0, 0, 0, 0], [600, 2000, 40_000, 0]]
+    watch_all(monkeypatch, looks, 2, validated=[[1, 0, 0, 0], [580, 0, 39_990, 0]])
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
