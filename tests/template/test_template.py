@@ -178,6 +178,7 @@ def test_the_code_of_a_copy_is_as_typed_as_its_owner_likes(cats: Path) -> None:
 def test_the_linters_let_the_owner_of_a_copy_lay_out_his_code(copy: Path) -> None:
     ordinary = copy / "src/project/ordinary.py"
     ordinary.write_text(ORDINARY)
+    (copy / "src/project/__init__.py").write_text("from project.ordinary import Gan\n")
     ruff = [sys.executable, "-m", "ruff"]
     for check in (["check", "."], ["format", "--check", "."]):
         done = subprocess.run([*ruff, *check], cwd=copy, capture_output=True, text=True)
