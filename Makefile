@@ -10,6 +10,7 @@ VENV   ?= .venv
 quoted = $(if $(1),'$(subst ','\'',$(1))')
 # the default one, which train.py names, where none is given
 config = $(if $(CONFIG),--config $(call quoted,$(CONFIG)))
+FEDERATED = $(or $(CONFIG),configs/federated/digits.yaml)
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 # the first Python that is recent enough; the newest wheels of torch may be missing for a Python that is younger still
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c '$(RECENT)' 2>/dev/null && echo $$p && break; done)
@@ -39,8 +40,12 @@ train: setup ## start a run and test it: CONFIG=configs/x.yaml, ARGS
 resume: setup ## go on with a run: CKPT, ARGS
 	$(call stoppable,$(VENV)/bin/python resume.py $(call quoted,$(CKPT)) $(ARGS))
 
-federate: extras-federated ## many clients, with Flower: CONFIG=configs/federated/x.yaml
-	$(call stoppable,$(VENV)/bin/python train.py --config $(or $(call quoted,$(CONFIG)),configs/federated/digits.yaml) $(ARGS))
+federate: federated-config extras-federated ## many clients, with Flower: CONFIG=configs/federated/x.yaml
+	$(call stoppable,$(VENV)/bin/python train.py --config $(call quoted,$(FEDERATED)) $(ARGS))
+
+federated-config: # before anything is installed for it; no target of its own
+	@test -f $(call quoted,$(FEDERATED)) || { printf 'No such config file: %s. %s\n' $(call quoted,$(FEDERATED)) \
+	  'A copy of the template has no config with many clients. Name yours: make federate CONFIG=...' >&2; exit 2; }
 
 sweep: setup ## try values: CONFIG=configs/sweep/lr.yaml, or ARGS
 	$(call stoppable,$(VENV)/bin/python -m savepoint sweep $(call quoted,$(CONFIG)) $(ARGS))
@@ -63,6 +68,7 @@ eval: setup ## test a checkpoint, of a run the best: CKPT, ARGS
 	$(call stoppable,$(VENV)/bin/python -m savepoint eval $(call quoted,$(CKPT)) $(ARGS))
 
 predict: setup ## name the class of images: CKPT, INPUT=image, folder or .npy
+	@test -f src/project/predict.py || { echo 'No src/project/predict.py. It belongs to the example: write one that reads your input.' >&2; exit 2; }
 	$(VENV)/bin/python -m project.predict $(call quoted,$(CKPT)) $(call quoted,$(INPUT)) $(ARGS)
 
 export: setup ## the model in another format: CKPT, ARGS="--format onnx"

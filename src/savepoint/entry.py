@@ -165,7 +165,7 @@ def importing() -> Iterator[None]:
         return
     gc.disable()
     try:
-        with _saying("Loading PyTorch ..."):
+        with saying("Loading PyTorch ..."):
             yield
     finally:
         gc.freeze()
@@ -175,7 +175,7 @@ def importing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _saying(text: str) -> Iterator[None]:
+def saying(text: str) -> Iterator[None]:
     """On a terminal a line that is gone afterwards."""
     is_terminal = sys.stderr is not None and sys.stderr.isatty() and not rank()
     if not is_terminal or os.environ.get("TERM") == "dumb":

@@ -69,6 +69,14 @@ def throttled() -> int:
     return 0
 
 
+def waited() -> float:
+    """Secs in which the main thread was ready and others had its core, so far; 0 where the system
+    does not count them.
+    """
+    counted = _read(Path("/proc/self/schedstat")).split()
+    return int(counted[1]) / 1e9 if counted else 0.0
+
+
 def _quotas() -> Iterator[float]:
     """Of this process's control groups, in cores."""
     for directory in _groups("cpu"):

@@ -106,7 +106,7 @@ def _run(optuna: Any, sweep: Sweep, directory: Path, say: Callable[[str], None])
     interrupted = [optuna.trial.Trial(study, trial._trial_id) for trial in begun]
     for _ in range(todo):
         trial = interrupted.pop(0) if interrupted else study.ask()
-        say(_run_trial(optuna, study, trial, sweep, directory))
+        say(_run_trial(optuna, study, trial, sweep, directory, say))
     return _results(study, sweep, directory)
 
 
@@ -169,17 +169,21 @@ def _to_try_again(study: Any) -> list[dict[str, Any]]:
     return again
 
 
-def _run_trial(optuna: Any, study: Any, trial: Any, sweep: Sweep, directory: Path) -> str:
+def _run_trial(
+    optuna: Any, study: Any, trial: Any, sweep: Sweep, directory: Path, say: Callable[[str], None]
+) -> str:
     """Runs a trial to its end, and returns a line about its result."""
     study.sampler = _sampler(optuna, sweep, trial.number)
     values = {key: _suggest(trial, key, space) for key, space in sweep.parameters.items()}
     run_dir = _run_dir(directory, trial)
     log = run_dir.with_suffix(".log")
     known = log.stat().st_size if log.exists() else 0
+    shown_log = show(log.absolute())
+    chosen = ", ".join(f"{key} {short(value)}" for key, value in values.items())
+    say(f"{run_dir.name}: {chosen}: trains, see {shown_log}")
     pruned, code = _train(trial, values, sweep, run_dir)
     last = _last_line(log, known)
     scores = _scores(run_dir, sweep.monitor)
-    shown_log = show(log.absolute())
     # A trial whose values are refused stays open: once the sweep file is corrected, it goes on
     # first.
     if code == 2:
@@ -201,7 +205,6 @@ def _run_trial(optuna: Any, study: Any, trial: Any, sweep: Sweep, directory: Pat
         best = max(scores) if sweep.mode == "max" else min(scores)
         study.tell(trial, best)
         result = f"{sweep.monitor} {best:.4f}"
-    chosen = ", ".join(f"{key} {short(value)}" for key, value in values.items())
     return f"{run_dir.name}: {chosen}: {result}"
 
 
@@ -368,6 +371,6 @@ def require_optuna() -> Any:
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"A sweep needs a package that is missing: {error.name}. It belongs to an extra of the "
-            "library. Install it: pip install 'savepoint-lightning[sweep]'"
+            "library. Install it: make extras, or pip install 'savepoint-lightning[sweep]'"
         ) from None
     return optuna

@@ -92,5 +92,5 @@ def _needs(extra: str, make: Callable[[], None]) -> None:
     except ModuleNotFoundError:
         raise ConfigError(
             f"A logger needs a package that is missing: {extra}. It is an extra of the library. "
-            f"Install it: pip install 'savepoint-lightning[{extra}]'"
+            f"Install it: make extras, or pip install 'savepoint-lightning[{extra}]'"
         ) from None

@@ -288,7 +288,7 @@ def test_where_onnx_is_not_installed_the_extra_is_named(
     assert code == 2
     assert "Not installed: " in err
     assert "onnxruntime. The format onnx needs it" in err or "onnxruntime, " in err
-    assert "pip install 'savepoint-lightning[onnx]'" in err
+    assert "make extras, or pip install 'savepoint-lightning[onnx]'" in err
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,20 @@ def file(tmp_path: Path) -> Path:
     return written(tmp_path / "tiny.yaml", sampler="grid", overrides=SMALL)
 
 
+def test_a_trial_is_named_before_it_trains(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "check", lambda asked: None)
+    monkeypatch.setattr(sweep, "_train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run(sweep_file.read(file), "tiny", str(file.parent), said.append)
+    log = file.parent / "tiny" / "trial-000.log"
+    assert said[1:] == [f"trial-000: model.lr 0.001: trains, see {log}"]
+
+
 @pytest.mark.usefixtures("quick_starts")
 def test_a_sweep_tells_a_script_each_trial_and_the_best_of_them(
     file: Path, capsys: pytest.CaptureFixture[str]

@@ -1,5 +1,6 @@
 """`savepoint watch`: what all runs of a directory do, from their files alone."""
 
+import io
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from support.run_dirs import make_run, say
 
 from savepoint.commands import watch
@@ -75,6 +77,15 @@ def test_one_look_is_a_table(tmp_path: Path, capsys: Capture) -> None:
     assert head.split()[:2] == ["run", "state"]
     assert "30, " in line
     assert "val/loss" in line
+
+
+def test_on_a_narrow_terminal_the_names_of_runs_stay_whole(tmp_path: Path) -> None:
+    names = ["mnist-20261129-194838", "mnist-20261129-200008"]
+    for name in names:
+        make_run(tmp_path, name, ended="max_epochs")
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(watch.drawn(tmp_path))
+    assert [name for name in names if name in shown.getvalue()] == names
 
 
 def test_no_torch_is_loaded(tmp_path: Path) -> None:

@@ -165,6 +165,24 @@ def test_a_copy_needs_its_own_files_and_wheel_alone(cats: Path) -> None:
     )
 
 
+def test_a_copy_installs_nothing_for_many_clients_before_it_has_a_config_for_them(
+    copy: Path,
+) -> None:
+    done = subprocess.run(["make", "federate"], cwd=copy, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "No such config file: configs/federated/digits.yaml. A copy" in done.stderr
+    assert not (copy / ".venv").exists()
+
+
+def test_a_copy_without_the_examples_prediction_is_told_whose_it_was(copy: Path) -> None:
+    (copy / "src/project/predict.py").unlink()
+    done = subprocess.run(
+        ["make", "-o", "setup", "predict"], cwd=copy, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "No src/project/predict.py. It belongs to the example" in done.stderr
+
+
 def test_the_code_of_a_copy_is_as_typed_as_its_owner_likes(cats: Path) -> None:
     rules = tomllib.loads((cats / "pyproject.toml").read_text())["tool"]
     [own] = rules["mypy"]["overrides"]
@@ -178,6 +196,7 @@ def test_the_code_of_a_copy_is_as_typed_as_its_owner_likes(cats: Path) -> None:
 def test_the_linters_let_the_owner_of_a_copy_lay_out_his_code(copy: Path) -> None:
     ordinary = copy / "src/project/ordinary.py"
     ordinary.write_text(ORDINARY)
+    (copy / "src/project/__init__.py").write_text("from project.ordinary import Gan\n")
     ruff = [sys.executable, "-m", "ruff"]
     for check in (["check", "."], ["format", "--check", "."]):
         done = subprocess.run([*ruff, *check], cwd=copy, capture_output=True, text=True)

@@ -57,6 +57,19 @@ def test_rows_stand_in_the_order_of_the_calls_in_full_precision(tmp_path: Path) 
     assert logger.rows == 3
 
 
+def test_a_picture_that_is_added_to_each_logger_is_no_matter_of_the_rows(tmp_path: Path) -> None:
+    loggers = (RunTensorBoardLogger(tmp_path), RunCSVLogger(tmp_path / "metrics.csv"))
+    for logger in loggers:
+        logger.experiment.add_image("generated", torch.zeros(1, 2, 2), 0)
+        logger.finalize("success")
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_what_no_logger_has_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(AttributeError, match="no attribute 'add_imagee'"):
+        RunCSVLogger(tmp_path / "metrics.csv").experiment.add_imagee("generated", 0)
+
+
 def test_what_was_logged_after_the_checkpoint_is_cut_and_the_header_kept(tmp_path: Path) -> None:
     first = RunCSVLogger(tmp_path / "metrics.csv")
     for step in range(5):

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,6 +66,22 @@ def test_no_quota_of_version_1_is_minus_one(groups: Path) -> None:
     assert job.cores() == 8
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux counts it")
+def test_who_shares_a_core_waits_for_it() -> None:
+    core = str(min(os.sched_getaffinity(0)))
+    code = (
+        f"import os; os.sched_setaffinity(0, [{core}]); from savepoint import job; "
+        "sum(range(30_000_000)); print(job.waited())"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment)
+        for _ in range(2)
+    ]
+    waited = [float(one.communicate()[0]) for one in both]
+    assert sum(waited) > 0.2
+
+
 @pytest.fixture
 def four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -96,23 +112,41 @@ def test_no_threads_are_refused() -> None:
 
 
 def watch(
-    monkeypatch: pytest.MonkeyPatch, *, steps: int, waits: int, throttled: int, threads_now: int
+    monkeypatch: pytest.MonkeyPatch, *, steps: int, waited: int, throttled: int, threads_now: int
 ) -> None:
     """Twenty seconds of a training, as `WaitWatch` sees them."""
-    clock = iter([(0.0, 0, 0, 0), (20.0, steps, waits, throttled)])
-    monkeypatch.setattr(WaitWatch, "_now", staticmethod(lambda trainer: next(clock)))
-    monkeypatch.setattr(threads.time, "monotonic", lambda: 20.0)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads_now)
+    watch_all(monkeypatch, [[0, 0, 0, 0], [20, steps, waited, throttled]], threads_now)
+
+
+def watch_all(
+    monkeypatch: pytest.MonkeyPatch,
+    looks: Sequence[list[float]],
+    threads_now: int,
+    validated: Sequence[list[float]] = (),
+) -> None:
+    """A training that `WaitWatch` looks at, with a validation after the first batch."""
     trainer, watching = SimpleNamespace(is_global_zero=True), WaitWatch()
-    watching.on_train_start(trainer, None)  # type: ignore[arg-type]
-    watching.on_train_batch_end(trainer)  # type: ignore[arg-type]
-    watching.on_train_batch_end(trainer)  # type: ignore[arg-type]
+
+    def at(now: list[float], hook: Callable[..., None]) -> None:
+        monkeypatch.setattr(WaitWatch, "_now", staticmethod(lambda trainer: now))
+        monkeypatch.setattr(threads.time, "monotonic", lambda: now[0])
+        hook(trainer, None)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads_now)
+    at(looks[0], watching.on_train_start)
+    for now, hook in zip(
+        validated, (watching.on_validation_start, watching.on_validation_end), strict=False
+    ):
+        at(now, hook)
+    for now in looks[1:]:
+        at(now, watching.on_train_batch_end)
+        at(now, watching.on_train_batch_end)
 
 
 def test_slow_steps_under_a_quota_are_said_once_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watch(monkeypatch, steps=8, waits=0, throttled=190, threads_now=8)
+    watch(monkeypatch, steps=8, waited=0, throttled=190, threads_now=8)
     assert capsys.readouterr().out == (
         "Slow: 0.40 batches/s with 8 threads, and a CPU quota has stopped it 190 times. Fewer "
         "threads may be faster: --threads 4\n"
@@ -122,18 +156,43 @@ def test_slow_steps_under_a_quota_are_said_once_with_the_remedy(
 def test_slow_steps_on_cores_that_others_use_are_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watch(monkeypatch, steps=8, waits=40_000, throttled=0, threads_now=2)
-    assert "interrupted 2000 times a second: others use its cores" in capsys.readouterr().out
+    watch(monkeypatch, steps=8, waited=12, throttled=0, threads_now=2)
+    assert "it waited 60% of the time for a core: others use its cores" in capsys.readouterr().out
+
+
+def test_others_that_come_later_are_said_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks: list[list[float]] = [
+        [0, 0, 0, 0],
+        [20, 2000, 1, 0],
+        [40, 2020, 13, 0],
+        [60, 2040, 25, 0],
+    ]
+    watch_all(monkeypatch, looks, threads_now=2)
+    assert capsys.readouterr().out == (
+        "Slow: 1.00 batches/s with 2 threads, and it waited 60% of the time for a core: others "
+        "use its cores. Fewer threads may be faster: --threads 1\n"
+    )
+
+
+def test_a_validation_is_no_slow_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks: list[list[float]] = [[0, 0, 0, 0], [600, 2000, 400, 0]]
+    watch_all(monkeypatch, looks, 2, validated=[[1, 0, 0, 0], [580, 0, 399, 0]])
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
     "seen",
     [
-        {"steps": 2000, "waits": 40_000, "throttled": 90, "threads_now": 8},
-        {"steps": 8, "waits": 10, "throttled": 0, "threads_now": 8},
-        {"steps": 8, "waits": 40_000, "throttled": 90, "threads_now": 1},
+        {"steps": 2000, "waited": 12, "throttled": 90, "threads_now": 8},
+        {"steps": 8, "waited": 1, "throttled": 0, "threads_now": 8},
+        {"steps": 8, "waited": 12, "throttled": 90, "threads_now": 1},
+        {"steps": 8, "waited": 1, "throttled": 2, "threads_now": 8},
     ],
-    ids=["fast steps", "a large model", "one thread"],
+    ids=["fast steps", "a large model", "one thread", "a quota that hardly binds"],
 )
 def test_nothing_is_said_of(
     seen: dict[str, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -2,6 +2,7 @@
 happens when a save fails. No Lightning.
 """
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -155,7 +156,7 @@ class Saver:
 
     def reason(self, stop: int, now: bool) -> str:
         if stop:
-            return f"signal {stop}"
+            return signal.Signals(stop).name
         return "request or time" if now else ""
 
     def due(self, step: int, ended_epochs: int | None = None) -> str:

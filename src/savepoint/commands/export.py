@@ -178,5 +178,5 @@ def _check(target: Path, kind: str, *, force: bool) -> None:
     if lacking and kind == "onnx":
         raise ConfigError(
             f"Not installed: {', '.join(lacking)}. The format onnx needs it. "
-            "Install it: pip install 'savepoint-lightning[onnx]'"
+            "Install it: make extras, or pip install 'savepoint-lightning[onnx]'"
         )

@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from savepoint import files, find, tail, words
 from savepoint.checkpoint.store import Checkpoint
 from savepoint.commands import ls, output
 from savepoint.run import Run
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 HEAD = ("run", "state", "step", "steps/s", "left", "checkpoint", "best", "last", "room for")
 GONE = "gone"
@@ -46,18 +49,21 @@ def main(arguments: argparse.Namespace) -> int:
 def _watch(directory: Path, every: float) -> None:
     """Until Ctrl-C."""
     from rich.live import Live
-    from rich.table import Table
 
-    def drawn() -> Table:
-        table = Table(*HEAD, title=words.show(directory.absolute()), box=None)
-        for line in lines(look(directory)):
-            table.add_row(*map(words.printable, line))
-        return table
-
-    with Live(drawn(), screen=True, auto_refresh=False) as live:
+    with Live(drawn(directory), screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(every)
-            live.update(drawn(), refresh=True)
+            live.update(drawn(directory), refresh=True)
+
+
+def drawn(directory: Path) -> "Table":
+    from rich.table import Table
+
+    table = Table(*HEAD, title=words.show(directory.absolute()), box=None)
+    table.columns[0].no_wrap = True  # a name that is cut may stand for two runs
+    for line in lines(look(directory)):
+        table.add_row(*map(words.printable, line))
+    return table
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:

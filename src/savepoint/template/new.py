@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 from savepoint import workspace
+from savepoint.entry import saying
 from savepoint.errors import ConfigError
 from savepoint.template import wheel as wheels
 from savepoint.template.git import check_repository, git, identity
@@ -62,7 +63,10 @@ def new(name: str, destination: str, *, library: str = "wheel", wheel: Path | No
         print(f"Not copied: what is not committed ({len(changes)} in git status).", flush=True)
     commit = git("rev-parse", "HEAD", at=root)
     hidden = f".{dest.name}-"
-    with tempfile.TemporaryDirectory(prefix=hidden, suffix=".tmp", dir=dest.parent) as beside:
+    with (
+        saying("Copying the template, building its library ..."),
+        tempfile.TemporaryDirectory(prefix=hidden, suffix=".tmp", dir=dest.parent) as beside,
+    ):
         copy = Path(beside, dest.name)
         write_files(root, commit, name, copy)
         what = write_library(root, commit, copy, library, wheel)

@@ -127,6 +127,14 @@ class RunCSVLogger(Logger):
         """What writes, as each of Lightning's loggers has it."""
         return self
 
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        """A model may add its pictures to each of `self.loggers`, as Lightning's example of a GAN
+        does: they are TensorBoard's matter.
+        """
+        if name.startswith("add_") and hasattr(SummaryWriter, name):
+            return lambda *args, **kwargs: None
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     @property
     def failure(self) -> OSError | None:
         """Why rows are waiting."""

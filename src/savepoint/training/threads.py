@@ -1,7 +1,6 @@
 """How many threads PyTorch computes with: never more than the cores that this process may use."""
 
 import os
-import resource
 import time
 from typing import Any
 
@@ -14,7 +13,7 @@ from savepoint.errors import ConfigError
 
 SLOW_SECS = 0.2  # a step that is no reason to look further
 LOOK_SECS = 20.0
-_MANY_WAITS = 100  # interruptions a second, of a process that computes alone
+_WAITED = 0.25  # of the time; a process that computes alone waits for no core
 
 
 def usable(processes: int = 1) -> int:
@@ -54,31 +53,41 @@ def use(number: int, processes: int = 1) -> None:
 
 class WaitWatch(Callback):
     """Says once where steps are slow and the process waits for its turn: others use its cores, or
-    a quota holds it.
+    a quota holds it. It looks every 20 seconds, as others may come later.
     """
 
     def __init__(self) -> None:
-        self._since: tuple[float, int, int, int] | None = None  # secs, steps, waits, throttled
+        self._since: list[float] | None = None  # secs, steps, waited, throttled
+        self._validated: list[float] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since = self._now(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = self._now(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._since is not None:  # else it is the sanity check, or said
+            own = zip(self._since, self._validated, self._now(trainer), strict=True)
+            self._since = [since + end - start for since, start, end in own]
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if self._since is None or time.monotonic() - self._since[0] < LOOK_SECS:
             return
         now = self._now(trainer)
-        secs, steps, waits, throttled = (b - a for a, b in zip(self._since, now, strict=True))
-        self._since = None
+        secs, steps, waited, throttled = (b - a for a, b in zip(self._since, now, strict=True))
+        self._since = now
         slow = secs > SLOW_SECS * max(1, steps)
         if not slow or not trainer.is_global_zero:
             return
         threads = torch.get_num_threads()
-        if throttled and threads > 1:
+        if throttled > secs and threads > 1:  # a quota that binds stops it ten times a second
             why = f"a CPU quota has stopped it {throttled:.0f} times"
-        elif waits > _MANY_WAITS * secs and threads > 1:
-            why = f"it was interrupted {waits / secs:.0f} times a second: others use its cores"
+        elif waited > _WAITED * secs and threads > 1:
+            why = f"it waited {waited / secs:.0%} of the time for a core: others use its cores"
         else:
             return
+        self._since = None
         print(
             f"Slow: {steps / secs:.2f} batches/s with {threads} threads, and {why}. Fewer threads "
             f"may be faster: --threads {max(1, threads // 2)}",
@@ -86,6 +95,6 @@ class WaitWatch(Callback):
         )
 
     @staticmethod
-    def _now(trainer: Trainer) -> tuple[float, int, int, int]:
-        waits = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-        return time.monotonic(), trainer.fit_loop.total_batch_idx, waits, job.throttled()
+    def _now(trainer: Trainer) -> list[float]:
+        steps = trainer.fit_loop.total_batch_idx
+        return [time.monotonic(), steps, job.waited(), job.throttled()]
