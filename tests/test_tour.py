@@ -44,7 +44,7 @@ def test_the_button_saves_as_ctrl_c_does(executed: tuple[Any, Path]) -> None:
     assert "Continue with:" in training
     assert "Stopped by SIGINT." in training
     assert "Traceback" not in training
-    assert "'SIGINT', True" in cell_with(notebook, "stopped_at.manifest")
+    assert "'signal 2', True" in cell_with(notebook, "stopped_at.manifest")
 
 
 def test_the_run_goes_on_to_its_end(executed: tuple[Any, Path]) -> None:

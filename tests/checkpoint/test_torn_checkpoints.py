@@ -152,9 +152,9 @@ def test_of_sixty_signal_checkpoints_none_holds_two_steps(async_save: bool, tmp_
     assert len(files) >= 60
     assert {one.manifest["reason"] for one in files} == {
         "request or time",
-        "SIGTERM",
-        "SIGINT",
-        "SIGHUP",
+        "signal 15",
+        "signal 2",
+        "signal 1",
     }
     assert [one.step for one in files if steps_in(store.load(one.path)[0]) != {one.step}] == []
     print(f"{len(files)} signal checkpoints, none of two steps")

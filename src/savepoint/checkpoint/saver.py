@@ -2,7 +2,6 @@
 happens when a save fails. No Lightning.
 """
 
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -156,7 +155,7 @@ class Saver:
 
     def reason(self, stop: int, now: bool) -> str:
         if stop:
-            return signal.Signals(stop).name
+            return f"signal {stop}"
         return "request or time" if now else ""
 
     def due(self, step: int, ended_epochs: int | None = None) -> str:
