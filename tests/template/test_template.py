@@ -445,6 +445,14 @@ def test_an_upgrade_puts_the_new_wheel_in_the_place_of_the_old_one(copy: Path, n
     assert (copy / "vendor" / newer.name).read_bytes() == newer.read_bytes()
 
 
+def test_an_upgrade_says_whose_environment_gets_it_as_well(
+    copy: Path, newer: Path, tmp_path: Path
+) -> None:
+    (copy / ".venv").symlink_to(tmp_path / "another" / ".venv")
+    done = call(copy, "upgrade", str(newer))
+    assert f"share .venv, {tmp_path}/another for one: they get it as well" in done.stdout
+
+
 def other_distribution(folder: Path) -> Path:
     path = folder / "savepoint_lightning-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:

@@ -39,6 +39,10 @@ def upgrade(given: str) -> int:
             other.unlink()  # a crash here leaves an old wheel that nothing names
     was = old[0].removeprefix(f"./{wheels.FOLDER}/savepoint_lightning-").split("-")[0]
     print(f"savepoint-lightning {was} -> {version}: vendor/ and requirements.txt, not committed.")
+    environment = root / ".venv"
+    if environment.is_symlink():
+        others = environment.resolve().parent
+        print(f"Other projects share {environment.name}, {others} for one: they get it as well.")
     return 0
 
 
