@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import random
 import sqlite3
 import tempfile
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.optim import swa_utils
@@ -28,12 +26,12 @@ from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
     DataLoader,
-    Dataset,
     IterableDataset,
     RandomSampler,
     Sampler,
     StackDataset,
     Subset,
+    SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
     default_collate,
@@ -41,6 +39,8 @@ from torch.utils.data import (
 )
 from torchvision.transforms import v2
 
+from savepoint import Batches
+from shapes import base
 from shapes.base import (
     BATCH,
     TRAIN,
@@ -658,6 +658,84 @@ class FreshBatch(Net):
         return super().training_step(batch, batch_idx) + 0.1 * self.loss((x, y))
 
 
+class Peeks(Net):
+    """The first batches of the training data, looked at from a hook: and no more."""
+
+    def __init__(self, hook: str) -> None:
+        super().__init__()
+        self.seen: Any = None
+        setattr(self, hook, self.peek)
+
+    def peek(self, *args: Any) -> None:
+        x, _y = next(iter(self.trainer.train_dataloader))
+        seen = float(x.sum())
+        self.seen = seen if self.seen is None else 0.5 * self.seen + 0.5 * seen
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        scale = 1.0 if self.seen is None else 1 + self.seen / 20
+        return super().training_step(batch, batch_idx) * scale
+
+
+class Breaks(Peeks):
+    """Three batches, with the way through them kept until the next call."""
+
+    def peek(self, *args: Any) -> None:
+        total = 0.0
+        for i, (x, _) in enumerate(self.trainer.train_dataloader):
+            total += float(x.sum())
+            if i == 2:
+                break
+        self.seen = total / 3
+
+
+def whole_batches() -> Any:
+    x, y = tensors()
+    return Batches(x, y, batch_size=BATCH, seed=3) if base.WRAPPED else shuffled()
+
+
+class Exchanges(Net):
+    """The indices of a sampler change in the middle of an epoch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        indices = self.trainer.datamodule.indices
+        if batch_idx % 3 == 2:
+            indices[batch_idx] = indices[0]
+        return super().training_step(batch, batch_idx)
+
+
+class Indices(Data):
+    def __init__(self) -> None:
+        super().__init__()
+        self.indices = list(range(TRAIN))
+
+    def train_dataloader(self) -> Any:
+        sampler = SubsetRandomSampler(self.indices)
+        return resumable(DataLoader(Samples(), BATCH, sampler=sampler))
+
+
+class Replacing(Appended):
+    """Drawn with replacement, of a set that becomes longer."""
+
+    def train_dataloader(self) -> Any:
+        sampler = RandomSampler(self.samples, replacement=True)
+        return resumable(DataLoader(self.samples, BATCH, sampler=sampler))
+
+
+class SetsSize(Callback):
+    """A batch size that a callback doubles on the data module, which makes its loaders anew."""
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        trainer.datamodule.batch_size = min(16, 2 * trainer.datamodule.batch_size)
+
+
+class Sized(Data):
+    batch_size = 2
+
+    def train_dataloader(self) -> Any:
+        dataset = TensorDataset(*tensors())
+        return resumable(DataLoader(dataset, self.batch_size, shuffle=True))
+
+
 def noisy_validation() -> Any:
     return DataLoader(Mosaic(), BATCH, shuffle=True)
 
@@ -933,6 +1011,12 @@ SHAPES = {
     "triplets": Shape(data=loaded(Triplets)),
     "mosaic": Shape(ClosesMosaic, data=loaded(Mosaic)),
     "mosaic_workers": Shape(ClosesMosaic, data=loaded(Mosaic, **WORKERS), slow=True),
+    "mosaic_persistent_interval": Shape(
+        ClosesMosaic,
+        data=loaded(Mosaic, persistent_workers=True, **WORKERS),
+        trainer=INTERVAL,
+        slow=True,
+    ),
     "mosaic_persistent": Shape(
         ClosesMosaic, data=loaded(Mosaic, persistent_workers=True, **WORKERS), slow=True
     ),
@@ -955,15 +1039,16 @@ SHAPES = {
     "folds_every_2": Shape(
         data=Folds, trainer={"reload_dataloaders_every_n_epochs": 2, "max_epochs": 4}
     ),
-    "growing_batches": Shape(
-        data=GrowingBatches, trainer={"reload_dataloaders_every_n_epochs": 1}
-    ),
+    "growing_batches": Shape(data=GrowingBatches, trainer={"reload_dataloaders_every_n_epochs": 1}),
     "random_sizes": Shape(data=RandomSizes, trainer={"reload_dataloaders_every_n_epochs": 1}),
     **{
         f"drawn_validation_{where}{name}": Shape(data=lambda w=where: DrawnValidation(w), trainer=t)
         for where in ("val", "both")
         for name, t in {
-            "": {}, "_reload": RELOAD, "_interval": INTERVAL, "_sanity": {"num_sanity_val_steps": 1},
+            "": {},
+            "_reload": RELOAD,
+            "_interval": INTERVAL,
+            "_sanity": {"num_sanity_val_steps": 1},
             "_reload_2": {**RELOAD, "reload_dataloaders_every_n_epochs": 2, "max_epochs": 4},
             "_reload_sanity": {**RELOAD, **INTERVAL, "num_sanity_val_steps": 1},
         }.items()
@@ -974,7 +1059,9 @@ SHAPES = {
     "appended_interval": Shape(Appends, data=Appended, trainer=INTERVAL),
     "buckets": Shape(data=batched(lambda: Buckets([i % 14 for i in range(TRAIN)], 4))),
     "shuffles_in_place": Shape(data=sampled(lambda: InPlace(TRAIN))),
-    "endless_sampler": Shape(data=sampled(lambda: Endless(TRAIN)), trainer={"limit_train_batches": 10}),
+    "endless_sampler": Shape(
+        data=sampled(lambda: Endless(TRAIN)), trainer={"limit_train_batches": 10}
+    ),
     "endless_sampler_interval": Shape(
         data=sampled(lambda: Endless(TRAIN)),
         trainer={"limit_train_batches": 8, "val_check_interval": 4},
@@ -989,7 +1076,9 @@ SHAPES = {
     "padding": Shape(data=data(padded)),
     "images_v2": Shape(data=loaded(Images)),
     "lines_shuffled": Shape(data=data(lambda: DataLoader(Lines(), BATCH))),
-    "chunks": Shape(data=data(lambda: DataLoader(Chunks(), BATCH)), callbacks=lambda: [SetsEpoch()]),
+    "chunks": Shape(
+        data=data(lambda: DataLoader(Chunks(), BATCH)), callbacks=lambda: [SetsEpoch()]
+    ),
     "chunks_workers": Shape(
         data=data(lambda: DataLoader(Chunks(), BATCH, **WORKERS)),
         callbacks=lambda: [SetsEpoch()],
@@ -1006,6 +1095,48 @@ SHAPES = {
     "recalibrates_interval": Shape(RecalibratesNorm, trainer=INTERVAL),
     "feature_bank": Shape(FeatureBank),
     "feature_bank_interval": Shape(FeatureBank, trainer=INTERVAL),
+    **{
+        f"peeks_{hook}{name}": Shape(lambda h=hook: Peeks(h), trainer=t)
+        for hook in (
+            "on_train_start",
+            "on_train_epoch_start",
+            "on_train_batch_start",
+            "on_train_epoch_end",
+            "on_validation_start",
+            "on_validation_end",
+            "on_before_optimizer_step",
+        )
+        for name, t in {"": {}, "_interval": INTERVAL}.items()
+    },
+    "breaks": Shape(lambda: Breaks("on_validation_end"), trainer=INTERVAL),
+    "peeks_batches": Shape(
+        lambda: Peeks("on_validation_end"), data=data(whole_batches), trainer=INTERVAL
+    ),
+    "peeks_workers": Shape(
+        lambda: Peeks("on_validation_end"),
+        data=loaded(Mosaic, **WORKERS),
+        trainer=INTERVAL,
+        slow=True,
+    ),
+    "peeks_weighted": Shape(
+        lambda: Peeks("on_validation_end"),
+        data=sampled(lambda: WeightedRandomSampler(torch.arange(1.0, 41.0), TRAIN)),
+        trainer=INTERVAL,
+    ),
+    "peeks_limited": Shape(
+        lambda: Peeks("on_validation_end"), trainer={"limit_train_batches": 7, **INTERVAL}
+    ),
+    "peeks_endless": Shape(
+        lambda: Peeks("on_validation_end"),
+        data=sampled(lambda: Endless(TRAIN)),
+        trainer={"limit_train_batches": 9, **INTERVAL},
+    ),
+    "exchanges": Shape(Exchanges, data=Indices),
+    "replaces": Shape(Appends, data=Replacing),
+    "sets_size": Shape(data=Sized, callbacks=lambda: [SetsSize()], trainer=RELOAD),
+    "sets_size_interval": Shape(
+        data=Sized, callbacks=lambda: [SetsSize()], trainer={**RELOAD, "val_check_interval": 0.5}
+    ),
     "statistics": Shape(Statistics),
     "bilevel": Shape(Bilevel),
     "fresh_batch": Shape(FreshBatch, data=data(val=noisy_validation)),
@@ -1021,7 +1152,9 @@ SHAPES = {
         ScaledByCallback, callbacks=lambda: [DrawsCallback()], trainer=INTERVAL
     ),
     "leaves_early": Shape(LeavesEarly),
-    "leaves_early_interval": Shape(LeavesEarly, trainer={**INTERVAL, "check_val_every_n_epoch": None}),
+    "leaves_early_interval": Shape(
+        LeavesEarly, trainer={**INTERVAL, "check_val_every_n_epoch": None}
+    ),
     "stops_on_plateau": Shape(callbacks=lambda: [StopsOnPlateau()], trainer=INTERVAL),
     "overrides": Shape(Overrides),
     "overrides_accumulate": Shape(Overrides, trainer={"accumulate_grad_batches": 2}),
@@ -1041,10 +1174,17 @@ SHAPES = {
     "duration": Shape(callbacks=lambda: [Duration()], clocks=("clock/",)),
     "many_flags": Shape(
         trainer={
-            "accumulate_grad_batches": 2, "gradient_clip_val": 0.3, "limit_train_batches": 0.75,
-            "limit_val_batches": 0.5, "val_check_interval": 0.5, "precision": "bf16-mixed",
-            "log_every_n_steps": 1, "min_epochs": 2, "deterministic": True, "benchmark": False,
+            "accumulate_grad_batches": 2,
+            "gradient_clip_val": 0.3,
+            "limit_train_batches": 0.75,
+            "limit_val_batches": 0.5,
+            "val_check_interval": 0.5,
+            "precision": "bf16-mixed",
+            "log_every_n_steps": 1,
+            "min_epochs": 2,
+            "deterministic": True,
+            "benchmark": False,
         },
         callbacks=lambda: [EarlyStopping("val/loss", patience=1), LearningRateMonitor("step")],
-    ),  # fmt: skip
+    ),
 }

@@ -27,7 +27,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.optim import swa_utils
 from torch.utils.data import DataLoader, IterableDataset
 
-from shapes.base import BATCH, TRAIN, Manual, Net, Samples, Shape, data, resumable, tensors
+from shapes.base import BATCH, TRAIN, Manual, Net, Samples, Shape, data, resumable
 
 INTERVAL = {"val_check_interval": 3}
 mse = nn.functional.mse_loss
@@ -115,7 +115,11 @@ class Normalized(Wrapper):
     def step(self, action: Any) -> Any:
         state, reward, done = self.env.step(action)
         self.rms.update(state)
-        return ((state - self.rms.mean) / np.sqrt(self.rms.var + 1)).astype(np.float32), reward, done
+        return (
+            ((state - self.rms.mean) / np.sqrt(self.rms.var + 1)).astype(np.float32),
+            reward,
+            done,
+        )
 
 
 class OrnsteinUhlenbeck:
@@ -127,7 +131,7 @@ class OrnsteinUhlenbeck:
         return self.state
 
 
-Transition = namedtuple("Transition", "state action reward after")  # noqa: PYI024
+Transition = namedtuple("Transition", "state action reward after")
 
 
 class Ring:
@@ -183,7 +187,11 @@ class Sac(LightningModule):
         self.actor, self.q = nn.Linear(4, 4), nn.Linear(6, 1)
         self.q_target = copy.deepcopy(self.q)
         self.log_alpha = torch.zeros(1, requires_grad=True)
-        self.env, self.noise, self.buffer = Normalized(Episodes(Pendulum())), OrnsteinUhlenbeck(), Ring()
+        self.env, self.noise, self.buffer = (
+            Normalized(Episodes(Pendulum())),
+            OrnsteinUhlenbeck(),
+            Ring(),
+        )
         self.state = self.env.reset()
         for _ in range(6):
             self.play(self.env.action_space.sample())
@@ -263,8 +271,7 @@ class ActorCritic(LightningModule):
                 self.batch_rewards.append(reward)
                 self.state = torch.from_numpy(self.env.reset() if done else after)
                 self.total_steps += 1
-            for one in zip(self.batch_states, self.batch_rewards, strict=True):
-                yield one
+            yield from zip(self.batch_states, self.batch_rewards, strict=True)
             self.batch_states.clear()
             self.batch_rewards.clear()
 
@@ -276,7 +283,9 @@ class ActorCritic(LightningModule):
         states, rewards = batch
         values = self.critic(states).flatten()
         self.entropy_beta *= 0.98
-        loss = mse(values, rewards.float()) + self.entropy_beta * self.policy(states).square().mean()
+        loss = (
+            mse(values, rewards.float()) + self.entropy_beta * self.policy(states).square().mean()
+        )
         self.log("steps", float(self.total_steps))
         return loss
 
@@ -417,7 +426,8 @@ class Gan(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.generator, self.discriminator = nn.Linear(3, 4), nn.Linear(4, 1)
+        self.generator = nn.Sequential(nn.Linear(3, 4), nn.LeakyReLU(0.2), nn.Linear(4, 4))
+        self.discriminator = nn.Linear(4, 1)
         self.validation_z = torch.randn(8, 3)
         self.example_input_array = torch.zeros(2, 3)
         self.images: list[Tensor] = []
@@ -521,7 +531,9 @@ class Cycle(Gan):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer_g, optimizer_d = self.optimizers()
         fake = self(batch[0][:, :3])
-        self._step(optimizer_g, self.adversarial(self.discriminator(fake), 1.0) + mse(fake, batch[0]))
+        self._step(
+            optimizer_g, self.adversarial(self.discriminator(fake), 1.0) + mse(fake, batch[0])
+        )
         d_loss = self.adversarial(self.discriminator(self.pool.query(fake)), 0.0)
         self._step(optimizer_d, d_loss + self.adversarial(self.discriminator(batch[0]), 1.0))
         self.log_dict({"d": d_loss, "pool": float(len(self.pool.images))})
@@ -627,7 +639,9 @@ class OnlineEvaluator(Callback):
     def on_validation_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        module.log("online/val_loss", mse(self.head(batch[0]), batch[1]), on_step=False, on_epoch=True)
+        module.log(
+            "online/val_loss", mse(self.head(batch[0]), batch[1]), on_step=False, on_epoch=True
+        )
 
     def state_dict(self) -> dict[str, Any]:
         if not self.keeps:
@@ -811,7 +825,9 @@ class GradNorm(Net):
         losses = [self.loss(batch), self(batch[0]).abs().mean()]
         if self.initial_losses is None:
             self.initial_losses = [loss.item() for loss in losses]
-        ratios = [loss.item() / first for loss, first in zip(losses, self.initial_losses, strict=True)]
+        ratios = [
+            loss.item() / first for loss, first in zip(losses, self.initial_losses, strict=True)
+        ]
         self.loss_weights = [2 * ratio / sum(ratios) for ratio in ratios]
         return sum(w * loss for w, loss in zip(self.loss_weights, losses, strict=True))
 
@@ -891,7 +907,9 @@ class Centered(Net):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         labels = (batch[1].flatten() > 2).long()
-        return super().training_step(batch, batch_idx) + self.center_loss(self.net[0](batch[0]), labels)
+        return super().training_step(batch, batch_idx) + self.center_loss(
+            self.net[0](batch[0]), labels
+        )
 
 
 class Step:
@@ -1122,6 +1140,42 @@ class Hooked(Net):
         return loss + self.activations["relu"].abs().mean() * 0.1
 
 
+class LastLoss(Net):
+    """The newest loss with its history, and the outputs of a whole epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: Any = None
+        self.outputs: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        before = 1.0 if self.last is None else self.last.item()
+        self.last = super().training_step(batch, batch_idx)
+        self.outputs.append(self.last)
+        return self.last * (1 + 0.1 * before)
+
+    def on_train_epoch_end(self) -> None:
+        self.log("mean", torch.stack(self.outputs).mean())
+        self.outputs.clear()
+
+
+class GoesBack(Manual):
+    """Two steps for one forward: the history is still needed."""
+
+    kept: Any = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx % 2 == 0:
+            self.kept = self.net[0](batch[0]).square().mean()
+            return
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.loss(batch)
+        self.manual_backward(loss if self.kept is None else loss + self.kept)
+        optimizer.step()
+        self.kept = None
+
+
 class LastBatch(Net):
     """Keeps the newest batch and its output, to show them at an epoch's end."""
 
@@ -1292,7 +1346,9 @@ class Swag(Callback):
         self.deviations: list[Tensor] = []
         self.n = 0
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, i: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, i: int
+    ) -> None:
         if i % 3:
             return
         w = nn.utils.parameters_to_vector(module.parameters()).detach()
@@ -1399,7 +1455,9 @@ class WithCallbacks(Net):
 
 class Spikes(SpikeDetection):
     def __init__(self) -> None:
-        super().__init__(warmup=3, window=4, atol=1e-9, rtol=5.0, exclude_batches_path="spikes.json")
+        super().__init__(
+            warmup=3, window=4, atol=1e-9, rtol=5.0, exclude_batches_path="spikes.json"
+        )
 
 
 class Clones(Net):
@@ -1541,6 +1599,9 @@ SHAPES = {
     "meters": Shape(Metered, clocks=("clock/",)),
     "hooked": Shape(lambda: Hooked(True)),
     "hooked_with_history": Shape(lambda: Hooked(False)),
+    "last_loss": Shape(LastLoss),
+    "last_loss_interval": Shape(LastLoss, trainer=INTERVAL),
+    "goes_back": Shape(GoesBack),
     "last_batch": Shape(LastBatch),
     "nested_module": Shape(Nested),
     "own_dropout": Shape(OwnDropouts),

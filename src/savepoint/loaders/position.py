@@ -17,11 +17,12 @@ from savepoint.words import plural
 
 
 class Pass:
-    """One way through the batches of an epoch."""
+    """One way through the batches of the epoch in which its first batch is asked for."""
 
     def __init__(self, loader: "Resumable", start: int) -> None:
         self._loader = loader
-        self._batches = loader.batches_from(start)
+        self._epoch = loader.epoch
+        self._batches: Iterator[Any] | None = None
         self.position = start
         self.ended = False
 
@@ -29,6 +30,10 @@ class Pass:
         return self
 
     def __next__(self) -> Any:
+        if self._batches is None:
+            if self._loader.epoch != self._epoch:
+                self.position = 0
+            self._batches = self._loader.batches_from(self.position)
         try:
             batch = next(self._batches)
         except StopIteration:

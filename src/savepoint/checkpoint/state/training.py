@@ -177,7 +177,7 @@ class TrainingState:
         if not self.rates_are_overridden:
             reenter.put_groups_back(self.trainer, saved)
         reenter.share_again(self._shared)
-        if at == "epoch":
+        if at != "batch":  # hooks run before the loader is asked
             loops.keep_workers(self.trainer)
         self._unmute()
         if failed and self.trainer.is_global_zero:
