@@ -10,6 +10,9 @@ CUT = [
     "logs/rank_zero_only", "manual/every_fourth", "manual/fetches", "manual/gan_dict",
     "metrics/running_mean", "optimizers/lbfgs", "optimizers/own_classes",
     "samplers/noise_own_numpy", "samplers/weighted",
+    "seventh/appended", "seventh/draws_everywhere", "seventh/drawn_validation_both_sanity",
+    "seventh/feature_bank_interval", "seventh/folds_every_2", "seventh/hard_samples",
+    "seventh/random_sizes", "sixth/gan_page",
     "schedules/plateau_step_val", "state/buffer_left_out", "state/held_nested",
 ]  # fmt: skip
 

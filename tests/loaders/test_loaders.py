@@ -87,6 +87,40 @@ class TestBoth:
         for number, _ in enumerate(loader, 1):
             assert loader.state_dict()["position"] == number
 
+    def test_a_pass_begun_in_one_epoch_and_asked_in_another_begins_at_its_first_batch(
+        self, make: Any
+    ) -> None:
+        loader = make()
+        loader.load_state_dict({"epoch": 0, "position": 3})
+        iterator = iter(loader)
+        loader.set_epoch(2)
+        assert [int(i) for batch in iterator for i in batch[-1]] == samples(make(), 2)
+
+    def test_a_hook_that_goes_through_the_loader_meanwhile_moves_no_position(
+        self, make: Any
+    ) -> None:
+        loader = make()
+        own = iter(loader)
+        loader.follow(own)
+        next(own)
+        next(own)
+        assert [int(i) for batch in loader for i in batch[-1]] == samples(make())
+        assert loader.state_dict()["position"] == 2
+        next(own)
+        assert loader.state_dict()["position"] == 3
+
+    def test_a_hook_that_comes_first_after_a_resume_leaves_the_rest_to_the_training(
+        self, make: Any
+    ) -> None:
+        expected = [batch[-1].tolist() for batch in make()]
+        loader = make()
+        loader.load_state_dict({"epoch": 0, "position": 3})
+        own = iter(loader)  # as Lightning does, when it sets up its data
+        loader.follow(own)
+        assert [batch[-1].tolist() for batch in loader] == expected
+        assert loader.state_dict()["position"] == 3
+        assert [batch[-1].tolist() for batch in own] == expected[3:]
+
     def test_ranks_share_an_epoch_in_batches_of_equal_number(self, make: Any) -> None:
         ranks = [make(rank=rank, world_size=2) for rank in (0, 1)]
         parts = [samples(loader) for loader in ranks]
@@ -174,6 +208,38 @@ def test_any_sampler_runs_under_a_seed_that_is_derived(name: str) -> None:
     again = make()
     again.set_epoch(2)
     assert [batch[1].tolist() for batch in again] == expected + expected_rest
+
+
+def weighted(weights: Tensor) -> ResumableLoader:
+    sampler = WeightedRandomSampler(weights, 23)
+    return resumable(DataLoader(Noisy(), 5, sampler=sampler), seed=1)
+
+
+def test_weights_that_change_in_mid_epoch_change_the_order_of_the_next_one_alone() -> None:
+    weights = torch.ones(23, dtype=torch.double)
+    loader = weighted(weights)
+    iterator = iter(loader)
+    next(iterator)
+    assert "order" not in loader.state_dict()  # it derives from the seed
+    weights[:20] = 0
+    state = loader.state_dict()
+    expected = [batch[-1].tolist() for batch in iterator]
+    resumed = weighted(weights)
+    resumed.load_state_dict(state)
+    assert [batch[-1].tolist() for batch in resumed] == expected
+
+
+def test_samples_that_are_added_in_mid_epoch_come_in_the_next_one() -> None:
+    rows = list(range(12))
+    loader = resumable(DataLoader(rows, 4, shuffle=True), seed=1)  # type: ignore[arg-type]
+    iterator = iter(loader)
+    next(iterator)
+    rows.append(12)
+    state = loader.state_dict()
+    expected = [batch.tolist() for batch in iterator]
+    resumed = resumable(DataLoader(rows, 4, shuffle=True), seed=1)  # type: ignore[arg-type]
+    resumed.load_state_dict(state)
+    assert [batch.tolist() for batch in resumed] == expected
 
 
 class Owning(Noisy):

@@ -18,6 +18,7 @@ from torch import nn
 
 from savepoint.look.baseline import Baseline, changed_since, put_back_into_model
 from savepoint.look.classes import is_library
+from savepoint.look.kinds import Unpackable
 from savepoint.look.marks import mark
 from savepoint.look.pack import pack
 from savepoint.look.unpack import each_once, unpack
@@ -477,3 +478,67 @@ def test_a_container_that_holds_itself_is_named() -> None:
     base = Baseline(look(model))
     model.history.append(model.history)  # type: ignore[arg-type]
     assert base.changes(look(model))[1] == ["model.history (a container that holds itself)"]
+
+
+class TestHistories:
+    """Of a tensor that is kept without `.detach()`."""
+
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+
+    def test_one_that_a_backward_pass_has_freed_is_its_numbers(self) -> None:
+        loss = self.net(torch.ones(1, 2)).mean()
+        loss.backward()
+        assert torch.equal(pack(loss), loss.detach())
+        assert not pack(loss).requires_grad
+
+    def test_one_whose_weights_were_written_to_is_its_numbers(self) -> None:
+        kept = self.net(torch.ones(1, 2)).relu()
+        with torch.no_grad():
+            self.net[2].weight.add_(1)
+        assert torch.equal(pack(kept), kept.detach())
+
+    @pytest.mark.parametrize("leads", ["to all", "to a part"])
+    def test_one_that_a_gradient_can_go_back_on_is_refused(self, leads: str) -> None:
+        kept = self.net(torch.ones(1, 2)).mean()
+        if leads == "to a part":
+            freed = self.net(torch.ones(1, 2)).mean()
+            freed.backward()
+            kept = freed + self.net[2].bias.sum()
+        with pytest.raises(Unpackable, match="history"):
+            pack(kept)
+
+    def test_what_is_computed_anew_by_a_hook_is_not_asked(self) -> None:
+        asked = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, asked.append):
+            kept = self.net(torch.ones(1, 2)).mean()
+        with pytest.raises(Unpackable):
+            pack(kept)
+        assert asked == []
+
+
+def counted(name: str, function: Callable[[Any], None]) -> Callable[[Any], None]:
+    def called(self: Any) -> None:
+        self.calls.append(name)
+        function(self)
+
+    return called
+
+
+def nothing(self: Any) -> None: ...
+
+
+class Decorated(nn.Module):
+    """By a decorator that forgets `functools.wraps`."""
+
+    one, other, third = (counted(name, nothing) for name in ("one", "other", "third"))
+
+
+def test_functions_of_one_name_keep_their_places_when_another_one_is_met() -> None:
+    model = Decorated()
+    first = look(model)
+    number = 1
+    model.late = lambda: number
+    later = look(model, first.for_next)
+    kept = [path for path in first.places if path[0][0] == "function"]
+    assert len(kept) == 3
+    assert set(kept) <= later.places.keys()

@@ -334,7 +334,9 @@ class CheckpointCallback(Checkpoint):
         """False where the batch is left out, as the validation before it is to be run again."""
         training = self._running
         loop = trainer.fit_loop.epoch_loop
+        loops.follow_training(trainer)
         if training.arrive("validation"):
+            validation.pass_over_hook(trainer.lightning_module)
             return False
         # While gradients are pending there is no safe point: they are not in the file.
         first = not loop.batch_progress.current.ready
@@ -354,6 +356,7 @@ class CheckpointCallback(Checkpoint):
     def _on_validation(self, trainer: Trainer) -> None:
         if trainer.sanity_checking:
             return
+        validation.end_passing_over(trainer.lightning_module)
         self._running.begin_validation()
         elastic.seed_validation(trainer)
         self._before_validation = dict(loops.measured(trainer))

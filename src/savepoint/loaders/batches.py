@@ -70,12 +70,9 @@ class Batches(Resumable):
     def user_parts(self) -> dict[str, Any]:
         return {"augment": self.augment}
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        start = self._start
-        self._start = 0
+    def batches_from(self, start: int) -> Iterator[tuple[Tensor, ...]]:
         order = self.order().to(self.tensors[0].device)
         for i in range(start, len(self)):
-            self.position = i + 1
             pick = order[i * self.batch_size : (i + 1) * self.batch_size]
             first, *rest = (tensor[pick] for tensor in self.tensors)
             if self.augment is not None:

@@ -1,6 +1,8 @@
 """What every loader of ours has: its position, its seed, its share among the ranks."""
 
 import os
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,8 +16,40 @@ from savepoint.loaders.randomness import derive
 from savepoint.words import plural
 
 
+class Pass:
+    """One way through the batches of the epoch in which its first batch is asked for."""
+
+    def __init__(self, loader: "Resumable", start: int) -> None:
+        self._loader = loader
+        self._epoch = loader.epoch
+        self._batches: Iterator[Any] | None = None
+        self.position = start
+        self.ended = False
+
+    def __iter__(self) -> "Pass":
+        return self
+
+    def __next__(self) -> Any:
+        if self._batches is None:
+            if self._loader.epoch != self._epoch:
+                self.position = 0
+            self._batches = self._loader.batches_from(self.position)
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            self.ended = True
+            raise
+        self.position += 1
+        self._loader.moved(self)
+        return batch
+
+
 class Resumable:
-    """The position in an epoch, and what Lightning and the checkpoint callback call on a loader."""
+    """The position in an epoch, and what Lightning and the checkpoint callback call on a loader.
+
+    The position is that of the training: a hook that goes through the same loader meanwhile, for
+    statistics of its batches, say, has a way of its own, from the first batch on.
+    """
 
     batch_sampler = None  # Lightning checks whether it shuffles
     num_workers = 0
@@ -37,6 +71,35 @@ class Resumable:
         self._rank = rank
         self._world_size = world_size
         self.epoch = self.position = self._start = 0
+        # Weak references: to the pass whose position counts, and to it if it is the training's own.
+        self._pass: Any = _nothing
+        self._followed: Any = _nothing
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self._start = self._start, 0
+        begun = Pass(self, start)
+        followed = self._followed()
+        if followed is None or followed.ended:
+            self._pass = weakref.ref(begun)
+            self.position = start
+        return begun
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_pass": _nothing, "_followed": _nothing}
+
+    def follow(self, iterator: Any) -> None:
+        """Only what `iterator`, one of this loader, reads is counted until the epoch ends."""
+        if isinstance(iterator, Pass) and iterator is not self._followed():
+            self._pass = self._followed = weakref.ref(iterator)
+            self.position = iterator.position
+
+    def batches_from(self, start: int) -> Iterator[Any]:
+        """Those of the running epoch that are left after the first `start`."""
+        raise NotImplementedError
+
+    def moved(self, by: Pass) -> None:
+        if self._pass() is by:
+            self.position = by.position
 
     @property
     def seed(self) -> int:
@@ -73,6 +136,7 @@ class Resumable:
             self.epoch = epoch
             self.position = 0
             self._start = 0
+            self._pass = self._followed = _nothing
 
     def state_dict(self) -> dict[str, Any]:
         own = {} if self._given or self._seed is None else {"seed": self._seed}
@@ -80,6 +144,7 @@ class Resumable:
         return {"epoch": self.epoch, "position": self.position, **own, **ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._pass = self._followed = _nothing
         self.epoch = state["epoch"]
         self.position = state["position"]
         if self.global_batch_size is not None:
@@ -171,6 +236,9 @@ class Resumable:
             return torch.arange(samples)
         generator = torch.Generator().manual_seed(derive(self.seed, self.epoch))
         return torch.randperm(samples, generator=generator)
+
+
+def _nothing() -> None: ...
 
 
 def is_distributed() -> bool:

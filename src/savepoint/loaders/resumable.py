@@ -110,7 +110,7 @@ class ResumableLoader(Resumable):
         return getattr(self.loader, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_inner": None, "_order": None}
+        return {**super().__getstate__(), "_inner": None, "_order": None}
 
     @property
     def _source(self) -> Any:
@@ -171,10 +171,27 @@ class ResumableLoader(Resumable):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        if self._order is not None and not self._is_derived():
-            # The order of a user's sampler may depend on anything: it is saved.
+        if self._order is not None and not self._would_be_the_same(self._order):
             state["order"] = self._order
         return state
+
+    def _would_be_the_same(self, order: list[Any]) -> bool:
+        """Whether a resume would come to this order of the running epoch by itself.
+
+        That of a user's sampler may depend on anything. The weights of one of torch's, or the
+        number of samples, may have changed since the epoch began.
+        """
+        if not self._is_derived():
+            return False
+        if self._goes_by_its_length():
+            return len(order) == self._length_to_keep()
+        return self._order_to_keep() == order
+
+    def _length_to_keep(self) -> int:
+        samples = _length(self._source) or 0
+        _, world_size = self._ranks()
+        whole = self.global_batch_size is not None or world_size == 1
+        return samples if whole else self._share(samples)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -189,8 +206,8 @@ class ResumableLoader(Resumable):
 
     @property
     def goes_by_its_sampler(self) -> bool:
-        """Whether the rest of an epoch is what the sampler says, and not an order that is saved."""
-        return self._is_derived()
+        """Whether the rest of an epoch is what the sampler says, and not an order that is known."""
+        return _length(self._source) is None
 
     def keep_workers(self) -> None:
         """Starts those that persist, if this training had them already: they hold the data set as
@@ -204,13 +221,8 @@ class ResumableLoader(Resumable):
     def _is_derived(self) -> bool:
         return type(self._source) in _DERIVED or _length(self._source) is None
 
-    def __iter__(self) -> Iterator[Any]:
-        start = self._start
-        self._start = 0
-        self.position = start
-        for batch in self._read(start):
-            self.position += 1
-            yield batch
+    def batches_from(self, start: int) -> Iterator[Any]:
+        yield from self._read(start)
 
     def _read(self, start: int) -> Iterator[Any]:
         batches = islice(self._batches(), start, None)
@@ -246,12 +258,16 @@ class ResumableLoader(Resumable):
         return kept if self.global_batch_size is None else self._of_rank(kept)
 
     def _whole_order(self) -> list[Any]:
-        if (not self.shuffle and self._own_batches is None) or self._is_plain_shuffle():
+        if self._goes_by_its_length():
             order: list[Any] = self._shuffled(_length(self._source) or 0).tolist()
         else:
             with Randomness(generators_of(self._source)).seeded(derive(self.seed, self.epoch)):
                 order = list(self._begun())
         return order
+
+    def _goes_by_its_length(self) -> bool:
+        in_order = not self.shuffle and self._own_batches is None
+        return in_order or self._is_plain_shuffle()
 
     def _is_plain_shuffle(self) -> bool:
         source = self._source

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from savepoint.look.generators import generator_state, is_generator, seeds_of
+from savepoint.look.histories import is_spent
 from savepoint.look.kinds import (
     ATOMS,
     FACTORIES,
@@ -159,7 +160,7 @@ class Packer:
     def _tensor(self, value: Tensor) -> Any:
         if value.is_nested:
             raise Unpackable("a nested tensor")
-        if value.grad_fn is not None:
+        if value.grad_fn is not None and not is_spent(value):
             raise Unpackable("a tensor with a gradient's history, kept without .detach()")
         self._count(0, value.nbytes if value.layout is torch.strided else 0)
         plain = value.detach()
@@ -171,7 +172,7 @@ class Packer:
         packed = plain if plain.device.type == "cpu" else {"!": "on the device", "of": plain}
         if own:
             packed = {"!": "of a class", "of": packed} | _kind(value, Tensor)
-        if not value.requires_grad:
+        if not value.requires_grad or value.grad_fn is not None:
             return packed
         return {
             "!": "leaf",

@@ -7,6 +7,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import itertools
 import logging
 import operator
 import os
@@ -245,8 +246,9 @@ class Shared:
     def _cell(self, path: Path, place: int, cell: Any) -> None:
         value = cell.cell_contents
         at = (*path, ("cell", place))
+        numbered = ((*at, ("nth", number)) for number in itertools.count(1))
         if at in self._places:  # of another function of this name
-            at = (*at, ("nth", len(self.entered)))
+            at = next(one for one in numbered if one not in self._places)
         if isinstance(value, types.FunctionType):
             self._follow(value)
         else:

@@ -45,6 +45,18 @@ def train_loaders(trainer: Trainer) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
 
 
+def follow_training(trainer: Trainer) -> None:
+    """Tells the training's loaders which way through them is its own: hooks may go through them,
+    too.
+    """
+    combined = trainer.fit_loop._combined_loader
+    if combined is None or combined._iterator is None:
+        return
+    for loader, iterator in zip(combined.flattened, combined._iterator.iterators, strict=False):
+        if hasattr(loader, "follow"):
+            loader.follow(iterator)
+
+
 def validation_loaders(trainer: Trainer) -> list[Any]:
     combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
     return [] if combined is None else list(combined.flattened)

@@ -17,7 +17,7 @@ from torchmetrics.utilities import dim_zero_max, dim_zero_mean, dim_zero_min, di
 from savepoint.checkpoint.state.capture import metrics_of
 
 # Of the state of a rank, what all ranks have alike, or what no other number of them can be given.
-_ALIKE = ("attributes", "made_by", "settings", "found", "groups", "trackers", "toggled")
+_ALIKE = ("attributes", "loaders_made", "settings", "found", "groups", "trackers", "toggled")
 _IN_BATCHES = ("accumulate_grad_batches", "val_check_batch", "max_batches")
 _COUNTED = ("ready", "started", "processed", "completed", "fetched", "index", "batch")
 _EXTREMES: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {

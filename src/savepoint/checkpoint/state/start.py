@@ -1,6 +1,5 @@
 """What a start prepares before the loops run, so that a resume can reach its point."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +15,6 @@ from lightning.pytorch.utilities.parsing import (
 
 from savepoint.checkpoint.state.capture import finders
 from savepoint.checkpoint.state.loops import BOUNDS, put_settings
-from savepoint.checkpoint.state.roots import look
-from savepoint.look.baseline import Baseline
 
 
 def add_groups(trainer: Trainer, grown: Mapping[int, list[list[str]]]) -> None:
@@ -45,24 +42,6 @@ def prepare(trainer: Trainer, saved: dict[str, Any]) -> None:
         # The last step is done, the validation after it is not: Lightning would take the training
         # for done.
         loop.max_steps = saved["global_step"] + 1
-
-
-def data_as_loaders_are_made(trainer: Trainer, baseline: Baseline) -> list[Any]:
-    """What the data module has changed, where its loaders are made anew in each epoch: of a growing
-    batch size, say.
-    """
-    if not trainer.reload_dataloaders_every_n_epochs or trainer.datamodule is None:  # type: ignore[attr-defined]
-        return []
-    changed, _ = baseline.changes(look(trainer))
-    return copy.deepcopy([[path, value] for path, value in changed if path[0][1] == "data"])
-
-
-def put_data_back(trainer: Trainer, saved: Mapping[str, Any], baseline: Baseline) -> None:
-    """Before the loaders are made."""
-    if saved.get("made_by"):
-        baseline.restore(
-            look(trainer), saved["made_by"], trainer.lightning_module.device, alone=True
-        )
 
 
 def load_in_precision(

@@ -15,6 +15,7 @@ from savepoint.checkpoint.state import (
     elastic,
     exactness,
     loops,
+    making,
     merging,
     ranks,
     reenter,
@@ -64,9 +65,8 @@ class TrainingState:
         self._metric_defaults: dict[str, Any] = {}
         self._numbers: dict[str, int] = {}
         self._drawn_anew: list[str] = []
-        # What the running epoch goes by, and by what its loaders were made.
-        self._held: dict[Any, Any] = {}
-        self._made_by: list[Any] = []
+        self._held: dict[Any, Any] = {}  # what the running epoch goes by
+        self._making = making.Making(trainer, lambda: self._looked_at)
         self._loader_states: list[Any] | None = None  # before the batch that was fetched in advance
         self._before_validation: dict[str, Any] = {}
         self._last_weights: dict[str, Tensor] | None = None
@@ -110,6 +110,7 @@ class TrainingState:
         own_loaders = self._pending.get("loaders")
         if own_loaders is not None:
             checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = own_loaders
+        self._making.as_then = making.of_file(self._pending)
         start.skip_finders(trainer, self._pending.get("found", {}))
         # Up to the point of the checkpoint, whatever is logged stands in the log of the start
         # before.
@@ -132,15 +133,12 @@ class TrainingState:
             start.add_groups(trainer, self._pending.get("groups", {}))
         start.wake_finders(trainer)
         self._looked_at.begin(self._look())
-        if self._pending:
-            start.put_data_back(trainer, self._pending, self._looked_at)
 
     def prepare_late(self) -> None:
         """Where the strategy loads after `on_fit_start`: what `prepare` did not do there."""
         if self._pending:
             start.prepare(self.trainer, self._pending)
             start.add_groups(self.trainer, self._pending.get("groups", {}))
-            start.put_data_back(self.trainer, self._pending, self._looked_at)
 
     def begin(self) -> None:
         """In `on_train_start`."""
@@ -155,6 +153,7 @@ class TrainingState:
     def release(self) -> None:
         self._baseline = None
         self._before = Before()
+        self._making.remove()
         self._unmute()
 
     # -- the points -------------------------------------------------------------------------------
@@ -164,10 +163,7 @@ class TrainingState:
         if not self.trainer.fit_loop.restarted_mid_epoch:
             self.ranks_changed = []
         self._accept()
-        arrived = self.arrive("epoch")
-        if not self._pending and self._baseline is not None:
-            self._made_by = start.data_as_loaders_are_made(self.trainer, self._baseline)
-        return arrived
+        return self.arrive("epoch")
 
     def arrive(self, at: Point) -> bool:
         """Puts everything back, if this is the very point of the checkpoint."""
@@ -175,13 +171,13 @@ class TrainingState:
             return False
         saved = self._pending
         self._pending = None
-        loops.set_up_validation(self.trainer)
+        if "validation" in saved.get("loaders_made", {"validation": None}):
+            loops.set_up_validation(self.trainer)
         failed = reenter.reenter(self.trainer, saved, self._looked_at, self.see())
         if not self.rates_are_overridden:
             reenter.put_groups_back(self.trainer, saved)
         reenter.share_again(self._shared)
-        self._made_by = saved.get("made_by", [])
-        if at == "epoch":
+        if at != "batch":  # hooks run before the loader is asked
             loops.keep_workers(self.trainer)
         self._unmute()
         if failed and self.trainer.is_global_zero:
@@ -301,7 +297,7 @@ class TrainingState:
             own["loaders"] = self._loader_states if ahead else loops.loader_states(trainer)
             own |= capture.own_rank(trainer)
         own["found"] = capture.found(trainer)
-        own["made_by"] = self._made_by
+        own["loaders_made"] = dict(self._making.made)
         own["groups"] = capture.grown_groups(trainer, self._groups)
         return own
 
@@ -351,7 +347,8 @@ class TrainingState:
         then = (self._pending or {}).get("numbers")
         if self._pending is None or then is None:
             return
-        captured = [*self._pending.get("attributes", []), *self._pending.get("made_by", [])]
+        made = making.of_file(self._pending).get("training", {"of": []})
+        captured = [*self._pending.get("attributes", []), *made["of"]]
         restored = {in_words(path_of(packed)) for packed, _ in captured}
         names = [name for name in then.keys() & self._numbers.keys() if name not in restored]
         other = sorted(name for name in names if then[name] != self._numbers[name])

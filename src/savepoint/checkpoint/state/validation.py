@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from savepoint.checkpoint.state.capture import own_buffers
 from savepoint.checkpoint.state.exactness import versions
 from savepoint.checkpoint.state.loops import averaging, validation_loaders
 from savepoint.loaders.randomness import derive
+
+_BEFORE_IT = "on_validation_model_zero_grad"
 
 
 def before_validation(trainer: Trainer) -> dict[str, Any]:
@@ -86,6 +89,15 @@ def seed_validation(trainer: Trainer) -> None:
         if isinstance(loader, DataLoader) and loader.generator is own:
             seed = derive(torch.initial_seed(), trainer.global_step, number)
             loader.generator = loader._savepoint_generator = torch.Generator().manual_seed(seed)
+
+
+def pass_over_hook(module: LightningModule) -> None:
+    """Of a validation that is run again, the hook that comes before its point has run already."""
+    vars(module)[_BEFORE_IT] = partial(end_passing_over, module)
+
+
+def end_passing_over(module: LightningModule) -> None:
+    vars(module).pop(_BEFORE_IT, None)
 
 
 def copied_weights(module: LightningModule) -> dict[str, Tensor]:
