@@ -6,6 +6,7 @@ TrainState; net.npz, its variables flattened) have saved it, with their logits b
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -186,6 +187,53 @@ def test_a_cut_file_is_refused(kind: str, tmp_path: Path) -> None:
         cut.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises((CheckpointForeignError, CheckpointCorruptError)):
             foreign.read(cut)
+
+
+def damaged(kind: str, folder: Path) -> Path:
+    file = folder / f"damaged.{kind}"
+    if kind == "keras":
+        whole = bytearray((FILES / "net.keras").read_bytes())
+        whole[len(whole) // 2] ^= 255
+        file.write_bytes(whole)
+    elif kind == "h5":
+        h5py = pytest.importorskip("h5py", reason="needs: make extras")
+        with h5py.File(file, "w") as opened:
+            opened.create_dataset("kernel", shape=(10**13,), chunks=(1000,), dtype="f4")
+    elif kind == "npz":
+        np.savez_compressed(file, a=np.arange(1000.0))
+        whole = bytearray(file.read_bytes())
+        whole[60:90] = bytes(range(30))
+        file.write_bytes(whole)
+    else:
+        np.savez(file, a=np.zeros(3, np.longdouble))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["keras", "h5", "npz", "longdouble.npz"])
+def test_a_damaged_array_is_refused_in_words(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointForeignError, match="cannot be read safely"):
+        foreign.read(damaged(kind, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"kernel": ([2, 3], b"")},
+        {"kernel": {"__msgpack_chunked_array__": True, "shape": {"0": 4}, "chunks": {}}},
+        {"kernel": {"__msgpack_chunked_array__": True, "shape": 4, "chunks": {}}},
+    ],
+    ids=["has no bytes", "lacks its chunks", "has no shape"],
+)
+def test_an_array_of_flax_that_is_not_whole_is_refused(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    msgpack = pytest.importorskip("msgpack", reason="needs: make extras")
+    if isinstance(content["kernel"], tuple):
+        shape, numbers = content["kernel"]
+        content = {"kernel": msgpack.ExtType(1, msgpack.packb((shape, "float32", numbers)))}
+    (tmp_path / "net.msgpack").write_bytes(msgpack.packb({"params": {"dense": content}}))
+    with pytest.raises(CheckpointForeignError, match="is no whole msgpack|is not whole"):
+        foreign.read(tmp_path / "net.msgpack")
 
 
 def test_a_link_out_of_an_hdf5_file_is_not_followed(tmp_path: Path) -> None:
