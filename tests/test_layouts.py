@@ -232,7 +232,7 @@ def test_an_array_of_flax_that_is_not_whole_is_refused(
         shape, numbers = content["kernel"]
         content = {"kernel": msgpack.ExtType(1, msgpack.packb((shape, "float32", numbers)))}
     (tmp_path / "net.msgpack").write_bytes(msgpack.packb({"params": {"dense": content}}))
-    with pytest.raises(CheckpointForeignError, match="is no whole msgpack|is not whole"):
+    with pytest.raises(CheckpointForeignError, match=r"is no whole msgpack|is not whole"):
         foreign.read(tmp_path / "net.msgpack")
 
 

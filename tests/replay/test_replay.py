@@ -219,6 +219,28 @@ def test_the_first_module_whose_output_is_not_finite_is_named(tmp_path: Path) ->
     assert not any(row["finite"] for row in look.found["layers"].values())
 
 
+class NotFiniteInTheFirstOfTwo(SmallModel):
+    """The batches of the third step, of two each."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        is_bad = (self.trainer.global_step, batch_idx % 2) == (2, 0)
+        return super().training_step((x / 0, y) if is_bad else batch, batch_idx)
+
+
+def test_a_step_of_several_batches_is_looked_at_in_each_of_them(tmp_path: Path) -> None:
+    look = StepLook(3)
+    with pytest.raises(NonFiniteLossError, match="first at step 3"):
+        fit(
+            tmp_path,
+            model=NotFiniteInTheFirstOfTwo,
+            callbacks=lambda: [look],
+            max_epochs=1,
+            accumulate_grad_batches=2,
+        )
+    assert look.found["not_finite"] == "net.0"
+
+
 def test_a_loader_knows_the_samples_of_a_batch() -> None:
     samples = TensorDataset(torch.arange(10))
     loader = resumable(DataLoader(samples, batch_size=4, shuffle=True), seed=1)
