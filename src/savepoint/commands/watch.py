@@ -40,9 +40,10 @@ def main(arguments: argparse.Namespace) -> int:
         output.put_json(look(directory))
         return 0
     if arguments.once or not sys.stdout.isatty():
-        output.put(words.table(HEAD, lines(look(directory))))
+        rows = look(directory)
+        output.put(words.table(HEAD, lines(rows)) if rows else f"{directory}: no runs")
         return 0
-    _watch(directory, max(0.1, arguments.every))
+    _watch(directory, min(max(0.1, arguments.every), 3600.0))
     return 0
 
 

@@ -56,7 +56,9 @@ class StepLook(Callback):
         if not self.step - len(trainer.optimizers) <= trainer.global_step < self.step:
             return
         self.batch = batch
-        if self._steps != trainer.global_step:  # else its gradients accumulate with the batch before
+        if (
+            self._steps != trainer.global_step
+        ):  # else its gradients accumulate with the batch before
             self._infinite = None
         self._steps = trainer.global_step
         self._seen = {"epoch": trainer.current_epoch, "batch": batch_idx} | self._of(
