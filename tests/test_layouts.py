@@ -143,6 +143,56 @@ def test_numbers_count_as_numbers() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "arrays"),
+    [
+        (nn.Conv2d(4, 4, 3), {"layers/conv2d_transpose/vars": [(3, 3, 4, 4), (4,)]}),
+        (nn.Conv1d(4, 4, 4), {"layers/einsum_dense/vars": [(4, 4, 4), (4,)]}),
+        (nn.LayerNorm(4), {"layers/group_normalization/vars": [(4,), (4,)]}),
+        (nn.Linear(4, 4), {"layers/attention/dense/vars": [(4, 4), (4,)]}),
+    ],
+    ids=["transposed", "einsum", "group norm", "attention"],
+)
+def test_a_layer_whose_name_says_another_kind_is_not_mapped(
+    model: nn.Module, arrays: dict[str, list[tuple[int, ...]]]
+) -> None:
+    found = {
+        f"{place}/{number}": torch.ones(shape)
+        for place, shapes in arrays.items()
+        for number, shape in enumerate(shapes)
+    }
+    mapped = layouts.onto(nn.Sequential(model), found)
+    assert (mapped.rows, set(mapped.weights)) == ([], set(found))
+
+
+def of_numbers(*layers: tuple[str, list[Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"layers/{name}/vars/{number}": one
+        for name, arrays in layers
+        for number, one in enumerate(arrays)
+    }
+
+
+def test_a_batch_norm_of_flattened_images_gets_the_order_of_torch() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.BatchNorm1d(8))
+    found = of_numbers(("batch_normalization", [torch.arange(8.0)] * 4))
+    weights = layouts.onto(model, found).weights
+    assert weights["2.running_mean"].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def test_a_norm_that_may_be_of_flattened_signals_or_of_several_is_not_mapped() -> None:
+    model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.Flatten(), nn.BatchNorm1d(8))
+    assert not layouts.onto(model, of_numbers(("batch_normalization", [torch.ones(8)] * 4))).rows
+
+
+def test_the_channels_of_a_transposed_convolution_count() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ConvTranspose2d(8, 2, 2), nn.Flatten(), nn.Linear(8, 1)
+    )
+    rows = layouts.onto(model, of_numbers(("dense", [torch.ones(8, 1), torch.ones(1)]))).rows
+    assert rows[0].how == "transposed, 4 places x 2 channels reordered"
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"params/Conv_0/bias": None},
