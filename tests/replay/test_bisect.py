@@ -62,7 +62,6 @@ def test_one_weight_that_has_changed_is_found_at_its_step(
     assert found["unstable"] == []
 
 
-@pytest.mark.slow
 def test_what_differs_in_a_state_before_a_batch_does_is_followed_to_that_batch(
     straight: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -92,6 +91,7 @@ def test_data_of_other_values_are_named(straight: Path, tmp_path: Path, capsys: 
     assert set(found["data"]) <= set(store.load(file)[0]["numbers"])
 
 
+@pytest.mark.slow
 def test_another_order_of_the_data_is_found_where_it_begins(
     straight: Path, tmp_path: Path, capsys: Capture
 ) -> None:
