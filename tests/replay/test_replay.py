@@ -301,6 +301,17 @@ def test_a_run_that_was_trained_longer_is_reproducible_too(run_dir: Path, capsys
     assert (code, "equal to the log" in out) == (0, True)
 
 
+def test_a_row_of_zeros_that_a_crash_has_left_is_a_row_that_differs(
+    run_dir: Path, capsys: Capture
+) -> None:
+    log = run_dir / "metrics.csv"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([*lines[:-2], "\0" * 200_000, "\n"]))
+    code, out, _ = say(capsys, "audit", str(run_dir), "--json")
+    assert code == 1
+    assert [part["equal"] for part in json.loads(out)["parts"]] == [True, False]
+
+
 @pytest.mark.parametrize("number", ["0", "-3"])
 def test_a_sample_of_no_parts_is_refused(number: str, run_dir: Path, capsys: Capture) -> None:
     code, out, err = say(capsys, "audit", str(run_dir), "--sample", number)
