@@ -36,6 +36,7 @@ _OTHERS = (
     "groupnorm", "rmsnorm", "instancenorm", "lstm", "gru", "rnn",
 )  # fmt: skip
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS: tuple[type[nn.Module], ...] = (*_KINDS["convolution"], *_TRANSPOSED)
 _OF_IMAGES = (nn.Conv2d, nn.Conv3d, *_TRANSPOSED[1:])
 # Where the parts of a layer of Keras 3 have numbers only.
 _NUMBERED = {
@@ -117,7 +118,7 @@ def onto(model: nn.Module, arrays: Mapping[str, Tensor]) -> Mapped:
                 rows.append(Row(place, shapes[0], f"{name}.{own}", shapes[1], how))
             if fitted and isinstance(module, _KINDS["batch norm"]):
                 weights |= _counter(name, module)
-        if isinstance(module, (*_KINDS["convolution"], *_TRANSPOSED)):
+        if isinstance(module, _CONVOLUTIONS):
             behind = module
         elif isinstance(module, nn.Linear):
             behind = None

@@ -111,7 +111,8 @@ def _configs(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]
 
 def _data(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The data in memory that have other values, as `training loader 0.dataset.tensors`."""
-    was, now = one.get("numbers") or {}, other.get("numbers") or {}
+    was = one.get("numbers") or {}
+    now = other.get("numbers") or {}
     return [name for name in was if name in now and was[name] != now[name]]
 
 

@@ -221,7 +221,7 @@ def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         # A row holds only numbers, so a quote is a damaged byte. It damages no more than its row,
         # as does a cell that is longer than csv takes.
         cells = [line.rstrip("\r\n").split(",") for line in file if line.rstrip("\r\n")]
-    empty = dict.fromkeys(names)
+    empty: dict[str, Any] = dict.fromkeys(names)
     return names, [empty | dict(zip(names, row, strict=False)) for row in cells]
 
 
