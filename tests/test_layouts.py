@@ -6,6 +6,7 @@ TrainState; net.npz, its variables flattened) have saved it, with their logits b
 
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,6 +143,56 @@ def test_numbers_count_as_numbers() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "arrays"),
+    [
+        (nn.Conv2d(4, 4, 3), {"layers/conv2d_transpose/vars": [(3, 3, 4, 4), (4,)]}),
+        (nn.Conv1d(4, 4, 4), {"layers/einsum_dense/vars": [(4, 4, 4), (4,)]}),
+        (nn.LayerNorm(4), {"layers/group_normalization/vars": [(4,), (4,)]}),
+        (nn.Linear(4, 4), {"layers/attention/dense/vars": [(4, 4), (4,)]}),
+    ],
+    ids=["transposed", "einsum", "group norm", "attention"],
+)
+def test_a_layer_whose_name_says_another_kind_is_not_mapped(
+    model: nn.Module, arrays: dict[str, list[tuple[int, ...]]]
+) -> None:
+    found = {
+        f"{place}/{number}": torch.ones(shape)
+        for place, shapes in arrays.items()
+        for number, shape in enumerate(shapes)
+    }
+    mapped = layouts.onto(nn.Sequential(model), found)
+    assert (mapped.rows, set(mapped.weights)) == ([], set(found))
+
+
+def of_numbers(*layers: tuple[str, list[Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"layers/{name}/vars/{number}": one
+        for name, arrays in layers
+        for number, one in enumerate(arrays)
+    }
+
+
+def test_a_batch_norm_of_flattened_images_gets_the_order_of_torch() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.BatchNorm1d(8))
+    found = of_numbers(("batch_normalization", [torch.arange(8.0)] * 4))
+    weights = layouts.onto(model, found).weights
+    assert weights["2.running_mean"].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def test_a_norm_that_may_be_of_flattened_signals_or_of_several_is_not_mapped() -> None:
+    model = nn.Sequential(nn.Conv1d(1, 4, 3), nn.Flatten(), nn.BatchNorm1d(8))
+    assert not layouts.onto(model, of_numbers(("batch_normalization", [torch.ones(8)] * 4))).rows
+
+
+def test_the_channels_of_a_transposed_convolution_count() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ConvTranspose2d(8, 2, 2), nn.Flatten(), nn.Linear(8, 1)
+    )
+    rows = layouts.onto(model, of_numbers(("dense", [torch.ones(8, 1), torch.ones(1)]))).rows
+    assert rows[0].how == "transposed, 4 places x 2 channels reordered"
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"params/Conv_0/bias": None},
@@ -186,6 +237,53 @@ def test_a_cut_file_is_refused(kind: str, tmp_path: Path) -> None:
         cut.write_bytes(whole[: int(share * len(whole))])
         with pytest.raises((CheckpointForeignError, CheckpointCorruptError)):
             foreign.read(cut)
+
+
+def damaged(kind: str, folder: Path) -> Path:
+    file = folder / f"damaged.{kind}"
+    if kind == "keras":
+        whole = bytearray((FILES / "net.keras").read_bytes())
+        whole[len(whole) // 2] ^= 255
+        file.write_bytes(whole)
+    elif kind == "h5":
+        h5py = pytest.importorskip("h5py", reason="needs: make extras")
+        with h5py.File(file, "w") as opened:
+            opened.create_dataset("kernel", shape=(10**13,), chunks=(1000,), dtype="f4")
+    elif kind == "npz":
+        np.savez_compressed(file, a=np.arange(1000.0))
+        whole = bytearray(file.read_bytes())
+        whole[60:90] = bytes(range(30))
+        file.write_bytes(whole)
+    else:
+        np.savez(file, a=np.zeros(3, np.longdouble))
+    return file
+
+
+@pytest.mark.parametrize("kind", ["keras", "h5", "npz", "longdouble.npz"])
+def test_a_damaged_array_is_refused_in_words(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointForeignError, match="cannot be read safely"):
+        foreign.read(damaged(kind, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"kernel": ([2, 3], b"")},
+        {"kernel": {"__msgpack_chunked_array__": True, "shape": {"0": 4}, "chunks": {}}},
+        {"kernel": {"__msgpack_chunked_array__": True, "shape": 4, "chunks": {}}},
+    ],
+    ids=["has no bytes", "lacks its chunks", "has no shape"],
+)
+def test_an_array_of_flax_that_is_not_whole_is_refused(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    msgpack = pytest.importorskip("msgpack", reason="needs: make extras")
+    if isinstance(content["kernel"], tuple):
+        shape, numbers = content["kernel"]
+        content = {"kernel": msgpack.ExtType(1, msgpack.packb((shape, "float32", numbers)))}
+    (tmp_path / "net.msgpack").write_bytes(msgpack.packb({"params": {"dense": content}}))
+    with pytest.raises(CheckpointForeignError, match=r"is no whole msgpack|is not whole"):
+        foreign.read(tmp_path / "net.msgpack")
 
 
 def test_a_link_out_of_an_hdf5_file_is_not_followed(tmp_path: Path) -> None:

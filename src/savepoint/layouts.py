@@ -30,6 +30,14 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "layer norm": (nn.LayerNorm,),
     "embedding": (nn.Embedding,),
 }
+# In the names of layers of other kinds, whose arrays have the shapes of these.
+_OTHERS = (
+    "transpose", "depthwise", "separable", "einsum", "prelu", "attention",
+    "groupnorm", "rmsnorm", "instancenorm", "lstm", "gru", "rnn",
+)  # fmt: skip
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS: tuple[type[nn.Module], ...] = (*_KINDS["convolution"], *_TRANSPOSED)
+_OF_IMAGES = (nn.Conv2d, nn.Conv3d, *_TRANSPOSED[1:])
 # Where the parts of a layer of Keras 3 have numbers only.
 _NUMBERED = {
     "convolution": ("kernel", "bias"),
@@ -52,7 +60,9 @@ class Layer:
 
     @property
     def kind(self) -> str | None:
-        """None where the arrays do not say."""
+        """None where the arrays do not say, or the name says another one."""
+        if any(other in self.name.lower().replace("_", "") for other in _OTHERS):
+            return None
         rank = {role: array.dim() for role, array in self.arrays.items()}
         first = rank.get("kernel", rank.get("0", 0))
         if "embedding" in rank or (set(rank) == {"0"} and "embedding" in self.name.lower()):
@@ -95,11 +105,11 @@ def onto(model: nn.Module, arrays: Mapping[str, Tensor]) -> Mapped:
     weights: dict[str, Tensor] = {}
     rows: list[Row] = []
     taken: set[str] = set()
-    channels = 0
-    for name, module in modules.items():
+    behind: nn.Module | None = None  # the convolution whose output reaches a module
+    for name, module in model.named_modules():
         layer = pairs.get(name)
         if layer is not None:
-            fitted = _fitted(layer, module, channels)
+            fitted = _fitted(layer, module, behind)
             for role, (own, tensor, how) in fitted.items():
                 place = layer.places[role]
                 taken.add(place)
@@ -108,10 +118,10 @@ def onto(model: nn.Module, arrays: Mapping[str, Tensor]) -> Mapped:
                 rows.append(Row(place, shapes[0], f"{name}.{own}", shapes[1], how))
             if fitted and isinstance(module, _KINDS["batch norm"]):
                 weights |= _counter(name, module)
-        if isinstance(module, _KINDS["convolution"]):
-            channels = int(module.out_channels)  # type: ignore[arg-type]
+        if isinstance(module, _CONVOLUTIONS):
+            behind = module
         elif isinstance(module, nn.Linear):
-            channels = 0
+            behind = None
     weights |= {place: array for place, array in arrays.items() if place not in taken}
     return Mapped(weights, rows)
 
@@ -189,7 +199,7 @@ def _numbered(name: str) -> tuple[str, int]:
 Fitted = tuple[str, Tensor, str]
 
 
-def _fitted(layer: Layer, module: nn.Module, channels: int) -> dict[str, Fitted]:
+def _fitted(layer: Layer, module: nn.Module, behind: nn.Module | None) -> dict[str, Fitted]:
     """Role in the file -> name in the module, array in its layout, what was done; empty where not
     every array of the layer fits.
     """
@@ -205,9 +215,10 @@ def _fitted(layer: Layer, module: nn.Module, channels: int) -> dict[str, Fitted]
         return {}
     fitted: dict[str, Fitted] = {}
     for role, (name, target) in own.items():
-        tensor, how = _laid_out(arrays[role], role, module, channels)
-        if tensor.shape != target.shape:
+        laid_out = _laid_out(arrays[role], role, module, behind)
+        if laid_out is None or laid_out[0].shape != target.shape:
             return {}
+        tensor, how = laid_out
         fitted[back[role]] = (name, tensor.to(target.dtype), how)
     return fitted
 
@@ -228,21 +239,30 @@ def _wanted(kind: str, module: nn.Module) -> Iterator[tuple[str, tuple[str, Tens
             yield role, (names[role], value)
 
 
-def _laid_out(array: Tensor, role: str, module: nn.Module, channels: int) -> tuple[Tensor, str]:
-    """An array in the layout of torch, and what was done.
+def _laid_out(
+    array: Tensor, role: str, module: nn.Module, behind: nn.Module | None
+) -> tuple[Tensor, str] | None:
+    """An array in the layout of torch, and what was done; None where that is not sure.
 
     Args:
-        channels: Of the convolution whose output reaches the module; 0 where there is none.
+        behind: The convolution whose output reaches the module, if there is one.
     """
-    if role != "kernel":
-        return array, ""
-    if array.dim() > 2:  # (places..., in, out) -> (out, in, places...)
+    channels = 0 if behind is None else int(behind.out_channels)  # type: ignore[arg-type]
+    spots = array.shape[0] // channels if channels and array.dim() else 0
+    is_flat = spots > 1 and array.shape[0] == spots * channels
+    if role == "kernel" and array.dim() > 2:  # (places..., in, out) -> (out, in, places...)
         places = list(range(array.dim() - 2))
         return array.permute(-1, -2, *places).contiguous(), "transposed"
-    rows, columns = array.shape
-    if not channels or rows == channels or rows % channels:
-        return array.t().contiguous(), "transposed"
     # Flattened images: the channel is the fastest index there, the slowest one in torch.
-    spots = rows // channels
-    ordered = array.reshape(spots, channels, columns).permute(2, 1, 0).reshape(columns, rows)
-    return ordered.contiguous(), f"transposed, {spots} places x {channels} channels reordered"
+    how = f"{spots} places x {channels} channels reordered"
+    if role == "kernel":
+        if not is_flat:
+            return array.t().contiguous(), "transposed"
+        columns = array.shape[1]
+        ordered = array.reshape(spots, channels, columns).permute(2, 1, 0)
+        return ordered.reshape(columns, -1).contiguous(), f"transposed, {how}"
+    if is_flat and isinstance(module, nn.BatchNorm1d | nn.LayerNorm):
+        if not (isinstance(module, nn.BatchNorm1d) and isinstance(behind, _OF_IMAGES)):
+            return None  # as well a norm of signals that were put side by side
+        return array.reshape(spots, channels).t().reshape(-1).contiguous(), how
+    return array, ""

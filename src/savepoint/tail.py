@@ -7,11 +7,19 @@ from pathlib import Path
 _BYTES = 1 << 16
 
 
+def columns(line: str) -> list[str]:
+    """The names in the first line; none where it is damaged."""
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return []
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     """The last whole rows; none where the file is missing."""
     try:
         with path.open("rb") as file:
-            names = next(csv.reader([file.readline().decode(errors="replace")]), [])
+            names = columns(file.readline().decode(errors="replace"))
             begin = file.tell()
             start = max(begin, file.seek(0, os.SEEK_END) - _BYTES)
             file.seek(start)

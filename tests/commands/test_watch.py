@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from support.run_dirs import make_run, say
 
-from savepoint.commands import watch
+from savepoint.commands import main, watch
 from savepoint.run import Run
 
 Capture = pytest.CaptureFixture[str]
@@ -69,6 +69,16 @@ def test_a_log_that_is_damaged_or_missing_costs_the_rate_alone(
     assert (row["rate"], row["left"], row["saved"]) == (None, None, 30)
 
 
+@pytest.mark.parametrize("head", ["step,ti\rme/secs\n", "\0" * 200_000], ids=["return", "zeros"])
+def test_a_log_whose_first_line_is_damaged_costs_its_own_steps_alone(
+    head: str, tmp_path: Path, capsys: Capture
+) -> None:
+    run = make_run(tmp_path, "damaged", ended="max_epochs")
+    (run / "metrics.csv").write_text(f"{head}5,1.0\n", newline="")
+    make_run(tmp_path, "whole", ended="max_epochs")
+    assert set(looked(capsys, tmp_path)) == {"damaged", "whole"}
+
+
 def test_one_look_is_a_table(tmp_path: Path, capsys: Capture) -> None:
     make_run(tmp_path, "one", ended="max_epochs")
     code, out, _ = say(capsys, "watch", str(tmp_path), "--once")
@@ -77,6 +87,27 @@ def test_one_look_is_a_table(tmp_path: Path, capsys: Capture) -> None:
     assert head.split()[:2] == ["run", "state"]
     assert "30, " in line
     assert "val/loss" in line
+
+
+def test_of_a_run_itself_its_own_line_is_shown(tmp_path: Path, capsys: Capture) -> None:
+    run = make_run(tmp_path, "one", ended="max_epochs")
+    assert list(looked(capsys, run)) == ["one"]
+
+
+def test_a_directory_without_runs_is_said_to_have_none(tmp_path: Path, capsys: Capture) -> None:
+    code, out, _ = say(capsys, "watch", str(tmp_path), "--once")
+    assert (code, out) == (0, f"{tmp_path}: no runs\n")
+
+
+@pytest.mark.parametrize(("given", "waited"), [("inf", 3600.0), ("1e300", 3600.0), ("-1", 0.1)])
+def test_any_pause_between_two_looks_is_one_that_the_clock_knows(
+    given: str, waited: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(watch, "_watch", lambda _, every: pauses.append(every))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(["watch", str(tmp_path), f"--every={given}"]) == 0
+    assert pauses == [waited]
 
 
 def test_on_a_narrow_terminal_the_names_of_runs_stay_whole(tmp_path: Path) -> None:

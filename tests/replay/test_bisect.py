@@ -62,6 +62,35 @@ def test_one_weight_that_has_changed_is_found_at_its_step(
     assert found["unstable"] == []
 
 
+def test_what_differs_in_a_state_before_a_batch_does_is_followed_to_that_batch(
+    straight: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    found = bisected(capsys, straight, planted(tmp_path, "late"))
+    assert (found["differ"], found["parts"]) == (4, ["callbacks"])
+    assert first_place(found) == (6, "weight", "net.features.0.weight")
+
+
+def test_a_difference_behind_the_last_checkpoints_that_both_have_is_found(
+    straight: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    other = planted(tmp_path, "weight")
+    for step in (8, 12):
+        (other / "checkpoints" / f"step-{step:08d}.ckpt").unlink()
+    found = bisected(capsys, straight, other)
+    assert (found["agree"], found["differ"]) == (4, None)
+    assert first_place(found) == (6, "weight", "net.features.0.weight")
+
+
+def test_data_of_other_values_are_named(straight: Path, tmp_path: Path, capsys: Capture) -> None:
+    other = Path(shutil.copytree(straight, tmp_path / "other"))
+    for file in sorted((other / "checkpoints").glob("step-*.ckpt")):
+        numbers = store.load(file)[0]["numbers"]
+        altered(file, file, numbers={name: value + 1 for name, value in numbers.items()})
+    found = bisected(capsys, straight, other)
+    assert found["data"]
+    assert set(found["data"]) <= set(store.load(file)[0]["numbers"])
+
+
 @pytest.mark.slow
 def test_another_order_of_the_data_is_found_where_it_begins(
     straight: Path, tmp_path: Path, capsys: Capture
@@ -205,11 +234,13 @@ def test_an_interpreter_that_cannot_train_says_why(
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("kind", ["missing", "text"])
+@pytest.mark.parametrize("kind", ["missing", "text", "another program"])
 def test_what_is_no_interpreter_is_refused(
     short: Path, tmp_path: Path, capsys: Capture, kind: str
 ) -> None:
     (tmp_path / "text").write_text("x")
+    (tmp_path / "another program").write_text("#!/bin/sh\n")
+    (tmp_path / "another program").chmod(0o755)
     code, out, err = told(capsys, short, short, "--python", tmp_path / kind)
     assert (code, out) == (2, "")
     assert "A program such as .venv/bin/python was expected." in err

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.programs import FOUR_AN_EPOCH, begin, into
+from support.programs import FOUR_AN_EPOCH, begin, go, into
 from support.small import SmallModel, fit
 from support.trained import Capture, altered, say, trained
 from torch import Tensor, nn
@@ -126,6 +126,29 @@ def test_a_step_after_the_end_of_the_run_is_refused(run_dir: Path, capsys: Captu
     assert "Not reached: step 13" in err
 
 
+def test_a_replay_that_ends_too_early_leaves_nothing(run_dir: Path, capsys: Capture) -> None:
+    words = ["--step", "9", "--to", "13", "--fork", "kept"]
+    code, out, err = say(capsys, "replay", str(run_dir), *words)
+    assert (code, out) == (2, "")
+    assert f"Not reached: step 13. {run_dir} ends at step 12" in err
+    assert sorted(path.name for path in run_dir.parent.iterdir()) == ["first"]
+
+
+def test_an_end_before_the_step_is_refused(run_dir: Path, capsys: Capture) -> None:
+    code, _, err = say(capsys, "replay", str(run_dir), "--step", "9", "--to", "0")
+    assert code == 2
+    assert "No such steps: --step 9 --to 0" in err
+
+
+def test_a_directory_for_the_batch_is_refused_before_the_training(
+    run_dir: Path, capsys: Capture, tmp_path: Path
+) -> None:
+    words = ["--step", "9", "--save-batch", str(tmp_path)]
+    code, _, err = say(capsys, "replay", str(run_dir), *words)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+
+
 def test_a_training_of_several_processes_is_refused(run_dir: Path, capsys: Capture) -> None:
     file = run_dir / "checkpoints" / "step-00000008.ckpt"
     state, facts = store.load(file)
@@ -175,14 +198,24 @@ def test_a_function_of_the_users_is_called_at_the_step_and_changes_nothing(
     assert (ended, "equal to the log" in out) == (0, True)
 
 
+@pytest.mark.parametrize("code", ["x = 1", "look = 1", "1 / 0", "look ="])
 def test_a_file_without_such_a_function_is_refused(
-    run_dir: Path, capsys: Capture, tmp_path: Path
+    code: str, run_dir: Path, capsys: Capture, tmp_path: Path
 ) -> None:
-    (tmp_path / "mine.py").write_text("x = 1\n")
+    (tmp_path / "mine.py").write_text(code)
     words = ["--step", "6", "--with", str(tmp_path / "mine.py")]
-    code, _, err = say(capsys, "replay", str(run_dir), *words)
-    assert code == 2
+    ended, _, err = say(capsys, "replay", str(run_dir), *words)
+    assert ended == 2
     assert "No function `look` in" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_replay_that_fails_leaves_no_fork(run_dir: Path, capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def look(*_):\n    raise KeyError('no')\n")
+    words = ["--step", "6", "--fork", "kept", "--with", str(tmp_path / "mine.py")]
+    with pytest.raises(KeyError):
+        say(capsys, "replay", str(run_dir), *words)
+    assert not (run_dir.parent / "kept").exists()
 
 
 def test_a_debugger_stops_in_the_training_step(
@@ -219,6 +252,28 @@ def test_the_first_module_whose_output_is_not_finite_is_named(tmp_path: Path) ->
     assert not any(row["finite"] for row in look.found["layers"].values())
 
 
+class NotFiniteInTheFirstOfTwo(SmallModel):
+    """The batches of the third step, of two each."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        is_bad = (self.trainer.global_step, batch_idx % 2) == (2, 0)
+        return super().training_step((x / 0, y) if is_bad else batch, batch_idx)
+
+
+def test_a_step_of_several_batches_is_looked_at_in_each_of_them(tmp_path: Path) -> None:
+    look = StepLook(3)
+    with pytest.raises(NonFiniteLossError, match="first at step 3"):
+        fit(
+            tmp_path,
+            model=NotFiniteInTheFirstOfTwo,
+            callbacks=lambda: [look],
+            max_epochs=1,
+            accumulate_grad_batches=2,
+        )
+    assert look.found["not_finite"] == "net.0"
+
+
 def test_a_loader_knows_the_samples_of_a_batch() -> None:
     samples = TensorDataset(torch.arange(10))
     loader = resumable(DataLoader(samples, batch_size=4, shuffle=True), seed=1)
@@ -235,6 +290,33 @@ def test_a_run_is_reproducible_here(run_dir: Path, capsys: Capture) -> None:
     assert code == 0
     assert "This run is reproducible here: 2 of 2 parts equal." in out
     assert content(run_dir) == before
+
+
+def test_a_run_that_was_trained_longer_is_reproducible_too(run_dir: Path, capsys: Capture) -> None:
+    assert go(str(run_dir), "--trainer.max_epochs", "4") == 0
+    code, out, _ = say(capsys, "audit", str(run_dir))
+    assert (code, "3 of 3 parts equal" in out) == (0, True)
+    assert "the replay is not" not in out
+    code, out, _ = say(capsys, "replay", str(run_dir), "--step", "14")
+    assert (code, "equal to the log" in out) == (0, True)
+
+
+def test_a_row_of_zeros_that_a_crash_has_left_is_a_row_that_differs(
+    run_dir: Path, capsys: Capture
+) -> None:
+    log = run_dir / "metrics.csv"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join([*lines[:-2], "\0" * 200_000, "\n"]))
+    code, out, _ = say(capsys, "audit", str(run_dir), "--json")
+    assert code == 1
+    assert [part["equal"] for part in json.loads(out)["parts"]] == [True, False]
+
+
+@pytest.mark.parametrize("number", ["0", "-3"])
+def test_a_sample_of_no_parts_is_refused(number: str, run_dir: Path, capsys: Capture) -> None:
+    code, out, err = say(capsys, "audit", str(run_dir), "--sample", number)
+    assert (code, out) == (2, "")
+    assert f"--sample {number}" in err
 
 
 def test_the_part_that_comes_out_differently_is_named(run_dir: Path, capsys: Capture) -> None:

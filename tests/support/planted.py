@@ -12,8 +12,9 @@ class Planted(Callback):
     """From the batch on that leads to `step`.
 
     Args:
-        what: "weight" has changed once; "order": another order of the samples, from the next epoch;
-            "noise": an operation that is not deterministic; "nothing".
+        what: "weight" has changed once; "late", too, and each checkpoint before it differs;
+            "order": another order of the samples, from the next epoch; "noise": an operation that
+            is not deterministic; "nothing".
     """
 
     def __init__(self, what: str, step: int = 6) -> None:
@@ -24,8 +25,11 @@ class Planted(Callback):
             trainer.train_dataloader._seed = 99
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        if self.what == "weight" and trainer.global_step + 1 == self.step:
+        if self.what in ("weight", "late") and trainer.global_step + 1 == self.step:
             next(module.parameters()).data.view(-1)[3] += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step} if self.what == "late" else {}
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         if self.what != "noise":

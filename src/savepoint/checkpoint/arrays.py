@@ -8,6 +8,7 @@ as it lies there. Only numbers are read: no pickle, no link out of the file.
 import importlib
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +24,12 @@ KINDS = ("keras", "npz", "flax")
 _ARRAY = 1  # of Flax's msgpack: shape, dtype, bytes
 _SCALAR = 3
 _CHUNKED = "__msgpack_chunked_array__"
+# What zipfile, NumPy and h5py raise on a damaged file. A RuntimeError is also an archive that is
+# encrypted or of an unknown method; a MemoryError a size that cannot be meant.
+_READ_ERRORS = (
+    zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, KeyError, RuntimeError,
+    MemoryError,
+)  # fmt: skip
 
 
 class Unreadable(ValueError):
@@ -64,9 +71,20 @@ def read(path: Path, kind: str) -> dict[str, Tensor]:
         return dict(_msgpack(path))
     with path.open("rb") as file:
         if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                return _hdf5(path, io.BytesIO(archive.read(KERAS_WEIGHTS)))
+            return _hdf5(path, io.BytesIO(_member(file, KERAS_WEIGHTS)))
         return _hdf5(path, file)
+
+
+def _member(file: BinaryIO, name: str) -> bytes:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.read(name)
+    except _READ_ERRORS as error:
+        raise Unreadable(f"it is no whole zip archive: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _tensor(array: Any) -> Tensor:
@@ -86,8 +104,8 @@ def _npz(path: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, _tensor(archive[name])
     except Unreadable:
         raise
-    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        why = str(error).partition("\n")[0]
+    except (*_READ_ERRORS, TypeError) as error:
+        why = _line(error)
         if "allow_pickle" in why:  # which runs programs, and is never advised
             why = "it holds Python objects, which are pickled"
         raise Unreadable(why) from error
@@ -115,7 +133,10 @@ def _msgpack(path: Path) -> Iterator[tuple[str, Tensor]]:
         raise Unreadable(f"it is no whole msgpack: {type(error).__name__}") from error
     if not isinstance(content, dict):
         raise Unreadable(f"it holds a {type(content).__name__}, no dictionary")
-    yield from _flat(content, "")
+    try:
+        yield from _flat(content, "")
+    except (*_READ_ERRORS, TypeError, AttributeError) as error:
+        raise Unreadable(f"an array in chunks is not whole: {_line(error)}") from error
 
 
 def _from_bytes(shape: Any, kind: str, numbers: bytes) -> Tensor:
@@ -123,7 +144,7 @@ def _from_bytes(shape: Any, kind: str, numbers: bytes) -> Tensor:
     found = kinds.get(kind) or getattr(torch, kind, None)
     if not isinstance(found, torch.dtype):
         raise Unreadable(f"it holds {kind}, which torch does not know")
-    if not numbers:
+    if 0 in shape and not numbers:  # torch reads no empty buffer
         return torch.empty(tuple(shape), dtype=found)
     return torch.frombuffer(bytearray(numbers), dtype=found).reshape(tuple(shape))
 
@@ -150,6 +171,8 @@ def _hdf5(path: Path, file: BinaryIO) -> dict[str, Tensor]:
     def visit(name: str, one: Any) -> None:
         if not isinstance(one, h5py.Dataset):
             return
+        if not isinstance(name, str):  # bytes that are no text
+            raise Unreadable("it is no whole HDF5 file: a name in it is damaged")
         if one.is_virtual or one.external:
             raise Unreadable(f"its {name} lies in another file")
         found[name] = _tensor(one[()]) if one.shape else _tensor(np.asarray(one[()]))
@@ -159,8 +182,8 @@ def _hdf5(path: Path, file: BinaryIO) -> dict[str, Tensor]:
             opened.visititems(visit)  # follows no soft and no external links
     except Unreadable:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise Unreadable(f"it is no whole HDF5 file: {str(error).partition(chr(10))[0]}") from error
+    except (*_READ_ERRORS, TypeError) as error:
+        raise Unreadable(f"it is no whole HDF5 file: {_line(error)}") from error
     return found
 
 

@@ -396,7 +396,8 @@ class CheckpointCallback(Checkpoint):
     ) -> None:
         loss = loss_of(outputs)
         if self.training and isinstance(loss, Tensor):
-            self.saver.watch.see(loss, trainer.global_step)
+            # The step that the batch is part of: with gradients that accumulate, the coming one.
+            self.saver.watch.see(loss, trainer.global_step + loops.accumulates(trainer))
 
     # -- the end ----------------------------------------------------------------------------------
 

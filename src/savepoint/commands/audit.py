@@ -27,13 +27,18 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = "a run directory; default: the newest run"
     parser.add_argument("run", metavar="RUN", nargs="?", help=run)
-    sample = "K parts that are drawn, in place of all"
+    sample = "K parts, 1 at least, that are drawn, in place of all"
     parser.add_argument("--sample", metavar="K", type=int, help=sample)
     add_allow(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
     run = find.run(arguments.run)
+    if arguments.sample is not None and arguments.sample < 1:
+        raise ConfigError(
+            f"Nothing to audit: --sample {arguments.sample}. A number of parts was expected, 1 at "
+            "least. Give another."
+        )
     checkpoints = run.store.checkpoints()
     # One that was made inside a validation is of no place where a training passes by itself.
     parts = [
@@ -48,7 +53,7 @@ def main(arguments: argparse.Namespace) -> int:
             "more: --checkpoint.keep_last 5"
         )
     if arguments.sample is not None and arguments.sample < len(parts):
-        parts = sorted(random.sample(parts, max(1, arguments.sample)), key=lambda one: one[0].step)
+        parts = sorted(random.sample(parts, arguments.sample), key=lambda one: one[0].step)
 
     with entry.importing():
         import savepoint.replay.playing  # noqa: F401
@@ -75,24 +80,28 @@ def _audited(
     source = choice.load(one.path)
     if not arguments.allow_code:
         choice.require_same_code(run, source)
-    notes = list(choice.reservations(run, source, other.step))
+    config = choice.config_after(run, one)
+    notes = list(choice.reservations(run, source, other.step, resumed=config is not None))
     skip = source.state.get("logged_rows") or 0
     was, facts = find.load(other.path)
     goal = playing.Goal(other.step, facts["at"], saves=True)
     with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="audit-") as scratch:
-        played = playing.play(source, Path(scratch), "replay", goal, allow=arguments.allow)
-        made = played.store.latest()
+        played = playing.play(
+            source, Path(scratch), "replay", goal, allow=arguments.allow, config=config
+        )
+        made = played.run.store.latest()
         now = find.load(made.path)[0] if made else {}
         if "logged_rows" in now:
             now["logged_rows"] += skip  # its log begins at the checkpoint
         log = run.directory / "metrics.csv"
-        compared = logs.compare(log, skip, played.directory / "metrics.csv")
-    differences = diff.compare(was, now)
+        compared = logs.compare(log, skip, played.run.directory / "metrics.csv")
+    parts = diff.compare(was, now)["parts"] if made else []
     return {
         "from": one.step,
         "to": other.step,
-        "equal": compared.is_equal and not compared.missing and not differences["parts"],
-        "state": differences["parts"],
+        "equal": compared.is_equal and not compared.missing and bool(made) and not parts,
+        "ended": None if made else played.step,
+        "state": parts,
         "row": compared.differing,
         "missing_rows": compared.missing,
         "notes": notes,
@@ -118,6 +127,8 @@ def _why(row: dict[str, Any]) -> str:
     if row["equal"]:
         return ""
     reasons = []
+    if row["ended"] is not None:
+        reasons.append(f"ended at step {row['ended']}, by the limits of its config")
     if row["row"] is not None:
         name, (was, now) = next(iter(row["row"]["values"].items()), ("?", (None, None)))
         reasons.append(f"row of step {row['row']['step']}: {name} {was} then, {now} now")

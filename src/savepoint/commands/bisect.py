@@ -71,21 +71,33 @@ def _bisected(runs: Sequence[Run], arguments: argparse.Namespace) -> dict[str, A
     # Refuses what cannot be replayed before anything is compared.
     sources = [choice.load(run.store.checkpoints()[0].path) for run in runs]
     found["config"] = _configs(*(source.state for source in sources))
+    found["data"] = _data(*(source.state for source in sources))
     agreed, differing, parts = _compared(a, b)
-    row = _first_row(runs, agreed)
+    row, until = _first_row(runs, agreed)
     found |= {"agree": agreed[-1][0].step if agreed else None, "row": row, "parts": parts}
     found["differ"] = differing[0].step if differing else None
-    stretch = choose(runs, agreed, differing, parts, replays=arguments.python is not None)
+    replays = arguments.python is not None
+    stretch = choose(runs, agreed, differing, parts, replays=replays, until=until)
     if stretch is None:
         found["equal"] = row is None
         return found
     found |= {"from": 0 if stretch.anew else stretch.begin[0].step, "to": stretch.step}
     found["notes"] = list(_notes(runs, stretch, arguments))
+    last = min(run.store.checkpoints()[-1].step for run in runs)
     with tempfile.TemporaryDirectory(prefix="bisect-") as scratch:
         found |= _trained(runs, stretch, Path(scratch), arguments)
-    wrong = (row, found["differ"], found["first"], found["replayed_row"])
+        if _shows_later(found) and stretch.step < last:
+            # A schedule, say, or data of which these steps have used nothing yet.
+            stretch = replace(stretch, step=last, at=None, end=None)
+            found |= {"to": last} | _trained(runs, stretch, Path(scratch), arguments)
+    wrong = (row, found["differ"], found["first"], found["replayed_row"], found["ended"])
     found["equal"] = not any(wrong) and not found["ends"]["each other"]
     return found
+
+
+def _shows_later(found: Mapping[str, Any]) -> bool:
+    """Whether what differs in the state at the end has made no difference to a batch yet."""
+    return found["first"] is None and bool(found["ends"]["each other"]) and not found["ended"]
 
 
 # -- what the runs have ---------------------------------------------------------------------------
@@ -95,6 +107,13 @@ def _configs(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]
     from savepoint.resume.plan import differences
 
     return {key: list(pair) for key, pair in differences(one["config"], other["config"]).items()}
+
+
+def _data(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The data in memory that have other values, as `training loader 0.dataset.tensors`."""
+    was = one.get("numbers") or {}
+    now = other.get("numbers") or {}
+    return [name for name in was if name in now and was[name] != now[name]]
 
 
 def _compared(a: Run, b: Run) -> tuple[list[Pair], Pair | None, list[str]]:
@@ -123,17 +142,29 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     return [part for part in parts if part not in OWN]
 
 
-def _first_row(runs: Sequence[Run], agreed: Sequence[Pair]) -> dict[str, Any] | None:
-    """The first row in which the logs differ. That of a fork begins at its checkpoint."""
+def _first_row(
+    runs: Sequence[Run], agreed: Sequence[Pair]
+) -> tuple[dict[str, Any] | None, int | None]:
+    """The first row in which the logs differ, and the step up to which the runs have to be trained
+    to see it where it stands behind all checkpoints that agree.
+    """
     from savepoint.replay import rows
 
     skips = [0, 0]
     if any(start.get("checkpoint") for run in runs for start in run.starts()[:1]):
-        if not agreed:
-            return None
+        if not agreed:  # that of a fork begins at its checkpoint
+            return None, None
         skips = [find.load(one.path)[0].get("logged_rows") or 0 for one in agreed[0]]
     logs = [run.directory / "metrics.csv" for run in runs]
-    return rows.compare(logs[0], skips[0], logs[1], skips[1]).differing
+    compared = rows.compare(logs[0], skips[0], logs[1], skips[1])
+    row = compared.differing
+    if row is None or not agreed:
+        return row, None
+    known = find.load(agreed[-1][0].path)[0].get("logged_rows") or 0
+    if skips[0] + compared.equal < known:
+        return row, None
+    lasts = [run.store.checkpoints()[-1].step for run in runs]
+    return row, max(*lasts, row["step"] + 1)
 
 
 def _notes(runs: Sequence[Run], stretch: Stretch, arguments: argparse.Namespace) -> Iterator[str]:
@@ -144,8 +175,10 @@ def _notes(runs: Sequence[Run], stretch: Stretch, arguments: argparse.Namespace)
         if not arguments.allow_code:
             choice.require_same_code(run, source)
         # A changed config of a resume is no reservation where the replay has it, too.
-        end = source.manifest["step"] if config or stretch.anew else stretch.step
-        for note in choice.reservations(run, source, end, anew=stretch.anew):
+        end = source.manifest["step"] if stretch.anew else stretch.step
+        for note in choice.reservations(
+            run, source, end, anew=stretch.anew, resumed=config is not None
+        ):
             yield f"{name}: {note}"
 
 
@@ -170,6 +203,7 @@ def _trained(
     ]
     pythons = (None, arguments.python)
     sides = []
+    scratch = Path(tempfile.mkdtemp(dir=scratch))
     for name, run, part, python in zip("ab", runs, parts, pythons, strict=True):
         _say(f"Training {name.upper()}, {show(run.directory)}", stretch)
         sides.append(record(part, scratch / name, python=python))
@@ -179,6 +213,11 @@ def _trained(
         "first": first and asdict(first),
         "replayed_row": log.differing,
         "ends": _ends(sides, stretch.end),
+        "ended": {
+            name: side.batches[-1]["step"] if side.batches else begin.step
+            for name, side, begin in zip("AB", sides, stretch.begin, strict=True)
+            if side.end is None
+        },
         "environment": [side.environment for side in sides],
         "unstable": [],
     }
@@ -234,11 +273,12 @@ def _ends(sides: Sequence[Recorded], end: Pair | None) -> dict[str, list[str]]:
     """The parts in which the states at the end differ: from each other, and from the checkpoints of
     the runs there.
     """
-    states = [find.load(side.end.path)[0] if side.end else {} for side in sides]
-    ends = {"each other": _differences(*states)}
-    if end is not None:
-        for name, state, one in zip("AB", states, end, strict=True):
-            ends[name] = _differences(find.load(one.path)[0], state)
+    states = [find.load(side.end.path)[0] if side.end else None for side in sides]
+    one, other = states
+    ends = {"each other": _differences(one, other) if one and other else []}
+    for name, state, was in zip("AB", states, end or (), strict=False):
+        if state:
+            ends[name] = _differences(find.load(was.path)[0], state)
     return ends
 
 
@@ -304,6 +344,8 @@ def _text(found: Mapping[str, Any]) -> str:
         rows = [(key, str(was), str(now)) for key, (was, now) in found["config"].items()]
         lines += ["", words.table(("config", "A", "B"), rows)]
     lines += ["", *(f"note: {note}" for note in found["notes"]), *_environments(found)]
+    if found["data"]:
+        lines.append(f"Their data differ: {', '.join(found['data'][:5])}.")
     lines += [_checkpoints(found)]
     if found["row"]:
         lines.append(f"The first row of their logs that differs: {_row(found['row'])}.")
@@ -360,6 +402,11 @@ def _outcome(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _nothing_found(found: Mapping[str, Any], stretch: str) -> Iterator[str]:
     ends = found["ends"]
+    for name, step in found["ended"].items():
+        yield f"{name}, {stretch}, ended at step {step}, by the limits of its config."
+    if found["ended"]:
+        yield "Every batch that both have trained is equal."
+        return
     if found["replayed_row"]:
         yield f"Every batch is equal, {stretch}; a row of the logs is not: "
         yield f"  {_row(found['replayed_row'])}"

@@ -9,6 +9,7 @@ import importlib.util
 import sys
 import tempfile
 from contextlib import redirect_stdout
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def add_allow(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     run = find.run(arguments.run)
-    end = arguments.to or arguments.step
+    end = arguments.step if arguments.to is None else arguments.to
     if not 1 <= arguments.step <= end:
         raise ConfigError(
             f"No such steps: --step {arguments.step} --to {end}. Steps count from 1, and a replay "
@@ -67,6 +68,11 @@ def main(arguments: argparse.Namespace) -> int:
     with entry.importing():
         from savepoint.replay import choice, looking, playing, rows
 
+    if arguments.batch is not None and arguments.batch.is_dir():
+        raise ConfigError(
+            f"A directory, not a file: {show(arguments.batch)}. --save-batch writes the batch of "
+            "the step there. Name a file."
+        )
     checkpoint = choice.before(run, arguments.step)
     look = looking.StepLook(
         arguments.step, look=_user_function(arguments.code), debug=arguments.debug
@@ -74,7 +80,8 @@ def main(arguments: argparse.Namespace) -> int:
     source = choice.load(checkpoint.path)
     if not arguments.allow_code:
         choice.require_same_code(run, source)
-    notes = list(choice.reservations(run, source, end))
+    config = choice.config_after(run, checkpoint)
+    notes = list(choice.reservations(run, source, end, resumed=config is not None))
     skip = source.state.get("logged_rows") or 0
     # The result alone goes to standard output.
     with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="replay-") as scratch:
@@ -83,15 +90,22 @@ def main(arguments: argparse.Namespace) -> int:
         goal = playing.Goal(end, saves=arguments.fork is not None)
         place = run.directory.parent if arguments.fork else Path(scratch)
         played = playing.play(
-            source, place, arguments.fork, goal, callbacks=[look], allow=arguments.allow
+            source,
+            place,
+            arguments.fork,
+            goal,
+            callbacks=[look],
+            allow=arguments.allow,
+            config=config,
         )
         log = run.directory / "metrics.csv"
-        compared = rows.compare(log, skip, played.directory / "metrics.csv")
-    if not look.found:
-        raise ConfigError(
-            f"Not reached: step {arguments.step}. {show(run.directory)} ends before it, by the "
-            "limits of its config. Give an earlier step."
-        )
+        compared = rows.compare(log, skip, played.run.directory / "metrics.csv")
+        if played.step < end or not look.found:
+            playing.remove(played.run)
+            raise ConfigError(
+                f"Not reached: step {end}. {show(run.directory)} ends at step {played.step}, by "
+                "the limits of its config. Give an earlier step."
+            )
     if arguments.batch is not None:
         _save_batch(look.batch, arguments.batch)
     facts = {"run": run.directory, "checkpoint": checkpoint.path, "notes": notes}
@@ -100,23 +114,26 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         output.put(_text(run, notes, compared, look.found))
         if arguments.fork:
-            output.put(f"\nkept: {show(played.directory)}")
+            output.put(f"\nkept: {show(played.run.directory)}")
     return 0 if compared.is_equal else 1
 
 
 def _user_function(file: Path | None) -> "Look | None":
     if file is None:
         return None
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    loader = SourceFileLoader(file.stem, str(file))
+    spec = importlib.util.spec_from_loader(file.stem, loader)
     try:
         assert spec is not None
-        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
         look: Look = module.look
-    except (OSError, AttributeError, AssertionError, SyntaxError) as error:
+        if not callable(look):
+            raise TypeError("look is no function")
+    except Exception as error:  # whatever the user's code raises
+        why = str(error).partition("\n")[0] or type(error).__name__
         raise ConfigError(
-            f"No function `look` in {file} ({error}). A Python file was expected that has "
+            f"No function `look` in {show(file)} ({why}). A Python file was expected that has "
             "look(trainer, module, batch, batch_idx). Write one, or leave --with away."
         ) from error
     return look

@@ -40,9 +40,10 @@ def main(arguments: argparse.Namespace) -> int:
         output.put_json(look(directory))
         return 0
     if arguments.once or not sys.stdout.isatty():
-        output.put(words.table(HEAD, lines(look(directory))))
+        rows = look(directory)
+        output.put(words.table(HEAD, lines(rows)) if rows else f"{directory}: no runs")
         return 0
-    _watch(directory, max(0.1, arguments.every))
+    _watch(directory, min(max(0.1, arguments.every), 3600.0))
     return 0
 
 
@@ -90,8 +91,12 @@ def _or_none(value: Any, text: Callable[[Any], str]) -> str:
 
 
 def look(directory: Path) -> list[dict[str, Any]]:
-    """A row for each run; those that train now stand first, then by their last start."""
-    runs = sorted(find.runs_in(directory), key=Run.last_start, reverse=True)
+    """A row for each run; those that train now stand first, then by their last start. Of a run's
+    own directory that run's.
+    """
+    alone = Run(directory)
+    found = [alone] if alone.is_begun() else find.runs_in(directory)
+    runs = sorted(found, key=Run.last_start, reverse=True)
     rows = [_row(run) for run in runs]
     return sorted(rows, key=lambda row: row["state"] != "running")
 

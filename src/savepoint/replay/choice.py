@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from savepoint import record
+from savepoint import find, record
 from savepoint.checkpoint import store
 from savepoint.checkpoint.store import Checkpoint
 from savepoint.errors import ConfigError
@@ -55,11 +55,25 @@ def load(path: Path) -> Source:
     return source
 
 
-def reservations(run: Run, source: Source, end: int, *, anew: bool = False) -> Iterator[str]:
+def config_after(run: Run, checkpoint: Checkpoint) -> str | None:
+    """What a run was trained with from a checkpoint on, where a resume had changed the config."""
+    if not any(start["changed"] and start.get("step") == checkpoint.step for start in run.starts()):
+        return None
+    later = [one for one in run.store.checkpoints() if one.step > checkpoint.step]
+    if later:
+        config: str = find.load(later[0].path)[0]["config"]
+        return config
+    return (run.directory / "config.yaml").read_text()
+
+
+def reservations(
+    run: Run, source: Source, end: int, *, anew: bool = False, resumed: bool = False
+) -> Iterator[str]:
     """Why a replay up to step `end` may differ, in words.
 
     Args:
         anew: It begins at step 0, and takes nothing but the config from the checkpoint.
+        resumed: It has the config of a resume there.
     """
     facts: Mapping[str, Any] = source.manifest
     if not facts["exact"] and not anew:
@@ -70,6 +84,8 @@ def reservations(run: Run, source: Source, end: int, *, anew: bool = False) -> I
     for start in run.starts():
         changed = start["changed"]
         step = start.get("step")
+        if resumed and step == facts["step"]:
+            continue
         if changed and isinstance(step, int) and facts["step"] <= step < end:
             keys = ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())
             yield f"the run was resumed at step {step} with {keys}; the replay is not"

@@ -44,6 +44,7 @@ class StepLook(Callback):
         self._seen: dict[str, Any] = {}
         self._before: dict[str, Tensor] = {}
         self._infinite: str | None = None
+        self._steps = -1
         self._handles: list[RemovableHandle] = []
 
     # -- the step ---------------------------------------------------------------------------------
@@ -55,7 +56,11 @@ class StepLook(Callback):
         if not self.step - len(trainer.optimizers) <= trainer.global_step < self.step:
             return
         self.batch = batch
-        self._infinite = None
+        if (
+            self._steps != trainer.global_step
+        ):  # else its gradients accumulate with the batch before
+            self._infinite = None
+        self._steps = trainer.global_step
         self._seen = {"epoch": trainer.current_epoch, "batch": batch_idx} | self._of(
             trainer, batch, batch_idx
         )

@@ -1,5 +1,6 @@
 """A run is trained again from one of its checkpoints, up to a step or to a point of another one."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,16 @@ class Goal:
         return step >= self.step and self.at in (None, at)
 
 
+@dataclass(frozen=True)
+class Played:
+    """A run whose log begins at the checkpoint, and the step at which it ended: at the goal, or
+    before it, by the limits of its config.
+    """
+
+    run: Run
+    step: int
+
+
 class _Reached(Exception):
     """The replay has come to its goal."""
 
@@ -70,6 +81,12 @@ class _Until:
             raise _Reached
 
 
+def remove(run: Run) -> None:
+    """Nothing is left of a replay that has failed: `discard` keeps what a training has begun."""
+    run.discard()
+    shutil.rmtree(run.directory, ignore_errors=True)
+
+
 def play(
     source: Source,
     output_dir: Path,
@@ -80,7 +97,7 @@ def play(
     allow: Sequence[str] = (),
     config: str | None = None,
     anew: bool = False,
-) -> Run:
+) -> Played:
     """Trains from `source` to the goal, as a run of its own.
 
     Args:
@@ -88,9 +105,6 @@ def play(
         allow: What `--allow` names.
         config: In place of the checkpoint's: that of a resume, which had changed it.
         anew: Begins at step 0, as the run of the checkpoint once did.
-
-    Returns:
-        The run, whose log begins at the checkpoint.
     """
     was = typed.parse([], base=source.state["config"])
     settings = typed.parse([], base=config) if config else was
@@ -115,8 +129,8 @@ def play(
     except _Reached:
         pass
     except BaseException:
-        run.discard()
+        remove(run)
         raise
     finally:
         run.unlock()
-    return run
+    return Played(run, training.trainer.global_step)

@@ -4,6 +4,7 @@ goes into the batch, and of all that comes out of it.
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from savepoint.checkpoint.finite import loss_of
 from savepoint.checkpoint.format import fingerprint, leaves
 from savepoint.checkpoint.state.process import capture_rng, environment
+from savepoint.errors import NonFiniteLossError
 from savepoint.loaders.position import Resumable
 from savepoint.replay import choice
 from savepoint.replay.playing import Goal, play
@@ -29,16 +31,19 @@ def record(part: Part, directory: Path, keep: Keep | None) -> None:
     (directory / ENVIRONMENT).write_text(json.dumps(environment(torch.device("cpu"))))
     with (directory / RECORDS).open("w") as file:
         recorder = Recorder(file, keep)
-        play(
-            source,
-            directory,
-            RUN,
-            Goal(part.step, part.at, saves=keep is None),  # type: ignore[arg-type]
-            callbacks=[recorder],
-            allow=part.allow,
-            config=part.config,
-            anew=part.anew,
-        )
+        goal = Goal(part.step, part.at, saves=keep is None)  # type: ignore[arg-type]
+        # A state that is not finite is recorded, and cannot be saved.
+        with suppress(NonFiniteLossError):
+            play(
+                source,
+                directory,
+                RUN,
+                goal,
+                callbacks=[recorder],
+                allow=part.allow,
+                config=part.config,
+                anew=part.anew,
+            )
     torch.save(recorder.kept, directory / KEPT)
 
 

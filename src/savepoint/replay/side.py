@@ -122,7 +122,13 @@ def record(
     request = {"part": asdict(part), "keep": asdict(keep) if keep else None}
     (directory / _REQUEST).write_text(json.dumps(request))
     _call(python, directory / _REQUEST)
-    return Recorded(directory / _THERE)
+    there = Recorded(directory / _THERE)
+    if not (there.directory / KEPT).is_file():
+        raise ConfigError(
+            f"Not an interpreter: {python} has trained nothing. A program such as .venv/bin/python "
+            "was expected. Name one."
+        )
+    return there
 
 
 def _call(python: Path, request: Path) -> None:

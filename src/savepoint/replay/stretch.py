@@ -8,6 +8,7 @@ from typing import Any
 from savepoint import find
 from savepoint.checkpoint.store import Checkpoint
 from savepoint.errors import ConfigError
+from savepoint.replay.choice import config_after
 from savepoint.run import Run
 from savepoint.words import show
 
@@ -42,6 +43,7 @@ def choose(
     parts: Sequence[str],
     *,
     replays: bool,
+    until: int | None = None,
 ) -> Stretch | None:
     """What is to be trained again; None where the checkpoints say that the runs are equal.
 
@@ -49,6 +51,7 @@ def choose(
         agreed: The checkpoints of both that are equal.
         differing: The first ones that are not, and `parts`, in which they differ.
         replays: Whether to train also where all of them agree.
+        until: Where all of them agree, the step at which the logs behind them do not.
 
     Raises:
         ConfigError: There is nowhere to begin.
@@ -58,6 +61,8 @@ def choose(
     at = differing[0].manifest["at"] if differing else None
     end = {"end": differing} if at in ("batch", "epoch") else {"end": None}
     ends: dict[str, Any] = {"step": step, "at": at if end["end"] else None, "parts": parts} | end
+    if until is not None and not differing:
+        return _with_configs_of_resumes(runs, Stretch(agreed[-1], until))
     if agreed:
         begin = agreed[-1] if differing or agreed[-1][0].step < step else agreed[0]
         if not differing and begin is agreed[0] and not replays and step == agreed[-1][0].step:
@@ -79,13 +84,8 @@ def choose(
 
 def _with_configs_of_resumes(runs: Sequence[Run], stretch: Stretch) -> Stretch:
     """A run that was resumed at the beginning with another config is trained with that one."""
-    configs: list[str | None] = [None, None]
-    for number, run in enumerate(runs):
-        begin = stretch.begin[number]
-        if any(start["changed"] and start.get("step") == begin.step for start in run.starts()):
-            later = next(one for one in run.store.checkpoints() if one.step > begin.step)
-            configs[number] = find.load(later.path)[0]["config"]
-    return replace(stretch, configs=(configs[0], configs[1]))
+    one, other = (config_after(*pair) for pair in zip(runs, stretch.begin, strict=True))
+    return replace(stretch, configs=(one, other))
 
 
 def _origin(run: Run, fork: Run) -> Checkpoint | None:

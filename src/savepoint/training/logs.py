@@ -24,7 +24,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 from torch.utils.tensorboard.writer import FileWriter, SummaryWriter
 
-from savepoint import files
+from savepoint import files, tail
 
 """Bytes at the end of metrics.csv that hold its last row."""
 OURS = ".savepoint"
@@ -217,13 +217,12 @@ class RunCSVLogger(Logger):
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """The columns and the rows of a metrics.csv."""
     with path.open(newline="", errors="replace") as file:
-        names = next(csv.reader([file.readline()]), [])
-        # A row holds only numbers, so a quote is a damaged byte. It damages no more than its row.
-        reader = csv.DictReader(file, names, quoting=csv.QUOTE_NONE)
-        rows = list(reader)
-    for row in rows:
-        row.pop(None, None)  # surplus cells of a damaged row
-    return names, rows
+        names = tail.columns(file.readline())
+        # A row holds only numbers, so a quote is a damaged byte. It damages no more than its row,
+        # as does a cell that is longer than csv takes.
+        cells = [line.rstrip("\r\n").split(",") for line in file if line.rstrip("\r\n")]
+    empty: dict[str, Any] = dict.fromkeys(names)
+    return names, [empty | dict(zip(names, row, strict=False)) for row in cells]
 
 
 class RunTensorBoardLogger(TensorBoardLogger):
