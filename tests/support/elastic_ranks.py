@@ -135,6 +135,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "clipped": {"tree": True, "gradient_clip_val": 0.5},
     "max steps": {"tree": True, "max_steps": 6},
     "shards": {"model": Sharded},
+    "shares of ddp, in a tree": {"tree": True, "sharded": True},
     "across epochs": {"val_check_interval": 3, "check_val_every_n_epoch": None},
 }
 
@@ -148,9 +149,10 @@ def main(directory: Path, ranks: int, kind: str, start: Path | None = None) -> N
         strategy = strategy if ranks > 1 else "auto"
     loader = flags.pop("loader", "batches")
     points = directory / "points"
+    sharded = flags.pop("sharded", "auto")
     fit(
         directory,
-        checkpointing=EveryPoint(points, monitor="val/loss", mode="min"),
+        checkpointing=EveryPoint(points, monitor="val/loss", mode="min", sharded=sharded),
         model=model,
         data=lambda: Numbered(loader),
         ckpt_path=start,
