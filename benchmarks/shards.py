@@ -63,8 +63,9 @@ def measure(rank: int, ranks: int, folder: Path, megabytes: float, rounds: int, 
             saving.save(together, path, state, {}, facts)
             return
         if how == HOW[2]:
-            tensors = [leaf for _, leaf in format.leaves(whole) if isinstance(leaf, torch.Tensor)]
-            parts = saving.split(together, whole or {}, {}, tensors)
+            leaves = format.leaves(whole)
+            held = {key: leaf for key, leaf in leaves if isinstance(leaf, torch.Tensor)}
+            parts = saving.split(together, whole or {}, {}, held)
             saving.write(together, path, parts, facts)
             return
         kept = whole

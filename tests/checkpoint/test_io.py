@@ -296,6 +296,25 @@ def test_a_save_after_one_that_failed_is_made_and_tells_of_it(
     assert names(tmp_path) == ["b.ckpt"]
 
 
+def test_where_a_save_failed_in_a_way_of_its_own_the_next_is_not_begun(
+    behind: CheckpointIO,
+) -> None:
+    """A rank that is gone: what the others would do together waits for it."""
+
+    begun = threading.Event()
+
+    def save_with_a_dead_rank() -> None:
+        begun.wait(HANG_SECS)
+        raise RuntimeError("Connection closed by peer")
+
+    behind.write_later(save_with_a_dead_rank)
+    begun.set()
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        behind.settle()
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        behind.wait()
+
+
 def test_the_end_waits_for_the_writer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: CheckpointIO
 ) -> None:

@@ -21,7 +21,7 @@ from savepoint.errors import (
     CheckpointNotFoundError,
     CheckpointSaveError,
 )
-from savepoint.sharded import saving
+from savepoint.sharded import pieces, saving
 from savepoint.sharded.together import Ranks
 
 STEP = "step-00000030.ckpt"
@@ -45,8 +45,9 @@ def test_what_every_rank_holds_whole_is_written_once_and_shared_out(tmp_path: Pa
         weights = {name: tensor.clone() for name, tensor in whole.items()}
         mean = torch.tensor([float(ranks.rank)])  # a buffer: that of the first rank counts
         state = {"state_dict": {**weights, "mean": mean}}
+        held = {f"state_dict.{name}": tensor for name, tensor in weights.items()}
         own = {"rng": ranks.rank}
-        parts = saving.split(ranks, state, own, weights.values())
+        parts = saving.split(ranks, state, own, held)
         saving.write(ranks, tmp_path / STEP, parts, {"step": 30, "world_size": 2})
 
     together(tmp_path, 2, save)
@@ -59,6 +60,40 @@ def test_what_every_rank_holds_whole_is_written_once_and_shared_out(tmp_path: Pa
         assert torch.equal(loaded, tensor)
         assert loaded.stride() == tensor.stride()
     assert state["state_dict"]["mean"].tolist() == [0.0]
+
+
+def test_what_the_ranks_do_not_hold_alike_is_the_first_ones(tmp_path: Path) -> None:
+    """One tensor that differs: none is shared out, as they belong together."""
+
+    def save(ranks: Ranks) -> None:
+        weights = {"weight": torch.ones(40), "codes": torch.full((20,), float(ranks.rank))}
+        held = {f"state_dict.{name}": tensor for name, tensor in weights.items()}
+        parts = saving.split(ranks, {"state_dict": weights}, {}, held)
+        saving.write(ranks, tmp_path / STEP, parts, {"step": 30, "world_size": 2})
+
+    together(tmp_path, 2, save)
+    state, _ = store.load(tmp_path / STEP, whole=False)
+    assert state["state_dict"]["weight"].tolist() == [1.0] * 40
+    assert state["state_dict"]["codes"].tolist() == [0.0] * 20
+
+
+def test_states_of_weights_that_are_not_spread_come_from_shards_too(tmp_path: Path) -> None:
+    module = torch.nn.Linear(6, 8)
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.ones(4, 6)).sum().backward()
+    optimizer.step()
+    whole = {"state_dict": module.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+
+    def save(ranks: Ranks) -> None:
+        held = {key: leaf for key, leaf in format.leaves(whole) if isinstance(leaf, torch.Tensor)}
+        parts = saving.split(ranks, whole, {}, held)
+        saving.write(ranks, tmp_path / STEP, parts, {"step": 30, "world_size": 2})
+
+    together(tmp_path, 2, save)
+    state, facts = store.load(tmp_path / STEP, whole=False)
+    shards = pieces.Shards(tmp_path / STEP, facts)
+    placed = pieces.placed(state, shards, module.state_dict(), [optimizer])
+    assert fingerprint(placed) == fingerprint(whole)
 
 
 def test_without_its_shards_it_says_the_shapes(tmp_path: Path) -> None:

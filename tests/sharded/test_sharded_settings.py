@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import LearningRateFinder, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from support.checkpoint_files import names
 from support.run_dirs import make_run, say
-from support.shards import flip, in_store
+from support.shards import flip, in_store, write_halves
 from support.small import SmallModel
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from savepoint.checkpoint import store
@@ -21,7 +22,9 @@ from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.state import ranks
 from savepoint.errors import ConfigError, RunDirectoryError
 from savepoint.resume.overrides import fit_strategy
+from savepoint.sharded import pieces
 from savepoint.sharded.saving import require_shared
+from savepoint.sharded.strategy import Sharding
 from savepoint.sharded.together import Ranks
 
 Capture = pytest.CaptureFixture[str]
@@ -125,6 +128,60 @@ def test_commands_take_a_directory_as_they_take_a_file(tmp_path: Path, capsys: C
     code, said, _ = say(capsys, "verify", str(path))
     assert code == 1
     assert "does not verify: shard-00001.ckpt: one or more damaged bytes in record" in said
+
+
+@pytest.mark.parametrize(
+    "command", [["audit"], ["replay", "--step", "40"], ["bisect", "{run}"]], ids=lambda one: one[0]
+)
+def test_what_trains_in_one_process_refuses_a_run_in_shards(
+    tmp_path: Path, capsys: Capture, command: list[str]
+) -> None:
+    run_dir = make_run(tmp_path, steps=(10,))
+    for path in (run_dir / "checkpoints").iterdir():
+        path.unlink()
+    known = {
+        "at": "epoch",
+        "exact": True,
+        "dataset": {"name": "small", "fingerprint": "1"},
+        "device": "cpu",
+    }
+    for step in (20, 40):
+        write_halves(run_dir / f"checkpoints/step-{step:08d}.ckpt", step, **known)
+    words = [word.format(run=run_dir) for word in command]
+    code, _, said = say(capsys, words[0], str(run_dir), *words[1:])
+    assert (code, "A training of 2 processes: " in said) == (2, True), said
+
+
+class Twins(SmallModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin = nn.Linear(6, 8)
+        self.twin.weight = self.net[0].weight
+
+
+def test_under_ddp_weights_and_moments_are_shared_out_and_neither_buffers_nor_numbers() -> None:
+    module = Twins()
+    optimizer = torch.optim.Adam(module.parameters())
+    module(torch.ones(4, 6)).sum().backward()
+    optimizer.step()
+    given = trainer(DDPStrategy)
+    given.lightning_module, given.optimizers = module, [optimizer]
+    given.strategy._model_averaging_period = None
+    sharding = object.__new__(Sharding)
+    sharding.trainer = given
+    state = {"state_dict": module.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+    held = sharding._held_by_all(state)
+    assert held is not None
+    weights = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    in_file = {key.removeprefix("state_dict.") for key in held if key.startswith("state_dict.")}
+    assert in_file == set(weights)
+    kinds = {
+        key.rpartition(".")[2] for key in held.keys() - {f"state_dict.{one}" for one in weights}
+    }
+    assert kinds == {"exp_avg", "exp_avg_sq"}
+    writers = pieces.shared_out(held.values(), 2)
+    tied = [held[f"state_dict.{name}.weight"] for name in ("net.0", "twin")]
+    assert writers[id(tied[0])] == writers[id(tied[1])]
 
 
 @pytest.mark.parametrize("in_a_thread", [False, True])

@@ -4,7 +4,7 @@ test_ddp_exact.py.
 python -m support.ddp_ranks DIRECTORY RANKS KIND EVERY      with LOCAL_RANK, MASTER_ADDR and
                                                             MASTER_PORT set
 
-EVERY 1 takes each safe point, 2 every second one.
+EVERY 1 takes each safe point, 2 every second one, 0 none: then nothing is resumed.
 """
 
 import sys
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from support.resumed_points import write_differences
-from support.small import SmallData, SmallModel, fit
+from support.small import EveryPoint, SmallData, SmallModel, fit
 
 
 class Frozen(SmallModel):
@@ -74,6 +74,38 @@ class Adam(SmallModel):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
+class Tied(Adam):
+    def __init__(self) -> None:
+        super().__init__()
+        self.twin = nn.Linear(6, 8)
+        self.twin.weight = self.net[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.twin(x)[:, :3]
+
+
+class FrozenAdam(Adam):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].weight.requires_grad = False
+
+
+class Codebook(Adam):
+    """A weight without a gradient, which each rank moves by its own batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.zeros(40, 6), requires_grad=False)
+        self.register_buffer("copy_of_codes", torch.zeros(40, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.codes.mul_(0.9).add_(x.mean(0), alpha=0.1)
+                self.copy_of_codes.copy_(self.codes)
+        return super().forward(x + self.codes[0])
+
+
 class Reduced(SmallModel):
     def on_fit_start(self) -> None:
         self.trainer.strategy.model.register_comm_hook(None, allreduce_hook)
@@ -91,6 +123,14 @@ KINDS: dict[str, tuple[type[SmallModel], dict[str, Any]]] = {
     "buckets as gradients": (SmallModel, {"gradient_as_bucket_view": True}),
     "shards": (Adam, {"sharded": True}),
     "shards in a thread": (Adam, {"sharded": True, "async_save": True}),
+    "shards, accumulating": (Adam, {"sharded": True, "accumulate_grad_batches": 2}),
+    "shards, tied weights": (Tied, {"sharded": True}),
+    "shards, frozen weights": (FrozenAdam, {"sharded": True}),
+    "shards, sparse gradients": (Sparse, {"sharded": True, "async_save": True}),
+}
+UNEQUAL: dict[str, tuple[type[SmallModel], dict[str, Any]]] = {
+    "one file": (Codebook, {}),
+    "shards": (Codebook, {"sharded": True}),
 }
 
 
@@ -99,7 +139,7 @@ def small_data() -> SmallData:
 
 
 def main(directory: Path, ranks: int, kind: str, every: int) -> None:
-    model, flags = KINDS[kind]
+    model, flags = (UNEQUAL if every == 0 else KINDS)[kind]
     flags = dict(flags)
     accumulate = flags.pop("accumulate_grad_batches", 1)
     saving = {name: flags.pop(name) for name in ("sharded", "async_save") if name in flags}
@@ -109,7 +149,10 @@ def main(directory: Path, ranks: int, kind: str, every: int) -> None:
         given |= {"strategy": DDPStrategy(**flags), **arguments}
         return fit(directory, model=model, data=small_data, **given)
 
-    write_differences(directory, every, train, **saving)
+    if every:
+        write_differences(directory, every, train, **saving)
+    else:
+        train(directory, checkpointing=EveryPoint(directory / "points", monitor=None, **saving))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim.lr_scheduler import LambdaLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
@@ -113,6 +114,12 @@ class EverySecond(Model):
         return {"optimizer": optimizer, "lr_scheduler": every}
 
 
+class Sharded(Model):
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not isinstance(self.net, FSDPModule):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
 def note(trainer: Trainer, line: list[Any]) -> None:
     with Path(trainer.default_root_dir, f"seen-{trainer.global_rank}.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
@@ -127,6 +134,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "shares": {"limit_train_batches": 0.8, "val_check_interval": 0.5},
     "clipped": {"tree": True, "gradient_clip_val": 0.5},
     "max steps": {"tree": True, "max_steps": 6},
+    "shards": {"model": Sharded},
+    "shares of ddp, in a tree": {"tree": True, "sharded": True},
     "across epochs": {"val_check_interval": 3, "check_val_every_n_epoch": None},
 }
 
@@ -134,12 +143,16 @@ KINDS: dict[str, dict[str, Any]] = {
 def main(directory: Path, ranks: int, kind: str, start: Path | None = None) -> None:
     flags = dict(KINDS[kind])
     model = flags.pop("model", Model)
-    strategy = ElasticDDP() if flags.pop("tree", False) else DDPStrategy()
+    strategy: Any = ElasticDDP() if flags.pop("tree", False) else DDPStrategy()
+    if kind == "shards":
+        strategy = ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1)
+        strategy = strategy if ranks > 1 else "auto"
     loader = flags.pop("loader", "batches")
     points = directory / "points"
+    sharded = flags.pop("sharded", "auto")
     fit(
         directory,
-        checkpointing=EveryPoint(points, monitor="val/loss", mode="min"),
+        checkpointing=EveryPoint(points, monitor="val/loss", mode="min", sharded=sharded),
         model=model,
         data=lambda: Numbered(loader),
         ckpt_path=start,

@@ -124,6 +124,8 @@ def _main(
     at: Path,
     environment: dict[str, str],
 ) -> None:
+    # It ends with its parent; as a program of its own it may have children, such as workers that load.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(output, 1)
     os.dup2(output, 2)

@@ -10,13 +10,29 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.ddp_ranks import KINDS
+import torch
+from support.ddp_ranks import KINDS, UNEQUAL
 from support.limits import HANG_SECS
-from support.ranks import TESTS, differences
+from support.ranks import TESTS, differences, run_ranks
+
+from savepoint.checkpoint import store
 
 
 def test_with_three_ranks_a_resume_equals_the_straight_run(tmp_path: Path) -> None:
     assert differences("ddp_ranks", tmp_path, 3, "plain", every=3) == {}
+
+
+@pytest.mark.parametrize("kind", UNEQUAL)
+def test_weights_that_differ_from_rank_to_rank_are_named_and_of_one_rank_in_the_file(
+    tmp_path: Path, kind: str
+) -> None:
+    """A mixture of them would be a model that no rank has had."""
+    run_ranks("ddp_ranks", 2, tmp_path, 2, kind, 0)
+    saved = sorted((tmp_path / "points").iterdir())[2]
+    state, facts = store.load(saved)
+    said = "differs from rank to rank, and the first rank's is saved: make it a buffer"
+    assert (facts["exact"], facts["unsaved"]) == (False, [f"model.codes ({said})"])
+    assert torch.equal(state["state_dict"]["codes"], state["state_dict"]["copy_of_codes"])
 
 
 @pytest.mark.slow

@@ -122,6 +122,17 @@ def test_another_number_of_ranks_is_not_exact_without_the_tree(tmp_path: Path) -
         torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=1e-5)
 
 
+def test_ranks_that_share_a_model_hand_it_to_one_process_and_take_it_back(tmp_path: Path) -> None:
+    two = straight(tmp_path / "two", 2, "shards")
+    begun = points(two)[1]
+    resume(tmp_path / "one", 1, "shards", [begun])
+    one = tmp_path / "one" / begun.stem
+    assert unequal(two, one, begun) == []
+    handed_back = points(one)[0]
+    resume(tmp_path / "again", 2, "shards", [handed_back])
+    assert unequal(two, tmp_path / "again" / handed_back.stem, handed_back) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_makes_the_same_steps_at_four_ranks_from_any_point(

@@ -21,7 +21,7 @@ from torch import Tensor
 from savepoint import files
 from savepoint.checkpoint import format, manifest, store
 from savepoint.checkpoint.store import CheckpointStore
-from savepoint.errors import CheckpointForeignError, ConfigError
+from savepoint.errors import CheckpointContentError, CheckpointForeignError, ConfigError
 
 
 class CheckpointIO(LightningCheckpointIO):
@@ -93,11 +93,22 @@ class CheckpointIO(LightningCheckpointIO):
         Raises:
             CheckpointContentError: a value that could not be read back.
         """
-        if self._save:
-            # Its error stays pending: a save that failed must not keep the next from being made.
-            wait([self._save])
+        self.settle()
         format.check_readable(state)  # here, where the caller can see the error
         return self._snapshot.take(state)
+
+    def settle(self) -> None:
+        """Returns once the save before is written, or has failed.
+
+        Its error stays pending: a save that failed must not keep the next from being made. Any
+        other error is raised, such as that of a rank which is gone: what the ranks do next together
+        would wait for it.
+        """
+        if self._save is None:
+            return
+        error = self._save.exception()
+        if error is not None and not isinstance(error, OSError | CheckpointContentError):
+            raise error
 
     def write_later(self, save: Callable[[], None]) -> None:
         """Calls `save` in the writer's thread; raises what failed there before."""

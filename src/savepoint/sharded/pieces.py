@@ -70,15 +70,18 @@ def split(
 
 def shared_out(tensors: Iterable[Tensor], number: int) -> dict[int, int]:
     """id -> the rank that writes it, of tensors that each of `number` ranks holds whole: the
-    largest first, each by the rank that has the fewest bytes to write.
+    largest first, each by the rank that has the fewest bytes to write. Tied weights, which are
+    written once, go to one rank.
     """
     loads = [0] * number
     writers: dict[int, int] = {}
+    of_memory: dict[tuple[torch.device, int, int], int] = {}
     for tensor in sorted(tensors, key=lambda one: -one.nbytes):
-        if id(tensor) not in writers:
-            rank = loads.index(min(loads))
-            loads[rank] += tensor.nbytes
-            writers[id(tensor)] = rank
+        memory = (tensor.device, tensor.data_ptr(), tensor.nbytes)
+        if memory not in of_memory:
+            of_memory[memory] = loads.index(min(loads))
+            loads[of_memory[memory]] += tensor.nbytes
+        writers[id(tensor)] = of_memory[memory]
     return writers
 
 
@@ -232,10 +235,11 @@ def placed(
     for key, leaf in format.leaves(state):
         if not isinstance(leaf, Tensor) or isinstance(leaf, DTensor):
             continue
+        of_optimizer = _OF_PARAMETER.match(key)  # of no use where there is none
         like = _target(_OF_ANOTHER_RANK.sub("", key), targets, parameters)
         if isinstance(like, DTensor) and (like.shape == leaf.shape or leaf.is_meta):
             found[id(leaf)] = _part_like(like, key, leaf, shards)
-        elif leaf.is_meta and shards is not None and not _OF_PARAMETER.match(key):
+        elif leaf.is_meta and shards is not None and (like is not None or not of_optimizer):
             found[id(leaf)] = torch.empty_like(leaf, device="cpu")
             shards.read(key, found[id(leaf)], [0] * leaf.dim())
     result: dict[str, Any] = replaced(state, found) if found else dict(state)

@@ -12,7 +12,8 @@ one step: before it the old shards count, after it the new ones.
 
 import contextlib
 import secrets
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from savepoint import files
 from savepoint.checkpoint import manifest, store
 from savepoint.checkpoint.store import CheckpointStore
 from savepoint.errors import CheckpointSaveError, RunDirectoryError
+from savepoint.look.marks import sample_sum
 from savepoint.sharded import pieces
 from savepoint.sharded.together import Ranks
 
@@ -42,20 +44,34 @@ def split(
     ranks: Ranks,
     state: Mapping[str, Any],
     own: Mapping[str, Any],
-    held_by_all: Iterable[Tensor] = (),
+    held_by_all: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """What this rank writes, for `write`.
 
     Args:
         state: The same on all ranks, but for their parts of each DTensor.
         own: What this rank alone has; of the first one it is in `state`.
-        held_by_all: Those of its tensors that each rank holds whole and that the ranks share out.
+        held_by_all: By their places, those of its tensors that each rank holds whole: the ranks
+            share them out, if they hold the same. None on each rank, or on none.
     """
-    writers = pieces.shared_out(held_by_all, ranks.number)
+    writers = {}
+    if held_by_all is not None and _hold_the_same(ranks, held_by_all):
+        writers = pieces.shared_out(held_by_all.values(), ranks.number)
     stands, shard = pieces.split(state, ranks.rank, writers)
     shard["own"] = pieces.replaced(own, stands)
     common = pieces.replaced(state, stands) if ranks.rank == 0 else {}
     return {"common": common, "shard": shard}
+
+
+def _hold_the_same(ranks: Ranks, tensors: Mapping[str, Tensor]) -> bool:
+    """Else a checkpoint would be pieced together from different states, or have holes; that of the
+    first rank counts then. Of each tensor a sample is looked at.
+    """
+    total = 0
+    for key, tensor in tensors.items():
+        total = sample_sum(tensor, zlib.crc32(key.encode(), total))
+    said = ranks.together(lambda: total)
+    return ranks.first(lambda: len(set(said)) == 1)
 
 
 def write(

@@ -71,24 +71,30 @@ class Sharding:
         own = checkpoint.pop("own", {})
         path, state, facts = self._io.ready(checkpoint, filepath, storage_options)
         room = self._io.store_of(path, facts)
+        self._io.settle()  # its thread is in a collective of this group until then
         parts = saving.split(self.ranks, state, own, self._held_by_all(state))
         if not self._io.async_save:
             saving.write(self.ranks, path, parts, facts, room)
             return
         copies: list[Mapping[str, Any]] = []
-        # What one rank cannot copy, none waits for in its thread. Each has ended the save before
-        # this one by then: no two threads of a rank are in a collective of this group.
+        # What one rank cannot copy, none waits for in its thread.
         self.ranks.together(lambda: copies.append(self._io.copied(parts)))
         self._io.write_later(lambda: saving.write(self.ranks, path, copies[0], facts, room))
 
-    def _held_by_all(self, state: Mapping[str, Any]) -> list[Tensor]:
-        """Weights and the optimizers' states, which DDP keeps equal. It does not keep buffers so:
-        those of the first rank count.
+    def _held_by_all(self, state: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """By their places, weights and the optimizers' states, which DDP keeps equal.
+
+        It does not keep buffers so: those of the first rank count. Single numbers, such as the
+        steps of an optimizer, stay in common.ckpt: they have no bytes to share, and are no part of
+        a model that is spread.
         """
         if not hold_the_same(self.trainer):
-            return []
+            return None
         ignored = getattr(self._module, "_ddp_params_and_buffers_to_ignore", ())
-        names = {f"state_dict.{name}" for name, _ in self._module.named_parameters()}
+        names = {
+            f"state_dict.{name}"
+            for name, _ in self._module.named_parameters(remove_duplicate=False)
+        }
         names -= {f"state_dict.{name}" for name in ignored}
         optimizers = [] if ignored else self.trainer.optimizers
         places = tuple(
@@ -96,14 +102,15 @@ class Sharding:
             for number, one in enumerate(optimizers)
             if not isinstance(one, ZeroRedundancyOptimizer)
         )
-        return [
-            leaf
+        return {
+            key: leaf
             for key, leaf in format.leaves(state)
             if (key in names or key.startswith(places))
             and isinstance(leaf, Tensor)
+            and leaf.dim()
             and leaf.layout == torch.strided
             and torch.empty_like(leaf, device="meta").stride() == leaf.stride()
-        ]
+        }
 
     def _load(self, checkpoint_path: Path | str, weights_only: bool | None = None) -> Any:
         """The checkpoint with this rank's part of each tensor; a whole file too."""

@@ -1,5 +1,6 @@
 """Many processes: DDP's buckets, and what all ranks must agree on."""
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from savepoint.checkpoint import manifest
 from savepoint.errors import CheckpointForeignError, ConfigError, ConfigMismatchError
+from savepoint.look.marks import sample_sum
 
 
 class _WalkReducer(torch.autograd.Function):
@@ -128,6 +131,24 @@ def gathered(trainer: Trainer, own: Any) -> list[Any]:
     everyone: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(everyone, own)
     return everyone
+
+
+def unequal_weights(trainer: Trainer) -> list[str]:
+    """Words for weights that the training has not kept equal on all ranks, as DDP does with those
+    that have gradients. Of each a sample is looked at.
+    """
+    if is_spread(trainer):
+        return []
+    parameters = trainer.lightning_module.named_parameters()
+    sums = {name: sample_sum(one) for name, one in parameters if not is_lazy(one)}
+    if len(set(gathered(trainer, zlib.crc32(repr(sums).encode())))) == 1:
+        return []
+    first, *others = gathered(trainer, sums)
+    return [
+        f"model.{name} (differs from rank to rank, and the first rank's is saved: make it a buffer)"
+        for name in first
+        if any(other.get(name) != first[name] for other in others)
+    ]
 
 
 def refuse_different_starts(trainer: Trainer) -> None:

@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -205,11 +206,24 @@ def _as_reset(metric: Metric) -> dict[str, Any]:
     return {"updates": 0} | states
 
 
+class _LoggedAlone(_Metadata):
+    """How a value was logged in one process, where Lightning takes no notice of `sync_dist`: the
+    next call says it.
+    """
+
+    def __ne__(self, other: object) -> bool:  # asked before that of `other`, which is no subclass
+        if isinstance(other, _Metadata):
+            self.sync.should = other.sync.should
+        self.__class__ = _Metadata  # type: ignore[assignment]
+        return self != other
+
+
 def restore_logged(trainer: Trainer, module: LightningModule, state: Mapping[str, Any]) -> None:
     """Puts the logged sums back, so that the curve of the running epoch goes on."""
-    state = move_data_to_device({"logged": state["logged"]}, module.device)
+    logged = move_data_to_device(state["logged"], module.device)
     results = trainer.fit_loop.epoch_loop._results
-    for row in state["logged"]:
+    distributed = trainer._accelerator_connector.is_distributed
+    for row in logged:
         results.dataloader_idx = row["dataloader_idx"]
         value = (
             module.get_submodule(row["log"]["metric_attribute"])
@@ -219,8 +233,11 @@ def restore_logged(trainer: Trainer, module: LightningModule, state: Mapping[str
         given = dict(row["log"])
         if row.get("builtin"):  # Lightning takes Python's own `max` for another one than torch's
             given["reduce_fx"] = {"min": min, "max": max, "sum": sum}[given["reduce_fx"]]
+        given["sync_dist"] = given["sync_dist"] and distributed
         results.log(value=value, batch_size=1, sync_dist_fn=trainer.strategy.reduce, **given)
         result = list(results.values())[-1]
+        if distributed and not state.get("other_ranks"):
+            result.meta.__class__ = _LoggedAlone
         result._forward_cache = row["last"]
         if row["value"] is not None:
             result.value = row["value"]

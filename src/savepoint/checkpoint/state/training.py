@@ -248,6 +248,7 @@ class TrainingState:
         reasons = [own.pop("unsaved")]
         if trainer.world_size > 1:
             reasons = ranks.gathered(trainer, reasons[0])
+            reasons.append(ranks.unequal_weights(trainer))
             if not self.in_parts:
                 own, *checkpoint["other_ranks"] = ranks.gathered(trainer, own)
             elif trainer.global_rank:
