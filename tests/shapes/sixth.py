@@ -19,7 +19,6 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     ModelCheckpoint,
 )
-from lightning.pytorch.callbacks.spike import SpikeDetection
 from lightning.pytorch.utilities import grad_norm
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -1453,13 +1452,6 @@ class WithCallbacks(Net):
         return [EarlyStopping("val/loss", patience=1, min_delta=0.01), PrintTable()]
 
 
-class Spikes(SpikeDetection):
-    def __init__(self) -> None:
-        super().__init__(
-            warmup=3, window=4, atol=1e-9, rtol=5.0, exclude_batches_path="spikes.json"
-        )
-
-
 class Clones(Net):
     """Metrics of many kinds in one collection, cloned for each loader; sums of metrics."""
 
@@ -1622,7 +1614,6 @@ SHAPES = {
     "ema_swapped_in": Shape(Net, callbacks=lambda: [EmaModel()]),
     "ema_swapped_in_interval": Shape(Net, callbacks=lambda: [EmaModel()], trainer=INTERVAL),
     "configured_callbacks": Shape(WithCallbacks),
-    "spike_detection": Shape(Net, callbacks=lambda: [Spikes()]),
     "cloned_metrics": Shape(Clones),
     "balanced_loss": Shape(FunctionLoss),
     "pseudo_targets": Shape(Pseudo, data=data(indexed)),

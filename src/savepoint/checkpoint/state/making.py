@@ -36,8 +36,8 @@ class Making:
         self.as_then: Made = {}
         fit = trainer.fit_loop
         self._loops: Mapping[str, Any] = {"training": fit, "validation": fit.epoch_loop.val_loop}
-        self.remove()
         for name, loop in self._loops.items():
+            # Around what `elastic.follow` has put there, where it follows the loaders.
             vars(loop)["setup_data"] = partial(self._set_up, name, loop.setup_data)
 
     def remove(self) -> None:
