@@ -18,9 +18,10 @@ from support.torchruns import kill_a_rank
 from savepoint.checkpoint import manifest
 
 
-def begin(outputs: Path, name: str, restarts: int) -> subprocess.Popen[bytes]:
+def begin(outputs: Path, name: str, restarts: int, epochs: int) -> subprocess.Popen[bytes]:
+    little = [*LITTLE, "--trainer.max_epochs", str(epochs)]
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-             "--max-restarts", str(restarts), "--rdzv-id", name, "train.py", *LITTLE, "--resume", "auto"]  # fmt: skip
+             "--max-restarts", str(restarts), "--rdzv-id", name, "train.py", *little, "--resume", "auto"]  # fmt: skip
     apart = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with (outputs / f"{name}.txt").open("wb") as log:
         return subprocess.Popen(
@@ -29,9 +30,10 @@ def begin(outputs: Path, name: str, restarts: int) -> subprocess.Popen[bytes]:
 
 
 def check_restarts(outputs: Path, times: int) -> None:
-    straight = begin(outputs, "straight", 0)
+    epochs = 3 + times  # of twelve steps: more than a start makes before it is killed
+    straight = begin(outputs, "straight", 0, epochs)
     assert straight.wait(HANG_SECS) == 0, (outputs / "straight.txt").read_text()
-    agent = begin(outputs, "killed", times)
+    agent = begin(outputs, "killed", times, epochs)
     killed = [kill_a_rank(agent.pid, outputs / "killed", number) for number in range(times)]
     assert agent.wait(HANG_SECS) == 0, (outputs / "killed.txt").read_text()[-5000:]
     starts = json.loads((outputs / "killed/run.json").read_text())["starts"]
@@ -39,7 +41,7 @@ def check_restarts(outputs: Path, times: int) -> None:
     assert len(starts) == times + 1
     ends = [outputs / name for name in ("straight", "killed")]
     last = manifest.verify(ends[1] / "checkpoints/last.ckpt")
-    assert (last["step"], len(last["shards"]), last["exact"]) == (48, 2, True)
+    assert (last["step"], len(last["shards"]), last["exact"]) == (12 * epochs, 2, True)
     assert list(difference(*map(final_state, ends))) == []
     assert rows(ends[0]) == rows(ends[1])
 

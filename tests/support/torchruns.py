@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from support.limits import HANG_SECS
@@ -41,16 +42,22 @@ def newest(run_dir: Path) -> int:
     return max((int(path.stem.removeprefix("step-")) for path in listed), default=0)
 
 
+def _wait(agent: int, happened: Callable[[], object], said: str) -> None:
+    until = time.monotonic() + HANG_SECS
+    while not happened():
+        # That nobody has waited for it leaves it a name, and no program.
+        assert Path(f"/proc/{agent}/exe").exists(), "torchrun has ended"
+        assert time.monotonic() < until, said
+        time.sleep(0.01)
+
+
 def kill_a_rank(agent: int, run_dir: Path, restart: int = 0, dice: random.Random = DICE) -> int:
     """SIGKILL of one of the ranks that were started so often again, once they have saved. Returns
     the newest step.
     """
-    before = newest(run_dir)
-    until = time.monotonic() + HANG_SECS
-    while newest(run_dir) == before or not ranks_of(agent, restart):
-        assert Path(f"/proc/{agent}").exists(), "torchrun has ended"
-        assert time.monotonic() < until, f"nothing was saved after {restart} restarts"
-        time.sleep(0.01)
+    _wait(agent, lambda: ranks_of(agent, restart), "it did not start again")
+    before = newest(run_dir)  # what those before them were about to save is there by now
+    _wait(agent, lambda: newest(run_dir) != before, f"nothing was saved after {restart} restarts")
     time.sleep(dice.uniform(0, 0.5))
     os.kill(dice.choice(list(ranks_of(agent, restart).values())), signal.SIGKILL)
     return newest(run_dir)
