@@ -168,7 +168,9 @@ def test_a_copy_needs_its_own_files_and_wheel_alone(cats: Path) -> None:
 def test_a_copy_installs_nothing_for_many_clients_before_it_has_a_config_for_them(
     copy: Path,
 ) -> None:
-    done = subprocess.run(["make", "federate"], cwd=copy, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "federate"], cwd=copy, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert "No such config file: configs/federated/digits.yaml. A copy" in done.stderr
     assert not (copy / ".venv").exists()
@@ -177,7 +179,10 @@ def test_a_copy_installs_nothing_for_many_clients_before_it_has_a_config_for_the
 def test_a_copy_without_the_examples_prediction_is_told_whose_it_was(copy: Path) -> None:
     (copy / "src/project/predict.py").unlink()
     done = subprocess.run(
-        ["make", "-o", "setup", "predict"], cwd=copy, capture_output=True, text=True
+        ["make", "--no-print-directory", "-o", "setup", "predict"],
+        cwd=copy,
+        capture_output=True,
+        text=True,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "No src/project/predict.py. It belongs to the example" in done.stderr
