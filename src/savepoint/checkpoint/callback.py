@@ -190,7 +190,7 @@ class CheckpointCallback(Checkpoint):
             known = isinstance(trainer.strategy, DDPStrategy) or trainer.world_size == 1
             if self.sharded is True and not known:
                 raise ConfigError(
-                    f"Nothing is known to share out: checkpoint.sharded is true, and "
+                    "Nothing is known to share out: checkpoint.sharded is true, and "
                     f"trainer.strategy is {type(trainer.strategy).__name__}. Expected DDP, whose "
                     "ranks hold the same, or ModelParallelStrategy. Leave it at auto."
                 )

@@ -42,7 +42,7 @@ def upgrade(given: str) -> int:
     environment = root / ".venv"
     if environment.is_symlink():
         others = environment.resolve().parent
-        print(f"Other projects share {environment.name}, {others} for one: they get it as well.")
+        print(f"Other projects share .venv, {others} for one: they get it as well.")
     return 0
 
 
