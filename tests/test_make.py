@@ -73,11 +73,6 @@ def rows() -> list[str]:
     ]  # type: ignore[index]
 
 
-def without_make() -> dict[str, str]:
-    """Not with the ARGS of the make that runs these tests."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-
-
 @pytest.mark.parametrize(
     "asked",
     [
@@ -92,7 +87,7 @@ def test_each_command_of_the_table_runs_as_it_is_written_there(
     set_up(committed)
     (committed / "one.yaml").write_text(SWEEP)
     Image.new("L", (28, 28)).save(committed / "a picture.png")
-    environment = without_make() | {"PYTHONPATH": str(committed / "src"), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(committed / "src"), "OMP_NUM_THREADS": "1"}
     for row in asked:
         words = shlex.split(row)
         row = " ".join(words[:3] if words[1] == "-m" and words[2] == "project.predict" else words)
@@ -129,18 +124,14 @@ def test_after_a_clean_stop_make_leaves_by_the_same_signal_without_a_word(
     front: Path, signum: signal.Signals
 ) -> None:
     words = ["make", "train", f"ARGS={128 + signum}"]
-    done = subprocess.run(
-        words, cwd=front, env=without_make(), capture_output=True, text=True, timeout=HANG_SECS
-    )
+    done = subprocess.run(words, cwd=front, capture_output=True, text=True, timeout=HANG_SECS)
     assert done.returncode == -signum
     assert done.stderr == ""
 
 
 def test_a_failure_under_make_stays_one(front: Path) -> None:
     words = ["make", "train", "ARGS=1"]
-    done = subprocess.run(
-        words, cwd=front, env=without_make(), capture_output=True, text=True, timeout=HANG_SECS
-    )
+    done = subprocess.run(words, cwd=front, capture_output=True, text=True, timeout=HANG_SECS)
     assert done.returncode == 2
     assert "Error 1" in done.stderr
 
@@ -170,7 +161,7 @@ def test_the_console_script_is_the_same_program() -> None:
 ], ids=lambda words: words[1])  # fmt: skip
 def test_what_takes_minutes_starts(committed: Path, words: list[str]) -> None:
     set_up(committed)
-    environment = without_make() | {"PYTHONPATH": str(committed / "src")}
+    environment = os.environ | {"PYTHONPATH": str(committed / "src")}
     done = subprocess.run(
         words, cwd=committed, env=environment, capture_output=True, text=True, timeout=HANG_SECS
     )

@@ -169,7 +169,7 @@ def test_a_copy_installs_nothing_for_many_clients_before_it_has_a_config_for_the
     copy: Path,
 ) -> None:
     done = subprocess.run(
-        ["make", "--no-print-directory", "federate"], cwd=copy, capture_output=True, text=True
+        ["make", "federate"], cwd=copy, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert "No such config file: configs/federated/digits.yaml. A copy" in done.stderr
@@ -179,7 +179,7 @@ def test_a_copy_installs_nothing_for_many_clients_before_it_has_a_config_for_the
 def test_a_copy_without_the_examples_prediction_is_told_whose_it_was(copy: Path) -> None:
     (copy / "src/project/predict.py").unlink()
     done = subprocess.run(
-        ["make", "--no-print-directory", "-o", "setup", "predict"],
+        ["make", "-o", "setup", "predict"],
         cwd=copy,
         capture_output=True,
         text=True,
