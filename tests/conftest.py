@@ -10,15 +10,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # many threads as there are cores wait for each other most of the time.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# `make test ARGS=-x` hands its words on to each make that a test starts.
-for name in [name for name in os.environ if name == "ARGS" or name.startswith(("MAKE", "MFLAGS"))]:
-    del os.environ[name]
-
 import torch
 
 from savepoint import workspace
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# `make test ARGS=-x` hands its words on to each make that a test starts.
+for name in [name for name in os.environ if name == "ARGS" or name.startswith(("MAKE", "MFLAGS"))]:
+    del os.environ[name]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -7,6 +7,7 @@ of the classes.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -275,6 +276,7 @@ class _Cli(LightningCLI):
         trainer_overrides: dict[str, Any] | None = None,
         federated: bool = False,
     ) -> None:
+        self._config = config
         self._federated = federated
         self._callbacks = list(callbacks)
         self._plugins = list(plugins)
@@ -291,7 +293,15 @@ class _Cli(LightningCLI):
             args=config,
             run=False,
             auto_configure_optimizers=False,
+            load_from_checkpoint_support=config is not None,
         )
+
+    def setup_parser(self, *arguments: Any, **named: Any) -> None:
+        if self._config is None:
+            super().setup_parser(*arguments, **named)
+            return
+        # Shallow: what LightningCLI adds to it holds these objects, and goes with them.
+        self.parser = copy.copy(_parser(federated=self._federated))
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(Scalars, instantiate=False)
@@ -382,17 +392,14 @@ def _refuse_nulls(config: Namespace, composed: compose.Composed) -> None:
     """Refuses a null that an argument does not take: jsonargparse takes null for any argument of a
     class.
     """
-    values = compose.flatten(dump(config))
+    given = config.as_dict()
+    values = dict(compose.leaves({group: given.get(group) for group in compose.REPLACED}))
     for key, value in values.items():
         owner, _, name = key.rpartition(".")
         chosen = values.get(owner)
-        if value is not None or key.split(".")[0] not in compose.REPLACED:
+        if value is not None or not isinstance(chosen, str):
             continue
-        arg = (
-            arguments_of(resolve_class(chosen, owner)).get(name)
-            if isinstance(chosen, str)
-            else None
-        )
+        arg = arguments_of(resolve_class(chosen, owner)).get(name)
         if arg and arg.default is not None and not re.search("None|Optional|Any", str(arg.type)):
             raise ConfigError(
                 f"Wrong value of {composed.place(key)}: null. Expected {readable(str(arg.type))}."

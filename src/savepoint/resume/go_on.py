@@ -33,9 +33,12 @@ def go_on(request: Request, config: Any, run: Run | None) -> int:
             f"No config in this checkpoint: {source.path}. The run is built from it. Give the "
             "run's: --config FILE"
         )
-    was = typed.dump(typed.parse([], base=source.state["config"]))
+    of_checkpoint = typed.parse([], base=source.state["config"])
+    was = typed.dump(of_checkpoint)
     if config is None:
-        config = typed.parse(request.overrides, base=source.state["config"])
+        config = of_checkpoint
+        if request.overrides:
+            config = typed.parse(request.overrides, base=source.state["config"])
         fit_strategy(config, request.overrides)
     changed = differences(was, typed.dump(config))
     require_facts(source)
