@@ -168,9 +168,7 @@ def test_a_copy_needs_its_own_files_and_wheel_alone(cats: Path) -> None:
 def test_a_copy_installs_nothing_for_many_clients_before_it_has_a_config_for_them(
     copy: Path,
 ) -> None:
-    done = subprocess.run(
-        ["make", "federate"], cwd=copy, capture_output=True, text=True
-    )
+    done = subprocess.run(["make", "federate"], cwd=copy, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert "No such config file: configs/federated/digits.yaml. A copy" in done.stderr
     assert not (copy / ".venv").exists()
