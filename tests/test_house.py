@@ -39,7 +39,7 @@ FLOORS = [
     ["config.typed"],
     ["config.mistakes"],
     ["config.classes"],
-    ["config.quick", "find", "weights", "layouts", "mirror.fetch", "mirror.shadow"],
+    ["config.quick", "find", "comparing", "weights", "layouts", "mirror.fetch", "mirror.shadow"],
     [
         "run",
         "resume.overrides",
@@ -142,19 +142,19 @@ def libraries(module: str, *, when_loaded: bool = False) -> set[str]:
     return names - sys.stdlib_module_names - {"savepoint", "project"}
 
 
-@pytest.mark.parametrize("module", SAVEPOINT)
-def test_savepoint_never_imports_project(module: str) -> None:
-    assert not [name for name in imported(module) if name.split(".")[0] == "project"]
+def test_savepoint_never_imports_project() -> None:
+    for module in SAVEPOINT:
+        assert not [name for name in imported(module) if name.split(".")[0] == "project"], module
 
 
-@pytest.mark.parametrize("module", SAVEPOINT)
-def test_no_module_needs_itself_to_be_loaded(module: str) -> None:
-    found, todo = set(), [module]
-    while todo:
-        new = direct(todo.pop(), when_loaded=True) - found
-        found |= new
-        todo += new
-    assert module not in found
+def test_no_module_needs_itself_to_be_loaded() -> None:
+    for module in SAVEPOINT:
+        found, todo = set(), [module]
+        while todo:
+            new = direct(todo.pop(), when_loaded=True) - found
+            found |= new
+            todo += new
+        assert module not in found, module
 
 
 PACKAGES = {
@@ -176,14 +176,14 @@ PACKAGES = {
 }
 
 
-@pytest.mark.parametrize("module", sorted(set(SAVEPOINT) - PACKAGES))
-def test_each_module_has_a_floor_and_imports_point_down(module: str) -> None:
-    above = {
-        other
-        for other in direct(module) - PACKAGES
-        if other.startswith("savepoint.") and floor(other) < floor(module)
-    }
-    assert above == set()
+def test_each_module_has_a_floor_and_imports_point_down() -> None:
+    for module in sorted(set(SAVEPOINT) - PACKAGES):
+        above = {
+            other
+            for other in direct(module) - PACKAGES
+            if other.startswith("savepoint.") and floor(other) < floor(module)
+        }
+        assert above == set(), module
 
 
 # -- how dense a line may be ----------------------------------------------------------------------
@@ -218,20 +218,20 @@ def is_crowded(node: ast.stmt) -> str:
     return "" if swaps else "a parallel assignment"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_no_line_is_longer_than_100_columns(module: str) -> None:
-    lines = MODULES[module].read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if len(line.partition("  # ")[0]) > 100] == []
+def test_no_line_is_longer_than_100_columns() -> None:
+    for module in MODULES:
+        lines = MODULES[module].read_text(encoding="utf-8").splitlines()
+        assert [line for line in lines if len(line.partition("  # ")[0]) > 100] == [], module
 
 
-@pytest.mark.parametrize("module", SAVEPOINT)
-def test_a_statement_says_one_thing(module: str) -> None:
-    crowded = {
-        f"line {node.lineno}: {is_crowded(node)}"
-        for node in ast.walk(tree(module))
-        if isinstance(node, ast.stmt) and is_crowded(node)
-    }
-    assert crowded == set()
+def test_a_statement_says_one_thing() -> None:
+    for module in SAVEPOINT:
+        crowded = {
+            f"line {node.lineno}: {is_crowded(node)}"
+            for node in ast.walk(tree(module))
+            if isinstance(node, ast.stmt) and is_crowded(node)
+        }
+        assert crowded == set(), module
 
 
 # -- what is private -----------------------------------------------------------------------------
@@ -268,34 +268,34 @@ def own_names() -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("module", [module for module in SAVEPOINT if module not in INSIDERS])
-def test_what_is_private_to_lightning_stands_in_one_package(module: str) -> None:
-    known = own_names() | NAMED_TUPLES | set(OTHERS)
-    reached_for = {
-        f"{ast.unparse(node)}, line {node.lineno}"
-        for node in ast.walk(tree(module))
-        if isinstance(node, ast.Attribute)
-        and re.match("_[a-z]", node.attr)
-        and node.attr not in known
-        if ast.unparse(node.value) not in ("self", "super()", "cls")
-    }
-    assert reached_for == set()
+def test_what_is_private_to_lightning_stands_in_one_package() -> None:
+    for module in [module for module in SAVEPOINT if module not in INSIDERS]:
+        known = own_names() | NAMED_TUPLES | set(OTHERS)
+        reached_for = {
+            f"{ast.unparse(node)}, line {node.lineno}"
+            for node in ast.walk(tree(module))
+            if isinstance(node, ast.Attribute)
+            and re.match("_[a-z]", node.attr)
+            and node.attr not in known
+            if ast.unparse(node.value) not in ("self", "super()", "cls")
+        }
+        assert reached_for == set(), module
 
 
-@pytest.mark.parametrize("module", [m for m in SAVEPOINT if m.startswith("savepoint.checkpoint.")])
-def test_checkpoints_know_nothing_of_command_lines_and_runs(module: str) -> None:
-    forbidden = {
-        f"savepoint.{name}"
-        for name in (
-            "config.typed",
-            "config.compose",
-            "config.quick",
-            "run",
-            "training.build",
-            "resume.start",
-        )
-    }
-    assert reached(module) & forbidden == set()
+def test_checkpoints_know_nothing_of_command_lines_and_runs() -> None:
+    for module in [m for m in SAVEPOINT if m.startswith("savepoint.checkpoint.")]:
+        forbidden = {
+            f"savepoint.{name}"
+            for name in (
+                "config.typed",
+                "config.compose",
+                "config.quick",
+                "run",
+                "training.build",
+                "resume.start",
+            )
+        }
+        assert reached(module) & forbidden == set(), module
 
 
 @pytest.mark.parametrize("name", ["format", "store", "retention"])
@@ -320,10 +320,10 @@ def test_the_check_before_lightning_needs_yaml_only(module: str) -> None:
     assert libraries(f"savepoint.{module}", when_loaded=True) == {"yaml"}
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"project.flower"}))
-def test_flower_and_ray_are_named_below_one_package_alone(module: str) -> None:
-    names = {name.split(".")[0] for name in imported(module)}
-    assert module.startswith("savepoint.federated.") or not names & {"flwr", "ray"}
+def test_flower_and_ray_are_named_below_one_package_alone() -> None:
+    for module in sorted(set(MODULES) - {"project.flower"}):
+        names = {name.split(".")[0] for name in imported(module)}
+        assert module.startswith("savepoint.federated.") or not names & {"flwr", "ray"}, module
 
 
 @pytest.mark.parametrize(
@@ -341,39 +341,39 @@ def test_what_commands_ask_of_federated_runs_needs_neither_torch_nor_flower(
     assert libraries(f"savepoint.federated.{module}", when_loaded=True) == allowed
 
 
-@pytest.mark.parametrize("module", [m for m in SAVEPOINT if "federated" not in m])
-def test_what_is_loaded_without_a_federated_config_does_not_load_flower(module: str) -> None:
-    assert not libraries(module, when_loaded=True) & {"flwr", "ray"}
+def test_what_is_loaded_without_a_federated_config_does_not_load_flower() -> None:
+    for module in [m for m in SAVEPOINT if "federated" not in m]:
+        assert not libraries(module, when_loaded=True) & {"flwr", "ray"}, module
 
 
 FILE_SYSTEMS = ("fsspec", "s3fs", "gcsfs", "adlfs", "boto", "aiobotocore")
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - {"savepoint.mirror.remote"}))
-def test_one_file_knows_the_file_systems_behind_urls(module: str) -> None:
-    strings = {
-        node.value
-        for node in ast.walk(tree(module))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    }
-    named = imported(module) | strings  # `importlib.import_module("fsspec.core")`
-    assert not [name for name in named if name.split(".")[0] in FILE_SYSTEMS]
+def test_one_file_knows_the_file_systems_behind_urls() -> None:
+    for module in sorted(set(MODULES) - {"savepoint.mirror.remote"}):
+        strings = {
+            node.value
+            for node in ast.walk(tree(module))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        named = imported(module) | strings  # `importlib.import_module("fsspec.core")`
+        assert not [name for name in named if name.split(".")[0] in FILE_SYSTEMS], module
 
 
 KNOW_JSONARGPARSE = {"savepoint.config.typed", "savepoint.config.classes"}
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - KNOW_JSONARGPARSE))
-def test_two_files_know_jsonargparse_and_lightning_cli(module: str) -> None:
-    known = {
-        name
-        for name in imported(module)
-        if "jsonargparse" in name or name.startswith("lightning.pytorch.cli")
-    }
-    assert known == set()
-    assert "LightningCLI" not in {
-        node.id for node in ast.walk(tree(module)) if isinstance(node, ast.Name)
-    }
+def test_two_files_know_jsonargparse_and_lightning_cli() -> None:
+    for module in sorted(set(MODULES) - KNOW_JSONARGPARSE):
+        known = {
+            name
+            for name in imported(module)
+            if "jsonargparse" in name or name.startswith("lightning.pytorch.cli")
+        }
+        assert known == set(), module
+        assert "LightningCLI" not in {
+            node.id for node in ast.walk(tree(module)) if isinstance(node, ast.Name)
+        }
 
 
 SOURCES = sorted(

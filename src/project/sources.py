@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray[Any, np.dtype[np.uint8]]
     return np.frombuffer(bytearray(content), np.uint8, offset=head).reshape(shape)
 
 
+@cache  # the fit and the test of a run ask for them
 def embedded_digits() -> tuple[Images, Images]:
     """Training and test part (1,438 and 359) of scikit-learn's 8x8 digits, enlarged to 28x28.
 

@@ -109,12 +109,12 @@ def rows(run: Path) -> list[dict[str, str]]:
 def digest(run: Path) -> tuple[str, str]:
     """The digests of a run's final state and of its log."""
     from savepoint.checkpoint import format, store
-    from savepoint.commands import diff
+    from savepoint.comparing import comparable
 
     latest = store.CheckpointStore(run / "checkpoints").latest()
     assert latest is not None, f"no checkpoint in {run}"
     state, _ = store.load(latest.path)
-    return format.fingerprint(diff.comparable(state)), format.fingerprint(rows(run))
+    return format.fingerprint(comparable(state)), format.fingerprint(rows(run))
 
 
 def prove(arguments: list[str], kills: list[int], seed: int) -> bool:

@@ -23,8 +23,8 @@ from torch import Tensor
 from savepoint import export, preemption, rebuilding, workspace
 from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
-from savepoint.commands.diff import comparable
 from savepoint.commands.export import SUFFIXES
+from savepoint.comparing import comparable
 from savepoint.config import compose, typed
 from savepoint.errors import ConfigError
 from savepoint.prove import rows

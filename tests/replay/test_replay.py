@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import project  # noqa: F401  (its classes can be named shortly)
 from savepoint import find
 from savepoint.checkpoint import store
-from savepoint.commands.diff import compare
+from savepoint.comparing import compare
 from savepoint.errors import NonFiniteLossError
 from savepoint.loaders.resumable import resumable
 from savepoint.replay.looking import StepLook
@@ -310,6 +310,17 @@ def test_a_row_of_zeros_that_a_crash_has_left_is_a_row_that_differs(
     code, out, _ = say(capsys, "audit", str(run_dir), "--json")
     assert code == 1
     assert [part["equal"] for part in json.loads(out)["parts"]] == [True, False]
+
+
+def test_a_damaged_checkpoint_takes_nothing_from_the_parts_that_can_be_read(
+    run_dir: Path, capsys: Capture
+) -> None:
+    newest = run_dir / "checkpoints" / "step-00000012.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-5000])
+    code, out, _ = say(capsys, "audit", str(run_dir))
+    assert code == 1
+    assert "1 of 2 parts equal, 1 not read." in out
+    assert "step-00000012.ckpt is damaged: " in out
 
 
 @pytest.mark.parametrize("number", ["0", "-3"])

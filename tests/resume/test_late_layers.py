@@ -16,7 +16,7 @@ from support.run_dirs import say
 from support.small import difference
 
 from savepoint.checkpoint import store
-from savepoint.commands.diff import comparable
+from savepoint.comparing import comparable
 from savepoint.errors import ConfigMismatchError
 from savepoint.rebuilding import rebuild
 

@@ -8,6 +8,7 @@ import argparse
 import random
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
@@ -16,12 +17,22 @@ from typing import TYPE_CHECKING, Any
 from savepoint import entry, find, words
 from savepoint.commands import output
 from savepoint.commands.replay import add_allow
-from savepoint.errors import ConfigError
+from savepoint.errors import CheckpointCorruptError, ConfigError
 from savepoint.run import Run
 from savepoint.words import plural, show
 
 if TYPE_CHECKING:
     from savepoint.checkpoint.store import Checkpoint
+
+# Of a part whose checkpoints are not read.
+UNKNOWN: Mapping[str, Any] = {
+    "ended": None,
+    "state": [],
+    "row": None,
+    "missing_rows": 0,
+    "notes": [],
+    "damaged": "",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +72,11 @@ def main(arguments: argparse.Namespace) -> int:
     rows = []
     for number, (one, other) in enumerate(parts, 1):
         print(f"part {number} of {len(parts)}", file=sys.stderr, flush=True)
-        rows.append(_audited(run, one, other, arguments))
+        try:
+            found = _audited(run, one, other, arguments)
+        except CheckpointCorruptError as error:  # what was seen of the other parts still holds
+            found = {"equal": False, "damaged": f"{error.path.name} is damaged: {error.reason}"}
+        rows.append({"from": one.step, "to": other.step, **UNKNOWN, **found})
     equal = sum(row["equal"] for row in rows)
     if arguments.json:
         output.put_json({"run": run.directory, "equal": equal == len(rows), "parts": rows})
@@ -73,13 +88,11 @@ def main(arguments: argparse.Namespace) -> int:
 def _audited(
     run: Run, one: "Checkpoint", other: "Checkpoint", arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    from savepoint.commands import diff
+    from savepoint.comparing import compare
     from savepoint.replay import choice, playing
     from savepoint.replay import rows as logs
 
-    source = choice.load(one.path)
-    if not arguments.allow_code:
-        choice.require_same_code(run, source)
+    source = choice.load(one.path, None if arguments.allow_code else run)
     config = choice.config_after(run, one)
     notes = list(choice.reservations(run, source, other.step, resumed=config is not None))
     skip = source.state.get("logged_rows") or 0
@@ -95,10 +108,8 @@ def _audited(
             now["logged_rows"] += skip  # its log begins at the checkpoint
         log = run.directory / "metrics.csv"
         compared = logs.compare(log, skip, played.run.directory / "metrics.csv")
-    parts = diff.compare(was, now)["parts"] if made else []
+    parts = compare(was, now)["parts"] if made else []
     return {
-        "from": one.step,
-        "to": other.step,
         "equal": compared.is_equal and not compared.missing and bool(made) and not parts,
         "ended": None if made else played.step,
         "state": parts,
@@ -112,13 +123,17 @@ def _text(rows: list[dict[str, Any]], equal: int) -> str:
     lines = []
     for row in rows:
         verdict = "equal" if row["equal"] else "DIFFERENT"
+        if row["damaged"]:
+            verdict = "not read"
         lines.append((f"{row['from']} to {row['to']}", verdict, _why(row)))
     notes = dict.fromkeys(note for row in rows for note in row["notes"])
     text = [words.table(("steps", "end and log", ""), lines), ""]
     text += [f"note: {note}" for note in notes]
-    is_equal = "is" if equal == len(rows) else "is not"
+    damaged = sum(bool(row["damaged"]) for row in rows)
+    is_equal = "is" if 0 < equal == len(rows) - damaged else "is not"
     text.append(
-        f"This run {is_equal} reproducible here: {equal} of {plural(len(rows), 'part')} equal."
+        f"This run {is_equal} reproducible here: {equal} of {plural(len(rows), 'part')} equal"
+        f"{f', {damaged} not read' if damaged else ''}."
     )
     return "\n".join(text)
 
@@ -126,6 +141,8 @@ def _text(rows: list[dict[str, Any]], equal: int) -> str:
 def _why(row: dict[str, Any]) -> str:
     if row["equal"]:
         return ""
+    if row["damaged"]:
+        return str(row["damaged"])
     reasons = []
     if row["ended"] is not None:
         reasons.append(f"ended at step {row['ended']}, by the limits of its config")

@@ -9,7 +9,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +17,13 @@ from savepoint import entry, find, words
 from savepoint.commands import output
 from savepoint.commands.replay import add_allow
 from savepoint.errors import ConfigError
-from savepoint.replay.side import KINDS, Keep, Part, Recorded, record
+from savepoint.replay.side import Keep, Part, record
 from savepoint.replay.stretch import Pair, Stretch, choose
 from savepoint.run import Run
 from savepoint.words import plural, show
 
 if TYPE_CHECKING:
     from savepoint.checkpoint.store import Checkpoint
-
-SHOWN = 12
-# Config and log of two runs are compared by themselves.
-OWN = ("config", "hyper_parameters", "datamodule_hyper_parameters", "logged_rows")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,12 +116,14 @@ def _compared(a: Run, b: Run) -> tuple[list[Pair], Pair | None, list[str]]:
     """The checkpoints of the same steps that agree in all values, up to the first that do not;
     these; and the parts in which they differ.
     """
+    from savepoint.replay import differing
+
     others = {_place(one): one for one in b.store.checkpoints()}
     pairs = [(one, others[_place(one)]) for one in a.store.checkpoints() if _place(one) in others]
     agreed: list[Pair] = []
     for one, other in pairs:
         print(f"Comparing the checkpoints of step {one.step}", file=sys.stderr, flush=True)
-        if parts := _differences(find.load(one.path)[0], find.load(other.path)[0]):
+        if parts := differing.parts(find.load(one.path)[0], find.load(other.path)[0]):
             return agreed, (one, other), parts
         agreed.append((one, other))
     return agreed, None, []
@@ -133,13 +131,6 @@ def _compared(a: Run, b: Run) -> tuple[list[Pair], Pair | None, list[str]]:
 
 def _place(one: "Checkpoint") -> tuple[int, Any]:
     return one.step, one.manifest.get("at")
-
-
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    from savepoint.commands import diff
-
-    parts: list[str] = diff.compare(one, other)["parts"]
-    return [part for part in parts if part not in OWN]
 
 
 def _first_row(
@@ -171,9 +162,7 @@ def _notes(runs: Sequence[Run], stretch: Stretch, arguments: argparse.Namespace)
     from savepoint.replay import choice
 
     for name, run, begin, config in zip("AB", runs, stretch.begin, stretch.configs, strict=True):
-        source = choice.load(begin.path)
-        if not arguments.allow_code:
-            choice.require_same_code(run, source)
+        source = choice.load(begin.path, None if arguments.allow_code else run)
         # A changed config of a resume is no reservation where the replay has it, too.
         end = source.manifest["step"] if stretch.anew else stretch.step
         for note in choice.reservations(
@@ -188,7 +177,7 @@ def _notes(runs: Sequence[Run], stretch: Stretch, arguments: argparse.Namespace)
 def _trained(
     runs: Sequence[Run], stretch: Stretch, scratch: Path, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    from savepoint.replay import rows
+    from savepoint.replay import differing, rows
 
     parts = [
         Part(
@@ -207,12 +196,12 @@ def _trained(
     for name, run, part, python in zip("ab", runs, parts, pythons, strict=True):
         _say(f"Training {name.upper()}, {show(run.directory)}", stretch)
         sides.append(record(part, scratch / name, python=python))
-    first = _first(*(side.batches for side in sides))
+    first = differing.first(*(side.batches for side in sides))
     log = rows.compare(sides[0].log, 0, sides[1].log)
     found: dict[str, Any] = {
         "first": first and asdict(first),
         "replayed_row": log.differing,
-        "ends": _ends(sides, stretch.end),
+        "ends": differing.ends(sides, stretch.end),
         "ended": {
             name: side.batches[-1]["step"] if side.batches else begin.step
             for name, side, begin in zip("AB", sides, stretch.begin, strict=True)
@@ -230,109 +219,16 @@ def _trained(
         shorter = replace(part, step=first.step, at=None)
         again.append(record(shorter, scratch / f"{name}-again", keep=keep, python=python))
     for name, side, other in zip("AB", sides, again, strict=True):
-        own = _first(side.batches[: len(other.batches)], other.batches)
+        own = differing.first(side.batches[: len(other.batches)], other.batches)
         if own is not None:
             found["unstable"].append({"run": name, **asdict(own)})
-    found["sizes"] = _sizes(first, *(side.kept() for side in again))
+    found["sizes"] = differing.sizes(first, *(side.kept() for side in again))
     return found
 
 
 def _say(what: str, stretch: Stretch) -> None:
     begin = 0 if stretch.anew else stretch.begin[0].step
     print(f"{what}: steps {begin + 1} to {stretch.step}", file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True)
-class First:
-    """The first batch in which two records differ, and where: kind -> names.
-
-    `line` is its place in the records.
-    """
-
-    line: int
-    step: int
-    epoch: int
-    batch: int
-    places: dict[str, list[str]]
-
-
-def _first(a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> First | None:
-    for line, (one, other) in enumerate(zip(a, b, strict=False)):
-        places = {}
-        for kind in KINDS:
-            was = one["values"][kind]
-            now = other["values"][kind]
-            if names := [name for name in {**was, **now} if was.get(name) != now.get(name)]:
-                places[kind] = names
-        if places:
-            return First(line, one["step"], one["epoch"], one["batch"], places)
-    return None
-
-
-def _ends(sides: Sequence[Recorded], end: Pair | None) -> dict[str, list[str]]:
-    """The parts in which the states at the end differ: from each other, and from the checkpoints of
-    the runs there.
-    """
-    states = [find.load(side.end.path)[0] if side.end else None for side in sides]
-    one, other = states
-    ends = {"each other": _differences(one, other) if one and other else []}
-    for name, state, was in zip("AB", states, end or (), strict=False):
-        if state:
-            ends[name] = _differences(find.load(was.path)[0], state)
-    return ends
-
-
-def _sizes(first: First, one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """Kind -> how far its first place is apart; {} where it was equal this time."""
-    sizes: dict[str, dict[str, Any]] = {}
-    for kind, names in first.places.items():
-        sides = [side.get(kind, {}) for side in (one, other)]
-        if kind == "random state":
-            sizes[kind] = {"values": [None, None]}
-        elif lacking := [
-            name for name, side in zip("AB", sides, strict=True) if names[0] not in side
-        ]:
-            sizes[kind] = {"missing": lacking[0]}
-        else:
-            sizes[kind] = _size(*(side[names[0]] for side in sides))
-    return sizes
-
-
-def _size(one: Any, other: Any) -> dict[str, Any]:
-    import torch
-
-    from savepoint.checkpoint.format import dense, fingerprint
-    from savepoint.commands.diff import relative_change
-
-    if fingerprint(one) == fingerprint(other):
-        return {}
-    both = (one, other)
-    if not all(isinstance(side, torch.Tensor) and side.numel() != 1 for side in both):
-        return {"values": [_plain(side) for side in both]}
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return {"values": [f"{list(side.shape)} {side.dtype}" for side in both]}
-    distance = (dense(one).double() - dense(other).double()).abs()
-    return {
-        "largest": float(distance.max()) if distance.numel() else 0.0,
-        "relative": relative_change(one, other),
-        "differing": int((distance != 0).sum()),
-        "of": one.numel(),
-    }
-
-
-def _plain(value: Any) -> Any:
-    """A value that a line has room for; else None."""
-    import torch
-
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return value.item()
-    if isinstance(value, int | float | None):
-        return value
-    if isinstance(value, list) and all(isinstance(one, int | float) for one in value):
-        more = ", ..." if len(value) > SHOWN else ""
-        return ", ".join(map(str, value[:SHOWN])) + more
-    text = str(value)
-    return text if len(text) < 80 else None
 
 
 # -- the text -------------------------------------------------------------------------------------

@@ -77,9 +77,7 @@ def main(arguments: argparse.Namespace) -> int:
     look = looking.StepLook(
         arguments.step, look=_user_function(arguments.code), debug=arguments.debug
     )
-    source = choice.load(checkpoint.path)
-    if not arguments.allow_code:
-        choice.require_same_code(run, source)
+    source = choice.load(checkpoint.path, None if arguments.allow_code else run)
     config = choice.config_after(run, checkpoint)
     notes = list(choice.reservations(run, source, end, resumed=config is not None))
     skip = source.state.get("logged_rows") or 0

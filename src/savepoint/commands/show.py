@@ -9,17 +9,15 @@ import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from savepoint import files, find, words
 from savepoint.checkpoint import manifest
 from savepoint.checkpoint.promises import ELSEWHERE
 from savepoint.checkpoint.store import Checkpoint
 from savepoint.commands import output
+from savepoint.comparing import norm
 from savepoint.run import Run
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 PARTS = ("facts", "metrics", "config", "tensors", "clients", "lineage")
 
@@ -130,15 +128,6 @@ def tensors(state: Mapping[str, Any]) -> dict[str, Any]:
             number = sum(isinstance(leaf, Tensor) for _, leaf in leaves(value))
             others.append({"name": key, "tensors": number, "bytes": size})
     return {"weights": weights, "others": others}
-
-
-def norm(tensor: "Tensor") -> float:
-    import torch
-
-    from savepoint.checkpoint import format
-
-    kind = torch.complex128 if tensor.is_complex() else torch.float64
-    return float(format.dense(tensor).to(kind).norm())
 
 
 def _fact(value: Any, key: str = "") -> str:

@@ -31,11 +31,12 @@ def before(run: Run, step: int) -> Checkpoint:
     return earlier[-1]
 
 
-def load(path: Path) -> Source:
+def load(path: Path, code_of: Run | None = None) -> Source:
     """Verifies the checkpoint whole.
 
     Raises:
-        ConfigError: It is of a training that cannot be replayed.
+        ConfigError: It is of a training that cannot be replayed; or Python files have changed since
+            the run `code_of` made it.
     """
     source = Source(path, *store.load(path))
     if source.manifest.get("kind") == "federated":
@@ -52,6 +53,8 @@ def load(path: Path) -> Source:
             "their batches are not its own. Fork the run under its launcher instead: python "
             f"resume.py {show(path)} --fork NAME"
         )
+    if code_of is not None:
+        _require_same_code(code_of, source)
     return source
 
 
@@ -91,8 +94,7 @@ def reservations(
             yield f"the run was resumed at step {step} with {keys}; the replay is not"
 
 
-def require_same_code(run: Run, source: Source) -> None:
-    """Raises ConfigError where Python files have changed since the run was trained."""
+def _require_same_code(run: Run, source: Source) -> None:
     for changed in _changed_code(run, source.manifest["step"]):
         raise ConfigError(
             f"Other code: {show(run.directory)}: {changed}. The same was expected, as other code "
