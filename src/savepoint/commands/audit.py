@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from savepoint import entry, find, words
+from savepoint.checkpoint.manifest import step_in_name
 from savepoint.commands import output
 from savepoint.commands.replay import add_allow
 from savepoint.errors import CheckpointCorruptError, ConfigError
@@ -75,8 +76,11 @@ def main(arguments: argparse.Namespace) -> int:
         try:
             found = _audited(run, one, other, arguments)
         except CheckpointCorruptError as error:  # what was seen of the other parts still holds
-            found = {"equal": False, "damaged": f"{error.path.name} is damaged: {error.reason}"}
+            found = {"equal": False, "damaged": f"{error.path.name}: {error.reason}"}
         rows.append({"from": one.step, "to": other.step, **UNKNOWN, **found})
+    for path, reason in run.store.rejected():
+        found = {"equal": False, "damaged": f"{path.name}: {reason}"}
+        rows.append({"from": None, "to": step_in_name(path.name), **UNKNOWN, **found})
     equal = sum(row["equal"] for row in rows)
     if arguments.json:
         output.put_json({"run": run.directory, "equal": equal == len(rows), "parts": rows})
@@ -125,7 +129,8 @@ def _text(rows: list[dict[str, Any]], equal: int) -> str:
         verdict = "equal" if row["equal"] else "DIFFERENT"
         if row["damaged"]:
             verdict = "not read"
-        lines.append((f"{row['from']} to {row['to']}", verdict, _why(row)))
+        begin = "?" if row["from"] is None else row["from"]
+        lines.append((f"{begin} to {row['to']}", verdict, _why(row)))
     notes = dict.fromkeys(note for row in rows for note in row["notes"])
     text = [words.table(("steps", "end and log", ""), lines), ""]
     text += [f"note: {note}" for note in notes]
