@@ -169,7 +169,7 @@ def file_or_best(argument: str | None) -> tuple[Path, str]:
             path = file_or_latest(argument)
             which = "latest of the run: none has a value of its metric"
     facts = manifest.read(path)
-    line = f"{path}: step {facts['step']}, epoch {facts.get('epoch')}"
+    line = f"{show(path)}: step {facts['step']}, epoch {facts.get('epoch')}"
     return path, f"{line} ({which})" if which else line
 
 

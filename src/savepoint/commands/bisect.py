@@ -235,7 +235,7 @@ def _say(what: str, stretch: Stretch) -> None:
 
 
 def _text(found: Mapping[str, Any]) -> str:
-    lines = [words.table((), [("A", str(found["a"])), ("B", str(found["b"]))])]
+    lines = [words.table((), [("A", show(found["a"])), ("B", show(found["b"]))])]
     if found["config"]:
         rows = [(key, str(was), str(now)) for key, (was, now) in found["config"].items()]
         lines += ["", words.table(("config", "A", "B"), rows)]

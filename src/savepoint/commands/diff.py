@@ -61,7 +61,7 @@ def _text(changes: Mapping[str, Any]) -> str:
         (one["name"], one["why"] or words.number(one["change"])) for one in changes["weights"]
     ]
     sections = [
-        words.table((), [("A", str(changes["a"])), ("B", str(changes["b"]))]),
+        words.table((), [("A", words.show(changes["a"])), ("B", words.show(changes["b"]))]),
         _section("fact", changes["facts"]),
         _section("config", changes["config"]),
         _section("metric", metrics),

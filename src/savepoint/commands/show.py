@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
         output.put(_text(arguments.only, content[arguments.only]))
     else:
         shown = [_text(part, content[part]) for part in parts if content[part] is not None]
-        output.put("\n\n".join([str(content["file"]), *shown]))
+        output.put("\n\n".join([words.show(content["file"]), *shown]))
     return 0
 
 
