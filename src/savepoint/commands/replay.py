@@ -59,20 +59,11 @@ def add_allow(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     run = find.run(arguments.run)
     end = arguments.step if arguments.to is None else arguments.to
-    if not 1 <= arguments.step <= end:
-        raise ConfigError(
-            f"No such steps: --step {arguments.step} --to {end}. Steps count from 1, and a replay "
-            "goes forward. Give others."
-        )
+    _check(arguments, end)
 
     with entry.importing():
         from savepoint.replay import choice, looking, playing, rows
 
-    if arguments.batch is not None and arguments.batch.is_dir():
-        raise ConfigError(
-            f"A directory, not a file: {show(arguments.batch)}. --save-batch writes the batch of "
-            "the step there. Name a file."
-        )
     checkpoint = choice.before(run, arguments.step)
     look = looking.StepLook(
         arguments.step, look=_user_function(arguments.code), debug=arguments.debug
@@ -114,6 +105,19 @@ def main(arguments: argparse.Namespace) -> int:
         if arguments.fork:
             output.put(f"\nkept: {show(played.run.directory)}")
     return 0 if compared.is_equal else 1
+
+
+def _check(arguments: argparse.Namespace, end: int) -> None:
+    if not 1 <= arguments.step <= end:
+        raise ConfigError(
+            f"No such steps: --step {arguments.step} --to {end}. Steps count from 1, and a replay "
+            "goes forward. Give others."
+        )
+    if arguments.batch is not None and arguments.batch.is_dir():
+        raise ConfigError(
+            f"A directory, not a file: {show(arguments.batch)}. --save-batch writes the batch of "
+            "the step there. Name a file."
+        )
 
 
 def _user_function(file: Path | None) -> "Look | None":
