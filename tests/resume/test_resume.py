@@ -161,6 +161,14 @@ class TestChoosing:
         assert go(str(at_epoch_2), "--plan") == 0
         assert "-> another: not bit-equal" in capsys.readouterr().out
 
+    def test_a_note_names_those_versions_alone_that_differ(self, at_epoch_2: Path) -> None:
+        checkpoint = store.CheckpointStore(at_epoch_2 / "checkpoints").latest()
+        assert checkpoint is not None
+        then = {**checkpoint.manifest["versions"], "torch": "1.0"}
+        notes = list(plan.notes_of_environment({**checkpoint.manifest, "versions": then}, None))
+        now = checkpoint.manifest["versions"]["torch"]
+        assert notes == [f"torch 1.0 -> {now}: not bit-equal to a run that was never stopped"]
+
     def test_the_plan_is_printed_and_nothing_changes(
         self, at_epoch_2: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

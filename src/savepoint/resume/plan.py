@@ -238,7 +238,15 @@ def notes_of_environment(facts: Mapping[str, Any], asked: int | None) -> Iterato
     for key in ("versions", "threads", "processor"):
         was = facts.get(key, "unknown")
         if was != now[key]:
-            yield f"{key} {was} -> {now[key]}: not bit-equal to a run that was never stopped"
+            changed = _changed(key, was, now[key])
+            yield f"{changed}: not bit-equal to a run that was never stopped"
+
+
+def _changed(key: str, was: Any, now: Any) -> str:
+    if not isinstance(was, Mapping):
+        return f"{key} {was} -> {now}"
+    names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    return ", ".join(f"{name} {was.get(name)} -> {now.get(name)}" for name in names)
 
 
 def notes_of_record(run: Run, facts: Mapping[str, Any]) -> Iterator[str]:
