@@ -17,6 +17,7 @@ SRC = ROOT / "src"
 MODULES = {
     ".".join(p.relative_to(SRC).with_suffix("").parts).removesuffix(".__init__"): p
     for p in SRC.rglob("*.py")
+    if SRC / "savepoint/build" not in p.parents  # pip leaves it when it builds the wheel
 }
 SAVEPOINT = sorted(m for m in MODULES if m.split(".")[0] == "savepoint")
 
