@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from savepoint.look.baseline import Baseline, changed_since, put_back_into_model
 from savepoint.look.classes import is_library
 from savepoint.look.kinds import Unpackable
-from savepoint.look.marks import mark
+from savepoint.look.marks import mark, sum_of_all
 from savepoint.look.pack import pack
 from savepoint.look.unpack import each_once, unpack
 from savepoint.look.walk import Before, Look
@@ -542,3 +543,27 @@ def test_functions_of_one_name_keep_their_places_when_another_one_is_met() -> No
     kept = [path for path in first.places if path[0][0] == "function"]
     assert len(kept) == 3
     assert set(kept) <= later.places.keys()
+
+
+class Copying(TorchDispatchMode):
+    """How many values the largest new tensor has."""
+
+    most = 0
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = call(*args, **(kwargs or {}))
+        if not call.is_view:
+            self.most = max(self.most, made.numel())
+        return made
+
+
+def test_ranks_compare_their_weights_by_a_sample_and_copy_none_of_them() -> None:
+    filters = torch.ones(512, 512, 3, 3, requires_grad=True)
+    weights = [filters.to(memory_format=torch.channels_last), torch.ones(2048, 1024).T]
+    weights += [torch.tensor(1.0), torch.ones(2, dtype=torch.bfloat16)]
+    with Copying() as copying:
+        before = sum_of_all(weights, 4)
+    assert copying.most < 2**19
+    assert sum_of_all([one.clone() for one in weights], 4) == before
+    for number, one in enumerate(weights):
+        assert sum_of_all([*weights[:number], one * 2, *weights[number + 1 :]], 4) != before

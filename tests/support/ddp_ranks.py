@@ -16,6 +16,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from support.resumed_points import write_differences
 from support.small import EveryPoint, SmallData, SmallModel, fit
@@ -90,6 +92,27 @@ class FrozenAdam(Adam):
         self.net[0].weight.requires_grad = False
 
 
+class Slowing(torch.optim.AdamW):
+    """What it counts is in no state_dict."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        for group in self.param_groups:
+            group["weight_decay"] = 0.1 / self.steps
+        return super().step(closure)
+
+
+class Zero(SmallModel):
+    """Each rank keeps the optimizer's states of some weights, and steps these alone."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = ZeroRedundancyOptimizer(self.parameters(), optimizer_class=Slowing, lr=0.01)
+        schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 class Codebook(Adam):
     """A weight without a gradient, which each rank moves by its own batches."""
 
@@ -120,6 +143,8 @@ KINDS: dict[str, tuple[type[SmallModel], dict[str, Any]]] = {
     "sparse gradients": (Sparse, {}),
     "unused parameters": (Unused, {"find_unused_parameters": True}),
     "a static graph": (SmallModel, {"static_graph": True}),
+    "states shared out": (Zero, {}),
+    "shards, states shared out": (Zero, {"sharded": True, "async_save": True}),
     "buckets as gradients": (SmallModel, {"gradient_as_bucket_view": True}),
     "shards": (Adam, {"sharded": True}),
     "shards in a thread": (Adam, {"sharded": True, "async_save": True}),

@@ -130,6 +130,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "tree": {"tree": True},
     "workers": {"loader": "resumable"},
     "every second step": {"model": EverySecond},
+    "every second step, workers": {"model": EverySecond, "loader": "resumable"},
     "limits": {"limit_train_batches": 3, "val_check_interval": 2},
     "shares": {"limit_train_batches": 0.8, "val_check_interval": 0.5},
     "clipped": {"tree": True, "gradient_clip_val": 0.5},

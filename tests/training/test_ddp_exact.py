@@ -8,12 +8,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.ddp_ranks import KINDS, UNEQUAL
+from lightning.pytorch.strategies import DDPStrategy
+from support.ddp_ranks import KINDS, UNEQUAL, Zero
 from support.limits import HANG_SECS
 from support.ranks import TESTS, differences, run_ranks
+from support.small import EveryPoint, fit, resume_differs
 
 from savepoint.checkpoint import store
 
@@ -35,11 +38,40 @@ def test_weights_that_differ_from_rank_to_rank_are_named_and_of_one_rank_in_the_
     assert torch.equal(state["state_dict"]["codes"], state["state_dict"]["copy_of_codes"])
 
 
+@pytest.mark.filterwarnings("ignore:.*sync_dist=True")
+def test_of_states_that_ranks_share_out_a_file_holds_what_the_users_own_counts_and_no_caches(
+    tmp_path: Path,
+) -> None:
+    def given(name: str) -> dict[str, Any]:
+        points = EveryPoint(tmp_path / name, monitor=None)
+        few = {"max_epochs": 1, "limit_val_batches": 0, "devices": 1}
+        return {"model": Zero, "strategy": DDPStrategy(), "checkpointing": points, **few}
+
+    straight = given("points")
+    try:
+        fit(tmp_path / "run", **straight)
+        file = straight["checkpointing"].kept[2]
+        differs = resume_differs(tmp_path / "run", file, tmp_path / "resumed", **given("again"))
+    finally:
+        torch.distributed.destroy_process_group()
+    state, facts = store.load(file)
+    places = [place for place, _ in state["attributes"]]
+    assert places == [[["root", "optimizer 0.optim"], ["attr", "steps"]]]
+    assert facts["exact"]
+    assert differs == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_every_kind_of_ddp_resumes_exactly(tmp_path: Path, ranks: int, kind: str) -> None:
     assert differences("ddp_ranks", tmp_path, ranks, kind) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "shards"])
+def test_eight_ranks_resume_exactly(tmp_path: Path, kind: str) -> None:
+    assert differences("ddp_ranks", tmp_path, 8, kind) == {}
 
 
 @pytest.mark.slow

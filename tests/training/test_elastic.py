@@ -105,6 +105,18 @@ def test_the_tree_gives_two_ranks_the_bits_of_one_from_any_point(tmp_path: Path)
         same_log(one, work)
 
 
+def test_a_training_that_asks_for_no_number_of_steps_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Its loaders are made later than others'."""
+    kind = "every second step"
+    one = straight(tmp_path / "one", 1, kind)
+    files = points(one)[1::4]
+    for ranks in (1, 2):
+        resume(tmp_path / f"on {ranks}", ranks, kind, files)
+        assert [unequal(one, tmp_path / f"on {ranks}" / file.stem, file) for file in files] == [
+            [] for _ in files
+        ]
+
+
 def test_another_number_of_ranks_is_not_exact_without_the_tree(tmp_path: Path) -> None:
     one = straight(tmp_path / "one", 1, "plain")
     middle = next(file for file in points(one) if "batch-2" in file.name)
@@ -150,6 +162,23 @@ def test_every_kind_makes_the_same_steps_at_four_ranks_from_any_point(
             assert unequal(begun, work, file) == []
             if "tree" in KINDS[kind]:
                 assert list(difference(bits(begun), bits(work))) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "shares of ddp, in a tree"])
+def test_eight_ranks_become_four_two_one_and_eight_again_in_mid_epoch(
+    tmp_path: Path, kind: str
+) -> None:
+    eight = straight(tmp_path / "eight", 8, kind)
+    work = eight
+    for ranks, step in ((4, 1), (2, 2), (1, 3), (8, 5)):
+        file = next(one for one in points(work) if f"batch-{step}" in one.name)
+        resume(tmp_path / f"{ranks}-from-{step}", ranks, kind, [file])
+        work = tmp_path / f"{ranks}-from-{step}" / file.stem
+        assert unequal(eight, work, file) == []
+        if "tree" in KINDS[kind]:
+            assert list(difference(bits(eight), bits(work))) == []
+            assert manifest.read(points(work)[0])["exact"]
 
 
 class Data(Numbered):

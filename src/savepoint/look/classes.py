@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
 
 # What these assign is saved by other means, or is no state.
 _FRAMEWORK = ("lightning.", "lightning_fabric.", "pytorch_lightning.", "savepoint.")
-_FRAMEWORK_CLASSES = (nn.Module, Metric, Optimizer, DataLoader, object)
+_FRAMEWORK_CLASSES = (nn.Module, Metric, Optimizer, ZeroRedundancyOptimizer, DataLoader, object)
 _OPEN = "lightning.pytorch.callbacks."  # its concrete classes keep state that no state_dict has
 _STORE_ATTR = dis.opmap["STORE_ATTR"]
 _CALLBACK = "lightning.pytorch.callbacks.callback"

@@ -161,6 +161,9 @@ def _count_global_batches(trainer: Trainer, each: int) -> None:
         each * _limited(len(one) // each, trainer.limit_train_batches, "limit_train_batches")
         for one in combined.flattened
     ]
+    # Lightning has begun this epoch, with other limits: it begins again, and in a resume where it
+    # was, which the loaders have given up to the iterators that are gone.
+    combined._load_state_dicts(combined._state_dicts())
     iter(fit._data_fetcher)  # type: ignore[arg-type]
     fit.max_batches = len(combined)
     if getattr(trainer, "_val_check_time_interval", None) is not None:

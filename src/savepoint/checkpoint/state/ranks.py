@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from savepoint.checkpoint import manifest
 from savepoint.errors import CheckpointForeignError, ConfigError, ConfigMismatchError
-from savepoint.look.marks import sample_sum
+from savepoint.look.marks import sum_of_all
 
 
 class _WalkReducer(torch.autograd.Function):
@@ -139,10 +139,13 @@ def unequal_weights(trainer: Trainer) -> list[str]:
     """
     if is_spread(trainer):
         return []
-    parameters = trainer.lightning_module.named_parameters()
-    sums = {name: sample_sum(one) for name, one in parameters if not is_lazy(one)}
-    if len(set(gathered(trainer, zlib.crc32(repr(sums).encode())))) == 1:
+    named = trainer.lightning_module.named_parameters()
+    parameters = {name: one for name, one in named if not is_lazy(one)}
+    number = len(parameters)
+    names = zlib.crc32(repr(list(parameters)).encode())
+    if len(set(gathered(trainer, (names, sum_of_all(parameters.values(), number))))) == 1:
         return []
+    sums = {name: sum_of_all([one], number) for name, one in parameters.items()}
     first, *others = gathered(trainer, sums)
     return [
         f"model.{name} (differs from rank to rank, and the first rank's is saved: make it a buffer)"

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
@@ -108,6 +109,12 @@ def own_optimizers(trainer: Trainer) -> dict[str, Any]:
     count, or what is written on them.
     """
     own: dict[str, Any] = {f"optimizer {i}": one for i, one in enumerate(trainer.optimizers)}
+    own |= {
+        # Of another class, which may be the user's: it makes this rank's part of each step.
+        f"{name}.optim": one.optim
+        for name, one in list(own.items())
+        if isinstance(one, ZeroRedundancyOptimizer)
+    }
     schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
     # The state_dict of torch's own base class of schedules holds every attribute.
     own |= {
