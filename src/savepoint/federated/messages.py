@@ -94,14 +94,16 @@ def without_ours(content: RecordDict) -> RecordDict:
 
 
 def arrays_of(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """As they are sent: NumPy has no bfloat16, and half a precision is not averaged well."""
-    small = (torch.bfloat16, torch.float16)
-    return ArrayRecord(
-        {
-            name: Array((value.float() if value.dtype in small else value).numpy())
-            for name, value in state.items()
-        }
-    )
+    """As they are sent: NumPy has no bfloat16, and half a precision is not averaged well; whole
+    numbers, such as counts of batches, are not what strategies can multiply in place.
+    """
+    return ArrayRecord({name: Array(_as_sent(value).numpy()) for name, value in state.items()})
+
+
+def _as_sent(value: Tensor) -> Tensor:
+    if value.dtype in (torch.bfloat16, torch.float16):
+        return value.float()
+    return value if value.is_floating_point() or value.is_complex() else value.double()
 
 
 def tensors_of(arrays: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
