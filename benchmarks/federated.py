@@ -1,8 +1,11 @@
 """What a round of a federated run costs: the in-process runtime by part, with a thousand clients;
-and plain Flower with Ray on the same work, without saves. Needs `make extras-federated`.
+and beside it three programs for plain Flower with Ray that save nothing and sample once, on the
+same data, batches and epochs: a Trainer in each message, as Flower's quickstart for Lightning has
+it; a plain torch loop, as that for PyTorch; and our own clients' training. CPU seconds, of all
+processes, are what to compare where other work shares the cores. Needs `make extras-federated`.
 
 python benchmarks/federated.py
-python benchmarks/federated.py --clients 1000 --rounds 10 --beside 20
+python benchmarks/federated.py --clients 1000 --rounds 10 --beside 1000 --beside-rounds 4
 """
 
 import argparse
