@@ -177,7 +177,7 @@ def refuse_texts(kind: type, arguments: Mapping[str, Any], key: str) -> None:
     say so in a traceback, and not before the first round.
     """
     for name, one in inspect.signature(kind).parameters.items():
-        kinds = {float: (int, float), int: int, str: str}.get(one.annotation)
+        kinds: Any = {float: (int, float), int: int, str: str}.get(one.annotation)
         value = arguments.get(name)
         if kinds and value is not None and not isinstance(value, kinds):
             expected = one.annotation.__name__
