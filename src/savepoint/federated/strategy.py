@@ -90,7 +90,8 @@ class Repeatable:
         return self._aggregated("train", server_round, replies, self.strategy.aggregate_train)
 
     def aggregate_evaluate(self, server_round: int, replies: list[Sent]) -> MetricRecord | None:
-        return self._aggregated("evaluate", server_round, replies, self.strategy.aggregate_evaluate)
+        aggregate = self.strategy.aggregate_evaluate
+        return self._aggregated("evaluate", server_round, replies, aggregate)
 
     def _aggregated(
         self, kind: str, server_round: int, replies: list[Sent], aggregate: Callable[..., T]
