@@ -103,10 +103,11 @@ class Repeatable:
                 f"aggregate {kind}", server_round, lambda: aggregate(server_round, given)
             )
         except AppExitException as error:  # what Flower's own strategies end a run with
+            name = type(self.strategy).__name__
+            metrics = ", ".join(sorted(set().union(*sent)))
             raise FederatedError(
-                f"{type(self.strategy).__name__} has ended the run in round {server_round}: "
-                f"{error} The clients have sent {', '.join(sorted(set().union(*sent)))}. See {_KEY} in the "
-                "config."
+                f"{name} has ended the run in round {server_round}: {error} The clients have sent "
+                f"{metrics}. See {_KEY} in the config."
             ) from error
 
     def _seeded(self, kind: str, server_round: int, call: Callable[[], T]) -> T:
