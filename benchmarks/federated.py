@@ -1,22 +1,31 @@
 """What a round of a federated run costs: the in-process runtime by part, with a thousand clients;
-and plain Flower with Ray on the same work, without saves. Needs `make extras-federated`.
+and beside it three programs for plain Flower with Ray that save nothing and sample once, on the
+same data, batches and epochs: a Trainer in each message, as Flower's quickstart for Lightning has
+it; a plain torch loop, as that for PyTorch; and our own clients' training. CPU seconds, of all
+processes, are what to compare where other work shares the cores. Needs `make extras-federated`.
 
 python benchmarks/federated.py
-python benchmarks/federated.py --clients 1000 --rounds 10 --beside 20
+python benchmarks/federated.py --clients 1000 --rounds 10 --beside 1000 --beside-rounds 4
 """
 
 import argparse
+import copy
 import csv
+import itertools
+import os
 import shutil
 import statistics
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
 
 with warnings.catch_warnings(action="ignore"):
     from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
@@ -30,9 +39,11 @@ from savepoint.federated import client_app, listing, ray_runtime, runtime
 from savepoint.federated.clients import ClientStates
 from savepoint.federated.messages import arrays_of, tensors_of
 from savepoint.federated.server import Server
-from savepoint.federated.training import LocalTraining
+from savepoint.federated.training import LocalTraining, Weights
+from savepoint.training import threads
 from savepoint.words import table
 
+Spent = tuple[float, float]
 PARTS = ("train", "aggregate", "clients", "server")
 
 
@@ -100,33 +111,129 @@ def listed(folder: Path, clients: int) -> list[tuple[str, str]]:
     return [(f"{clients} clients listed, s", f"{time.perf_counter() - began:.2f}")]
 
 
-@contextmanager
-def timed(seen: list[float]) -> Iterator[None]:
-    began = time.monotonic()
-    yield
-    seen.append(time.monotonic() - began)
+def spent() -> Spent:
+    """Seconds on the clock, and of CPU in this process and all below it."""
+    hertz = os.sysconf("SC_CLK_TCK")
+    parents, used = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            words = path.read_text().rpartition(") ")[2].split()
+            parents[int(path.parent.name)] = int(words[1])
+            used[int(path.parent.name)] = sum(map(int, words[11:15])) / hertz
+    ours = {os.getpid()}
+    while more := {one for one, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+    return time.monotonic(), sum(used[one] for one in ours)
 
 
-def in_process(folder: Path, clients: int, rounds: int) -> float:
-    """Seconds a round, saves and evaluations included, without the first."""
-    seen: list[float] = []
+def a_round(seen: list[Spent]) -> Spent:
+    """The median on the clock, and of CPU, from one to the next."""
+    pairs = list(itertools.pairwise(seen))
+    wall, cpu = (statistics.median(b[one] - a[one] for a, b in pairs) for one in (0, 1))
+    return wall, cpu
+
+
+def in_process(folder: Path, clients: int, rounds: int) -> Spent:
+    """Of a round, saves and evaluations included, without the first."""
+    seen: list[Spent] = []
 
     def how(server: Server) -> None:
-        play = server._play
+        end = server.saver.end_round
 
-        def one(asking: Any) -> None:
-            with timed(seen):
-                play(asking)
+        def one(*given: Any) -> None:
+            end(*given)
+            seen.append(spent())
 
-        server._play = one  # type: ignore[method-assign]
+        server.saver.end_round = one  # type: ignore[method-assign]
         runtime.play(server)
 
     runtime.train(config(folder, clients, rounds), "federated", how=how)
-    return statistics.median(seen[1:])
+    return a_round(seen)
 
 
-def plain_ray(folder: Path, clients: int, rounds: int) -> float:
-    """The same training and evaluation by Flower's FedAvg with Ray, nothing saved or sampled anew."""
+class OurOwn:
+    """A client's work as Savepoint's clients do it."""
+
+    def __init__(self, local: LocalTraining) -> None:
+        self.local = local
+
+    def train(self, client: int, received: Weights) -> tuple[Weights, int]:
+        done = self.local.train(client, 1, received, {})
+        return done.weights, done.samples
+
+    def evaluate(self, client: int, received: Weights) -> tuple[dict[str, float], int]:
+        return self.local.evaluate(client, 1, received, {})
+
+
+class TrainerEach:
+    """As Flower's quickstart for Lightning has it: a Trainer in each message. Its logger and its
+    checkpoints, which a Trainer has by default, are left out.
+    """
+
+    def __init__(self, local: LocalTraining) -> None:
+        self.local = local
+
+    def model(self, received: Weights) -> Any:
+        model = copy.deepcopy(self.local.model)
+        model.load_state_dict({**model.state_dict(), **received})
+        return model
+
+    def trainer(self) -> Trainer:
+        epochs = self.local.federation.local_epochs
+        return Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            logger=False,
+            enable_checkpointing=False,
+        )
+
+    def loader(self, client: int, seed: int | None) -> Any:
+        division = self.local.partition
+        indices = division.test(client) if seed is None else division.train(client)
+        return cast(Any, self.local.data).part(indices, seed)
+
+    def train(self, client: int, received: Weights) -> tuple[Weights, int]:
+        model = self.model(received)
+        self.trainer().fit(model, self.loader(client, 1))
+        return model.state_dict(), len(self.local.partition.train(client))
+
+    def evaluate(self, client: int, received: Weights) -> tuple[dict[str, float], int]:
+        model = self.model(received)
+        [found] = self.trainer().validate(model, self.loader(client, None), verbose=False)
+        return dict(found), len(self.local.partition.test(client))
+
+
+class PlainLoop(TrainerEach):
+    """As Flower's quickstart for PyTorch has it: a loop over the batches, without Lightning."""
+
+    def train(self, client: int, received: Weights) -> tuple[Weights, int]:
+        model = self.model(received).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+        for _ in range(self.local.federation.local_epochs):
+            for images, labels in self.loader(client, 1):
+                optimizer.zero_grad()
+                F.cross_entropy(model(images), labels).backward()
+                optimizer.step()
+        return model.state_dict(), len(self.local.partition.train(client))
+
+    def evaluate(self, client: int, received: Weights) -> tuple[dict[str, float], int]:
+        model = self.model(received).eval()
+        loss, right, samples = 0.0, 0, 0
+        with torch.no_grad():
+            for images, labels in self.loader(client, None):
+                logits = model(images)
+                loss += F.cross_entropy(logits, labels, reduction="sum").item()
+                right += int((logits.argmax(1) == labels).sum())
+                samples += len(labels)
+        return {"val/loss": loss / samples, "val/accuracy": right / samples}, samples
+
+
+def plain_ray(folder: Path, clients: int, rounds: int, kind: type[Any]) -> tuple[float, float]:
+    """The same trainings and evaluations by Flower's FedAvg with Ray; nothing is saved. Seconds a
+    round on the clock, and of CPU in all processes.
+    """
     made = config(folder, clients, rounds)
     text = typed.dump(made)
     app = ClientApp()
@@ -134,44 +241,61 @@ def plain_ray(folder: Path, clients: int, rounds: int) -> float:
     def local() -> LocalTraining:
         if text not in client_app._trainings:
             client_app.use(text, LocalTraining(typed.parse([], base=text)))
+            threads.use(1)
         return client_app._trainings[text]
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        here = local()
-        weights = tensors_of(message.content["arrays"], here.model.state_dict())
-        done = here.train(int(context.node_config["partition-id"]), 1, weights, {})
-        metrics = MetricRecord({"num-examples": done.samples, "loss": done.metrics["train/loss"]})
-        return Message(
-            RecordDict({"arrays": arrays_of(done.weights), "m": metrics}), reply_to=message
-        )
+        received = tensors_of(message.content["arrays"], local().model.state_dict())
+        weights, samples = kind(local()).train(int(context.node_config["partition-id"]), received)
+        record = {"arrays": arrays_of(weights), "m": MetricRecord({"num-examples": samples})}
+        return Message(RecordDict(record), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        here = local()
-        weights = tensors_of(message.content["arrays"], here.model.state_dict())
-        found, samples = here.evaluate(int(context.node_config["partition-id"]), 1, weights, {})
+        received = tensors_of(message.content["arrays"], local().model.state_dict())
+        client = int(context.node_config["partition-id"])
+        found, samples = kind(local()).evaluate(client, received)
         metrics = MetricRecord({"num-examples": samples, **found})
         return Message(RecordDict({"m": metrics}), reply_to=message)
 
-    seen: list[float] = []
+    seen: list[Spent] = []
     server = ServerApp()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        last = [time.monotonic()]
-
         def evaluated(number: int, arrays: ArrayRecord) -> None:
             local().validate(number, tensors_of(arrays, local().model.state_dict()))
-            seen.append(time.monotonic() - last[0])
-            last[0] = time.monotonic()
+            seen.append(spent())
 
         strategy = FedAvg(fraction_train=0.1, fraction_evaluate=0.1)
         arrays = arrays_of(local().model.state_dict())
         strategy.start(grid, arrays, num_rounds=rounds, evaluate_fn=evaluated)
 
     ray_runtime.simulate(server, app, clients, made)
-    return statistics.median(seen[2:])
+    return a_round(seen[1:])
+
+
+RIVALS = {
+    "Flower with Ray, a Trainer a message": TrainerEach,
+    "Flower with Ray, a plain torch loop": PlainLoop,
+    "Flower with Ray, our own training": OurOwn,
+}
+
+
+def beside(folder: Path, clients: int, rounds: int) -> list[tuple[str, str]]:
+    """Seconds a round, and how many times as long as in this process."""
+    ours = in_process(folder / "ours", clients, rounds)
+    title = f"{clients} clients, a round, median of {rounds - 1}"
+    rows = [
+        (title, "wall s / cpu s of all processes"),
+        ("  in this process, saves included", f"{ours[0]:.2f} / {ours[1]:.2f}"),
+    ]
+    for number, (name, kind) in enumerate(RIVALS.items()):
+        theirs = plain_ray(folder / f"theirs{number}", clients, rounds, kind)
+        times = f"{theirs[0] / ours[0]:.1f}x / {theirs[1] / ours[1]:.1f}x"
+        rows.append((f"  {name}, nothing saved", f"{theirs[0]:.2f} / {theirs[1]:.2f}: {times}"))
+    return rows
 
 
 def main() -> int:
@@ -181,22 +305,14 @@ def main() -> int:
     parser.add_argument(
         "--beside", type=int, default=100, help="clients beside plain Flower; 0: none"
     )
+    parser.add_argument("--beside-rounds", type=int, default=6)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="savepoint-federated-"))
     try:
         rows = scale(folder, arguments.clients, arguments.rounds)
         rows += listed(folder / "many", 10_000)
         if arguments.beside:
-            ours = in_process(folder / "ours", arguments.beside, 4)
-            theirs = plain_ray(folder / "theirs", arguments.beside, 4)
-            rows += [
-                (
-                    f"{arguments.beside} clients, s a round in this process, saves included",
-                    f"{ours:.2f}",
-                )
-            ]
-            rows += [("  plain Flower with Ray, nothing saved", f"{theirs:.2f}")]
-            rows += [("  plain Flower / in this process", f"{theirs / ours:.1f}x")]
+            rows += beside(folder, arguments.beside, arguments.beside_rounds)
         print(table((), rows))
     finally:
         shutil.rmtree(folder)

@@ -270,6 +270,13 @@ def test_weights_that_are_not_finite_are_never_saved(
     assert federated.newest(tmp_path / "run").name == "step-00000002.ckpt"
 
 
+def test_a_strategy_that_ends_the_run_says_why_in_words(tmp_path: Path) -> None:
+    key = ["--federated.strategy", "FedAvg", "--federated.strategy.weighted_by_key", "nope"]
+    said = "FedAvg has ended the run in round 1: .*`nope`.* The clients have sent num-examples, tr"
+    with pytest.raises(FederatedError, match=said):
+        train(tmp_path / "run", *key)
+
+
 def test_a_strategy_that_makes_no_model_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

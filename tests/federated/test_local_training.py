@@ -6,14 +6,16 @@ import pytest
 
 pytest.importorskip("flwr")
 
+import numpy as np
 import torch
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Array, ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from support.federated import TINY
 
 import project  # noqa: F401
 from savepoint.config import typed
 from savepoint.federated.local_grid import FAILED, LocalGrid
+from savepoint.federated.messages import array_of
 from savepoint.federated.training import LocalTraining
 from savepoint.look.unpack import unpack
 
@@ -114,3 +116,33 @@ def test_what_a_client_raises_comes_back_as_an_error() -> None:
     assert list(grid.pull_messages(names)) == []
     at_once = 0.0
     assert list(grid.send_and_receive(questions, timeout=at_once)) == []
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.float32(3),
+        np.array(True),
+        np.zeros((0, 3)),
+        np.arange(6)[::-2],
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).numpy(),
+        np.ones((2, 3), np.complex64),
+        np.ones(3, ">f4"),
+    ],
+)
+def test_an_array_is_read_as_flower_reads_it(array: Any) -> None:
+    sent = Array(np.asarray(array))
+    read, expected = array_of(sent), sent.numpy()
+    assert (read.dtype, read.shape) == (expected.dtype, expected.shape)
+    assert read.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("broken", [lambda data: data[:-1], lambda data: b"no array"])
+def test_a_damaged_array_is_refused_as_flower_refuses_it(broken: Any) -> None:
+    whole = Array(np.ones(3))
+    damaged = Array(whole.dtype, whole.shape, whole.stype, broken(whole.data))
+    with pytest.raises(ValueError, match=r"."):
+        damaged.numpy()
+    with pytest.raises(ValueError, match=r"."):
+        array_of(damaged)

@@ -80,6 +80,7 @@ def test_a_division_that_cannot_be_is_refused_at_once() -> None:
             "Unknown key: federated.partitioner.alpha",
         ),
         ({"class_path": "Dirichlet", "init_args": {"alpha": 0}}, "alpha is 0"),
+        ({"class_path": "Dirichlet", "init_args": {"alpha": "abc"}}, "alpha: abc. Expected float"),
         ({"init_args": {}}, "Not a class"),
     ],
 )

@@ -11,6 +11,7 @@ pytest.importorskip("flwr")
 
 from support import deployment, federated, rounds
 from support.deployment import Deployment
+from support.forked import Program
 
 from savepoint import commands
 from savepoint.checkpoint import store
@@ -56,6 +57,20 @@ def test_a_simulation_goes_on_in_this_process_where_it_was_killed(tmp_path: Path
     federated.killed(tmp_path / "ray", flags, "before the server saves", 3)
     code, said = federated.resume(tmp_path / "ray", "--federated.runtime", "local")
     assert code == 0, said
+    assert rounds.train(tmp_path / "here", *rounds.KEEPS) == 0
+    federated.assert_equal(tmp_path / "here", tmp_path / "ray")
+
+
+def test_a_simulation_with_ray_stops_for_a_sigterm_at_the_end_of_the_round(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    flags = [*federated.TINY, *rounds.KEEPS, "--federated.runtime", "ray"]
+    where = ["--output_dir", str(tmp_path), "--run_name", "ray"]
+    with Program(["train.py", *flags, *where], tmp_path / "ray.log") as program:
+        program.wait_for(lambda: program.saved)
+        program.signal(signal.SIGTERM)
+        assert program.wait() == 128 + signal.SIGTERM, program.said
+        assert "Continue with: " in program.said
+    assert federated.resume(tmp_path / "ray", "--federated.runtime", "local")[0] == 0
     assert rounds.train(tmp_path / "here", *rounds.KEEPS) == 0
     federated.assert_equal(tmp_path / "here", tmp_path / "ray")
 

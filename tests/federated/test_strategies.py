@@ -81,6 +81,8 @@ def test_a_run_with_each_strategy_ends_and_repeats_itself(name: str, tmp_path: P
         (given("FedAdam", eta_=1), "Unknown key: federated.strategy.eta_. Did you mean eta"),
         (given("QFedAvg"), "refuses its arguments.*client_learning_rate"),
         ("no.such.Module", "No such class"),
+        (given("FedAdam", eta="fast"), "Wrong value of --federated.strategy.eta: fast. .* float"),
+        (given("FedAvg", weighted_by_key=3), "Wrong value of .*weighted_by_key: 3. Expected str"),
     ],
 )
 def test_a_strategy_that_is_wrong_is_said(wrong: Any, said: str) -> None:
@@ -264,6 +266,9 @@ def test_a_mean_of_counts_is_a_count_again() -> None:
     like = {"n": torch.tensor(3), "w": torch.zeros(2, dtype=torch.bfloat16)}
     sent = arrays_of({"n": torch.tensor(7), "w": torch.ones(2, dtype=torch.bfloat16)})
     assert sent["w"].numpy().dtype == np.float32
+    counts = sent["n"].numpy()
+    counts *= 0.5  # as QFedAvg does
+    assert tensors_of(sent, like)["n"].item() == 7
     back = tensors_of(arrays_of({"n": torch.tensor(6.9999), "w": torch.ones(2)}), like)
     assert back["n"].dtype == torch.int64
     assert back["n"].item() == 7

@@ -1,6 +1,7 @@
 """The config group `federated`, and whether Flower is there. Standard library only."""
 
 import importlib.util
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -169,6 +170,18 @@ def component(given: Component, key: str) -> tuple[str, dict[str, Any]]:
             f"the command line: --{key} NAME --{key}.KEY VALUE"
         )
     return name, dict(given.get("init_args") or {})
+
+
+def refuse_texts(kind: type, arguments: Mapping[str, Any], key: str) -> None:
+    """Raises ConfigError where a text stands for a number, or the other way round: the class would
+    say so in a traceback, and not before the first round.
+    """
+    for name, one in inspect.signature(kind).parameters.items():
+        kinds: Any = {float: (int, float), int: int, str: str}.get(one.annotation)
+        value = arguments.get(name)
+        if kinds and value is not None and not isinstance(value, kinds):
+            expected = one.annotation.__name__
+            raise ConfigError(f"Wrong value of --{key}.{name}: {value}. Expected {expected}.")
 
 
 def is_wanted(config: Mapping[str, Any], flags: Sequence[tuple[str, str]]) -> bool:

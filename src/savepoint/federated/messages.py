@@ -7,6 +7,8 @@ reply has one too: what became of the order.
 # mypy: disable-error-code="import-not-found,misc,no-any-return,unused-ignore,untyped-decorator"
 # Without Flower, which is optional, its types are Any.
 
+import functools
+import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -16,6 +18,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
+_NPY = b"\x93NUMPY\x01\x00"  # how each array begins
 RECORD = "savepoint"
 ARRAYS = "arrays"
 METRICS = "metrics"
@@ -91,19 +94,38 @@ def without_ours(content: RecordDict) -> RecordDict:
 
 
 def arrays_of(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """As they are sent: NumPy has no bfloat16, and half a precision is not averaged well."""
-    small = (torch.bfloat16, torch.float16)
-    return ArrayRecord(
-        {
-            name: Array((value.float() if value.dtype in small else value).numpy())
-            for name, value in state.items()
-        }
-    )
+    """As they are sent: NumPy has no bfloat16, and half a precision is not averaged well; whole
+    numbers, such as counts of batches, are not what strategies can multiply in place.
+    """
+    return ArrayRecord({name: Array(_as_sent(value).numpy()) for name, value in state.items()})
+
+
+def _as_sent(value: Tensor) -> Tensor:
+    if value.dtype in (torch.bfloat16, torch.float16):
+        return value.float()
+    return value if value.is_floating_point() or value.is_complex() else value.double()
 
 
 def tensors_of(arrays: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """In the types of `like`: a mean makes numbers with a fraction of all."""
-    return {name: _as_type(array.numpy(), like[name].dtype) for name, array in arrays.items()}
+    return {name: _as_type(array_of(one), like[name].dtype) for name, one in arrays.items()}
+
+
+def array_of(array: Array) -> Any:
+    """Its numbers, not to be written to. As `Array.numpy` gives them, which reads the same header
+    anew for each client: a tenth of the time of a small model's round.
+    """
+    data = array.data
+    if data[:8] != _NPY:
+        return array.numpy()
+    begin = 10 + int.from_bytes(data[8:10], "little")
+    shape, by_column, dtype = _header(data[8:begin])
+    return np.frombuffer(data, dtype, offset=begin).reshape(shape, order="F" if by_column else "C")
+
+
+@functools.lru_cache(1000)
+def _header(text: bytes) -> Any:
+    return np.lib.format.read_array_header_1_0(io.BytesIO(text))
 
 
 def _as_type(array: Any, dtype: torch.dtype) -> Tensor:

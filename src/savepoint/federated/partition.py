@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from savepoint.errors import ConfigError
-from savepoint.federated.federation import Component, component
+from savepoint.federated.federation import Component, component, refuse_texts
 from savepoint.words import nearest
 
 Indices = NDArray[np.int64]
@@ -178,6 +178,7 @@ def partitioner(given: Component) -> Partitioner:
         if argument not in known:
             near = nearest(argument, known) or f" {short} takes {', '.join(known) or 'none'}."
             raise ConfigError(f"Unknown key: {key}.{argument}.{near}")
+    refuse_texts(KNOWN[short], arguments, key)
     made: Partitioner = KNOWN[short](**arguments)
     return made
 

@@ -4,6 +4,7 @@
 # Without Flower, which is optional, its types are Any.
 
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -11,6 +12,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from savepoint import preemption
 from savepoint.federated import client_app
 from savepoint.federated.server import Server
 from savepoint.job import cores
@@ -51,9 +53,17 @@ def simulate(server: ServerApp, clients: ClientApp, number: int, config: Any) ->
     gpus = 1.0 if config.trainer.accelerator in ("gpu", "cuda") else 0.0
     resources: Any = {"num_cpus": 1, "num_gpus": gpus}
     with warnings.catch_warnings(action="ignore"):
-        run_simulation(
-            server,
-            clients,
-            number,
-            backend_config={"client_resources": resources, "init_args": {"num_cpus": cores()}},
-        )
+        _start_ray()
+        run_simulation(server, clients, number, backend_config={"client_resources": resources})
+
+
+def _start_ray() -> None:
+    """As Flower starts it, but before Flower does: Ray puts a handler of SIGTERM in the place of
+    ours, which ends the process in mid-round.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+        ray.init(num_cpus=cores(), include_dashboard=False, runtime_env={"env_vars": path})
+    preemption.install()

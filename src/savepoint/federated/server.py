@@ -23,7 +23,7 @@ from savepoint.federated.asking import Clients, Replies
 from savepoint.federated.client_app import learning_rate, mod_named
 from savepoint.federated.clients import Version
 from savepoint.federated.listing import versions_of
-from savepoint.federated.messages import SAMPLES, Order, arrays_of, tensors_of
+from savepoint.federated.messages import SAMPLES, Order, array_of, arrays_of, tensors_of
 from savepoint.federated.saver import Made, RoundSaver
 from savepoint.federated.state import StrategyState
 from savepoint.federated.strategy import Repeatable, Sent
@@ -271,7 +271,7 @@ class Server:
         for content, number in zip(contents, samples, strict=True):
             [arrays] = content.array_records.values()
             for name in buffers:
-                share = arrays[name].numpy() * (number / sum(samples))
+                share = array_of(arrays[name]) * (number / sum(samples))
                 total[name] = total[name] + share if name in total else share
         record = arrays_of({name: torch.as_tensor(one) for name, one in total.items()})
         return tensors_of(record, self.progress.state_dict)

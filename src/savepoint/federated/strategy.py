@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 
 import flwr.serverapp.strategy as flowers
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from flwr.supercore.run import Run
 
-from savepoint.errors import ConfigError
+from savepoint.errors import ConfigError, FederatedError
 from savepoint.federated import messages
-from savepoint.federated.federation import Component, Federation, component
+from savepoint.federated.federation import Component, Federation, component, refuse_texts
 from savepoint.federated.training import seeded
 from savepoint.loaders.randomness import derive
 from savepoint.words import nearest
@@ -86,20 +87,28 @@ class Repeatable:
         self, server_round: int, replies: list[Sent]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """The new arrays, of replies in the order of the clients: a sum of floats goes by it."""
-        given = [_plain(client, message) for client, message in replies]
-        return self._seeded(
-            "aggregate train",
-            server_round,
-            lambda: self.strategy.aggregate_train(server_round, given),
-        )
+        return self._aggregated("train", server_round, replies, self.strategy.aggregate_train)
 
     def aggregate_evaluate(self, server_round: int, replies: list[Sent]) -> MetricRecord | None:
+        aggregate = self.strategy.aggregate_evaluate
+        return self._aggregated("evaluate", server_round, replies, aggregate)
+
+    def _aggregated(
+        self, kind: str, server_round: int, replies: list[Sent], aggregate: Callable[..., T]
+    ) -> T:
         given = [_plain(client, message) for client, message in replies]
-        return self._seeded(
-            "aggregate evaluate",
-            server_round,
-            lambda: self.strategy.aggregate_evaluate(server_round, given),
-        )
+        sent = [record for one in given for record in one.content.metric_records.values()]
+        try:
+            return self._seeded(
+                f"aggregate {kind}", server_round, lambda: aggregate(server_round, given)
+            )
+        except AppExitException as error:  # what Flower's own strategies end a run with
+            name = type(self.strategy).__name__
+            metrics = ", ".join(sorted(set().union(*sent)))
+            raise FederatedError(
+                f"{name} has ended the run in round {server_round}: {error} The clients have sent "
+                f"{metrics}. See {_KEY} in the config."
+            ) from error
 
     def _seeded(self, kind: str, server_round: int, call: Callable[[], T]) -> T:
         stream = random.Random(f"{self.seed}:{kind}:{server_round}").getrandbits(63)
@@ -168,6 +177,7 @@ def _made(given: Component, key: str, federation: Federation) -> Strategy:
             raise ConfigError(f"Unknown key: {key}.{argument}.{near}")
         if isinstance(value, dict) and "class_path" in value:
             arguments[argument] = _made(value, f"{key}.{argument}", federation)
+    refuse_texts(kind, arguments, key)
     shared = {one: getattr(federation, one) for one in _SHARED if one in known or takes_any}
     try:
         made: Strategy = kind(**{**shared, **arguments})

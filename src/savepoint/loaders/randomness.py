@@ -20,6 +20,7 @@ from savepoint.look.generators import (
 
 # Objects that are not searched for generators; those of a module belong to everybody.
 _NO_OWNERS = (Tensor, np.ndarray, nn.Module, ModuleType, type, str, bytes)
+_PLAIN = frozenset({type(None), bool, int, float, str, bytes, torch.dtype, torch.device})
 
 
 def derive(*numbers: int) -> int:
@@ -42,6 +43,8 @@ def generators_of(value: Any) -> list[Any]:
         if id(part) in seen or isinstance(part, _NO_OWNERS):
             continue
         seen.add(id(part))
+        if type(part) in _PLAIN:
+            continue
         if is_generator(part):
             generators.append(part)
         elif isinstance(part, dict):
