@@ -12,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 
-from savepoint import job, workspace
+from savepoint import workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,12 +25,6 @@ for name in [name for name in os.environ if name == "ARGS" or name.startswith(("
 def at_the_root() -> None:
     os.chdir(ROOT)
     workspace.enter(workspace.Project(ROOT, Path("configs/mnist.yaml")))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: many a test waits for a process or a clock."""
-    return job.cores() + 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -237,7 +237,8 @@ def test_every_figure_has_a_command_that_is_there() -> None:
     for figure in FIGURES:
         command = figure.split("|")[-2].strip()
         made = r"(FULL=1 )?make (bench|drill|federate|setup|test)\b.*"
-        known = rf"`({made}|python benchmarks/\w+\.py.*|cd tests; .* -m shapes\.runner( --few)?)`"
+        programs = r"python benchmarks/\w+\.py.*|python -m savepoint \w+ .*"
+        known = rf"`({made}|{programs}|cd tests; .* -m shapes\.runner( --few)?)`"
         assert re.fullmatch(known, command), figure
 
 
