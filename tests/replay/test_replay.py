@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -359,11 +360,14 @@ def test_a_log_that_lacks_rows_is_not_what_the_run_has_logged(
 
 
 def test_one_checkpoint_alone_is_nothing_to_audit(run_dir: Path, capsys: Capture) -> None:
-    for step in (4, 8):
-        (run_dir / "checkpoints" / f"step-{step:08d}.ckpt").unlink()
+    cut, gone = (run_dir / "checkpoints" / f"step-{step:08d}.ckpt" for step in (4, 8))
+    gone.unlink()
+    os.truncate(cut, 1000)
     code, _, err = say(capsys, "audit", str(run_dir))
     assert code == 2
-    assert "has 1 checkpoint." in err
+    assert "has 1 checkpoint, and 1 that cannot be read." in err
+    cut.unlink()
+    assert "has 1 checkpoint." in say(capsys, "audit", str(run_dir))[2]
 
 
 # -- a run that stopped --------------------------------------------------------------------------

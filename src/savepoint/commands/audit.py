@@ -52,6 +52,7 @@ def main(arguments: argparse.Namespace) -> int:
             "least. Give another."
         )
     checkpoints = run.store.checkpoints()
+    rejected = run.store.rejected()
     # One that was made inside a validation is of no place where a training passes by itself.
     parts = [
         (one, other)
@@ -59,10 +60,11 @@ def main(arguments: argparse.Namespace) -> int:
         if other.manifest.get("at") in ("batch", "epoch")
     ]
     if not parts:
+        unread = f", and {len(rejected)} that cannot be read" if rejected else ""
         raise ConfigError(
             f"Nothing to audit: {show(run.directory)} has {plural(len(checkpoints), 'checkpoint')}"
-            ". Two of a training were expected, between which it is trained again. Let a run keep "
-            "more: --checkpoint.keep_last 5"
+            f"{unread}. Two of a training were expected, between which it is trained again. Let a "
+            "run keep more: --checkpoint.keep_last 5"
         )
     if arguments.sample is not None and arguments.sample < len(parts):
         parts = sorted(random.sample(parts, arguments.sample), key=lambda one: one[0].step)
@@ -78,7 +80,7 @@ def main(arguments: argparse.Namespace) -> int:
         except CheckpointCorruptError as error:  # what was seen of the other parts still holds
             found = {"equal": False, "damaged": f"{error.path.name}: {error.reason}"}
         rows.append({"from": one.step, "to": other.step, **UNKNOWN, **found})
-    for path, reason in run.store.rejected():
+    for path, reason in rejected:
         found = {"equal": False, "damaged": f"{path.name}: {reason}"}
         rows.append({"from": None, "to": step_in_name(path.name), **UNKNOWN, **found})
     equal = sum(row["equal"] for row in rows)
