@@ -1,6 +1,8 @@
 """make test ARGS=tests/config/test_cli.py"""
 
+import gc
 import sys
+import weakref
 from pathlib import Path
 from typing import Any, Literal
 
@@ -325,6 +327,13 @@ def test_a_dump_keeps_a_null_that_stands_against_a_default(configs: Path) -> Non
         typed.parse(["--config=sorter.yaml", "--checkpoint.save_every_epochs", "null"])
     )
     assert typed.parse([], base=base).checkpoint.save_every_epochs is None
+
+
+def test_the_parser_of_the_process_keeps_no_model_that_was_made_with_it(configs: Path) -> None:
+    config = typed.parse(["--config=sorter.yaml"])
+    model = weakref.ref(typed.instantiate(config)[0])
+    gc.collect()
+    assert model() is None
 
 
 @settings(max_examples=60, deadline=None)
