@@ -4,6 +4,7 @@ import random
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_kills_at_random_moments_leave_no_trace(straight, tmp_path: Path, seed: 
     ]
     with Program([*command, "--resume", "auto"], directory.with_suffix(".log")) as program:
         program.wait_for(lambda: program.saved)
-        time.sleep(random.Random(seed).uniform(0, 2))
+        time.sleep(random.Random(seed).uniform(0, 1))
         program.kill()  # some have ended by then
     code, said = resumed_or_begun(directory, variant)
     assert code == 0, said
@@ -95,7 +96,7 @@ def test_a_signal_stops_at_the_end_of_the_round(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wait", [0.0, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("wait", [0.0, 0.1, 0.2, 0.4])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_stops_whenever_it_comes(
     straight, tmp_path: Path, signum: signal.Signals, wait: float
@@ -115,7 +116,8 @@ def assert_stops(whole: Path, directory: Path, signum: signal.Signals, wait: flo
     with Program([*command, "--run_name", directory.name], log) as program:
         program.wait_for(lambda: program.saved)
         time.sleep(wait)
-        program.signal(signum)
+        with suppress(ProcessLookupError):  # a fast machine has ended it by then
+            program.signal(signum)
         code = program.wait()
         said = program.said
     if "rounds  " not in said:  # it had not ended before
