@@ -50,6 +50,14 @@ def test_a_round_of_a_client_repeats_itself_and_touches_nothing(training: LocalT
     assert other.metrics != one.metrics
 
 
+def test_a_round_that_begins_with_a_state_repeats_itself_too(training: LocalTraining) -> None:
+    """It does where a SIGTERM has ended it at its first batch."""
+    kept = training.train(1, 1, sent(training), {}).keeps
+    one = training.train(1, 2, sent(training), kept)
+    two = training.train(1, 2, sent(training), kept)
+    assert all(torch.equal(one.weights[name], two.weights[name]) for name in one.weights)
+
+
 def test_a_client_goes_on_with_its_own_head_and_optimizer(training: LocalTraining) -> None:
     first = training.train(1, 1, sent(training), {})
     assert set(first.keeps["state_dict"]) == {"net.classify.weight", "net.classify.bias"}

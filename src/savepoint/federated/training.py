@@ -178,9 +178,10 @@ class LocalTraining:
         seed = derive(self.config.seed_everything, server_round, client)
         indices = self.partition.train(client)
         model = copy.deepcopy(self.model)
+        own = copy.deepcopy(dict(state))  # an optimizer goes on in the tensors that it is given
         with self._seeded(seed, model):
-            _load(model, received, state)
-            local = _Local(state.get("optimizer_states", []), lr_factor, proximal_mu)
+            _load(model, received, own)
+            local = _Local(own.get("optimizer_states", []), lr_factor, proximal_mu)
             trainer = self._trainer(local)
             trainer.limit_val_batches = 0
             try:
