@@ -12,7 +12,7 @@ import pytest
 from support.checkpoint_files import facts, names, small_state
 from support.run_dirs import flip, fork, latest, make_run, say, store, training_in, truncate
 
-from savepoint import commands, entry, words, workspace
+from savepoint import commands, entry, find, words, workspace
 from savepoint.errors import RunLockedError
 from savepoint.run import Run
 
@@ -129,6 +129,17 @@ def test_a_command_that_reads_tensors_says_that_it_loads_torch(
     monkeypatch.setattr(entry, "importing", lambda: contextlib.nullcontext(said.append("loading")))
     say(capsys, *command_line(name, run_dir))
     assert said
+
+
+def test_a_file_below_the_working_directory_is_named_from_there(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(run_dir.parent)
+    begin = f"{run_dir.name}/checkpoints/step-"
+    for name, place in (("show", 0), ("diff", 1)):  # after "A"
+        commands.main(command_line(name, run_dir))
+        assert capsys.readouterr().out.split()[place].startswith(begin), name
+    assert find.file_or_best(str(run_dir))[1].startswith(begin)  # of eval and export
 
 
 @pytest.mark.parametrize("name", ["show", "verify", "gc"])

@@ -112,8 +112,8 @@ def tensors_of(arrays: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def array_of(array: Array) -> Any:
-    """Its numbers, not to be written to. As `Array.numpy` gives them, which reads the same header
-    anew for each client: a tenth of the time of a small model's round.
+    """Its numbers, not to be written to: those of `Array.numpy`, which parses the same header anew
+    for each client.
     """
     data = array.data
     if data[:8] != _NPY:
