@@ -156,6 +156,45 @@ entry.run(main, {str(ROOT / "train.py")!r})
     assert ("Traceback" in done.stderr) == (code == 1)
 
 
+FINALIZED = f"""
+from savepoint import entry, errors
+
+class Said:
+    def __init__(self, text): self.text, self.itself = text, self
+    def __del__(self): print(self.text, flush=True)
+
+def main(argv):
+    Said("training's")
+    global held
+    held = Said("module's")
+    return 3
+
+entry.run(main, {str(ROOT / "train.py")!r})
+"""
+
+
+def test_at_the_end_what_a_training_left_behind_is_finalized_and_modules_are_not_taken_apart() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FINALIZED], capture_output=True, text=True, timeout=HANG_SECS
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (3, "training's\n", "")
+
+
+def test_an_exit_handler_that_was_there_before_us_is_called(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import atexit; atexit.register(print, 'profiler')")
+    environment = os.environ | {
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", FINALIZED],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECS,
+        env=environment,
+    )
+    assert (done.returncode, "profiler" in done.stdout, done.stderr) == (3, True, "")
+
+
 def test_a_signal_whose_exception_python_drops_ends_the_process_all_the_same() -> None:
     """Where a handler runs within the callback of a weak reference, as in an import, nothing that
     it raises goes on.

@@ -77,7 +77,7 @@ FLOORS = [
     ["checkpoint.diagnosis", "checkpoint.seal", "checkpoint.crc", "lock", "record", "schedules"],
     ["mirror.remote", "federated.partition"],
     ["federated.federation", "federated"],
-    ["files", "preemption", "tail", "elastic_ddp", "sharded.together", "sharded"],
+    ["files", "preemption", "tail", "elastic_ddp", "leaving", "sharded.together", "sharded"],
     ["errors", "job", "words", "workspace", "checkpoint.promises"],
 ]
 
@@ -247,7 +247,7 @@ NAMED_TUPLES = {"_fields", "_asdict", "_replace"}
 OTHERS = {
     "_last_lr": "torch", "_step_count": "torch", "_values": "torch", "_indices": "torch", "_metadata": "torch",
     "_orig_mod": "torch", "_getframe": "sys", "_buffers": "torch",
-    "_parameters": "torch", "_actions": "argparse", "_trial_id": "optuna",
+    "_parameters": "torch", "_exit": "os", "_ncallbacks": "atexit", "_actions": "argparse", "_trial_id": "optuna",
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from savepoint import preemption
+from savepoint import leaving, preemption
 from savepoint.errors import ConfigError, SavepointError
 from savepoint.job import launched, rank
 from savepoint.words import printable
@@ -68,6 +68,7 @@ def run(main: Callable[[Sequence[str]], int], script: str, default_config: str =
             file=sys.stderr,
         )
         code = 1
+    leaving.with_code(code)
     sys.exit(code)
 
 
@@ -170,8 +171,7 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-        # Triton's bindings would report objects that are still frozen at exit as a leak.
-        atexit.register(gc.unfreeze)
+        atexit.register(leaving.thaw)
 
 
 @contextlib.contextmanager

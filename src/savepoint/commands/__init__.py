@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from savepoint import entry, files, words
+from savepoint import entry, files, leaving, words
 from savepoint.commands import output
 from savepoint.errors import CheckpointSaveError, ConfigError, SavepointError
 from savepoint.workspace import project
@@ -40,10 +40,18 @@ READ_MIRRORS = ("ls", "show", "verify")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    if argv is None:  # a process of our own, whose exit code `| head` must not change
-        sys.stdout = entry.tolerant(sys.stdout)
-        sys.stderr = entry.tolerant(sys.stderr)
-    name, *args = (sys.argv[1:] if argv is None else argv) or [""]
+    if argv is not None:
+        return _main(argv)
+    # A process of our own, whose exit code `| head` must not change.
+    sys.stdout = entry.tolerant(sys.stdout)
+    sys.stderr = entry.tolerant(sys.stderr)
+    code = _main(sys.argv[1:], is_own=True)
+    leaving.with_code(code)
+    return code
+
+
+def _main(argv: Sequence[str], is_own: bool = False) -> int:
+    name, *args = argv or [""]
     if name in ("", "-h", "--help"):
         print(usage(), file=sys.stdout if name else sys.stderr)
         return 0 if name else 2
@@ -53,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{what}. Expected one of {', '.join(COMMANDS)}.{near}", file=sys.stderr)
         return 2
     try:
-        if argv is None:
+        if is_own:
             root = project().root
             if (root / "resume.py").is_file():
                 entry.take_own_code(root)
