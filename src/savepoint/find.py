@@ -5,6 +5,7 @@ nothing for the newest run.
 import difflib
 import importlib
 import shlex
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,8 @@ def run_of(file: Path) -> Run | None:
 def size(path: Path) -> int | None:
     """In bytes; None where the run has deleted it since the listing."""
     try:
-        return files.size(path) if path.is_dir() else path.lstat().st_size
+        found = path.lstat()
+        return found.st_size if stat.S_ISREG(found.st_mode) else files.size(path)
     except FileNotFoundError:
         return None
 

@@ -37,7 +37,7 @@ def printable(text: str) -> str:
     """The text with every unprintable character escaped (in a file's name, say), so that none acts
     on a terminal.
     """
-    return "\n".join(map(_escaped, text.split("\n")))
+    return text if text.isprintable() else "\n".join(map(_escaped, text.split("\n")))
 
 
 def _escaped(text: str) -> str:

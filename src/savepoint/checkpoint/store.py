@@ -165,7 +165,12 @@ class CheckpointStore:
         """Those named as checkpoints whose manifest does not read, with the reason. Nothing is
         renamed.
         """
-        return [(path, _reason(error)) for path, error in self._scan()[1]]
+        return self.listing()[1]
+
+    def listing(self) -> tuple[list[Checkpoint], list[tuple[Path, str]]]:
+        """`checkpoints` and `rejected`, of one look at the directory."""
+        good, bad = self._scan()
+        return good, [(path, _reason(error)) for path, error in bad]
 
     def latest(self) -> Checkpoint | None:
         return next(reversed(self.checkpoints()), None)

@@ -5,6 +5,7 @@ if a run has no checkpoint left.
 """
 
 import argparse
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     path = directory(arguments.path)
     run = find.run_at(path)
-    data, text, is_well = _checkpoints(run) if run else _runs(path)
+    gc.disable()  # of thousands of manifests none is garbage, and each look for some takes time
+    try:
+        data, text, is_well = _checkpoints(run) if run else _runs(path)
+    finally:
+        gc.enable()
     if arguments.json:
         output.put_json(data)
     else:
@@ -139,7 +144,7 @@ def _checkpoints(run: Run) -> tuple[Any, str, bool]:
 
 def listing(run: Run) -> list[dict[str, Any]]:
     """Checkpoints by step, judged by structure and seal; then the files that do not verify."""
-    listed = run.store.checkpoints()
+    listed, rejected = run.store.listing()
     best = run.store.best_of(listed)
     monitor = listed[-1].manifest.get("monitor") if listed else None
     rows = [
@@ -149,7 +154,7 @@ def listing(run: Run) -> list[dict[str, Any]]:
         | {"shards": len(one.manifest.get("shards", ()))}
         for one in listed
     ]
-    rows += [_row(path, reason=reason) for path, reason in run.store.rejected()]
+    rows += [_row(path, reason=reason) for path, reason in rejected]
     rows += [_row(one, reason=manifest.diagnose(one), set_aside=True) for one in run.corrupt()]
     return [row for row in rows if row["bytes"] is not None]  # others the run has just deleted
 
