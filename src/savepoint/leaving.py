@@ -13,13 +13,17 @@ import gc
 import io
 import os
 
+# The first handler is called last. What stands before it, a profiler's or coverage's, would be left
+# out: then Python ends the process.
+_IS_FIRST = not atexit._ncallbacks()
 _code: int | None = None
 
 
 def with_code(code: int) -> None:
     """This process ends with `code`; it is about to be left."""
     global _code
-    _code = code
+    if _IS_FIRST:
+        _code = code
 
 
 def thaw() -> None:
@@ -45,7 +49,5 @@ def _leave() -> None:
     os._exit(_code)
 
 
-# The first handler is called last. What stands before it, a profiler's or coverage's, would be left
-# out.
-if not atexit._ncallbacks():
+if _IS_FIRST:
     atexit.register(_leave)
