@@ -175,14 +175,18 @@ entry.run(main, {str(ROOT / "train.py")!r})
 """
 
 
-def test_at_the_end_what_a_training_left_behind_is_finalized_and_modules_are_not_taken_apart() -> None:
+def test_at_the_end_what_a_training_left_behind_is_finalized_and_modules_are_not_taken_apart() -> (
+    None
+):
     done = subprocess.run(
         [sys.executable, "-c", FINALIZED], capture_output=True, text=True, timeout=HANG_SECS
     )
     assert (done.returncode, done.stdout, done.stderr) == (3, "training's\n", "")
 
 
-def test_an_exit_handler_that_was_there_before_us_is_called_and_nothing_stays_frozen(tmp_path: Path) -> None:
+def test_an_exit_handler_that_was_there_before_us_is_called_and_nothing_stays_frozen(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, gc; atexit.register(lambda: print('frozen:', gc.get_freeze_count()))"
     )

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     made.header = header
     made.rows = rows
     return made
+
+
+# -- JSON ----------------------------------------------------------------------------------------
+
+
+def plain(data: Any) -> Any:
+    """As JSON has it. NaN and infinities, which it lacks, become the texts "nan", "inf" and "-inf",
+    as in a manifest.
+    """
+    if isinstance(data, Mapping):
+        return {str(key): plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [plain(value) for value in data]
+    if isinstance(data, Path) or (isinstance(data, float) and not math.isfinite(data)):
+        return str(data)
+    return data
 
 
 # -- paths ---------------------------------------------------------------------------------------

@@ -599,6 +599,10 @@ def test_the_command_line_of_the_process_is_neither_read_nor_changed(
         ("--batch_size 3", "Unknown flag: --batch_size. Did you mean --data.batch_size?"),
         ("--confg good.yaml", "Unknown flag: --confg. Did you mean --config?"),
         ("--seed 3", "Unknown flag: --seed. See --help."),
+        (
+            "--logger.offline true",
+            "Unknown flag: --logger.offline. Did you mean --trainer.logger.offline?",
+        ),
         ("--run_names 3", "Unknown flag: --run_names. Did you mean --run_name?"),
         (
             "--trainer.max_epoch 3",

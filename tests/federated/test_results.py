@@ -1,6 +1,7 @@
 """What a federated run leaves for others: JSON, weights, a report; and what it says without Flower."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from support.run_dirs import flip, say
 from savepoint.checkpoint import store
 from savepoint.config import quick
 from savepoint.errors import ConfigError
-from savepoint.federated import federation, listing
+from savepoint.federated import federation, listing, results
 
 
 def test_results_have_the_keys_of_flowers_example_then_ours(straight: Path) -> None:
@@ -38,6 +39,20 @@ def test_each_client_has_its_samples_labels_and_newest_metrics(straight: Path) -
     assert sum(row["samples"] for row in described["clients"]) == 1319
     assert all(sum(row["labels"]) == row["samples"] for row in described["clients"])
     assert any("val/accuracy" in row["metrics"] for row in described["clients"])
+
+
+def test_a_value_that_is_not_finite_is_json_that_any_program_reads(tmp_path: Path) -> None:
+    measured = {"client": 0, "metrics": {"accuracy": math.inf}}
+    results.write(tmp_path, [{"round": 1, "loss": math.nan}], {}, {"clients": [measured]})
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    read = [
+        json.loads((tmp_path / name).read_text(), parse_constant=refuse) for name in results.NAMES
+    ]
+    assert read[0] == [{"round": 1, "loss": "nan"}]
+    assert read[2] == {"clients": [{"client": 0, "metrics": {"accuracy": "inf"}}]}
 
 
 def test_a_row_a_round_is_logged_with_the_modules_own_names(straight: Path) -> None:

@@ -1,15 +1,12 @@
 """The output of the commands: plain text that reads the same in a pipe, and JSON. No colours."""
 
 import json
-import math
 import os
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from savepoint.training import notebook
-from savepoint.words import Table, printable
+from savepoint.words import Table, plain, printable
 
 _names: dict[str, str] = {}
 
@@ -35,17 +32,5 @@ def put(text: str) -> None:
 
 
 def put_json(data: Any) -> None:
-    """Prints data as JSON. NaN and infinities, which JSON lacks, become the texts "nan", "inf" and
-    "-inf", as in a manifest.
-    """
-    sys.stdout.write(named(json.dumps(_plain(data), indent=2, allow_nan=False)) + "\n")
-
-
-def _plain(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {str(key): _plain(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_plain(value) for value in data]
-    if isinstance(data, Path) or (isinstance(data, float) and not math.isfinite(data)):
-        return str(data)
-    return data
+    """Prints data as JSON, see `words.plain`."""
+    sys.stdout.write(named(json.dumps(plain(data), indent=2, allow_nan=False)) + "\n")

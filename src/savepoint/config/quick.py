@@ -19,6 +19,8 @@ from savepoint.job import rank, requeued
 from savepoint.mirror.remote import require
 from savepoint.run import Run, check_name, is_empty
 
+_OF_TRAINER = ("callbacks", "logger", "plugins", "profiler", "strategy")
+
 USAGE = """\
 usage: python train.py [--config FILE]... [--KEY VALUE]...
 
@@ -86,6 +88,8 @@ def _check_flag(key: str) -> None:
         return  # `typed` checks a single word: it may be short for a key of a class
     known = [*compose.SCALARS, *(".".join([name, *rest]) for name in compose.GROUPS)]
     near = words.nearest(key, known, prefix="--") or " See --help."
+    if group in _OF_TRAINER:
+        near = f" Did you mean --trainer.{key}?"
     raise ConfigError(f"Unknown flag: --{key}.{near}")
 
 

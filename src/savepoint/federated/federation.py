@@ -137,11 +137,6 @@ class Federation:
         """Whether a name of the state_dict is exchanged with the server."""
         return self.share_personal or not self.keeps(name)
 
-    @property
-    def has_client_state(self) -> bool:
-        """Whether the config gives clients something to keep; their model may have more."""
-        return bool(self.personal) or self.keep_optimizer
-
     def replies_needed(self, asked: int) -> int:
         """Of so many clients that were asked."""
         if not asked:

@@ -2,7 +2,8 @@
 written after it.
 
     results.json    a row a round, with the keys of Flower's advanced PyTorch example, then ours:
-                    `clients`, those that trained, and `failures`
+                    `clients`, those that trained, and `failures`;
+                    a NaN is the text "nan"
     config.json     what that example calls the run config
     clients.json    each client: its samples, how many of each label, and its newest metrics
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 from savepoint import files
 from savepoint.federated.federation import Federation
+from savepoint.words import plain
 
 NAMES = ("results.json", "config.json", "clients.json")
 
@@ -25,14 +27,11 @@ def write(
     clients: Mapping[str, Any],
 ) -> None:
     """Raises OSError. A crash in here costs nothing: the next start writes them again."""
-    texts = (_rows(history), json.dumps(config, indent=2), json.dumps(clients))
+    rows = ",\n".join(json.dumps(row) for row in plain(history))
+    texts = (f"[\n{rows}\n]", json.dumps(config, indent=2), json.dumps(plain(clients)))
     for name, text in zip(NAMES, texts, strict=True):
         with files.rewriting(directory / name) as file:
             file.write((text + "\n").encode())
-
-
-def _rows(history: Sequence[Mapping[str, Any]]) -> str:
-    return "[\n" + ",\n".join(map(json.dumps, history)) + "\n]"
 
 
 def run_config(federation: Federation, lr: float, batch_size: int | None) -> dict[str, Any]:
