@@ -46,6 +46,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from savepoint import files
+from savepoint.checkpoint import claims
+from savepoint.checkpoint.claims import SHARD_NAME
 from savepoint.checkpoint.seal import DIGITS, MAGIC, SEAL_BYTES
 from savepoint.errors import (
     CheckpointCorruptError,
@@ -62,7 +64,6 @@ FORMAT_VERSION = 1
 PARTS_VERSION = 2  # of common.ckpt, so that older code takes none for a whole checkpoint
 STEP_NAME = re.compile(r"step-(\d+)\.ckpt")
 COMMON = "common.ckpt"
-SHARD_NAME = re.compile(r"shard-\d{5}(-[0-9a-f]{8})?\.ckpt")
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _END_RECORD = struct.Struct("<4s4H2IH")
@@ -118,7 +119,7 @@ def read_sealed(file: BinaryIO, name: str) -> dict[str, Any]:
         facts = _sealed_tail(file).facts
     except (ValueError, RecursionError) as error:
         raise corrupt(Path(name), f"no seal that holds: {error}".rstrip(" :")) from None
-    if wrong := _wrong(facts):
+    if wrong := claims.wrong(facts):
         raise corrupt(Path(name), wrong)
     return facts
 
@@ -327,101 +328,9 @@ def _read_tail(path: Path, file: BinaryIO) -> _Tail:
             f"expected, this is {version}. Update Savepoint.",
             path,
         )
-    if wrong := _wrong(tail.facts):
+    if wrong := claims.wrong(tail.facts):
         raise corrupt(path, wrong)
     return tail
-
-
-def _wrong(facts: Mapping[str, Any]) -> str:
-    """What the seal vouches for and no checkpoint of ours says; "" where there is nothing.
-
-    A key that is not named in `_FACTS` may hold anything.
-    """
-    for key, (fits, expected) in _FACTS.items():
-        if key in facts and not fits(facts[key]):
-            return f"its manifest says {key} {_shown(facts[key])}, not {expected}"
-        if key not in facts and key in _REQUIRED:
-            return f"its manifest says no {key}"
-    for name, metric in facts.get("metrics", {}).items():
-        if not _is_metric(metric):
-            return f"its manifest says {name} {_shown(metric)}, not a value and the step it is of"
-    return ""
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) < 60 else f"{text[:60]}..."
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63  # true is no number here
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) is float or (type(value) is int and abs(value) < 1 << 63)
-
-
-def _is_metric(value: Any) -> bool:
-    if not isinstance(value, dict) or not {"value", "step"} <= value.keys():
-        return False
-    measured = value["value"]
-    plain = measured is None or isinstance(measured, str) or _is_number(measured)  # "nan" is a text
-    return plain and _is_count(value["step"])
-
-
-def _is_text(value: Any) -> bool:
-    return value is None or isinstance(value, str)
-
-
-def _is_table(value: Any) -> bool:
-    return value is None or isinstance(value, dict)
-
-
-def _is_shards(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        SHARD_NAME.fullmatch(name)
-        and isinstance(one, dict)
-        and _is_count(one.get("bytes"))
-        and isinstance(one.get("digest"), str)
-        for name, one in value.items()
-    )
-
-
-def _is_dataset(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and {"name", "fingerprint"} <= value.keys())
-
-
-_REQUIRED = ("step", "body", "digest")
-_TEXT = (_is_text, "a text")
-_SCORE = (lambda value: value is None or _is_number(value), "a number")
-# What is read from a manifest: what it may be, and that in words.
-_FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "step": (_is_count, "a whole number from 0 on"),
-    "logged_step": (_is_count, "a whole number from 0 on"),
-    "epoch": (lambda value: value is None or _is_count(value), "a whole number from 0 on"),
-    "body": (lambda value: isinstance(value, str), "a sha256"),
-    "digest": (lambda value: isinstance(value, str), "a sha256"),
-    **dict.fromkeys(
-        ("at", "reason", "ended", "run_id", "parent", "created", "device", "processor", "elastic"),
-        _TEXT,
-    ),
-    "exact": (lambda value: value is None or isinstance(value, bool), "true or false"),
-    "unsaved": (
-        lambda value: isinstance(value, list) and all(map(_is_text, value)),
-        "a list of texts",
-    ),
-    "metrics": (lambda value: isinstance(value, dict), "a table"),
-    "versions": (_is_table, "a table"),
-    "dataset": (_is_dataset, "a name and a fingerprint"),
-    "monitor": _TEXT,
-    "mode": (lambda value: value in (None, "min", "max"), "min or max"),
-    "score": _SCORE,
-    "best_score": _SCORE,
-    "world_size": (lambda value: _is_count(value) and value > 0, "a whole number from 1 on"),
-    "threads": (_is_count, "a whole number from 0 on"),
-    "shard": (_is_count, "a whole number from 0 on"),
-    "shards": (_is_shards, "a table of shards, each with its bytes and digest"),
-}
 
 
 class _NoSealError(ValueError): ...
@@ -454,7 +363,7 @@ def _parse(data: bytes) -> dict[str, Any]:
     extra_bytes = fields[10]
     begin = _LOCAL_HEADER.size + name_bytes + extra_bytes
     facts = _DECODER.decode(data[begin : begin + size].decode())
-    if not isinstance(facts, dict) or not _is_count(facts.get("format_version")):
+    if not isinstance(facts, dict) or not claims.is_count(facts.get("format_version")):
         raise ValueError("a manifest without a format version")
     return facts
 

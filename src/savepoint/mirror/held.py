@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, cast
 
 from savepoint import files
 from savepoint.checkpoint import manifest, retention
+from savepoint.checkpoint.claims import SHARD_NAME
 from savepoint.checkpoint.retention import Facts, Mode
 from savepoint.checkpoint.store import Checkpoint
 from savepoint.errors import CheckpointCorruptError
@@ -153,7 +154,7 @@ def sweep(remote: Remote, run: str, name: str) -> None:
         return  # what does not verify is not ours to judge
     named = one.parts if one else {}
     for part in inside:
-        if manifest.SHARD_NAME.fullmatch(part) and f"{place}/{part}" not in named:
+        if SHARD_NAME.fullmatch(part) and f"{place}/{part}" not in named:
             remote.delete(f"{place}/{part}")
     if one is None:
         remote.delete_folder(place)

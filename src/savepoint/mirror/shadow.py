@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from savepoint import record
-from savepoint.checkpoint.manifest import COMMON, SHARD_NAME, STEP_NAME
+from savepoint.checkpoint.claims import SHARD_NAME
+from savepoint.checkpoint.manifest import COMMON, STEP_NAME
 from savepoint.errors import CheckpointCorruptError, CheckpointNotFoundError
 from savepoint.mirror import held
 from savepoint.mirror.remote import Ranged, Remote, connect
