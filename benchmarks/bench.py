@@ -207,7 +207,7 @@ def federated_rows() -> Iterator[Row]:
     if not find_spec("flwr") or not find_spec("ray"):
         print("  left out: plain Flower needs make extras-federated", flush=True)
         return
-    ours, *rivals = alone("federated", "compared", 100, 4, 2)
+    ours, *rivals = alone("federated", "compared", 1000, *((4, 3) if FULL else (2, 1)))
     for name, _, cpu in rivals:
         yield Row("CPU of a federated round", ours[2], name, cpu, ">= 5")
 

@@ -107,7 +107,7 @@ def in_turns(
             found[name].append(sides[name]())
         said = ", ".join(f"{name} {values[-1]:,.5g}" for name, values in found.items())
         print(f"  {f'round {i}' if i else 'warm-up'}: {said}", flush=True)
-    return {name: median(values[warm:]) for name, values in found.items()}
+    return {name: median(values[warm:] or values) for name, values in found.items()}
 
 
 def ratio(value: float) -> str:
