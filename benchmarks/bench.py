@@ -172,6 +172,8 @@ def growth_rows() -> Iterator[Row]:
         size = "1 GB" if FULL else "256 MB"
         for name in ("verify", "load"):
             yield Row(f"{name} of {size}", largest[name], "one read", largest["read"], "<= 1.2")
+        anew = largest["read anew"]
+        yield Row(f"load of {size}", largest["load"], "one read into new memory", anew, "<=")
         counted = growth.by_count(3, Path(folder))
         few = counted[1]["save"]
         yield Row("save beside 100 kept", counted[100]["save"], "beside 1 kept", few, "<= 1.5")

@@ -4,8 +4,8 @@
     python benchmarks/growth.py --plot growth.png         (needs matplotlib: make extras)
 
 First table: states of 4, 8 ... 256 MB: a save with its fsyncs, one read of the file into one buffer
-of 1 MiB, a look at every byte, a load (which looks too, and fills new memory), and a look at the
-manifest alone. Second: directories with 1 to 1,000 small checkpoints
+of 1 MiB, one into new memory, a look at every byte, a load (which looks too, and fills new memory),
+and a look at the manifest alone. Second: directories with 1 to 1,000 small checkpoints
 that are all kept: one more save, and, as a process that starts anew would, the choice of the latest
 and of the best. Last: `savepoint ls` of 10,000, a whole process, and whether it imported torch. The
 sizes take turns; the first round is not counted; medians. TMPDIR should be a disk.
@@ -73,6 +73,7 @@ def by_bytes(
             calls: dict[str, Callable[[], object]] = {
                 "save": lambda path=path, state=state: store.write(path, state, facts(1)),  # type: ignore[misc]
                 "read": lambda path=path: read_once(path),  # type: ignore[misc]
+                "read anew": lambda path=path: path.read_bytes(),  # type: ignore[misc]
                 "verify": lambda path=path: manifest.verify(path),  # type: ignore[misc]
                 "load": lambda path=path: store.load(path),  # type: ignore[misc]
                 "manifest": lambda path=path: manifest.read(path),  # type: ignore[misc]
@@ -178,7 +179,9 @@ def main() -> int:
             for times, row in grown.items()
         ]
         print(
-            table(["state", "save", "read", "verify", "load", "manifest"], rows) + "\n", flush=True
+            table(["state", "save", "read", "read anew", "verify", "load", "manifest"], rows)
+            + "\n",
+            flush=True,
         )
         counted = by_count(asked.rounds, Path(folder))
         rows = [
