@@ -185,9 +185,9 @@ def ranks_rows() -> Iterator[Row]:
     """States that several processes save and load together."""
     ways = {"FSDP2": "shards", "DDP": "shared out (DDP)", "": "one file of the first rank"}
     for ranks in (2, 4):
-        found = alone("shards", "measure", ranks, 100.0, 7, list(ways.values()))
+        found = alone("shards", "measure", ranks, 300.0, 4, list(ways.values()))
         for kind, way in list(ways.items())[:2]:
-            question = f"save of 100 MB in {ranks} shards, {kind}"
+            question = f"save of 300 MB in {ranks} shards, {kind}"
             yield Row(question, found[way]["secs"], "one file", found[ways[""]]["secs"], "<= 0.75")
         held = found["shards"]
         yield Row(
