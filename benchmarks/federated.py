@@ -283,16 +283,30 @@ RIVALS = {
 }
 
 
-def beside(folder: Path, clients: int, rounds: int) -> list[tuple[str, str]]:
+def compared(
+    clients: int, rounds: int, rivals: int = len(RIVALS)
+) -> list[tuple[str, float, float]]:
+    """Seconds a round on the clock, and of CPU in all processes: in this process, then each of the
+    rivals.
+    """
+    with tempfile.TemporaryDirectory(prefix="savepoint-federated-") as name:
+        folder = Path(name)
+        found = [("in this process", *in_process(folder / "ours", clients, rounds))]
+        for number, (rival, kind) in enumerate(list(RIVALS.items())[:rivals]):
+            given = (folder / f"theirs{number}", clients, rounds, kind)
+            found.append((rival, *plain_ray(*given)))
+    return found
+
+
+def beside(clients: int, rounds: int) -> list[tuple[str, str]]:
     """Seconds a round, and how many times as long as in this process."""
-    ours = in_process(folder / "ours", clients, rounds)
+    (_, *ours), *rivals = compared(clients, rounds)
     title = f"{clients} clients, a round, median of {rounds - 1}"
     rows = [
         (title, "wall s / cpu s of all processes"),
         ("  in this process, saves included", f"{ours[0]:.2f} / {ours[1]:.2f}"),
     ]
-    for number, (name, kind) in enumerate(RIVALS.items()):
-        theirs = plain_ray(folder / f"theirs{number}", clients, rounds, kind)
+    for name, *theirs in rivals:
         times = f"{theirs[0] / ours[0]:.1f}x / {theirs[1] / ours[1]:.1f}x"
         rows.append((f"  {name}, nothing saved", f"{theirs[0]:.2f} / {theirs[1]:.2f}: {times}"))
     return rows
@@ -312,7 +326,7 @@ def main() -> int:
         rows = scale(folder, arguments.clients, arguments.rounds)
         rows += listed(folder / "many", 10_000)
         if arguments.beside:
-            rows += beside(folder, arguments.beside, arguments.beside_rounds)
+            rows += beside(arguments.beside, arguments.beside_rounds)
         print(table((), rows))
     finally:
         shutil.rmtree(folder)

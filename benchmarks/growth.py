@@ -3,8 +3,9 @@
     python benchmarks/growth.py
     python benchmarks/growth.py --plot growth.png         (needs matplotlib: make extras)
 
-First table: states of 4, 8 ... 256 MB: a save with its fsyncs, a look at every byte, a load (which
-looks too), and a look at the manifest alone. Second: directories with 1 to 1,000 small checkpoints
+First table: states of 4, 8 ... 256 MB: a save with its fsyncs, one read of the file into one buffer
+of 1 MiB, one into new memory, a look at every byte, a load (which looks too, and fills new memory),
+and a look at the manifest alone. Second: directories with 1 to 1,000 small checkpoints
 that are all kept: one more save, and, as a process that starts anew would, the choice of the latest
 and of the best. Last: `savepoint ls` of 10,000, a whole process, and whether it imported torch. The
 sizes take turns; the first round is not counted; medians. TMPDIR should be a disk.
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -51,17 +52,28 @@ def secs(call: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
-def by_bytes(rounds: int, folder: Path) -> dict[int, dict[str, float]]:
+def read_once(path: Path) -> None:
+    buffer = bytearray(2**20)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(buffer):
+            pass
+
+
+def by_bytes(
+    rounds: int, folder: Path, sizes: Sequence[int] = TIMES
+) -> dict[int, dict[str, float]]:
     """Factor -> seconds of each kind."""
-    found: dict[int, dict[str, list[float]]] = {times: {} for times in TIMES}
+    found: dict[int, dict[str, list[float]]] = {times: {} for times in sizes}
     states = {
-        times: {"weights": [torch.rand(BASE_BYTES // 4) for _ in range(times)]} for times in TIMES
+        times: {"weights": [torch.rand(BASE_BYTES // 4) for _ in range(times)]} for times in sizes
     }
     for _ in range(rounds + 1):
         for times, state in states.items():
             path = folder / f"{times}.ckpt"
             calls: dict[str, Callable[[], object]] = {
                 "save": lambda path=path, state=state: store.write(path, state, facts(1)),  # type: ignore[misc]
+                "read": lambda path=path: read_once(path),  # type: ignore[misc]
+                "read anew": lambda path=path: path.read_bytes(),  # type: ignore[misc]
                 "verify": lambda path=path: manifest.verify(path),  # type: ignore[misc]
                 "load": lambda path=path: store.load(path),  # type: ignore[misc]
                 "manifest": lambda path=path: manifest.read(path),  # type: ignore[misc]
@@ -166,7 +178,11 @@ def main() -> int:
             ]
             for times, row in grown.items()
         ]
-        print(table(["state", "save", "verify", "load", "manifest"], rows) + "\n", flush=True)
+        print(
+            table(["state", "save", "read", "read anew", "verify", "load", "manifest"], rows)
+            + "\n",
+            flush=True,
+        )
         counted = by_count(asked.rounds, Path(folder))
         rows = [
             [str(count), f"{1000 * row['save']:.1f} ms", f"{1000 * row['choose']:.1f} ms"]

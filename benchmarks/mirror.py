@@ -78,14 +78,9 @@ def mirrored(run: Path, url: str, grace_secs: float) -> Iterator[Uploader]:
             uploader.close()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--megabytes", type=int, default=40)
-    parser.add_argument("--url", help="where uploads go; default: a directory")
-    arguments = parser.parse_args()
+def measure(rounds: int, megabytes: int, url: str | None = None) -> dict[str, float]:
+    """Steps a second of each kind."""
     torch.set_num_threads(1)
-    print(machine())
     with tempfile.TemporaryDirectory() as work, socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
         closed = {
@@ -93,7 +88,7 @@ def main() -> None:
             "AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nobody",
         }  # fmt: skip
         run = Path(work, "run")
-        files = make_run(run, arguments.megabytes)
+        files = make_run(run, megabytes)
         training = Training()
 
         def steps_while(url: str, access: dict[str, str], grace_secs: float) -> float:
@@ -103,9 +98,19 @@ def main() -> None:
         sides = {
             "no mirror": lambda: training.steps_a_second(None, files),
             "the server is down": lambda: steps_while("s3://bucket/prefix", closed, 0),
-            "uploads go on": lambda: steps_while(arguments.url or f"file://{work}/cloud", {}, 60),
+            "uploads go on": lambda: steps_while(url or f"file://{work}/cloud", {}, 60),
         }
-        found = in_turns(sides, arguments.rounds)
+        return in_turns(sides, rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--megabytes", type=int, default=40)
+    parser.add_argument("--url", help="where uploads go; default: a directory")
+    arguments = parser.parse_args()
+    print(machine())
+    found = measure(arguments.rounds, arguments.megabytes, arguments.url)
     for kind, rate in found.items():
         print(f"{kind:<20} {rate:8.1f} steps/s   {found['no mirror'] / rate:.3f} x")
 

@@ -33,17 +33,16 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from report import machine, ratio, table
+from report import last_line, machine, memory_bytes, ratio, table
 
 ROUNDS = {0.3: 30, 100.0: 7, 1000.0: 5}  # megabytes: saves of each kind
 BLOCKING = ("ours", "Lightning + fsync", "torch.save + fsync", "DCP", "raw write + fsync")
@@ -57,18 +56,12 @@ def synced(path: Path) -> None:
         os.close(descriptor)
 
 
-def memory_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {field}")
-
-
 class Measure:
     """Times of calls by name, and the memory that each took."""
 
     def __init__(self) -> None:
         self.found: dict[str, dict[str, list[float]]] = {}
+        gc.freeze()  # what was imported needs no look at each collection: 0.3 s of it
 
     def __call__(
         self, name: str, call: Callable[[], Any], finish: Callable[[Any], Any] = lambda made: None
@@ -90,7 +83,9 @@ class Measure:
             row[key].append(value)
 
 
-def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
+def measure(
+    megabytes: float, rounds: int, folder: Path, only: Sequence[str] = ()
+) -> dict[str, Any]:
     import torch
     import torch.distributed.checkpoint as dcp
     from lightning.pytorch import Trainer
@@ -188,6 +183,7 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
                 ("raw write + fsync", raw),
                 ("memcpy", memcpy),
             ]
+            ways = [way for way in ways if not only or way[0] in only]
             # What one leaves behind, another pays for: each comes after each.
             turn = trainer.global_step % len(ways)
             for way in ways[turn:] + ways[:turn]:
@@ -210,7 +206,9 @@ def measure(megabytes: float, rounds: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def measure_steps(folder: Path, megabytes: int = 300, steps: int = 60) -> dict[str, Any]:
+def measure_steps(
+    folder: Path, megabytes: int = 300, steps: int = 60, only: Sequence[str] = ()
+) -> dict[str, Any]:
     """Seconds a step of a small convolution network: alone, and while something is written in a
     thread.
     """
@@ -261,10 +259,13 @@ def measure_steps(folder: Path, megabytes: int = 300, steps: int = 60) -> dict[s
         writer.start()
         return lambda: not writer.is_alive()
 
-    secs: dict[str, list[float]] = {"alone": [], "ours, async": [], "torch.save in a thread": []}
+    ways = {"ours, async": ours, "torch.save in a thread": thread}
+    if only:
+        ways = {name: ways[name] for name in only}
+    secs: dict[str, list[float]] = {name: [] for name in ("alone", *ways)}
     for _ in range(4):  # the first round is not counted
         rows: dict[str, list[float]] = {"alone": [step() for _ in range(steps)]}
-        for name, begin in (("ours, async", ours), ("torch.save in a thread", thread)):
+        for name, begin in ways.items():
             done = begin()
             rows[name] = []
             while not done():
@@ -295,14 +296,8 @@ def rows_of(megabytes: float, result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def child(*words: str) -> Any:
-    with tempfile.TemporaryDirectory(prefix="saves-") as folder:
-        command = [sys.executable, __file__, "--child", folder, *words]
-        done = subprocess.run(command, capture_output=True, text=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.makedirs(folder, exist_ok=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory(prefix="saves-", ignore_cleanup_errors=True) as folder:
+        return last_line([sys.executable, __file__, "--child", folder, *words])
 
 
 def main() -> int:
@@ -313,15 +308,16 @@ def main() -> int:
     parser.add_argument(
         "--rounds", type=int, help="saves of each kind; without it as many as a minute holds"
     )
+    parser.add_argument("--only", nargs="+", default=(), help=argparse.SUPPRESS)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--steps", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
         (megabytes,) = asked.megabytes[:1] or [0]
         result = (
-            measure_steps(asked.child)
+            measure_steps(asked.child, only=asked.only)
             if asked.steps
-            else measure(megabytes, asked.rounds, asked.child)
+            else measure(megabytes, asked.rounds, asked.child, asked.only)
         )
         print(json.dumps(result))
         return 0

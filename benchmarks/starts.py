@@ -11,6 +11,11 @@ who asks for help, mistypes a key or looks at the checkpoints. Large: toy.py wit
 `Trainer.fit(ckpt_path=...)` from its own file of the same state; for each, its fresh start without
 a checkpoint.
 
+`memory` is the most that the process held (VmHWM) until its first step began: what a resume reads,
+builds and copies, with no gradient yet. From it goes the same of a resume whose state is next to
+nothing, which pays for the same imports, data and threads. A resume may read its file before there
+is a model, so nothing of its own process before the model would do.
+
 Real processes, in turns. One round goes before and is not counted, so the files are in the page
 cache; medians.
 """
@@ -23,10 +28,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from report import ROOT, in_turns, machine, ratio, require_mnist, table
+from report import ROOT, in_turns, machine, ratio, require_mnist, table, with_benchmarks
 
 TOY = [
     "--model",
@@ -46,7 +52,7 @@ def timed(
     """Seconds of a whole process; with `steps`, to the end of its step of that number, at which it
     leaves.
     """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": with_benchmarks()}
     if mark:
         environment |= {"BENCHMARK_STEPS": str(steps), "BENCHMARK_MARK": str(mark)}
         mark.unlink(missing_ok=True)
@@ -57,16 +63,18 @@ def timed(
     ended = time.monotonic()
     if done.returncode != code or (mark and not mark.exists()):
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return (float(mark.read_text()) if mark else ended) - begun
+    return (float(mark.read_text().split()[0]) if mark else ended) - begun
 
 
-def small(rounds: int, work: Path) -> dict[str, float]:
+def small(rounds: int, work: Path, *, warm: bool = True) -> dict[str, float]:
+    """`warm`: whether a round goes before."""
     mark = work / "mark"
     run = work / "resumed"
     last = run / "checkpoints" / "last.ckpt"  # of a run, the newest would be loaded as well
     train = ["train.py", "--trainer.callbacks", "mark.Mark", "--output_dir", str(work)]
-    # Leaves in its second epoch, after the first save.
-    timed([*train, "--run_name", run.name], steps=435, mark=mark)
+    # Leaves in its second epoch, after the first save. Twenty steps make a checkpoint like any.
+    short = ["--run_name", run.name, "--trainer.limit_train_batches", "20"]
+    timed([*train, *short], steps=25, mark=mark)
 
     def fresh() -> float:
         shutil.rmtree(work / "fresh", ignore_errors=True)
@@ -83,10 +91,12 @@ def small(rounds: int, work: Path) -> dict[str, float]:
             "a resume": lambda: timed(["resume.py", str(run)], steps=1, mark=mark),
         },
         rounds,
+        warm=warm,
     )
 
 
-def large(rounds: int, megabytes: float, work: Path) -> dict[str, float]:
+def checkpointed(megabytes: float, work: Path) -> dict[str, list[str]]:
+    """The commands of both sides with a state of that size, once there are checkpoints of it."""
     mark = work / "mark"
     run = work / "large"
     ours = [
@@ -108,22 +118,39 @@ def large(rounds: int, megabytes: float, work: Path) -> dict[str, float]:
     timed([*ours, "--run_name", run.name], steps=2, mark=mark)  # leaves after its first save
     theirs = [__file__, "--megabytes", str(megabytes), "--lightning", str(work / "lightning.ckpt")]
     timed(theirs, steps=2, mark=mark)
+    return {
+        "a fresh start": [*ours, "--run_name", "fresh"],
+        "a resume": ["resume.py", str(run)],
+        "Lightning's fresh start": [*theirs[:-1], str(work / "none.ckpt")],
+        "Lightning's resume": theirs,
+    }
 
-    def fresh() -> float:
+
+def large(rounds: int, megabytes: float, work: Path) -> dict[str, float]:
+    def start(command: list[str]) -> float:
         shutil.rmtree(work / "fresh", ignore_errors=True)
-        return timed([*ours, "--run_name", "fresh"], steps=1, mark=mark)
+        return timed(command, steps=1, mark=work / "mark")
 
-    return in_turns(
-        {
-            "a fresh start": fresh,
-            "a resume": lambda: timed(["resume.py", str(run)], steps=1, mark=mark),
-            "Lightning's fresh start": lambda: timed(
-                [*theirs[:-1], str(work / "none.ckpt")], steps=1, mark=mark
-            ),
-            "Lightning's resume": lambda: timed(theirs, steps=1, mark=mark),
-        },
-        rounds,
-    )
+    sides = checkpointed(megabytes, work)
+    return in_turns({name: partial(start, command) for name, command in sides.items()}, rounds)
+
+
+def memory(megabytes: float, work: Path) -> dict[str, float]:
+    """Megabytes: of the state, and by how much a resume with it peaks above one with next to none,
+    ours and Lightning's.
+    """
+    peaks: dict[float, dict[str, float]] = {}
+    for size in (megabytes, 0.01):
+        place = work / str(size)
+        place.mkdir()
+        sides = checkpointed(size, place)
+        for name in ("a resume", "Lightning's resume"):
+            timed(sides[name], steps=1, mark=place / "mark")
+            peak = float((place / "mark").read_text().split()[1]) / 1e6
+            peaks.setdefault(size, {})[name] = peak
+    large, least = peaks.values()
+    ours, theirs = (large[name] - least[name] for name in large)
+    return {"state": megabytes, "ours": ours, "Lightning": theirs}
 
 
 def lightning(checkpoint: Path, megabytes: float) -> None:
@@ -200,6 +227,14 @@ def main() -> int:
                     rows,
                 )
             )
+            print(flush=True)
+            with tempfile.TemporaryDirectory(prefix="starts-") as other:
+                held = memory(asked.megabytes, Path(other))
+            rows = [
+                [name, f"{held[name]:,.0f} MB", ratio(held[name] / held["state"])]
+                for name in ("ours", "Lightning")
+            ]
+            print(table(["memory of the resume", "peak", "of the state"], rows))
     return 0
 
 

@@ -19,12 +19,14 @@ The sides take turns in one process; one round of each goes before and is not co
 import argparse
 import contextlib
 import io
+import logging
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from itertools import count
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +55,22 @@ def whole_rate(meter: Meter) -> float:
     return meter._samples_now / (time.monotonic() - meter._began)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What Lightning says of itself is no part of a table."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        yield
+    log.setLevel(level)
+
+
 def lightning_rate(config: Any, directory: Path) -> float:
     """Images/s of `trainer.fit` as train.py does it, in a run directory of its own."""
     directory.mkdir()
     run = Run.open(directory)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with quiet():
         built = build.build(config, run)
         built.trainer.fit(built.model, datamodule=built.data)
         rate = whole_rate(built.meter)
@@ -65,26 +78,27 @@ def lightning_rate(config: Any, directory: Path) -> float:
     return rate
 
 
-def stock_rate(epochs: int, directory: Path) -> float:
+def stock_rate(epochs: int, directory: Path, steps: int | None) -> float:
     """Images/s of Lightning alone, of the same model and batches."""
     meter = Meter()
     torch.manual_seed(0)
     loggers = [CSVLogger(directory), TensorBoardLogger(directory)]
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=loggers,
-        callbacks=[meter],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    with contextlib.redirect_stdout(io.StringIO()):
+    with quiet():
+        trainer = Trainer(
+            max_epochs=epochs,
+            limit_train_batches=steps,
+            accelerator="cpu",
+            logger=loggers,
+            callbacks=[meter],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
         trainer.fit(ImageClassifier(ConvNet()), datamodule=ImageData())
     return whole_rate(meter)
 
 
-def bare_rate(epochs: int) -> float:
+def bare_rate(epochs: int, steps: int | None) -> float:
     """The same training without Lightning: ImageClassifier serves as a plain module, for its
     network and its metrics.
     """
@@ -104,7 +118,7 @@ def bare_rate(epochs: int) -> float:
     for epoch in range(epochs):
         batches.set_epoch(epoch)
         model.train()
-        for images, labels in batches:
+        for images, labels in islice(batches, steps):
             logits = model(images)
             losses = F.cross_entropy(
                 logits, labels, label_smoothing=model.label_smoothing, reduction="none"
@@ -157,30 +171,40 @@ def pass_rate(one_pass: Callable[[], Iterator[tuple[Tensor, Tensor]]]) -> float:
     return images_seen / (time.perf_counter() - begun)
 
 
-def measure_fit(epochs: int, rounds: int) -> dict[str, float]:
-    """Images/s of each way to train."""
+def measure_fit(epochs: int, rounds: int, warm_steps: int | None = None) -> dict[str, float]:
+    """Images/s of each way to train.
+
+    Args:
+        warm_steps: An epoch of the round that is not counted; None for a whole one.
+    """
+    if warm_steps:
+        fits(epochs, 0, warm_steps)
+    return fits(epochs, rounds, None, warm=not warm_steps)
+
+
+def fits(epochs: int, rounds: int, steps: int | None, *, warm: bool = True) -> dict[str, float]:
+    """`steps`: of an epoch; None for all."""
     config = typed.parse(
         ["--config", str(ROOT / "configs/mnist.yaml"), f"--trainer.max_epochs={epochs}"]
     )
+    config.trainer.limit_train_batches = steps
     often = config.clone()
     often.checkpoint.save_every_steps = 50
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         names = (Path(folder, str(i)) for i in count())
         sides = {
-            "bare loop": lambda: bare_rate(epochs),
-            "stock Trainer": lambda: stock_rate(epochs, next(names)),
+            "bare loop": lambda: bare_rate(epochs, steps),
+            "stock Trainer": lambda: stock_rate(epochs, next(names), steps),
             "ours": lambda: lightning_rate(config, next(names)),
             "ours, every 50 steps": lambda: lightning_rate(often, next(names)),
         }
-        return in_turns(sides, rounds)
+        return in_turns(sides, rounds, warm=warm)
 
 
-def measure_batches(rounds: int) -> dict[str, float]:
+def measure_batches(rounds: int, workers: Sequence[int] = (0, 2)) -> dict[str, float]:
     """Images/s of each way to make batches."""
     loaders = {"our batches": our_batches()}
-    loaders |= {
-        f"torchvision, {workers} workers": torchvision_batches(workers) for workers in (0, 2)
-    }
+    loaders |= {f"torchvision, {n} workers": torchvision_batches(n) for n in workers}
     return in_turns(
         {name: lambda p=one_pass: pass_rate(p) for name, one_pass in loaders.items()}, rounds
     )
