@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # many threads as there are cores wait for each other most of the time.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from savepoint import entry, workspace
+from savepoint import entry, record, workspace
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,9 +22,15 @@ for name in [name for name in os.environ if name == "ARGS" or name.startswith(("
 
 
 @pytest.fixture(autouse=True, scope="session")
-def at_the_root() -> None:
+def at_the_root() -> Iterator[None]:
+    """Git is asked once for the commit of this tree, not by each of hundreds of trainings."""
     os.chdir(ROOT)
     workspace.enter(workspace.Project(ROOT, Path("configs/mnist.yaml")))
+    ask, ask_once = record._ask_git, cache(record._ask_git)
+    with pytest.MonkeyPatch.context() as patch:
+        here = "savepoint.record._ask_git"
+        patch.setattr(here, lambda *a: (ask_once if workspace.project().root == ROOT else ask)(*a))
+        yield
 
 
 @pytest.fixture(autouse=True)
