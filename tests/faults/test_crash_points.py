@@ -385,7 +385,8 @@ WHOLE = {
     ),
 }
 ALL = {
-    name: replace(scenario, errors=ERRORS, in_turn=False) for name, scenario in (STORE | LIGHTNING).items()
+    name: replace(scenario, errors=ERRORS, in_turn=False)
+    for name, scenario in (STORE | LIGHTNING).items()
 } | WHOLE
 PROGRAMS = {"store": STORE, "lightning": LIGHTNING, "all": ALL}
 
