@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from support import forked
 from support.forked import Program
-from support.programs import ROOT, into, run
+from support.programs import ROOT, into
 from support.programs import TWELVE_AN_EPOCH as SMALL
 from support.small import difference, final_state, rows
 
@@ -24,8 +24,8 @@ from support.small import difference, final_state, rows
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbed."""
     outputs = tmp_path_factory.mktemp("outputs")
-    done = run("train.py", *SMALL, *into(outputs, "straight"))
-    assert done.returncode == 0, done.stderr
+    code, said = forked.run(["train.py", *SMALL, *into(outputs, "straight")], outputs / "said.txt")
+    assert code == 0, said
     return outputs / "straight"
 
 

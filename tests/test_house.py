@@ -112,17 +112,23 @@ def _is_for_types(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
-def imported(module: str, *, when_loaded: bool = False) -> set[str]:
+@cache
+def nodes(module: str) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree(module)))
+
+
+@cache
+def imported(module: str, *, when_loaded: bool = False) -> frozenset[str]:
     """Dotted names a module imports, also inside functions: `from a import b` gives a and a.b."""
     found = set()
-    for node in tree(module).body if when_loaded else ast.walk(tree(module)):
+    for node in tree(module).body if when_loaded else nodes(module):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} has a relative import: write it in full"
             assert node.module
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def direct(module: str, *, when_loaded: bool = False) -> set[str]:
@@ -237,7 +243,7 @@ def test_a_statement_says_one_thing() -> None:
     for module in SAVEPOINT:
         crowded = {
             f"line {node.lineno}: {is_crowded(node)}"
-            for node in ast.walk(tree(module))
+            for node in nodes(module)
             if isinstance(node, ast.stmt) and is_crowded(node)
         }
         assert crowded == set(), module
@@ -263,7 +269,7 @@ OTHERS = {
 def own_names() -> set[str]:
     found = set()
     for module in SAVEPOINT:
-        for node in ast.walk(tree(module)):
+        for node in nodes(module):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 found.add(node.name)
             elif (
@@ -282,7 +288,7 @@ def test_what_is_private_to_lightning_stands_in_one_package() -> None:
         known = own_names() | NAMED_TUPLES | set(OTHERS)
         reached_for = {
             f"{ast.unparse(node)}, line {node.lineno}"
-            for node in ast.walk(tree(module))
+            for node in nodes(module)
             if isinstance(node, ast.Attribute)
             and re.match("_[a-z]", node.attr)
             and node.attr not in known
@@ -362,7 +368,7 @@ def test_one_file_knows_the_file_systems_behind_urls() -> None:
     for module in sorted(set(MODULES) - {"savepoint.mirror.remote"}):
         strings = {
             node.value
-            for node in ast.walk(tree(module))
+            for node in nodes(module)
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }
         named = imported(module) | strings  # `importlib.import_module("fsspec.core")`
@@ -381,7 +387,7 @@ def test_two_files_know_jsonargparse_and_lightning_cli() -> None:
         }
         assert known == set(), module
         assert "LightningCLI" not in {
-            node.id for node in ast.walk(tree(module)) if isinstance(node, ast.Name)
+            node.id for node in nodes(module) if isinstance(node, ast.Name)
         }
 
 
@@ -411,10 +417,12 @@ INTERPRETERS = {
 }
 
 
-def calls_in(source: str) -> Iterator[tuple[str, ast.Call]]:
+@cache
+def calls_in(source: str) -> tuple[tuple[str, ast.Call], ...]:
     """The calls of a file, each with the name of what is called."""
-    nodes = ast.walk(ast.parse((ROOT / source).read_text(encoding="utf-8")))
-    return ((ast.unparse(node.func), node) for node in nodes if isinstance(node, ast.Call))
+    every = ast.walk(ast.parse((ROOT / source).read_text(encoding="utf-8")))
+    calls = [node for node in every if isinstance(node, ast.Call)]
+    return tuple((ast.unparse(call.func), call) for call in calls)
 
 
 def given_as(call: ast.Call, name: str) -> list[str]:
@@ -471,8 +479,8 @@ def test_every_config_parses_with_the_classes_of_the_project(config: str) -> Non
     import project  # noqa: F401
     from savepoint.config import typed
 
-    parsed = typed.parse(arguments(config))
-    assert typed.dump(typed.parse([], base=typed.dump(parsed))) == typed.dump(parsed)
+    dumped = typed.dump(typed.parse(arguments(config)))
+    assert typed.dump(typed.parse([], base=dumped)) == dumped
 
 
 @pytest.mark.parametrize("config", CONFIGS)

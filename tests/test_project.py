@@ -5,7 +5,9 @@ Nothing here names a class: the tests stay as they are when another model and ot
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,11 +26,16 @@ ADDITIONS = ("callbacks", "debug", "logger")  # not every model takes each of th
 MORE = {"callbacks/lr_finder.yaml": ("--trainer.limit_train_batches", "20")}
 
 
-def little(config: Path) -> Sequence[str]:
+@cache
+def composed(name: str) -> dict[str, Any]:
+    return testing.composes(CONFIGS[name])
+
+
+def little(name: str) -> Sequence[str]:
     """LITTLE for this config: all of it, or what it has for the class of the config's data."""
     if not isinstance(LITTLE, Mapping):
         return LITTLE
-    class_path = testing.composes(config)["data"]["class_path"]
+    class_path = composed(name)["data"]["class_path"]
     return LITTLE.get(class_path.rpartition(".")[2], ())
 
 
@@ -39,7 +46,7 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_composes(name: str) -> None:
-    testing.composes(CONFIGS[name])
+    assert composed(name)["model"]["class_path"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -49,7 +56,7 @@ def test_a_stopped_run_that_is_resumed_equals_the_straight_one(name: str, tmp_pa
         pytest.skip("trained by many clients: a test of its own")
     if group == "logger" and importlib.util.find_spec(package) is None:
         pytest.skip("needs: make extras")
-    flags = (*little(CONFIGS[name]), *MORE.get(name, ()))
+    flags = (*little(name), *MORE.get(name, ()))
     try:
         found = testing.resumes_exactly(CONFIGS[name], tmp_path, *flags)
     except testing.Refused as refused:

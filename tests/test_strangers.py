@@ -28,8 +28,8 @@ from savepoint.config import compose
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = [
-    "train.py",
-    "--data", "configs/data/digits.yaml", "--trainer.limit_train_batches", "2", "--trainer.max_epochs", "1",
+    "train.py", "--data", "configs/data/digits.yaml", "--data.batch_size", "16",
+    "--trainer.limit_train_batches", "2", "--trainer.max_epochs", "1",
     "--model.net.width", "4", "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1",
     "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ with entry.importing():  # seconds, also before `python -m project.predict` has 
 
 __all__ = ["ClassicNet", "ConvNet", "ImageClassifier", "ImageData"]
 
-LITTLE = {"ImageData": ("--data.dataset", "digits")}
-"""Flags that the tests add to each config with such data: digits that need no download. Optional;
-flags for every config may also stand here alone, without a class.
+LITTLE = {"ImageData": ("--data.dataset", "digits", "--data.batch_size", "16")}
+"""Flags that the tests add to each config with such data: digits that need no download, few a step.
+Optional; flags for every config may also stand here alone, without a class.
 """

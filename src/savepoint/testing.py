@@ -25,7 +25,7 @@ from savepoint.checkpoint import store
 from savepoint.checkpoint.callback import CheckpointCallback
 from savepoint.commands.export import SUFFIXES
 from savepoint.comparing import comparable
-from savepoint.config import compose, typed
+from savepoint.config import compose
 from savepoint.errors import ConfigError
 from savepoint.prove import rows
 
@@ -196,7 +196,6 @@ def _as_a_process_of_its_own() -> Iterator[None]:
     argv = sys.argv
     hook = sys.unraisablehook
     handlers = {one: signal.getsignal(one) for one in (*preemption.STOP, preemption.SAVE)}
-    typed._parser.cache_clear()  # a new process knows the classes that it imports
     torch.set_num_threads(1)  # the fastest for small models
     try:
         with (

@@ -70,7 +70,8 @@ def test_of_a_run_it_is_the_best_checkpoint_and_of_a_file_that_one(
     store.write(newer, state | {"state_dict": weights, "canary": None}, worse)
     code, out, _ = say(capsys, "export", str(copy), "--format", "safetensors")
     assert code == 0
-    assert f"{best(copy)}: step {facts['step']}, epoch 3 (best of the run: val/accuracy" in out
+    at = f"step {facts['step']}, epoch {facts['epoch']}"
+    assert f"{best(copy)}: {at} (best of the run: val/accuracy" in out
     assert same(READERS["safetensors"](copy / f"{best(copy).stem}.safetensors"), best(copy))
     code, out, _ = say(capsys, "export", str(newer), "--format", "safetensors")
     assert code == 0

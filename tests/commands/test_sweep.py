@@ -244,7 +244,8 @@ def test_a_sweep_tells_a_script_each_trial_and_the_best_of_them(
         "model.lr": {"low": 0.005, "high": 0.05, "log": True},
         "data.batch_size": {"choices": [32, 64]},
     }
-    written(file, sampler="tpe", trials=2, overrides=SMALL, parameters=spaces)
+    once = SMALL | {"trainer.max_epochs": 1}
+    written(file, sampler="tpe", trials=2, overrides=once, parameters=spaces)
     code, out, err = say(capsys, "sweep", file, "--output_dir", file.parent, "--json")
     assert code == 0, err
     told = json.loads(out)

@@ -1,14 +1,8 @@
-"""A mirror in a directory. What reaches a disk is not what these tests are about."""
+"""A mirror in a directory."""
 
-import os
 from pathlib import Path
 
 import pytest
-
-
-@pytest.fixture(autouse=True)
-def without_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture

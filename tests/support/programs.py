@@ -15,7 +15,7 @@ import pytest
 
 from savepoint import preemption, workspace
 from savepoint.checkpoint import store
-from savepoint.config import quick, typed
+from savepoint.config import quick
 from savepoint.resume import request
 from savepoint.resume import start as mains
 from support.limits import HANG_SECS
@@ -23,13 +23,14 @@ from support.limits import HANG_SECS
 ROOT = Path(__file__).resolve().parents[2]
 # The digits that need no data, one thread, small enough for an epoch to take a second.
 TWELVE_AN_EPOCH = [
-    "--data", "configs/data/digits.yaml", "--trainer.limit_train_batches", "12", "--trainer.max_epochs", "3",
+    "--data", "configs/data/digits.yaml", "--data.batch_size", "32", "--trainer.limit_train_batches", "12",
+    "--trainer.max_epochs", "3", "--trainer.limit_val_batches", "2", "--trainer.limit_test_batches", "2",
     "--trainer.log_every_n_steps", "3", "--model.net.width", "4",
 ]  # fmt: skip
 # Three epochs of four steps.
 FOUR_AN_EPOCH = [
-    "--data", "configs/data/digits.yaml", "--trainer.limit_train_batches", "4", "--trainer.max_epochs", "3",
-    "--trainer.log_every_n_steps", "2", "--model.net.width", "4", "--checkpoint.keep_last", "9",
+    "--data", "configs/data/digits.yaml", "--data.batch_size", "32", "--trainer.limit_train_batches", "4",
+    "--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "2", "--model.net.width", "4", "--checkpoint.keep_last", "9",
     "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1", "--trainer.accelerator", "cpu",
 ]  # fmt: skip
 # Epochs of six steps; a validation of four batches.
@@ -40,8 +41,8 @@ SIX_AN_EPOCH = [
 ]  # fmt: skip
 # The same commands on little data that needs no download.
 LITTLE = [
-    "--data.dataset", "digits", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1",
-    "--trainer.limit_test_batches", "1", "--trainer.log_every_n_steps", "1",
+    "--data.dataset", "digits", "--data.batch_size", "16", "--trainer.limit_train_batches", "2",
+    "--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1", "--trainer.log_every_n_steps", "1",
 ]  # fmt: skip
 # ClassicNet has dropout: each rank draws from its own generator.
 PLAIN = [
@@ -119,7 +120,6 @@ def as_a_new_process() -> Iterator[None]:
     """A run tells its directory and its checkpoint, through the environment, to the ranks that it
     starts.
     """
-    typed._parser.cache_clear()  # a new process knows the classes that it imports
     try:
         yield
     finally:

@@ -557,15 +557,8 @@ def test_another_model_and_other_data_train_are_killed_and_resume_exactly_in_a_c
     assert git(copy, "status", "--porcelain") == "", "a run leaves nothing that git would see"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "sums",
-        pytest.param("waves", marks=pytest.mark.slow),
-        pytest.param("gan", marks=pytest.mark.slow),
-        pytest.param("letters", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["waves", "gan", "letters"])
 def test_the_tests_of_a_copy_pass_with_another_model_and_other_data(
     copy: Path, library: Path, name: str
 ) -> None:
@@ -575,15 +568,24 @@ def test_the_tests_of_a_copy_pass_with_another_model_and_other_data(
     assert git(copy, "status", "--porcelain") == ""
 
 
-def test_the_tests_of_a_copy_see_a_resume_that_is_not_exact(copy: Path, library: Path) -> None:
+def test_the_tests_of_a_copy_pass_with_other_data_and_see_data_that_do_not_resume_exactly(
+    copy: Path, library: Path
+) -> None:
     project = PROJECTS["sums"]
-    broken = project["data.py"].replace("resumable(DataLoader(", "(DataLoader(")
-    assert broken != project["data.py"]
-    make_it_yours(copy, project | {"data.py": broken})
+    sums = project["data.py"][project["data.py"].index("class Sums") :]
+    stock = sums.replace("class Sums", "class Stock").replace("resumable(", "(")
+    both = {
+        "data.py": f"{project['data.py']}\n\n{stock}",
+        "__init__.py": project["__init__.py"].replace("Sums", "Stock, Sums"),
+        "stock.yaml": project["mine.yaml"].replace("Sums", "Stock"),
+    }
+    make_it_yours(copy, project | both)
     tests = start(copy, library, "-m", "pytest", "-q")
     said = tests.communicate()[0]
     assert tests.returncode == 1, said
-    assert "1 failed, 1 passed" in said
+    assert "1 failed, 3 passed" in said
+    assert re.findall(r"^FAILED .*\[(\S+)\]", said, re.MULTILINE) == ["stock.yaml"]
+    assert git(copy, "status", "--porcelain") == ""
 
 
 @pytest.mark.slow
