@@ -79,12 +79,21 @@ class CheckpointCorruptError(CheckpointError, ValueError):
 
 
 class CheckpointForeignError(CheckpointError, ValueError):
-    """`advice` says what to do with the file; `has_weights`, whether it seems to hold any."""
+    """`reason` says in words what the file is, without the path; `advice`, what to do with it;
+    `has_weights`, whether it seems to hold any.
+    """
 
     def __init__(
-        self, message: str, path: Path | str, *, advice: str = "", has_weights: bool = False
+        self,
+        message: str,
+        path: Path | str,
+        *,
+        reason: str = "",
+        advice: str = "",
+        has_weights: bool = False,
     ) -> None:
         super().__init__(message, path)
+        self.reason = reason
         self.advice = advice
         self.has_weights = has_weights
 

@@ -388,6 +388,7 @@ def _refusal(path: Path, *, sealed: bool) -> CheckpointCorruptError | Checkpoint
         f"Not a checkpoint of Savepoint: {path}. A file with a manifest was expected; this is "
         f"{found.words}. {advice}",
         path,
+        reason=f"not a checkpoint of Savepoint: {found.words}",
         advice=advice,
         has_weights=found.has_weights,
     )

@@ -564,7 +564,7 @@ def _facts(listed: Iterable[Checkpoint], monitor: str | None) -> list[Facts]:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, CheckpointCorruptError):
+    if isinstance(error, CheckpointCorruptError | CheckpointForeignError):
         return error.reason
     return (
         f"cannot be read: {error.strerror}"
