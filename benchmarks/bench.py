@@ -234,6 +234,7 @@ PARTS: tuple[Callable[[], Iterator[Row]], ...] = (
     ranks_rows,
     mirror_rows,
     federated_rows,
+    *([processes_rows] if FULL else []),
 )
 
 
@@ -249,7 +250,7 @@ def main() -> int:
     rows = []
     begun = time.monotonic()
     parts = [part for name, part in zip(names, PARTS, strict=True) if name in asked.parts]
-    for part in (*parts, *([processes_rows] if FULL else [])):
+    for part in parts:
         name = part.__name__.removesuffix("_rows")
         print(f"{name}, after {time.monotonic() - begun:.0f} s", flush=True)
         rows += [row.cells for row in part()]
