@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import pytest
 import yaml
 from support import forked
-from support.forked import Program
+from support.forked import Program, without_fsync
 from support.limits import HANG_SECS
 from support.programs import ROOT
 from support.run_dirs import say
@@ -187,7 +187,7 @@ class Trial(Program):
     """What a sweep asks of a process, of one that is forked: its start takes no seconds."""
 
     def __init__(self, command: list[str], *, stdout: BinaryIO, **_: Any) -> None:
-        super().__init__(command[1:], Path(stdout.name), DATA_ROOT="/nowhere")
+        super().__init__(command[1:], Path(stdout.name), without_fsync, DATA_ROOT="/nowhere")
 
     def poll(self) -> int | None:
         return None if self.runs else self.wait()

@@ -53,7 +53,8 @@ from shapes import base
 from shapes.base import RowLogger, Shape
 
 POINTS = {"batch": 5, "epoch": 2, "validation": 2}  # resumed from, of each kind, evenly chosen
-FEW = {"batch": 2, "epoch": 1, "validation": 1}
+LESS = {"batch": 2, "epoch": 1, "validation": 1}  # of a shape that is slow
+FEW = {"batch": 1, "epoch": 1, "validation": 1}  # beside those of two signals
 ALARM, SIGNALS = "no end after", (*preemption.STOP, preemption.SAVE)
 
 
@@ -305,21 +306,27 @@ def _judge(verdict: Verdict, shape: Shape, root: Path, points: Mapping[str, int]
         verdict.add("CRASHED", "straight, saved everywhere", saved.why())
     elif found := compare(straight, saved, saved.rows, shape.clocks):
         verdict.add("DIFFERENT", "straight, saved everywhere", found)
-    for file in chosen(every.kept, FEW if shape.slow else points):
+    number = LESS if shape.slow and points is not FEW else points
+    for file in chosen(every.kept, number):
         _resume(verdict, shape, straight, saved.rows, file, file.stem, root)
     for hook, batch in (("train", 13), ("validation", 5)):
         _stop(verdict, shape, straight, hook, batch, root)
 
 
 def chosen(files: list[Path], points: Mapping[str, int]) -> list[Path]:
-    """Evenly of each kind; a file that is the same point as another only once."""
+    """Evenly of each kind, one from their middle; a file that is the same point as another only
+    once.
+    """
     unique: dict[str, Path] = {}
     for file in files:
         unique.setdefault(file.stem.split("-", 1)[1], file)
     found = []
     for kind, number in points.items():
         these = [file for point, file in unique.items() if point.startswith(kind)]
-        places = {round(i * (len(these) - 1) / max(number - 1, 1)) for i in range(number)}
+        last = len(these) - 1
+        places = (
+            {round(i * last / (number - 1)) for i in range(number)} if number > 1 else {last // 2}
+        )
         found += [these[i] for i in sorted(places) if 0 <= i < len(these)]
     return found
 

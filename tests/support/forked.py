@@ -20,8 +20,9 @@ from support.limits import HANG_SECS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
-# Without Flower the last one is left out.
-CONTEXT.set_forkserver_preload(["savepoint.resume.start", "project", "savepoint.federated.runtime"])
+# The first one sees to it that no collection of garbage, here or in a fork, looks at what all of them
+# import. Without Flower the last one is left out.
+CONTEXT.set_forkserver_preload(["project", "savepoint.resume.start", "savepoint.federated.runtime"])
 
 
 class Program:

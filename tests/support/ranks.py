@@ -7,7 +7,7 @@ import os
 import socket
 from pathlib import Path
 
-from support.forked import Program
+from support.forked import Program, without_fsync
 from support.programs import ROOT
 
 TESTS = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
@@ -22,7 +22,9 @@ def run_ranks(module: str, ranks: int, directory: Path, *arguments: object) -> N
     command = [f"tests/support/{module}.py", str(directory), *map(str, arguments)]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     programs = [
-        Program(command, directory / f"rank-{rank}.log", LOCAL_RANK=str(rank), **address)
+        Program(
+            command, directory / f"rank-{rank}.log", without_fsync, LOCAL_RANK=str(rank), **address
+        )
         for rank in range(ranks)
     ]
     ended = [program.wait() for program in programs]
