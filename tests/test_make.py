@@ -52,6 +52,8 @@ WORDS = {
     ],
     "python -m savepoint verify": ["--deep", "outputs/first"],
     "python -m savepoint gc": ["outputs/first", "--dry-run"],
+    "python -m savepoint replay": ["outputs/first", "--step", "3"],
+    "python -m savepoint bisect": ["outputs/first", "outputs/first"],
     "python -m savepoint export": ["outputs/first", "--format", "safetensors"],
     "python -m project.predict": ["a picture.png"],
     "python -m savepoint sweep": ["one.yaml"],
