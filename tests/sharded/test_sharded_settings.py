@@ -39,30 +39,28 @@ def trainer(strategy: type[Any], *callbacks: Any) -> Any:
     )
 
 
-def refusal(saving: CheckpointCallback, trainer: Any) -> str:
+def refusal(trainer: Any, sharded: Any = "auto") -> str:
     with pytest.raises(ConfigError) as refused:
-        saving._refuse_with_shards(trainer)
+        ranks.refuse_with_shards(trainer, sharded)
     return str(refused.value)
 
 
 def test_shards_are_refused_where_nothing_is_known_of_what_the_ranks_hold() -> None:
-    said = refusal(CheckpointCallback(sharded=True), trainer(SingleDeviceStrategy))
+    said = refusal(trainer(SingleDeviceStrategy), True)
     assert said.startswith("Nothing is known to share out: checkpoint.sharded is true")
-    CheckpointCallback()._refuse_with_shards(trainer(SingleDeviceStrategy))
-    CheckpointCallback(sharded=True)._refuse_with_shards(trainer(DDPStrategy))
+    ranks.refuse_with_shards(trainer(SingleDeviceStrategy), "auto")
+    ranks.refuse_with_shards(trainer(DDPStrategy), True)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "callbacks", "what"),
+    ("callback", "what"),
     [
-        ({}, [LearningRateFinder()], "a finder of learning rates"),
-        ({}, [WeightAveraging()], "an average of the weights"),
+        (LearningRateFinder(), "a finder of learning rates"),
+        (WeightAveraging(), "an average of the weights"),
     ],
 )
-def test_what_does_not_go_with_shards_is_named(
-    arguments: dict[str, Any], callbacks: list[Any], what: str
-) -> None:
-    said = refusal(CheckpointCallback(**arguments), trainer(ModelParallelStrategy, *callbacks))
+def test_what_does_not_go_with_shards_is_named(callback: Any, what: str) -> None:
+    said = refusal(trainer(ModelParallelStrategy, callback))
     assert said.startswith(f"Not supported where the state is spread over ranks: {what}")
 
 

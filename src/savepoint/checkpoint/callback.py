@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -22,15 +21,7 @@ from savepoint.checkpoint.finite import loss_of
 from savepoint.checkpoint.io import CheckpointIO
 from savepoint.checkpoint.retention import Retention
 from savepoint.checkpoint.scores import Scores
-from savepoint.checkpoint.state import (
-    capture,
-    elastic,
-    exactness,
-    loops,
-    ranks,
-    start,
-    validation,
-)
+from savepoint.checkpoint.state import elastic, exactness, loops, ranks, start, validation
 from savepoint.checkpoint.state.points import Points
 from savepoint.checkpoint.state.training import TrainingState
 from savepoint.checkpoint.store import CheckpointStore
@@ -153,7 +144,7 @@ class CheckpointCallback(Checkpoint):
             ranks.refuse_shards(trainer)
             ranks.refuse_different_starts(trainer)
             self._refuse_lone_mirror(trainer)
-            self._refuse_with_shards(trainer)
+            ranks.refuse_with_shards(trainer, self.sharded)
         if stage == "fit" or not self._has_directory:
             self.use(trainer.strategy.broadcast(Path(trainer.default_root_dir) / "checkpoints"))
         if not isinstance(trainer.strategy.checkpoint_io, CheckpointIO):
@@ -182,27 +173,6 @@ class CheckpointCallback(Checkpoint):
             raise ConfigError(
                 f"Nothing would be uploaded to {self.mirroring.url}: checkpoint.mirror is for runs "
                 "of train.py, which have a name and an id. Leave it out in a Trainer of your own."
-            )
-
-    def _refuse_with_shards(self, trainer: Trainer) -> None:
-        """Raises ConfigError for what goes with no strategy that spreads the state over ranks."""
-        if not ranks.is_spread(trainer):
-            known = isinstance(trainer.strategy, DDPStrategy) or trainer.world_size == 1
-            if self.sharded is True and not known:
-                raise ConfigError(
-                    "Nothing is known to share out: checkpoint.sharded is true, and "
-                    f"trainer.strategy is {type(trainer.strategy).__name__}. Expected DDP, whose "
-                    "ranks hold the same, or ModelParallelStrategy. Leave it at auto."
-                )
-            return
-        refused = {
-            "a finder of learning rates or batch sizes": bool(capture.finders(trainer)),
-            "an average of the weights": bool(loops.averaging(trainer)),
-        }
-        for what in [name for name, is_there in refused.items() if is_there]:
-            raise ConfigError(
-                f"Not supported where the state is spread over ranks: {what}, with "
-                f"{type(trainer.strategy).__name__}. Leave it out."
             )
 
     @property

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from savepoint.checkpoint import manifest
+from savepoint.checkpoint.state import capture, loops
 from savepoint.errors import CheckpointForeignError, ConfigError, ConfigMismatchError
 from savepoint.look.marks import sum_of_all
 
@@ -105,6 +106,31 @@ def refuse_shards(trainer: Trainer) -> None:
             f"Not supported: tensor_parallel_size is {_tensor_parallel_size(trainer)}. The ranks "
             "that compute one layer together must read the same samples, and the loaders here give "
             "each rank its own. Use data_parallel_size alone, with tensor_parallel_size 1."
+        )
+
+
+def refuse_with_shards(trainer: Trainer, sharded: Literal["auto"] | bool) -> None:
+    """Raises ConfigError for what goes with no strategy that spreads the state over the ranks, and
+    where `sharded` asks for shares of what nothing is known to share out.
+    """
+    strategy = type(trainer.strategy).__name__
+    if not is_spread(trainer):
+        known = isinstance(trainer.strategy, DDPStrategy) or trainer.world_size == 1
+        if sharded is True and not known:
+            raise ConfigError(
+                "Nothing is known to share out: checkpoint.sharded is true, and trainer.strategy "
+                f"is {strategy}. Expected DDP, whose ranks hold the same, or "
+                "ModelParallelStrategy. Leave it at auto."
+            )
+        return
+    refused = {
+        "a finder of learning rates or batch sizes": bool(capture.finders(trainer)),
+        "an average of the weights": bool(loops.averaging(trainer)),
+    }
+    for what in [name for name, is_there in refused.items() if is_there]:
+        raise ConfigError(
+            f"Not supported where the state is spread over ranks: {what}, with {strategy}. Leave "
+            "it out."
         )
 
 
