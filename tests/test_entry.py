@@ -1,5 +1,6 @@
 """From a program's arguments to its exit code, in a process of its own."""
 
+import gzip
 import os
 import subprocess
 import sys
@@ -201,6 +202,72 @@ def test_an_exit_handler_that_was_there_before_us_is_called_and_nothing_stays_fr
         env=environment,
     )
     assert (done.returncode, "frozen: 0" in done.stdout, done.stderr) == (3, True, "")
+
+
+COMPRESSED = f"""
+import gzip, io
+from savepoint import entry
+
+def main(argv):
+    global target, text
+    target = open(argv[0], "wb")
+    text = io.TextIOWrapper(gzip.GzipFile(fileobj=target, mode="wb"))
+    text.write("all of it")
+    return 0
+
+entry.run(main, {str(ROOT / "train.py")!r})
+"""
+
+
+def test_a_file_that_a_module_holds_is_closed_and_what_writes_into_another_one_first(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "held.gz"
+    subprocess.run([sys.executable, "-c", COMPRESSED, file], check=True, timeout=HANG_SECS)
+    with gzip.open(file, "rt") as text:
+        assert text.read() == "all of it"
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        pytest.param("sys.modules['mpi4py'] = sys", id="a library that finishes in C"),
+        pytest.param(
+            "end = open(os.pipe()[1], 'wb')\n"
+            "threading.Thread(target=end.write, args=(bytes(10**6),), daemon=True).start()\n"
+            "time.sleep(0.2)",
+            id="a thread in the middle of a write that nobody reads",
+        ),
+    ],
+)
+def test_python_itself_ends_a_process_with(before: str) -> None:
+    script = f"import os, sys, threading, time\n{before}\n{FINALIZED}"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG_SECS
+    )
+    assert (done.returncode, done.stderr) == (3, "")
+    assert set(done.stdout.splitlines()) == {"training's", "module's"}
+
+
+HOST = """
+import runpy, sys
+try:
+    runpy.run_path(sys.argv[1], run_name="__main__")
+except SystemExit as left:
+    print(left.code)
+raise ValueError("the host's own")
+"""
+
+
+def test_a_program_that_runs_ours_within_it_ends_with_its_own_exit_code(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(FINALIZED)
+    done = subprocess.run(
+        [sys.executable, "-c", HOST, script], capture_output=True, text=True, timeout=HANG_SECS
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.splitlines()[:1] == ["3"]
+    assert "the host's own" in done.stderr
 
 
 def test_a_signal_whose_exception_python_drops_ends_the_process_all_the_same() -> None:

@@ -260,7 +260,7 @@ INSIDERS = {
 NAMED_TUPLES = {"_fields", "_asdict", "_replace"}
 OTHERS = {
     "_last_lr": "torch", "_step_count": "torch", "_values": "torch", "_indices": "torch", "_metadata": "torch",
-    "_orig_mod": "torch", "_getframe": "sys", "_buffers": "torch",
+    "_orig_mod": "torch", "_getframe": "sys", "_current_frames": "sys", "_buffers": "torch",
     "_parameters": "torch", "_exit": "os", "_ncallbacks": "atexit", "_actions": "argparse", "_trial_id": "optuna",
 }  # fmt: skip
 

@@ -7,7 +7,6 @@ library only.
 128 + n    stopped by signal n, after a save
 """
 
-import atexit
 import contextlib
 import errno
 import gc
@@ -171,7 +170,6 @@ def importing() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-        atexit.register(leaving.thaw)
 
 
 @contextlib.contextmanager
