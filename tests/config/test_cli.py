@@ -601,7 +601,13 @@ def test_the_command_line_of_the_process_is_neither_read_nor_changed(
         ("--seed 3", "Unknown flag: --seed. See --help."),
         (
             "--logger.offline true",
-            "Unknown flag: --logger.offline. Did you mean --trainer.logger.offline?",
+            "Unknown flag: --logger.offline. Did you mean --trainer.logger.offline, beside "
+            "--trainer.logger CLASS?",
+        ),
+        (
+            "--strategy.accelerator cpu",
+            "Unknown flag: --strategy.accelerator. Did you mean --trainer.strategy.accelerator, "
+            "beside --trainer.strategy CLASS?",
         ),
         ("--run_names 3", "Unknown flag: --run_names. Did you mean --run_name?"),
         (

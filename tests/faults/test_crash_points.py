@@ -4,7 +4,7 @@ left.
 The work is done by this file run as a program: each point is a fork of it that ends itself with
 os._exit, as kill -9 would, before the k-th call (and, for a write, after half of its bytes); or
 whose k-th call fails, or writes less than it was given. All points are enumerated; of a whole
-training every eighth, and all of them in the slow test.
+training every sixth, and all of them in the slow test.
 """
 
 import contextlib
@@ -376,7 +376,7 @@ STORE = {
 }
 LIGHTNING = {
     "save behind": Scenario(prepared, save_behind, check_store({20, 30, 40}, 40), in_turn=True),
-    "train": Scenario(made, train, CheckTraining(2), every=8, errors=(errno.ENOSPC,), forks=True),
+    "train": Scenario(made, train, CheckTraining(3), every=6, errors=(errno.ENOSPC,), forks=True),
 }
 WHOLE = {
     "train": Scenario(made, train, CheckTraining(1), errors=ERRORS, forks=True),

@@ -88,8 +88,8 @@ def _check_flag(key: str) -> None:
         return  # `typed` checks a single word: it may be short for a key of a class
     known = [*compose.SCALARS, *(".".join([name, *rest]) for name in compose.GROUPS)]
     near = words.nearest(key, known, prefix="--") or " See --help."
-    if group in _OF_TRAINER:
-        near = f" Did you mean --trainer.{key}?"
+    if group in _OF_TRAINER:  # which has no class before one is chosen
+        near = f" Did you mean --trainer.{key}, beside --trainer.{group} CLASS?"
     raise ConfigError(f"Unknown flag: --{key}.{near}")
 
 
